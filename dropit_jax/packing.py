@@ -1,0 +1,53 @@
+"""Small unsigned codes packed into bytes."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped, UInt8
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that hold `count` codes of `bits` bits."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: Shaped[Array, "*rows count"], bits: int) -> UInt8[Array, "*rows bytes"]:
+    """Packs codes below 2**bits along the last axis, the first into the lowest bits.
+
+    Args:
+      codes: integers (or booleans) in [0, 2**bits).
+      bits: 1, 2, 4 or 8.
+
+    Returns:
+      `packed_size(count, bits)` bytes a row; bits beyond the last code are zero.
+    """
+    codes = codes.astype(jnp.uint8)
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return codes
+    *rows, count = codes.shape
+    if missing := -count % per_byte:
+        codes = jnp.pad(codes, [(0, 0)] * len(rows) + [(0, missing)])
+    codes = codes.reshape(*rows, (count + missing) // per_byte, per_byte)
+    # Slices and shifts, not a sum over the last axis: they fuse into one loop.
+    places = (codes[..., place] << (place * bits) for place in range(per_byte))
+    return functools.reduce(operator.or_, places)
+
+
+def unpack(
+    packed: UInt8[Array, "*rows bytes"], bits: int, count: int
+) -> UInt8[Array, "*rows {count}"]:
+    """The inverse of `pack`, for rows of `count` codes."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return packed
+    shifts = jnp.arange(per_byte, dtype=jnp.uint8) * bits
+    codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)
+    return jax.lax.slice_in_dim(
+        codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte),
+        0,
+        count,
+        axis=-1,
+    )
