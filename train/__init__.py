@@ -1,0 +1,1 @@
+"""The training program: data, models, step, loop, checkpoints and reports."""

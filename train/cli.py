@@ -1,0 +1,58 @@
+"""What the commands of this package share: two flags, and errors as one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from dropit_jax.memory import CompilerError
+from train.config import ConfigError
+from train.interrupts import Interrupted
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to train; its fields are flags too: --config.seed=1."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints and metrics go; a run in it is resumed."
+)
+
+# What a user can mend, and is told without a trace.
+_USER_ERRORS = (ConfigError, CompilerError, FloatingPointError)
+
+
+def launch(job: Callable[[ConfigDict, Path], None]) -> None:
+    """Parses the flags, runs the job on config and workdir, and exits.
+
+    The exit status is 0, 2 after an error that the user can mend, or 128 plus the
+    number of the signal that stopped the job.
+    """
+
+    def main(argv: Sequence[str]) -> int:
+        if len(argv) > 1:
+            raise app.UsageError(f"Not an argument: {argv[1]!r}")
+        logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
+        try:
+            job(_CONFIG.value, Path(_WORKDIR.value or ""))
+        except _USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            return 128 + interrupted.signum
+        return 0
+
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.keys()  # a file that failed to load says so only when used
+        return rest
+    except (AttributeError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).replace("\\n", " ").split())
+        sys.exit(f"error: --config: {reason}")

@@ -1,0 +1,139 @@
+"""Trains DropIT and plain Flax from the same seed, and shows them side by side.
+
+`python -m train.compare --config=configs/FILE.py --workdir=DIR [--target=h100]`
+"""
+
+import copy
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import rich.console
+import rich.table
+from absl import flags
+from ml_collections import ConfigDict
+
+from dropit_jax import memory
+from train import cli, data, loop, plots
+from train import config as config_lib
+from train import step as step_lib
+from train.files import write_atomically
+from train.terminal import Terminal
+
+_TARGET = flags.DEFINE_string(
+    "target", "h100", "The GPU that the memory of a step is compiled for."
+)
+
+# The first is what the others are measured against.
+_FLAX, _DROPIT = "flax", "dropit"
+_TIMED_STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    """What one variant costs and reaches.
+
+    Attributes:
+      test_accuracy: after training, in [0, 1].
+      cached_bytes: what the DropIT layers cache in a step; of plain Flax, the inputs
+        of the same layers.
+      temp_bytes: what a step allocates beside arguments and results on the target.
+      step_seconds: median time of a step here.
+    """
+
+    test_accuracy: float
+    cached_bytes: int
+    temp_bytes: int
+    step_seconds: float
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Compiles, times and trains both variants, and writes the comparison."""
+    target, terminal = _TARGET.value, Terminal()
+    variants = {_FLAX: _variant(config, False), _DROPIT: _variant(config, True)}
+    terminal.say(f"Compiling a step for {target} ...")
+    temp = {name: _temp_bytes(variant, target) for name, variant in variants.items()}
+    rows = {
+        name: loop.run(variant, workdir / name, terminal)
+        for name, variant in variants.items()
+    }
+    terminal.say("Timing steps ...")
+    seconds = step_seconds(variants)
+    results = {
+        name: Measurements(
+            test_accuracy=rows[name][-1]["test_accuracy"],
+            cached_bytes=_cached_bytes(variant),
+            temp_bytes=temp[name],
+            step_seconds=seconds[name],
+        )
+        for name, variant in variants.items()
+    }
+    plots.curves(rows, workdir / "curves.png")
+    summary = {name: dataclasses.asdict(result) for name, result in results.items()}
+    write_atomically(workdir / "comparison.json", json.dumps(summary, indent=2) + "\n")
+    rich.console.Console().print(table(results, target))
+    terminal.say(f"Curves: {workdir / 'curves.png'}")
+
+
+def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
+    """The measurements of each variant, with their ratio to plain Flax."""
+    flax, dropit = results[_FLAX], results[_DROPIT]
+    shown = rich.table.Table("", "Flax", "DropIT", "DropIT / Flax")
+
+    def add(label: str, field: str, scale: float, form: str) -> None:
+        values = [getattr(result, field) for result in (flax, dropit)]
+        texts = [format(value * scale, form) for value in values]
+        shown.add_row(label, *texts, f"{values[1] / values[0]:.2f}")
+
+    add("test accuracy", "test_accuracy", 1, ".3f")
+    add("cached by Conv and Dense, MiB", "cached_bytes", 2**-20, ".1f")
+    add(f"temp bytes of a step on {target}, MiB", "temp_bytes", 2**-20, ".1f")
+    add("time of a step here, ms", "step_seconds", 1e3, ".0f")
+    return shown
+
+
+def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
+    """The median time of a training step of each variant, taken in turns."""
+    states, steps, batches = {}, {}, {}
+    for name, config in variants.items():
+        states[name] = jax.jit(lambda config=config: step_lib.initial_state(config))()
+        steps[name] = jax.jit(step_lib.train_step(config), donate_argnums=0)
+        dataset = data.load(config.dataset, config.data_dir, config.image_size)
+        batch = next(data.training_batches(dataset, config.batch_size, config.seed))
+        batches[name] = jax.device_put(batch)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(1 + _TIMED_STEPS):
+        for name in variants:
+            start = time.perf_counter()
+            states[name], sums = steps[name](states[name], batches[name])
+            jax.block_until_ready((states[name], sums))
+            times[name].append(time.perf_counter() - start)
+    # The first step of each compiles.
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def _variant(config: ConfigDict, enabled: bool) -> ConfigDict:
+    variant = copy.deepcopy(config)
+    variant.dropit.enabled = enabled
+    return variant
+
+
+def _temp_bytes(config: ConfigDict, target: str) -> int:
+    step, args = step_lib.abstract(config)
+    return memory.compile_report(step, *args, target=target, donate=0).temp_bytes
+
+
+def _cached_bytes(config: ConfigDict) -> int:
+    if not config.dropit.enabled:
+        # With nothing dropped, a DropIT layer caches what the Flax layer does.
+        config = copy.deepcopy(config)
+        config.dropit = config_lib.dropit_section(rate=0.0)
+    step, args = step_lib.abstract(config)
+    return memory.cached_bytes(step, *args)
+
+
+if __name__ == "__main__":
+    cli.launch(main)

@@ -1,0 +1,15 @@
+"""Datasets by name, and batches of them."""
+
+from train.data.datasets import DATASETS, Dataset, Info, info, load
+from train.data.pipeline import Batch, evaluation_batches, training_batches
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "Dataset",
+    "Info",
+    "evaluation_batches",
+    "info",
+    "load",
+    "training_batches",
+]

@@ -1,0 +1,17 @@
+"""Trains a model: `python -m train.main --config=configs/FILE.py --workdir=DIR`."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from train import cli, loop
+from train.terminal import Terminal
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Trains what the config describes, or goes on where the workdir's run stopped."""
+    loop.run(config, workdir, Terminal())
+
+
+if __name__ == "__main__":
+    cli.launch(main)

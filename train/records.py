@@ -1,0 +1,74 @@
+"""The metrics of a run, one row an evaluation: a CSV file and TensorBoard events."""
+
+import csv
+import io
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import tensorboardX
+
+from train.files import write_atomically
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "images_per_second",
+)
+
+Row = dict[str, float]
+
+
+class Records:
+    """The rows so far, in the workdir's `metrics.csv` and `tensorboard/`."""
+
+    def __init__(self, workdir: Path, step: int) -> None:
+        """Goes on from a step: later rows, of a run that was cut off, are dropped."""
+        self._path = workdir / "metrics.csv"
+        self.rows = [row for row in read(self._path) if row["step"] <= step]
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1
+        )
+
+    def append(self, row: Row) -> None:
+        """Adds a row, of the values for `COLUMNS`."""
+        self.rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self._path, text.getvalue())
+        for name in COLUMNS[2:]:
+            self._events.add_scalar(name, row[name], int(row["step"]))
+        self._events.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._events.close()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a `metrics.csv`; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [_numbers(row) for row in csv.DictReader(file)]
+
+
+def _numbers(row: dict[str, str]) -> Row:
+    whole = ("step", "epoch")
+    return {
+        name: int(text) if name in whole else float(text) for name, text in row.items()
+    }
