@@ -70,6 +70,7 @@ def compress(x: Float[Array, "*shape"], dropit: DropIT) -> Residual:
     Raises:
       TypeError: `x` is not a real floating-point array.
     """
+    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"DropIT caches real floating-point activations, got {x.dtype}{x.shape}. "

@@ -11,7 +11,7 @@ no temporaries of the size of a sort's, and stay where the data is on a sharded 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from dropit_jax.policy import Selection
 
@@ -62,7 +62,7 @@ def top_k_mask(
 
 
 def place(
-    values: Shaped[Array, "*rows k"], indices: Int[Array, "*rows k"], size: int
+    values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
     """Puts values back where they came from, and zero elsewhere.
 

@@ -153,7 +153,9 @@ def differences(old: str, new: str) -> list[str]:
         name: (before.get(name, "absent"), after.get(name, "absent"))
         for name in sorted(before | after)
     }
-    return [f"config.{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if a != b]
+    return [
+        f"config.{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if a != b
+    ]
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,98 @@
+import dataclasses
+import fractions
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+from dropit_jax import DropIT
+
+
+class DropITTest(parameterized.TestCase):
+    def test_defaults(self):
+        self.assertEqual(
+            dataclasses.asdict(DropIT()),
+            {
+                "rate": 0.875,
+                "strategy": "min_k",
+                "granularity": "element",
+                "chunk_size": 16,
+                "encoding": "auto",
+                "selection": "auto",
+                "value_dtype": None,
+                "fill": "zero",
+            },
+        )
+
+    def test_is_frozen_and_compares_and_hashes_by_value(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            DropIT().rate = 0.5
+        self.assertEqual(DropIT(rate=0), DropIT(rate=np.float64(0.0)))
+        self.assertEqual(hash(DropIT(rate=0)), hash(DropIT(rate=0.0)))
+        self.assertNotEqual(DropIT(rate=0.5), DropIT(rate=0.25))
+
+    def test_dtype_objects_are_taken_by_name(self):
+        self.assertEqual(
+            DropIT(value_dtype=jnp.bfloat16), DropIT(value_dtype="bfloat16")
+        )
+
+    @parameterized.parameters(
+        ({"rate": 1.0}, ValueError, r"DropIT\.rate must be in \[0, 1\), got 1\.0"),
+        ({"rate": -0.1}, ValueError, r"DropIT\.rate .* got -0\.1"),
+        ({"rate": math.nan}, ValueError, r"DropIT\.rate .* got nan"),
+        ({"rate": "0.5"}, TypeError, r"DropIT\.rate must be a number, got '0\.5'"),
+        ({"rate": True}, TypeError, r"DropIT\.rate .* got True"),
+        ({"rate": None}, TypeError, r"DropIT\.rate .* got None"),
+        ({"chunk_size": 0}, ValueError, r"DropIT\.chunk_size .* got 0"),
+        ({"chunk_size": -16}, ValueError, r"DropIT\.chunk_size .* got -16"),
+        ({"chunk_size": 16.0}, TypeError, r"DropIT\.chunk_size .* got 16\.0"),
+        ({"chunk_size": True}, TypeError, r"DropIT\.chunk_size .* got True"),
+        ({"strategy": "max_k"}, ValueError, r"strategy.*'max_k'.*'min_k', 'random'"),
+        (
+            {"granularity": "row"},
+            ValueError,
+            r"granularity.*'row'.*'element', 'channel'",
+        ),
+        (
+            {"encoding": "rle"},
+            ValueError,
+            r"encoding.*'rle'.*'auto', 'index', 'bitmap'",
+        ),
+        ({"selection": "sort"}, ValueError, r"selection.*'sort'.*'auto', 'top_k'"),
+        ({"value_dtype": "int3"}, ValueError, r"value_dtype.*'int3'.*None, 'bfloat16'"),
+        ({"value_dtype": 7}, ValueError, r"value_dtype.*7.*None, 'bfloat16'"),
+        ({"fill": "one"}, ValueError, r"fill.*'one'.*'zero', 'mean'"),
+        ({"strategy": ["min_k"]}, ValueError, r"strategy.*\['min_k'\]"),
+        ({"strategy": "random"}, NotImplementedError, r"strategy='random'.*'min_k'"),
+        ({"granularity": "channel"}, NotImplementedError, r"'channel'.*'element'"),
+        ({"value_dtype": "int8"}, NotImplementedError, r"'int8'.*None, 'bfloat16'"),
+        ({"value_dtype": "int4"}, NotImplementedError, r"'int4'.*None, 'bfloat16'"),
+        ({"value_dtype": "int2"}, NotImplementedError, r"'int2'.*None, 'bfloat16'"),
+        ({"fill": "mean"}, NotImplementedError, r"fill='mean'.*'zero'"),
+    )
+    def test_bad_values_are_named(self, fields, error, message):
+        with pytest.raises(error, match=message):
+            DropIT(**fields)
+
+    def test_unknown_fields_are_named(self):
+        with pytest.raises(TypeError, match="chunk"):
+            DropIT(chunk=16)
+
+    def test_kept_counts_are_those_of_exact_arithmetic(self):
+        for thousandths in range(0, 1000, 5):
+            rate = thousandths / 1000
+            share = 1 - fractions.Fraction(thousandths, 1000)
+            for size in (1, 2, 3, 7, 8, 10, 16, 17, 64, 100, 1000, 2**14, 10**7):
+                expected = max(1, math.floor(share * size))
+                self.assertEqual(DropIT(rate).kept(size), expected, (rate, size))
+
+    def test_kept_counts_at_rates_that_are_no_decimals(self):
+        self.assertEqual(DropIT(1 - 1 / 3).kept(3), 1)
+        self.assertEqual(DropIT(1 - 1 / 3).kept(9), 3)
+        self.assertEqual(DropIT(2 / 3).kept(9), 3)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,112 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax import lax
+
+from dropit_jax import selection
+from tests.dropit_jax import reference
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# (chunk size, kept): one pass, several, ranks, all but one, all; both sides of
+# MAX_FUSED.
+_SIZES = (
+    (1, 1),
+    (2, 1),
+    (7, 3),
+    (16, 1),
+    (16, 2),
+    (16, 4),
+    (16, 5),
+    (16, 8),
+    (16, 16),
+    (33, 4),
+    (64, 8),
+    (64, 63),
+    (65, 8),
+    (300, 77),
+)
+
+_top_k = functools.partial(jax.jit, static_argnums=(1, 2))(selection.top_k)
+_top_k_mask = functools.partial(jax.jit, static_argnums=(1, 2))(selection.top_k_mask)
+
+
+class TopKTest(parameterized.TestCase):
+    @parameterized.product(size=_SIZES, dtype=_DTYPES, method=("auto", "top_k"))
+    def test_is_lax_top_k_of_the_magnitudes(self, size, dtype, method):
+        size, k = size
+        x = reference.activation(0, (5, 3, size), dtype)
+        expected = jax.jit(lambda x: lax.top_k(jnp.abs(x), k)[1])(x)
+        values, indices = _top_k(x, k, method)
+        chex.assert_trees_all_equal(indices, expected)
+        reference.assert_same_bits(
+            values, np.take_along_axis(x, np.asarray(expected), axis=-1)
+        )
+
+    @parameterized.product(size=_SIZES, method=("auto", "top_k"))
+    def test_is_the_twins(self, size, method):
+        size, k = size
+        x = reference.activation(1, (4, size))
+        expected = [reference.top_k(row, k) for row in x]
+        self.assertEqual(_top_k(x, k, method)[1].tolist(), expected)
+
+    @parameterized.product(size=_SIZES, dtype=_DTYPES, method=("auto", "top_k"))
+    def test_mask_is_where_top_k_is(self, size, dtype, method):
+        size, k = size
+        x = reference.activation(2, (5, size), dtype)
+        mask = np.asarray(_top_k_mask(x, k, method))
+        for row, kept in zip(x, mask, strict=True):
+            self.assertEqual(
+                np.flatnonzero(kept).tolist(), sorted(reference.top_k(row, k))
+            )
+
+    @parameterized.product(size=(16, 100), method=("auto", "top_k"))
+    def test_ties_go_to_the_lower_index(self, size, method):
+        signs = np.where(np.arange(size) % 2, -1.0, 1.0).astype(np.float32)
+        for x in (signs, 0 * signs):
+            for k in (1, 4, 9):
+                indices = _top_k(x[None], k, method)[1]
+                self.assertEqual(indices.tolist(), [list(range(k))])
+
+    @parameterized.product(size=(16, 100), method=("auto", "top_k"))
+    def test_nan_then_infinity_count_as_largest(self, size, method):
+        x = np.ones((1, size), np.float32)
+        x[0, [3, 5, 11]] = [-np.inf, np.nan, np.inf]
+        self.assertEqual(_top_k(x, 4, method)[1].tolist(), [[5, 3, 11, 0]])
+
+    def test_small_chunks_need_no_sort(self):
+        x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+        for k in (2, 8):
+            text = str(jax.make_jaxpr(lambda x, k=k: selection.top_k(x, k))(x))
+            for primitive in ("top_k", "sort", "gather", "scatter"):
+                self.assertNotIn(primitive, text)
+
+
+class PlacementTest(parameterized.TestCase):
+    @parameterized.product(size=_SIZES, dtype=_DTYPES)
+    def test_place_puts_values_where_they_were(self, size, dtype):
+        size, k = size
+        x = reference.activation(3, (4, size), dtype)
+        values, indices = _top_k(x, k, "auto")
+        placed = jax.jit(selection.place, static_argnums=2)(values, indices, size)
+        expected = np.zeros_like(x)
+        for row, (source, kept) in enumerate(zip(x, np.asarray(indices), strict=True)):
+            expected[row, kept] = source[kept]
+        reference.assert_same_bits(placed, expected)
+
+    @parameterized.product(size=_SIZES, dtype=_DTYPES)
+    def test_compact_and_expand_follow_the_mask(self, size, dtype):
+        size, k = size
+        x = reference.activation(4, (4, size), dtype)
+        mask = np.asarray(_top_k_mask(x, k, "auto"))
+        values = jax.jit(selection.compact, static_argnums=2)(x, mask, k)
+        reference.assert_same_bits(values, x[mask].reshape(4, k))
+        expanded = jax.jit(selection.expand)(values, mask)
+        reference.assert_same_bits(expanded, np.where(mask, x, np.zeros_like(x)))
+
+
+if __name__ == "__main__":
+    absltest.main()
