@@ -66,7 +66,7 @@ def sparse(x, rate, chunk_size):
 
 
 def activation(seed, shape, dtype=jnp.float32):
-    """Normal numbers with ties, zeros, both infinities, NaN and a denormal strewn in."""
+    """Normal numbers with ties, zeros, infinities, NaN and a denormal strewn in."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape).astype(np.float32)
     special = [0.0, -0.0, 1.5, -1.5, np.nan, np.inf, -np.inf, 1e-42]

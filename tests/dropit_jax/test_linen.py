@@ -1,0 +1,253 @@
+import functools
+
+import chex
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from flax import serialization
+from jax import lax
+
+from dropit_jax import DropIT
+from dropit_jax import linen as dn
+from tests.dropit_jax import reference
+
+_POLICY = DropIT(0.5)
+
+_MASK = np.broadcast_to(np.eye(3)[..., None, None], (3, 3, 16, 8))
+
+# (layer, its arguments, input shape): what Flax documents.
+_DENSES = (
+    ({"features": 8}, (4, 32)),
+    ({"features": 8, "use_bias": False}, (2, 3, 5, 32)),
+    ({"features": 8}, (32,)),
+    ({"features": 8, "dtype": jnp.bfloat16}, (4, 32)),
+    ({"features": 8, "param_dtype": jnp.bfloat16}, (4, 32)),
+    ({"features": 8, "precision": lax.Precision.HIGHEST}, (4, 32)),
+    ({"features": 8, "kernel_init": nn.initializers.ones_init()}, (4, 21)),
+    ({"features": 8, "dot_general": functools.partial(lax.dot_general)}, (4, 32)),
+    ({"features": 8, "dot_general_cls": lambda: lax.dot_general}, (4, 32)),
+)
+_CONVS = (
+    ({"features": 8, "kernel_size": (3, 3)}, (2, 6, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "use_bias": False}, (6, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3)}, (2, 3, 6, 6, 16)),
+    ({"features": 8, "kernel_size": 3, "padding": "CAUSAL"}, (2, 9, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "padding": "CIRCULAR"}, (2, 6, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "padding": "REFLECT"}, (2, 6, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "padding": "VALID"}, (2, 6, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "padding": ((1, 2), 0)}, (2, 6, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "strides": 2}, (2, 7, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "kernel_dilation": 2}, (2, 7, 7, 16)),
+    (
+        {"features": 8, "kernel_size": (3, 3), "input_dilation": 2, "padding": 1},
+        (2, 4, 4, 16),
+    ),
+    ({"features": 8, "kernel_size": (3, 3), "feature_group_count": 4}, (2, 6, 6, 16)),
+    ({"features": 8, "kernel_size": (2, 2, 2)}, (2, 4, 4, 4, 16)),
+    ({"features": 8, "kernel_size": (1, 1), "dtype": jnp.bfloat16}, (2, 4, 4, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "mask": _MASK}, (2, 6, 6, 16)),
+    (
+        {
+            "features": 8,
+            "kernel_size": (3, 3),
+            "conv_general_dilated_cls": lambda: lax.conv_general_dilated,
+        },
+        (2, 6, 6, 5),
+    ),
+)
+
+
+def _cases():
+    for arguments, shape in _DENSES:
+        yield nn.Dense, dn.Dense, arguments, shape
+    for arguments, shape in _CONVS:
+        yield nn.Conv, dn.Conv, arguments, shape
+
+
+def _input(shape):
+    x = np.random.default_rng(0).normal(size=shape)
+    return jnp.asarray(np.round(x, 1), jnp.float32)  # with ties
+
+
+def _run(layer, variables, x):
+    """Output, and the gradients of the variables and of the input."""
+    out, pullback = jax.vjp(layer.apply, variables, x)
+    cotangent = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+    return out, *pullback(cotangent.astype(out.dtype))
+
+
+class LayerTest(parameterized.TestCase):
+    @parameterized.parameters(*_cases())
+    def test_is_flaxs_layer_but_for_the_kernels_gradient(
+        self, flax_layer, our_layer, arguments, shape
+    ):
+        x = _input(shape)
+        theirs = flax_layer(**arguments)
+        ours = our_layer(**arguments, dropit=_POLICY)
+        key = jax.random.key(0)
+        variables = jax.jit(theirs.init)(key, x)
+        our_variables = jax.jit(ours.init)(key, x)
+        chex.assert_trees_all_equal(our_variables, variables)
+        chex.assert_trees_all_equal_dtypes(our_variables, variables)
+        expected = jax.jit(functools.partial(_run, theirs))(variables, x)
+        actual = jax.jit(functools.partial(_run, ours))(variables, x)
+        reference.assert_same_bits(actual[0], expected[0])
+        reference.assert_same_bits(actual[2], expected[2])
+        if "bias" in variables["params"]:
+            chex.assert_trees_all_equal(
+                actual[1]["params"]["bias"], expected[1]["params"]["bias"]
+            )
+        difference = actual[1]["params"]["kernel"] - expected[1]["params"]["kernel"]
+        self.assertGreater(float(jnp.abs(difference).max()), 0)
+
+        exact = our_layer(**arguments, dropit=DropIT(0.0))
+        actual = jax.jit(functools.partial(_run, exact))(variables, x)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+    @parameterized.parameters(
+        (nn.Dense, dn.Dense, (8,), (3, 5, 21)),
+        (nn.Conv, dn.Conv, (8, (3, 3)), (2, 5, 6, 5)),
+    )
+    def test_kernels_gradient_is_flaxs_at_the_sparse_input(
+        self, flax_layer, our_layer, arguments, shape
+    ):
+        x = _input(shape)
+        theirs, ours = flax_layer(*arguments), our_layer(*arguments, dropit=_POLICY)
+        variables = theirs.init(jax.random.key(0), x)
+        sparse = jnp.asarray(reference.sparse(x, 0.5, 16))
+        chex.assert_trees_all_close(
+            _run(ours, variables, x)[1]["params"]["kernel"],
+            _run(theirs, variables, sparse)[1]["params"]["kernel"],
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+    @parameterized.parameters(
+        (nn.Dense, dn.Dense, (8,)), (nn.Conv, dn.Conv, (8, (3, 3)))
+    )
+    def test_without_a_policy_it_is_flaxs_layer(self, flax_layer, our_layer, arguments):
+        x = _input((2, 4, 4, 16))
+        theirs, ours = flax_layer(*arguments), our_layer(*arguments)
+        variables = theirs.init(jax.random.key(0), x)
+        programs = [
+            str(
+                jax.make_jaxpr(jax.grad(lambda v, x, m=m: m.apply(v, x).sum()))(
+                    variables, x
+                )
+            )
+            for m in (theirs, ours)
+        ]
+        self.assertEqual(*programs)
+
+    def test_every_attribute_of_flaxs_layer_is_there(self):
+        for theirs, ours in ((nn.Dense, dn.Dense), (nn.Conv, dn.Conv)):
+            names = list(theirs.__dataclass_fields__)
+            self.assertEqual(
+                [n for n in ours.__dataclass_fields__ if n != "dropit"], names
+            )
+
+    def test_hooks_are_put_back(self):
+        layer = dn.Dense(4, dropit=_POLICY, dot_general=lax.dot_general)
+        x = _input((2, 16))
+        bound = layer.bind(layer.init(jax.random.key(0), x))
+        bound(x)
+        self.assertIs(bound.dot_general, lax.dot_general)
+        self.assertIsNone(bound.dot_general_cls)
+        with pytest.raises(flax.errors.ScopeParamShapeError):
+            bound(_input((2, 17)))
+        self.assertIs(bound.dot_general, lax.dot_general)
+
+    def test_an_array_of_integers_is_promoted_as_in_flax(self):
+        x = jnp.arange(32).reshape(2, 16)
+        layer = dn.Dense(4, dropit=_POLICY)
+        variables = layer.init(jax.random.key(0), x)
+        reference.assert_same_bits(
+            layer.apply(variables, x), nn.Dense(4).apply(variables, x)
+        )
+
+
+class Network(nn.Module):
+    dense: type = nn.Dense
+    conv: type = nn.Conv
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(self.conv(16, (3, 3), name="first")(x))
+        x = nn.relu(self.conv(16, (3, 3), strides=2)(x))
+        x = nn.BatchNorm(use_running_average=True)(x)
+        return self.dense(5)(x.mean((1, 2)))
+
+
+class ModelTest(parameterized.TestCase):
+    def test_a_checkpoint_of_flaxs_model_loads_unchanged(self):
+        x = _input((2, 8, 8, 3))
+        theirs = Network()
+        ours = Network(
+            functools.partial(dn.Dense, dropit=_POLICY),
+            functools.partial(dn.Conv, dropit=_POLICY),
+        )
+        variables = theirs.init(jax.random.key(1), x)
+        saved = serialization.to_bytes(variables)
+        template = ours.init(jax.random.key(2), x)
+        loaded = serialization.from_bytes(template, saved)
+        chex.assert_trees_all_equal(loaded, variables)
+        reference.assert_same_bits(ours.apply(loaded, x), theirs.apply(variables, x))
+
+
+class TransformationsTest(parameterized.TestCase):
+    def _gradients(self, dense, lift):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.tanh(dense(32, name="dense")(x)), None
+
+        class Stack(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return lift(Layer)(name="layers")(x, None)[0]
+
+        x = _input((4, 32))
+        variables = Stack().init(jax.random.key(0), x)
+        loss = lambda v: jnp.sum(Stack().apply(v, x))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(variables)
+
+    @parameterized.named_parameters(
+        (
+            "scan",
+            lambda layer: nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            ),
+        ),
+        ("remat", nn.remat),
+        (
+            "remat_scan",
+            lambda layer: nn.scan(
+                nn.remat(layer),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            ),
+        ),
+        ("jit", nn.jit),
+    )
+    def test_flaxs_lifted_transformations(self, lift):
+        exact = functools.partial(dn.Dense, dropit=DropIT(0.0))
+        chex.assert_trees_all_close(
+            self._gradients(exact, lift), self._gradients(nn.Dense, lift), rtol=1e-5
+        )
+        dropped = functools.partial(dn.Dense, dropit=_POLICY)
+        loss, gradients = self._gradients(dropped, lift)
+        expected_loss, expected = self._gradients(nn.Dense, lift)
+        self.assertAlmostEqual(loss, expected_loss, places=4)
+        chex.assert_trees_all_equal_shapes_and_dtypes(gradients, expected)
+
+
+if __name__ == "__main__":
+    absltest.main()

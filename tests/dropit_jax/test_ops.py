@@ -1,0 +1,444 @@
+import functools
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import absltest, parameterized
+from jax import lax
+
+from dropit_jax import DropIT, conv_general_dilated, dot_general
+from tests.dropit_jax import reference
+
+_AUTHORS = np.load(pathlib.Path(__file__).parent / "data" / "authors_gradients.npz")
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+# (shape of lhs, shape of rhs, dimension numbers)
+_DOTS = {
+    "dense": ((6, 32), (32, 8), (((1,), (0,)), ((), ()))),
+    "tokens": ((3, 5, 32), (32, 8), (((2,), (0,)), ((), ()))),
+    "vector": ((32,), (32, 8), (((0,), (0,)), ((), ()))),
+    "two_axes": ((3, 5, 4, 8), (4, 8, 6), (((2, 3), (0, 1)), ((), ()))),
+    "batched": ((3, 5, 32), (3, 32, 8), (((2,), (1,)), ((0,), (0,)))),
+    "first_axis": ((32, 6), (32, 8), (((0,), (0,)), ((), ()))),
+    "odd": ((3, 5, 21), (21, 4), (((2,), (0,)), ((), ()))),
+}
+# (shape of lhs, shape of rhs, arguments)
+_CONVS = {
+    "same": ((2, 8, 8, 32), (3, 3, 32, 8), {"padding": "SAME"}),
+    "strided": ((2, 9, 7, 16), (3, 3, 16, 8), {"window_strides": (2, 2)}),
+    "dilated": ((2, 9, 9, 16), (3, 3, 16, 8), {"rhs_dilation": (2, 2)}),
+    "transposed": (
+        (2, 5, 5, 16),
+        (3, 3, 16, 8),
+        {"lhs_dilation": (2, 2), "padding": ((1, 1), (2, 0))},
+    ),
+    "grouped": ((2, 8, 8, 32), (3, 3, 8, 16), {"feature_group_count": 4}),
+    "padded": ((2, 6, 6, 16), (3, 3, 16, 8), {"padding": ((1, 2), (0, 1))}),
+    "odd": ((2, 5, 7, 5), (3, 3, 5, 4), {}),
+    "batch_groups": ((4, 6, 6, 16), (3, 3, 16, 8), {"batch_group_count": 2}),
+    "one_axis": (
+        (2, 12, 16),
+        (3, 16, 8),
+        {"window_strides": (1,), "dimension_numbers": ("NWC", "WIO", "NWC")},
+    ),
+    "channels_first": (
+        (2, 16, 8, 8),
+        (8, 16, 3, 3),
+        {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    ),
+}
+# (rate, chunk size): one that lines up with the features, one that does not, a large
+# one, none.
+_SELECTIONS = ((0.875, 16), (0.5, 10), (0.8, 100), (0.9, None))
+
+
+@functools.cache
+def _dot(case, dropit=None, **kwargs):
+    return functools.partial(
+        dot_general if dropit else lax.dot_general,
+        dimension_numbers=_DOTS[case][2],
+        **({"dropit": dropit} if dropit else {}),
+        **kwargs,
+    )
+
+
+@functools.cache
+def _conv(case, dropit=None, **kwargs):
+    defaults = {
+        "window_strides": (1, 1),
+        "padding": "VALID",
+        "dimension_numbers": _NHWC,
+    }
+    return functools.partial(
+        conv_general_dilated if dropit else lax.conv_general_dilated,
+        **(defaults | _CONVS[case][2]),
+        **({"dropit": dropit} if dropit else {}),
+        **kwargs,
+    )
+
+
+def _operands(shapes, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    # Half of it zero and with ties, as after a ReLU.
+    activation = np.maximum(np.round(rng.normal(size=shapes[0]), 1), 0)
+    kernel = rng.normal(size=shapes[1])
+    return jnp.asarray(activation, dtype), jnp.asarray(kernel, dtype)
+
+
+@functools.cache
+def _runner(operation):
+    """The operation's output and gradients, for a fixed cotangent."""
+
+    @jax.jit
+    def run(lhs, rhs, cotangent):
+        out, pullback = jax.vjp(operation, lhs, rhs)
+        return out, *pullback(cotangent)
+
+    def with_cotangent(lhs, rhs):
+        out = jax.eval_shape(operation, lhs, rhs)
+        cotangent = np.random.default_rng(0).normal(size=out.shape).astype(out.dtype)
+        return run(lhs, rhs, cotangent)
+
+    return with_cotangent
+
+
+def _product_and_gradients(operation, lhs, rhs):
+    return _runner(operation)(lhs, rhs)
+
+
+def _in_order(x, order):
+    """The axes in which a sample is cut, and back."""
+    return (
+        np.transpose(np.asarray(x), order),
+        lambda y: jnp.asarray(np.transpose(y, np.argsort(order))),
+    )
+
+
+def _check(plain, dropped, lhs, rhs, rate, chunk_size, order):
+    """Output and ∇lhs are the plain operation's, ∇rhs is its at the twin's sparse lhs.
+
+    XLA may sum ∇rhs in another order, for it compiles another program.
+    """
+    out, grad_lhs, grad_rhs = _product_and_gradients(dropped, lhs, rhs)
+    expected_out, expected_grad_lhs, _ = _product_and_gradients(plain, lhs, rhs)
+    reference.assert_same_bits(out, expected_out)
+    reference.assert_same_bits(grad_lhs, expected_grad_lhs)
+    ordered, back = _in_order(lhs, order)
+    sparse = back(reference.sparse(ordered, rate, chunk_size))
+    expected_grad_rhs = _product_and_gradients(plain, sparse, rhs)[2]
+    tolerance = 1e-6 if rhs.dtype == jnp.float32 else 1e-2
+    chex.assert_trees_all_close(
+        grad_rhs, expected_grad_rhs, rtol=tolerance, atol=tolerance
+    )
+
+
+def _order(case):
+    (contracted, _), (batch, _) = _DOTS[case][2]
+    rank = len(_DOTS[case][0])
+    free = [i for i in range(rank) if i not in (*contracted, *batch)]
+    return (*batch, *free, *contracted)
+
+
+def _conv_order(case):
+    return (0, 2, 3, 1) if case == "channels_first" else range(len(_CONVS[case][0]))
+
+
+class DotGeneralTest(parameterized.TestCase):
+    @parameterized.product(case=tuple(_DOTS), selected=_SELECTIONS)
+    def test_gradients(self, case, selected):
+        rate, chunk_size = selected
+        dropped = _dot(case, DropIT(rate, chunk_size=chunk_size))
+        lhs, rhs = _operands(_DOTS[case])
+        _check(_dot(case), dropped, lhs, rhs, rate, chunk_size, _order(case))
+
+    @parameterized.product(dtype=("bfloat16", "float16"), encoding=("index", "bitmap"))
+    def test_half_precision(self, dtype, encoding):
+        dropped = _dot("tokens", DropIT(0.5, encoding=encoding))
+        lhs, rhs = _operands(_DOTS["tokens"], dtype)
+        _check(_dot("tokens"), dropped, lhs, rhs, 0.5, 16, range(3))
+
+    def test_options_reach_the_product(self):
+        options = {
+            "precision": lax.Precision.HIGHEST,
+            "preferred_element_type": jnp.float32,
+        }
+        dropped = _dot("tokens", DropIT(0.5), **options)
+        plain = _dot("tokens", **options)
+        lhs, rhs = _operands(_DOTS["tokens"], jnp.bfloat16)
+        chex.assert_type(dropped(lhs, rhs), jnp.float32)
+        _check(plain, dropped, lhs, rhs, 0.5, 16, range(3))
+
+    def test_another_operation_computes_the_product(self):
+        def doubled(*args, **kwargs):
+            return 2 * lax.dot_general(*args, **kwargs)
+
+        dropped = _dot("dense", DropIT(0.5), operation=doubled)
+        plain = functools.partial(doubled, dimension_numbers=_DOTS["dense"][2])
+        lhs, rhs = _operands(_DOTS["dense"])
+        _check(plain, dropped, lhs, rhs, 0.5, 16, range(2))
+
+    def test_without_a_policy_it_is_the_plain_operation(self):
+        lhs, rhs = _operands(_DOTS["dense"])
+        numbers = _DOTS["dense"][2]
+        ours = jax.make_jaxpr(lambda a, b: dot_general(a, b, numbers))(lhs, rhs)
+        plain = jax.make_jaxpr(lambda a, b: lax.dot_general(a, b, numbers))(lhs, rhs)
+        self.assertEqual(str(ours), str(plain))
+
+
+class ConvGeneralDilatedTest(parameterized.TestCase):
+    @parameterized.product(case=tuple(_CONVS), selected=_SELECTIONS)
+    def test_gradients(self, case, selected):
+        rate, chunk_size = selected
+        dropped = _conv(case, DropIT(rate, chunk_size=chunk_size))
+        lhs, rhs = _operands(_CONVS[case])
+        _check(_conv(case), dropped, lhs, rhs, rate, chunk_size, _conv_order(case))
+
+    @parameterized.product(dtype=("bfloat16", "float16"), encoding=("index", "bitmap"))
+    def test_half_precision(self, dtype, encoding):
+        dropped = _conv("same", DropIT(0.5, encoding=encoding))
+        lhs, rhs = _operands(_CONVS["same"], dtype)
+        _check(_conv("same"), dropped, lhs, rhs, 0.5, 16, range(4))
+
+    def test_layouts_agree(self):
+        lhs, rhs = _operands(_CONVS["same"])
+        policy = DropIT(0.875)
+        last = _product_and_gradients(_conv("same", policy), lhs, rhs)
+        first = functools.partial(
+            conv_general_dilated,
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NCHW", "OIHW", "NCHW"),
+            dropit=policy,
+        )
+
+        def transposed(lhs, rhs):
+            out = first(lhs.transpose(0, 3, 1, 2), rhs.transpose(3, 2, 0, 1))
+            return out.transpose(0, 2, 3, 1)
+
+        chex.assert_trees_all_close(
+            _product_and_gradients(transposed, lhs, rhs), last, rtol=1e-5, atol=1e-4
+        )
+
+    def test_jax_lax_default_layout(self):
+        lhs, rhs = _operands(_CONVS["channels_first"])
+        ours = conv_general_dilated(lhs, rhs, (1, 1), "SAME", dropit=DropIT())
+        expected = lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME")
+        reference.assert_same_bits(ours, expected)
+
+
+class ResidualTest(parameterized.TestCase):
+    @parameterized.parameters("dense", "tokens", "odd")
+    def test_rate_zero_is_the_plain_operation(self, case):
+        lhs, rhs = _operands(_DOTS[case])
+        chex.assert_trees_all_equal(
+            _product_and_gradients(_dot(case, DropIT(0.0)), lhs, rhs),
+            _product_and_gradients(_dot(case), lhs, rhs),
+        )
+
+    def test_values_are_stored_in_bfloat16(self):
+        lhs, rhs = _operands(_DOTS["tokens"])
+        policy = DropIT(0.0, value_dtype="bfloat16")
+        actual = _product_and_gradients(_dot("tokens", policy), lhs, rhs)[2]
+        rounded = lhs.astype(jnp.bfloat16).astype(jnp.float32)
+        expected = _product_and_gradients(_dot("tokens"), rounded, rhs)[2]
+        reference.assert_same_bits(actual, expected)
+
+    def test_nan_and_infinity_surface_in_the_gradient(self):
+        lhs, rhs = _operands(_DOTS["dense"])
+        for bad in (jnp.nan, jnp.inf):
+            poisoned = lhs.at[3, 7].set(bad)
+            operation = _dot("dense", DropIT())
+            gradient = _product_and_gradients(operation, poisoned, rhs)[2]
+            self.assertFalse(np.isfinite(gradient[7]).any())
+            self.assertTrue(np.isfinite(np.delete(gradient, 7, axis=0)).all())
+
+    def test_a_frozen_kernel_selects_and_caches_nothing(self):
+        lhs, rhs = _operands(_CONVS["same"])
+        operation = _conv("same", DropIT())
+
+        def loss(lhs, rhs):
+            return jnp.sum(operation(lhs, rhs) ** 2)
+
+        def stopped(operands):
+            return loss(operands[0], lax.stop_gradient(operands[1]))
+
+        trained = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(lhs, rhs))
+        self.assertIn("name=dropit", trained)
+        frozen = jax.make_jaxpr(jax.grad(loss, argnums=0))(lhs, rhs)
+        self.assertNotIn("name=dropit", str(frozen))
+        frozen = jax.make_jaxpr(jax.grad(stopped))((lhs, rhs))
+        self.assertNotIn("name=dropit", str(frozen))
+        expected = jax.grad(lambda lhs: jnp.sum(_conv("same")(lhs, rhs) ** 2))(lhs)
+        chex.assert_trees_all_close(jax.grad(loss)(lhs, rhs), expected, rtol=1e-6)
+
+    def test_evaluation_selects_nothing(self):
+        lhs, rhs = _operands(_CONVS["same"])
+        text = jax.jit(_conv("same", DropIT())).lower(lhs, rhs).as_text()
+        plain = jax.jit(_conv("same")).lower(lhs, rhs).as_text()
+        self.assertEqual(text.count("stablehlo."), plain.count("stablehlo."))
+
+    def test_integers_are_refused(self):
+        with pytest.raises(
+            TypeError, match="real floating-point activations, got int32"
+        ):
+            jax.grad(
+                lambda kernel: dot_general(
+                    jnp.ones((2, 3), int),
+                    kernel,
+                    (((1,), (0,)), ((), ())),
+                    dropit=DropIT(),
+                ).sum()
+            )(jnp.ones((3, 4)))
+
+    def test_forward_mode_is_refused(self):
+        lhs, rhs = _operands(_DOTS["dense"])
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(_dot("dense", DropIT()), (lhs, rhs), (lhs, rhs))
+
+
+class TransformationsTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        policy = DropIT(0.75)
+        self.lhs, self.rhs = _operands(((4, 3, 32), (32, 32)))
+        numbers = (((1,), (0,)), ((), ()))
+        self.product = lambda x, w: dot_general(x, w, numbers, dropit=policy)
+
+    def _loss(self, x, w):
+        return jnp.sum(jnp.tanh(self.product(x, w)))
+
+    def test_vmap(self):
+        gradient = jax.grad(self._loss, argnums=(0, 1))
+        for axes in ((0, None), (0, 0)):
+            w = self.rhs if axes[1] is None else jnp.stack([self.rhs, -self.rhs] * 2)
+            batched = jax.jit(jax.vmap(gradient, axes))(self.lhs, w)
+            each = [
+                gradient(x, w if axes[1] is None else w[i])
+                for i, x in enumerate(self.lhs)
+            ]
+            expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+            chex.assert_trees_all_close(batched, expected, rtol=1e-5, atol=1e-5)
+
+    def test_scan_is_the_unrolled_loop(self):
+        def layer(x, w):
+            return jnp.tanh(self.product(x, w))
+
+        weights = jnp.stack([self.rhs, -self.rhs, 0.5 * self.rhs]) / 6
+
+        def looped(weights):
+            return lax.scan(lambda x, w: (layer(x, w), None), self.lhs[0], weights)[
+                0
+            ].sum()
+
+        def unrolled(weights):
+            return functools.reduce(layer, weights, self.lhs[0]).sum()
+
+        chex.assert_trees_all_close(
+            jax.jit(jax.grad(looped))(weights),
+            jax.jit(jax.grad(unrolled))(weights),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+    @parameterized.parameters(
+        None,
+        jax.checkpoint_policies.dots_saveable,
+        jax.checkpoint_policies.save_only_these_names("dropit"),
+    )
+    def test_checkpoint(self, policy):
+        rematerialised = jax.checkpoint(self._loss, policy=policy)
+        chex.assert_trees_all_close(
+            jax.jit(jax.grad(rematerialised, argnums=(0, 1)))(self.lhs[0], self.rhs),
+            jax.jit(jax.grad(self._loss, argnums=(0, 1)))(self.lhs[0], self.rhs),
+            rtol=1e-6,
+        )
+
+    def test_without_jit(self):
+        chex.assert_trees_all_close(
+            jax.grad(self._loss, argnums=1)(self.lhs[0], self.rhs),
+            jax.jit(jax.grad(self._loss, argnums=1))(self.lhs[0], self.rhs),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+class AuthorsTest(parameterized.TestCase):
+    """Against gradients that the authors' own PyTorch code computed."""
+
+    @parameterized.product(
+        layer=("dense", "conv3x3", "conv3x3_stride2", "conv1x1", "conv3x3_groups4"),
+        rate=(0.5, 0.8, 0.9),
+        encoding=("index", "bitmap"),
+    )
+    def test_gradients(self, layer, rate, encoding):
+        x, kernel, bias, cotangent = (
+            _AUTHORS[f"{layer}/{name}"] for name in ("x", "kernel", "bias", "cotangent")
+        )
+        policy = DropIT(rate, chunk_size=None, encoding=encoding)
+        if layer == "dense":
+            operation = functools.partial(
+                dot_general, dimension_numbers=(((2,), (0,)), ((), ())), dropit=policy
+            )
+        else:
+            stride, padding, dilation, groups = _AUTHORS[f"{layer}/geometry"].tolist()
+            operation = functools.partial(
+                conv_general_dilated,
+                window_strides=(stride, stride),
+                padding=((padding, padding),) * 2,
+                rhs_dilation=(dilation, dilation),
+                dimension_numbers=_NHWC,
+                feature_group_count=groups,
+                dropit=policy,
+            )
+        out, pullback = jax.vjp(lambda x, k, b: operation(x, k) + b, x, kernel, bias)
+        actual = dict(
+            zip(
+                ("y", "grad_x", "grad_kernel", "grad_bias"),
+                (out, *pullback(cotangent)),
+                strict=True,
+            )
+        )
+        for name, value in actual.items():
+            expected = _AUTHORS[f"{layer}/rate_{rate}/{name}"]
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-5)
+
+    @parameterized.parameters(0.0, 0.5, 0.8, 0.9)
+    def test_losses_of_training(self, rate):
+        x, labels = _AUTHORS["sgd/x"], _AUTHORS["sgd/labels"]
+        params = [_AUTHORS[f"sgd/{name}"] for name in ("conv1", "conv2", "dense")]
+        policy = DropIT(rate, chunk_size=None) if rate else None
+
+        def loss_fn(params):
+            conv1, conv2, dense = params
+            same = {"padding": "SAME", "dimension_numbers": _NHWC}
+            h = jax.nn.relu(lax.conv_general_dilated(x, conv1, (1, 1), **same))
+            h = conv_general_dilated(h, conv2, (1, 1), **same, dropit=policy)
+            h = jax.nn.relu(h).reshape(len(x), -1)
+            logits = dot_general(h, dense, (((1,), (0,)), ((), ())), dropit=policy)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean()
+
+        optimizer = optax.sgd(0.05, momentum=0.9)
+
+        @jax.jit
+        def step(params, state):
+            loss, gradients = jax.value_and_grad(loss_fn)(params)
+            updates, state = optimizer.update(gradients, state)
+            return optax.apply_updates(params, updates), state, loss
+
+        state, losses = optimizer.init(params), []
+        for _ in range(20):
+            params, state, loss = step(params, state)
+            losses.append(loss)
+        np.testing.assert_allclose(
+            losses, _AUTHORS[f"sgd/rate_{rate}/losses"], rtol=1e-4, atol=1e-6
+        )
+
+
+if __name__ == "__main__":
+    absltest.main()
