@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 from jax import export
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from dropit_jax.ops import RESIDUAL_NAME
 
@@ -54,6 +54,10 @@ class CompileReport:
     aliased_bytes: int
 
 
+class TargetError(ValueError):
+    """There is no description of such a GPU."""
+
+
 class CompilerError(RuntimeError):
     """The GPU compiler is missing or failed."""
 
@@ -80,7 +84,7 @@ def compile_report(
       donate: indices of the arguments whose memory the results may take over.
 
     Raises:
-      ValueError: the target is unknown.
+      TargetError: the target is unknown.
       CompilerError: the CUDA plugin is missing, or the compilation failed.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
@@ -135,7 +139,7 @@ def _named_bytes(jaxpr: Jaxpr, name: str) -> int:
             avals: list[Any] = [variable.aval for variable in equation.outvars]
             total += sum(math.prod(a.shape) * a.dtype.itemsize for a in avals)
         repeats = equation.params.get("length", 1)  # of a scan's body
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             total += repeats * _named_bytes(inner, name)
     return total
 
@@ -146,7 +150,7 @@ def _find_target(target: str | Path) -> Path:
         return path
     if str(target) in targets():
         return _TARGETS / f"{target}.textproto"
-    raise ValueError(
+    raise TargetError(
         f"Unknown target {str(target)!r}: give one of {', '.join(targets())}, or the "
         "path of a GPU description."
     )

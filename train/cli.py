@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dropit_jax.memory import CompilerError
+from dropit_jax.memory import CompilerError, TargetError
 from train.config import ConfigError
 from train.interrupts import Interrupted
 
@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 # What a user can mend, and is told without a trace.
-_USER_ERRORS = (ConfigError, CompilerError, FloatingPointError)
+_USER_ERRORS = (ConfigError, CompilerError, FloatingPointError, TargetError)
 
 
 def launch(job: Callable[[ConfigDict, Path], None]) -> None:

@@ -99,7 +99,7 @@ def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
     """The median time of a training step of each variant, taken in turns."""
     states, steps, batches = {}, {}, {}
     for name, config in variants.items():
-        states[name] = jax.jit(lambda config=config: step_lib.initial_state(config))()
+        states[name] = step_lib.initialise(config)
         steps[name] = jax.jit(step_lib.train_step(config), donate_argnums=0)
         dataset = data.load(config.dataset, config.data_dir, config.image_size)
         batch = next(data.training_batches(dataset, config.batch_size, config.seed))

@@ -1,6 +1,5 @@
 """The training loop: steps, an evaluation and a checkpoint each epoch, resumption."""
 
-import functools
 import math
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
         in_shardings=(replicated, sharded),
         out_shardings=replicated,
     )
-    initial_state = functools.partial(step_lib.initial_state, config)
 
     def evaluate(state: step_lib.State) -> Meter:
         test = Meter()
@@ -74,13 +72,13 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
     ):
         done = checkpoints.latest_step() or 0
         if done:
-            abstract = jax.eval_shape(initial_state)
+            abstract = jax.eval_shape(lambda: step_lib.initial_state(config))
             state, position = checkpoints.restore(done, abstract, replicated)
             batches.set_state(position["data"])
             meter.restore(position["meter"])
             terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
         else:
-            state = jax.jit(initial_state, out_shardings=replicated)()
+            state = step_lib.initialise(config, replicated)
 
         def save() -> None:
             position = {"data": batches.get_state(), "meter": meter.state()}

@@ -60,7 +60,9 @@ class CompileReportTest(parameterized.TestCase):
         self.assertEqual(report.target, "mine")
 
     def test_unknown_targets_are_named_with_the_known_ones(self):
-        with pytest.raises(ValueError, match=r"'h1000'.*a100, a5000, a6000, h100, l4"):
+        with pytest.raises(
+            memory.TargetError, match=r"'h1000'.*a100, a5000, a6000, h100, l4"
+        ):
             memory.compile_report(_step, _W, _X, target="h1000")
 
     def test_a_missing_plugin_is_told_with_the_command_to_install_it(self):

@@ -1,0 +1,46 @@
+"""Runs the commands of `train` as a user does, on a task of seconds."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+
+TINY = (
+    "--config=configs/digits_resnet18.py",
+    "--config.image_size=8",
+    "--config.model.width=4",
+    "--config.batch_size=32",
+    "--config.num_epochs=6",
+    "--config.optimizer.learning_rate=0.05",
+)
+
+# What is compiled once is not compiled again by the next command.
+_CACHE = Path(tempfile.gettempdir()) / f"dropit-jax-tests-{os.getuid()}"
+
+
+def start(module, *arguments, devices=1):
+    """Starts `python -m module`; its output is text."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=_ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(module, *arguments, devices=1):
+    """Runs `python -m module` to its end: (exit status, output, errors)."""
+    process = start(module, *arguments, devices=devices)
+    out, errors = process.communicate()
+    return process.returncode, out, errors

@@ -1,0 +1,74 @@
+import io
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import PIL.Image
+import rich.console
+from absl.testing import absltest, parameterized
+
+from tests.train import commands
+from train import compare
+
+
+class CompareTest(parameterized.TestCase):
+    def test_the_command_prints_the_table_and_writes_it_and_the_curves(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        arguments = (*commands.TINY, "--config.num_epochs=1", f"--workdir={directory}")
+        status, out, errors = commands.run("train.compare", *arguments)
+        self.assertEqual((status, errors), (0, ""))
+        results = json.loads((directory / "comparison.json").read_text())
+        flax, dropit = results["flax"], results["dropit"]
+        # The inputs of all convolutions but the first and of the head, by hand: a stage
+        # of side n and width w reads one tensor of the stage before twice (its first
+        # convolution and its shortcut) and three of its own.
+        stages = ((8, 4), (4, 8), (2, 16), (1, 32))
+        own = [side**2 * width for side, width in stages]
+        inputs = 4 * own[0] + sum(
+            2 * before + 3 * after for before, after in itertools.pairwise(own)
+        )
+        self.assertEqual(flax["cached_bytes"], 32 * 4 * (inputs + 32))
+        self.assertLess(dropit["cached_bytes"], 0.4 * flax["cached_bytes"])
+        for result in (flax, dropit):
+            self.assertGreater(result["temp_bytes"], 0)
+            self.assertGreater(result["step_seconds"], 0)
+            self.assertBetween(result["test_accuracy"], 0, 1)
+        self.assertIn("temp bytes of a step on h100", out)
+        self.assertIn(f"{dropit['cached_bytes'] / flax['cached_bytes']:.2f}", out)
+        with PIL.Image.open(directory / "curves.png") as figure:
+            self.assertEqual(figure.format, "PNG")
+
+    def test_a_target_that_is_unknown_is_told_before_training(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory())) / "run"
+        arguments = (*commands.TINY, f"--workdir={directory}", "--target=h1000")
+        status, _, errors = commands.run("train.compare", *arguments)
+        self.assertEqual(status, 2)
+        self.assertIn("Unknown target 'h1000'", errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertFalse(directory.exists())
+
+    def test_the_table_has_values_and_ratios(self):
+        flax = compare.Measurements(0.8, 2**22, 2**23, 0.5)
+        dropit = compare.Measurements(0.9, 2**20, 2**22, 0.75)
+        console = rich.console.Console(file=io.StringIO(), width=120)
+        console.print(compare.table({"flax": flax, "dropit": dropit}, "l4"))
+        text = console.file.getvalue()
+        rows = [
+            [cell.strip() for cell in line.split("│")[1:-1]]
+            for line in text.splitlines()
+            if "│" in line
+        ]
+        self.assertEqual(
+            rows,
+            [
+                ["test accuracy", "0.800", "0.900", "1.12"],
+                ["cached by Conv and Dense, MiB", "4.0", "1.0", "0.25"],
+                ["temp bytes of a step on l4, MiB", "8.0", "4.0", "0.50"],
+                ["time of a step here, ms", "500", "750", "1.50"],
+            ],
+        )
+
+
+if __name__ == "__main__":
+    absltest.main()

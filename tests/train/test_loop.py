@@ -1,0 +1,179 @@
+import json
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from tests.train import commands
+from train import records
+
+_EPOCHS = 6
+_STEPS_PER_EPOCH = 1437 // 32
+
+
+def _metrics(workdir):
+    """The rows, but for what depends on the clock."""
+    rows = records.read(workdir / "metrics.csv")
+    return [
+        {name: value for name, value in row.items() if name != "images_per_second"}
+        for row in rows
+    ]
+
+
+def _steps(workdir):
+    """The steps of the whole checkpoints."""
+    paths = (workdir / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+def _wait_for(condition, process):
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"The run ended too early: {process.communicate()}")
+        time.sleep(0.01)
+
+
+class LoopTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.whole = cls.directory / "whole"
+        cls.result = cls._train(cls.whole)
+
+    @classmethod
+    def _train(cls, workdir, *more, **kwargs):
+        flag = f"--workdir={workdir}"
+        return commands.run("train.main", *commands.TINY, flag, *more, **kwargs)
+
+    def test_a_run_leaves_metrics_config_events_and_checkpoints(self):
+        status, out, errors = self.result
+        self.assertEqual((status, errors), (0, ""))
+        lines = [line for line in out.splitlines() if "epoch" in line]
+        self.assertLen(lines, _EPOCHS)
+        rows = _metrics(self.whole)
+        self.assertEqual([row["epoch"] for row in rows], list(range(1, _EPOCHS + 1)))
+        self.assertEqual(rows[-1]["step"], _EPOCHS * _STEPS_PER_EPOCH)
+        self.assertLess(rows[-1]["train_loss"], rows[0]["train_loss"])
+        self.assertGreater(rows[-1]["test_accuracy"], 0.5)
+        config = json.loads((self.whole / "config.json").read_text())
+        self.assertEqual(
+            config["model"], {"name": "resnet18", "stem": "cifar", "width": 4}
+        )
+        self.assertEqual(config["dropit"]["rate"], 0.875)
+        self.assertNotEmpty(list((self.whole / "tensorboard").glob("events.*")))
+        ends = [_STEPS_PER_EPOCH * epoch for epoch in (_EPOCHS - 1, _EPOCHS)]
+        self.assertEqual(_steps(self.whole), ends)
+
+    def test_a_finished_run_stays_as_it_is(self):
+        before = (self.whole / "metrics.csv").read_bytes()
+        status, out, _ = self._train(self.whole)
+        self.assertEqual(status, 0)
+        self.assertIn("after step 264 of 264", out)
+        self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
+
+    def test_sigkill_between_two_checkpoints_costs_nothing_but_time(self):
+        workdir = self.directory / "killed"
+        process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
+        _wait_for(lambda: 2 * _STEPS_PER_EPOCH in _steps(workdir), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        self.assertEqual(process.returncode, -signal.SIGKILL)
+        self.assertLess(_steps(workdir)[-1], _EPOCHS * _STEPS_PER_EPOCH)
+        status, out, _ = self._train(workdir)
+        self.assertEqual(status, 0)
+        self.assertIn("goes on after step", out)
+        self.assertEqual(_metrics(workdir), _metrics(self.whole))
+
+    @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
+    def test_a_signal_saves_the_step_that_runs(self, signum):
+        workdir = self.directory / signum.name
+        process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
+        _wait_for(lambda: _steps(workdir), process)
+        process.send_signal(signum)
+        _, errors = process.communicate()
+        self.assertEqual(process.returncode, 128 + signum)
+        saved = _steps(workdir)[-1]
+        self.assertLess(saved, _EPOCHS * _STEPS_PER_EPOCH)
+        self.assertIn(f"Stopped by {signum.name} after step {saved}", errors)
+        self.assertNotIn("Traceback", errors)
+        status, out, _ = self._train(workdir)
+        self.assertEqual(status, 0)
+        self.assertIn(f"goes on after step {saved} of", out)
+        self.assertEqual(_metrics(workdir), _metrics(self.whole))
+
+    def test_another_config_does_not_touch_the_run(self):
+        before = (self.whole / "metrics.csv").read_bytes()
+        status, _, errors = self._train(self.whole, "--config.dropit.rate=0.5")
+        self.assertEqual(status, 2)
+        self.assertIn("config.dropit.rate: 0.875 -> 0.5", errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
+
+    def test_several_devices_share_a_batch(self):
+        results = {}
+        for devices in (1, 4):
+            workdir = self.directory / f"{devices}_devices"
+            short = ("--config.num_epochs=1", "--config.batch_size=360")
+            status, _, errors = self._train(workdir, *short, devices=devices)
+            self.assertEqual((status, errors), (0, ""))
+            (results[devices],) = _metrics(workdir)
+        # The same sums in another order.
+        np.testing.assert_allclose(
+            list(results[4].values()), list(results[1].values()), rtol=1e-3
+        )
+
+    def test_a_batch_that_devices_cannot_share_is_refused(self):
+        workdir = self.directory / "uneven"
+        status, _, errors = self._train(workdir, devices=3)
+        self.assertEqual(status, 2)
+        self.assertIn("config.batch_size=32 cannot be split evenly over 3", errors)
+        self.assertFalse(workdir.exists())
+
+    def test_a_run_may_be_counted_in_steps(self):
+        config = self.directory / "steps.py"
+        config.write_text(
+            "from configs import digits_resnet18\n"
+            "def get_config():\n"
+            "    config = digits_resnet18.get_config()\n"
+            "    del config.num_epochs\n"
+            "    config.num_steps = 50\n"
+            "    config.image_size, config.model.width, config.batch_size = 8, 4, 32\n"
+            "    return config\n"
+        )
+        workdir = self.directory / "steps"
+        status, _, errors = commands.run(
+            "train.main", f"--config={config}", f"--workdir={workdir}"
+        )
+        self.assertEqual((status, errors), (0, ""))
+        self.assertEqual([row["step"] for row in _metrics(workdir)], [44, 50])
+
+    @parameterized.parameters(
+        (["--config.dropit.rat=0.5"], 'Did you mean "rate"'),
+        (["--config.dropit.rate=2"], r"config.dropit: DropIT.rate must be in [0, 1)"),
+        (["--config.model.name=resnet1"], "config.model.name: unknown value 'resnet1'"),
+        (["--config=nothing.py"], "No such file or directory: 'nothing.py'"),
+        (["stray"], "Not an argument: 'stray'"),
+    )
+    def test_a_wrong_command_is_told_in_a_line(self, arguments, message):
+        workdir = self.directory / "wrong"
+        status, out, errors = self._train(workdir, *arguments)
+        self.assertNotEqual(status, 0)
+        self.assertIn(message, out + errors)
+        self.assertNotIn("Traceback", out + errors)
+        self.assertFalse(workdir.exists())
+
+    def test_none_can_be_given_on_the_command_line(self):
+        workdir = self.directory / "none"
+        arguments = ("--config.dropit.chunk_size=None", "--config.num_epochs=1")
+        status, _, errors = self._train(workdir, *arguments)
+        self.assertEqual((status, errors), (0, ""))
+        config = json.loads((workdir / "config.json").read_text())
+        self.assertIsNone(config["dropit"]["chunk_size"])
+
+
+if __name__ == "__main__":
+    absltest.main()

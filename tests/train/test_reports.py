@@ -1,0 +1,169 @@
+"""What a run tells: sums, rows, events, lines."""
+
+import io
+import math
+import struct
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from absl.testing import absltest, parameterized
+from tensorboardX.proto import event_pb2
+
+from train import files, records
+from train.meter import Meter
+from train.step import Sums
+from train.terminal import Terminal
+
+
+def _row(step):
+    values = [step, step, 0.1 / step, 1 / 3, 0.25, math.pi, 0.5, 1234.5]
+    return dict(zip(records.COLUMNS, values, strict=True))
+
+
+def _scalars(directory):
+    """(step, tag) -> value of the event files, as TFRecords of events."""
+    scalars = {}
+    for path in sorted(directory.glob("events.*")):
+        content, start = path.read_bytes(), 0
+        while start < len(content):
+            (length,) = struct.unpack("<Q", content[start : start + 8])
+            event = event_pb2.Event.FromString(
+                content[start + 12 : start + 12 + length]
+            )
+            start += length + 16
+            for value in event.summary.value:
+                scalars[event.step, value.tag] = value.simple_value
+    return scalars
+
+
+class RecordsTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def test_rows_and_events_can_be_read_back(self):
+        with records.Records(self.directory, 0) as log:
+            for step in (1, 2):
+                log.append(_row(step))
+        path = self.directory / "metrics.csv"
+        self.assertEqual(records.read(path), [_row(1), _row(2)])
+        scalars = _scalars(self.directory / "tensorboard")
+        for step in (1, 2):
+            for name in records.COLUMNS[2:]:
+                expected = np.float32(_row(step)[name])
+                self.assertEqual(np.float32(scalars[step, name]), expected)
+
+    def test_rows_after_the_step_gone_on_from_are_dropped(self):
+        with records.Records(self.directory, 0) as log:
+            for step in (1, 2, 3):
+                log.append(_row(step))
+        with records.Records(self.directory, 2) as log:
+            self.assertEqual(log.rows, [_row(1), _row(2)])
+            log.append(_row(4))
+        rows = records.read(self.directory / "metrics.csv")
+        self.assertEqual(rows, [_row(1), _row(2), _row(4)])
+
+    def test_no_file_has_no_rows(self):
+        self.assertEqual(records.read(self.directory / "metrics.csv"), [])
+
+    def test_a_write_that_fails_leaves_the_old_file(self):
+        path = self.directory / "file"
+        files.write_atomically(path, "old")
+        with mock.patch("os.fsync", side_effect=OSError), pytest.raises(OSError):  # noqa: PT011
+            files.write_atomically(path, "new")
+        self.assertEqual(path.read_text(), "old")
+        files.write_atomically(path, b"new")
+        self.assertEqual([p.name for p in self.directory.iterdir()], ["file"])
+        self.assertEqual(path.read_text(), "new")
+
+
+class MeterTest(parameterized.TestCase):
+    def _add(self, meter, losses, start=1):
+        for step, loss in enumerate(losses, start):
+            sums = Sums(
+                loss=jnp.float32(loss), correct=jnp.float32(3), count=jnp.float32(4)
+            )
+            meter.add(step, sums)
+
+    def test_means_are_those_of_the_sums(self):
+        losses = np.random.default_rng(0).random(50).astype(np.float32)
+        meter = Meter()
+        self._add(meter, losses)
+        meter.finish()
+        self.assertEqual(meter.count, 200)
+        self.assertEqual(meter.accuracy, 0.75)
+        expected = float(np.cumsum(losses, dtype=np.float64)[-1]) / 200
+        self.assertEqual(meter.loss, expected)
+
+    def test_goes_on_from_a_state(self):
+        losses = np.random.default_rng(0).random(9).astype(np.float32)
+        whole, first, second = Meter(), Meter(), Meter()
+        self._add(whole, losses)
+        self._add(first, losses[:4])
+        second.restore(first.state())
+        self._add(second, losses[4:], start=5)
+        self.assertEqual(second.state(), whole.state())
+
+    def test_nothing_has_no_mean(self):
+        meter = Meter()
+        self._add(meter, [1.0])
+        meter.reset()
+        self.assertTrue(math.isnan(meter.loss))
+        self.assertTrue(math.isnan(meter.accuracy))
+
+    @parameterized.parameters(math.nan, math.inf)
+    def test_a_loss_that_is_not_finite_is_an_error_with_its_step(self, loss):
+        meter = Meter()
+        with pytest.raises(FloatingPointError, match=r"became (nan|inf) at step 2\."):  # noqa: PT012
+            self._add(meter, [1.0, loss])
+            meter.finish()
+
+
+class TerminalTest(parameterized.TestCase):
+    def _terminal(self, **kwargs):
+        self.out = io.StringIO()
+        return Terminal(rich.console.Console(file=self.out, width=100, **kwargs))
+
+    def test_a_line_is_a_line_and_brackets_are_brackets(self):
+        text = "[red] " + "long " * 100 + "[0]"
+        self._terminal().say(text)
+        self.assertEqual(self.out.getvalue(), text + "\n")
+
+    def test_elsewhere_than_on_a_terminal_a_line_comes_now_and_then(self):
+        terminal = self._terminal()
+        with mock.patch("time.monotonic") as now:
+            now.return_value = 0.0
+            with terminal.start("digits", 0, 100) as bar:
+                for now.return_value in (1.0, 29.0, 31.0, 32.0, 62.0):
+                    bar.update(int(now.return_value), 0.5, 0.25, 1500)
+        lines = self.out.getvalue().splitlines()
+        line = "digits  step {}/100  loss 0.500  accuracy 25.0%  1,500 images/s"
+        self.assertEqual(lines, [line.format(31), line.format(62)])
+
+    def test_on_a_terminal_there_is_a_bar(self):
+        terminal = self._terminal(force_terminal=True, color_system=None)
+        with terminal.start("digits", 5, 100) as bar:
+            bar.update(6, math.nan, math.nan, 0)
+            bar.update(40, 0.5, 0.25, 1500)
+            bar.say("a line above")
+        text = self.out.getvalue()
+        self.assertNotIn("nan", text)
+        for part in (
+            "digits",
+            "a line above",
+            "40/100",
+            "loss 0.500",
+            "accuracy 25.0%",
+        ):
+            self.assertIn(part, text)
+        self.assertIn("1,500 images/s", text)
+        self.assertIn("ETA", text)
+
+
+if __name__ == "__main__":
+    absltest.main()
