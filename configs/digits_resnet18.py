@@ -14,8 +14,8 @@ def get_config() -> ConfigDict:
     config.dataset = "digits"
     config.data_dir = ""  # the images come with scikit-learn
     config.image_size = 32
-    config.batch_size = 128
-    config.num_epochs = 12
+    config.batch_size = 64
+    config.num_epochs = 10
     config.seed = 42  # as in the paper, §4.1
 
     config.model = ConfigDict({"name": "resnet18", "width": 16, "stem": "cifar"})
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict(
         {
-            "learning_rate": 0.2,
+            "learning_rate": 0.1,
             "momentum": 0.9,
             "nesterov": False,
             "weight_decay": 5e-4,

@@ -57,7 +57,7 @@ class BasicBlock(nn.Module):
         y = relu(norm(name="norm1")(y))
         y = conv(self.features, (3, 3), padding=1, name="conv2")(y)
         # Zero: a new block is its shortcut (Goyal et al., 2017, §5.1).
-        y = norm(name="norm2", scale_init=nn.initializers.zeros_init())(y)
+        y = norm(name="norm2")(y)
         return relu(y + shortcut)
 
 
