@@ -131,6 +131,7 @@ class JsonTest(parameterized.TestCase):
 
     def test_differences_name_the_fields(self):
         old, new = digits_resnet18.get_config(), digits_resnet18.get_config()
+        old.num_epochs = 12
         new.dropit.rate = 0.5
         new.seed = 7
         del new.num_epochs
