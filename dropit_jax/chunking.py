@@ -6,6 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dropit_jax import shardings
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
@@ -55,6 +57,18 @@ def cut(shape: tuple[int, ...], chunk_size: int | None) -> Chunking:
     if row_size <= chunk_size:
         return Chunking(rows, 1, row_size, 0)
     return Chunking(rows, row_size // chunk_size, chunk_size, row_size % chunk_size)
+
+
+def as_rows(x: jax.Array, chunks: Chunking) -> jax.Array:
+    """A tensor of the shape that was cut, as (*rows, row size).
+
+    An explicit sharding is kept where no chunk crosses it, and undone elsewhere.
+    """
+    lead = len(chunks.rows)
+    cut_last_axis = lead == x.ndim - 1 and not chunks.tail
+    if not (cut_last_axis and chunks.count % shardings.shards(x, -1) == 0):
+        x = shardings.gather(x, keep=lead)
+    return x.reshape(*chunks.rows, chunks.row_size)
 
 
 def split(x: jax.Array, sizes: tuple[tuple[int, int], ...]) -> list[jax.Array]:

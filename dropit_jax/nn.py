@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dropit_jax import chunking, packing
+from dropit_jax import chunking, packing, shardings
 
 
 @jax.custom_vjp
@@ -24,8 +24,7 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def _relu_forward(x: Array) -> tuple[Array, Array]:
     rows = chunking.cut(x.shape, 8)
-    sign = (x > 0).reshape(*rows.rows, rows.row_size)
-    return jax.nn.relu(x), packing.pack(sign, 1)
+    return jax.nn.relu(x), packing.pack(chunking.as_rows(x > 0, rows), 1)
 
 
 def _relu_backward(packed: Array, cotangent: Array) -> tuple[Array]:
@@ -33,7 +32,8 @@ def _relu_backward(packed: Array, cotangent: Array) -> tuple[Array]:
     packed, cotangent = lax.optimization_barrier((packed, cotangent))
     rows = chunking.cut(cotangent.shape, 8)
     sign = packing.unpack(packed, 1, rows.row_size).astype(bool)
-    return (jnp.where(sign.reshape(cotangent.shape), cotangent, 0),)
+    sign = shardings.like(sign.reshape(cotangent.shape), cotangent)
+    return (jnp.where(sign, cotangent, 0),)
 
 
 relu.defvjp(_relu_forward, _relu_backward)

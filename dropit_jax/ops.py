@@ -1,6 +1,6 @@
 """`jax.lax` products that cache a compressed first operand for the weight gradient.
 
-Both operations share one rule. For a product `z = op(a, θ)`, linear in each operand:
+All operations share one rule. For a product `z = op(a, θ)`, linear in each operand:
 
     forward    z = op(a, θ)                  cached: compress(a), θ
     backward   ∇a = opᵀ(·, θ)(∇z)            exact
@@ -10,26 +10,46 @@ Both operations share one rule. For a product `z = op(a, θ)`, linear in each op
 that JAX's own rules decide their dtypes, precision and shardings.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import opt_einsum
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dropit_jax import shardings, sharing
 from dropit_jax.policy import DropIT
 from dropit_jax.residual import Residual, compress
 
 # The name of what is cached, for `jax.checkpoint_policies.save_only_these_names`.
 RESIDUAL_NAME = "dropit"
 
-_Product = Callable[[Array, Array], Array]
-# The compressed `a` (None: the kernel is frozen), the kernel, and opᵀ(·, kernel).
-_Saved = tuple[Residual | None, Array, Callable[[Array], tuple[Array]]]
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an operand is to be read as (batch, *positions, channels).
+
+    Attributes:
+      order: its axes, those of the samples first, those of the channels last.
+      channel_axes: how many of the last are the channels.
+    """
+
+    order: tuple[int, ...]
+    channel_axes: int = 1
+
+
+_Observe = Callable[[Array, Layout, int], None]
+_observer: contextvars.ContextVar[_Observe | None]
+_observer = contextvars.ContextVar("observer", default=None)
 
 
 def dot_general(
@@ -41,6 +61,7 @@ def dot_general(
     *,
     out_sharding: Any = None,
     dropit: DropIT | None = None,
+    key: Array | None = None,
     operation: Callable[..., Array] = lax.dot_general,
 ) -> Float[Array, "..."]:
     """`lax.dot_general` that caches `lhs` compressed.
@@ -52,7 +73,8 @@ def dot_general(
         `preferred_element_type` and `out_sharding`.
       dropit: what of `lhs` to keep for the gradient of `rhs`. The leading axis of a
         sample is the first that is not contracted; chunks run along the contracted
-        axes. `None`: the plain operation.
+        axes, which together are the channels. `None`: the plain operation.
+      key: a PRNG key, for policies that need one.
       operation: what computes the product: a function with the signature of
         `lax.dot_general`, linear in each operand.
 
@@ -61,7 +83,10 @@ def dot_general(
       of `rhs` is the one that `operation` has at the sparse `lhs`.
 
     Raises:
-      TypeError: `lhs` is not a real floating-point array.
+      TypeError: `lhs` is not a real floating-point array, or forward-mode
+        differentiation was asked for, which the operation does not have.
+      ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
+        key that it needs is missing.
     """
     kwargs: dict[str, Any] = {"precision": precision}
     # Replacements of `lax.dot_general` seldom take these, and seldom are they given.
@@ -75,9 +100,10 @@ def dot_general(
 
     if dropit is None:
         return product(lhs, rhs)
-    (contracted, _), (batch, _) = dimension_numbers
-    free = [i for i in range(jnp.ndim(lhs)) if i not in (*contracted, *batch)]
-    return _cached_product(product, dropit, (*batch, *free, *contracted), lhs, rhs)
+    (contracted, _), _ = dimension_numbers
+    others = [i for i in range(jnp.ndim(lhs)) if i not in contracted]
+    layout = Layout((*others, *contracted), len(contracted))
+    return cached_product(product, lhs, rhs, dropit=dropit, layout=layout, key=key)
 
 
 def conv_general_dilated(
@@ -95,6 +121,7 @@ def conv_general_dilated(
     out_sharding: Any = None,
     *,
     dropit: DropIT | None = None,
+    key: Array | None = None,
     operation: Callable[..., Array] = lax.conv_general_dilated,
 ) -> Float[Array, "..."]:
     """`lax.conv_general_dilated` that caches `lhs` compressed.
@@ -107,6 +134,7 @@ def conv_general_dilated(
       dropit: what of `lhs` to keep for the gradient of `rhs`. Samples are cut in the
         order (batch, spatial axes, features), whatever the layout of `lhs`. `None`:
         the plain operation.
+      key: a PRNG key, for policies that need one.
       operation: what computes the product: a function with the signature of
         `lax.conv_general_dilated`, linear in each operand.
 
@@ -115,7 +143,10 @@ def conv_general_dilated(
       that of `rhs` is the one that `operation` has at the sparse `lhs`.
 
     Raises:
-      TypeError: `lhs` is not a real floating-point array.
+      TypeError: `lhs` is not a real floating-point array, or forward-mode
+        differentiation was asked for, which the operation does not have.
+      ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
+        key that it needs is missing.
     """
     kwargs: dict[str, Any] = {
         "lhs_dilation": lhs_dilation,
@@ -136,52 +167,230 @@ def conv_general_dilated(
 
     if dropit is None:
         return product(lhs, rhs)
-    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    batch, features, *spatial = layout.lhs_spec
-    return _cached_product(product, dropit, (batch, *spatial, features), lhs, rhs)
+    dimensions = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    batch, features, *spatial = dimensions.lhs_spec
+    layout = Layout((batch, *spatial, features))
+    return cached_product(product, lhs, rhs, dropit=dropit, layout=layout, key=key)
+
+
+def einsum(
+    equation: str,
+    lhs: Float[Array, "..."],
+    rhs: Float[Array, "..."],
+    *,
+    dropit: DropIT | None = None,
+    key: Array | None = None,
+    operation: Callable[..., Array] = jnp.einsum,
+    **kwargs: Any,
+) -> Float[Array, "..."]:
+    """`jax.numpy.einsum` of two operands that caches `lhs` compressed.
+
+    Args:
+      equation: as in `jax.numpy.einsum`, with an explicit result ("->").
+      lhs: the activation.
+      rhs: the kernel.
+      dropit: what of `lhs` to keep for the gradient of `rhs`. The axes that are summed
+        over with the kernel are the channels. `None`: the plain operation.
+      key: a PRNG key, for policies that need one.
+      operation: what computes the product: a function with the signature of
+        `jax.numpy.einsum`, linear in each operand.
+      **kwargs: other arguments of `jax.numpy.einsum`.
+
+    Returns:
+      The product, bit-identical to `operation`'s. The gradient of `lhs` is exact, that
+      of `rhs` is the one that `operation` has at the sparse `lhs`.
+
+    Raises:
+      TypeError, ValueError: as `dot_general`; and the equation is not of two operands
+        and a result.
+    """
+
+    def product(lhs: Array, rhs: Array) -> Array:
+        return operation(equation, lhs, rhs, **kwargs)
+
+    if dropit is None:
+        return product(lhs, rhs)
+    layout = einsum_layout(equation, lhs, rhs)
+    return cached_product(product, lhs, rhs, dropit=dropit, layout=layout, key=key)
+
+
+def einsum_layout(equation: str, lhs: Array, rhs: Array) -> Layout:
+    """The layout of `lhs` in an einsum."""
+    if equation.count("->") != 1 or equation.count(",") != 1:
+        raise ValueError(
+            "DropIT takes einsum equations of two operands and a result, such as "
+            f"'bd,dh->bh', got {equation!r}."
+        )
+    operands, result, _ = opt_einsum.parser.parse_einsum_input(
+        (equation.replace(" ", ""), lhs, rhs)
+    )
+    activation, kernel = operands.split(",")
+    channels = [i for i, c in enumerate(activation) if c in kernel and c not in result]
+    others = [i for i in range(len(activation)) if i not in channels]
+    return Layout((*others, *channels), len(channels))
+
+
+def cached_product(
+    product: Callable[..., Array],
+    lhs: Float[Array, "..."],
+    rhs: Array,
+    offset: Any = (),
+    *,
+    dropit: DropIT,
+    layout: Layout,
+    key: Array | None = None,
+) -> Array:
+    """`product(lhs, rhs, *offset)`, caching `lhs` compressed.
+
+    The rule that the operations above share, for any product.
+
+    Args:
+      product: a function, linear in each of `lhs` and `rhs`, to whose result the
+        arrays of `offset` may be added: a layer's bias.
+      lhs: the activation.
+      rhs: the kernel.
+      offset: a tuple of arrays, whose gradient is exact.
+      dropit: what of `lhs` to keep for the gradient of `rhs`.
+      layout: which axes of `lhs` are the samples and the channels.
+      key: a PRNG key, for policies that need one.
+
+    Raises:
+      TypeError, ValueError: as `dot_general`.
+    """
+    if (observe := _observer.get()) is not None:
+        observe(lhs, layout, _bytes_cached(lhs, dropit, layout))
+    with _forward_mode_explained():
+        return _cached_product(product, dropit, layout, lhs, rhs, offset, key)
+
+
+@contextlib.contextmanager
+def observed(observe: _Observe) -> Iterator[None]:
+    """Tells of every caching operation: its `lhs`, the layout, the bytes it caches."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _cached_product(
-    product: _Product, dropit: DropIT, order: tuple[int, ...], lhs: Array, rhs: Array
+    product: Callable[..., Array],
+    dropit: DropIT,
+    layout: Layout,
+    lhs: Array,
+    rhs: Array,
+    offset: tuple[Array, ...],
+    key: Array | None,
 ) -> Array:
-    """`product(lhs, rhs)`, caching `lhs` compressed with its axes in this order."""
-    del dropit, order
-    return product(lhs, rhs)
+    del dropit, layout, key
+    return product(lhs, rhs, *offset)
+
+
+# The compressed `a` (None: the kernel is frozen), kernel, offset, and opᵀ(·, kernel).
+_Saved = tuple[
+    Residual | None, Array, tuple[Array, ...], Callable[[Array], tuple[Array]]
+]
 
 
 def _forward(
-    product: _Product, dropit: DropIT, order: tuple[int, ...], lhs: Any, rhs: Any
+    product: Callable[..., Array],
+    dropit: DropIT,
+    layout: Layout,
+    lhs: Any,
+    rhs: Any,
+    offset: Any,
+    key: Any,
 ) -> tuple[Array, _Saved]:
     a, kernel = lhs.value, rhs.value
+    added = tuple(term.value for term in offset)
     residual = None
     if rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
-        residual = compress(jnp.transpose(a, order), dropit)
-        residual = checkpoint_name(residual, RESIDUAL_NAME)
-        # Without the barrier XLA may compress late, which keeps `a` alive till then.
-        a, residual = lax.optimization_barrier((a, residual))
-    z, pullback_a = jax.vjp(lambda a: product(a, kernel), a)
-    return z, (residual, kernel, pullback_a)
+        key = None if key is None else key.value
+        a, residual = _compressed(a, dropit, layout, key)
+    z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
+    return z, (residual, kernel, added, pullback_a)
 
 
 def _backward(
-    product: _Product,
+    product: Callable[..., Array],
     dropit: DropIT,
-    order: tuple[int, ...],
+    layout: Layout,
     saved: _Saved,
     cotangent: Array,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Array | None, Any, None]:
     del dropit
-    residual, kernel, pullback_a = saved
-    if residual is None:
-        return *pullback_a(cotangent), None
-    # Without the barrier XLA may decompress early, which keeps the dense â alive
-    # through the whole forward pass.
-    residual, cotangent = lax.optimization_barrier((residual, cotangent))
-    a_hat = jnp.transpose(residual.decompress(), tuple(np.argsort(order)))
-    _, pullback_kernel = jax.vjp(lambda kernel: product(a_hat, kernel), kernel)
-    return *pullback_a(cotangent), *pullback_kernel(cotangent)
+    residual, kernel, offset, pullback_a = saved
+    if residual is not None:
+        # Without the barrier XLA may decompress early, which keeps the dense â alive
+        # through the whole forward pass.
+        residual, cotangent = lax.optimization_barrier((residual, cotangent))
+    (to_a,) = pullback_a(cotangent)
+    if residual is None and not offset:
+        return to_a, None, (), None
+    a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
+    if residual is not None:
+        a_hat = _restore(residual.decompress(), layout, to_a)
+    _, pullback = jax.vjp(functools.partial(product, a_hat), kernel, *offset)
+    to_kernel, *to_offset = pullback(cotangent)
+    return to_a, None if residual is None else to_kernel, tuple(to_offset), None
 
 
 # Symbolic zeros tell the forward rule which operands are differentiated.
 _cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _compressed(
+    a: Array, dropit: DropIT, layout: Layout, key: Array | None
+) -> tuple[Array, Residual]:
+    """The activation to go on with, and what is cached of it."""
+    tied = a
+
+    def compute() -> Residual:
+        nonlocal tied
+        residual = compress(_arrange(a, dropit, layout), dropit, key)
+        residual = checkpoint_name(residual, RESIDUAL_NAME)
+        # Without the barrier XLA may compress late, which keeps `a` alive till then.
+        tied, residual = lax.optimization_barrier((a, residual))
+        return residual
+
+    operands = (a,) if key is None else (a, key)
+    return tied, sharing.once(compute, operands, (dropit, layout))
+
+
+def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int:
+    def compressed(a: Array, key: Array) -> Residual:
+        return compress(_arrange(a, dropit, layout), dropit, key)
+
+    return jax.eval_shape(compressed, lhs, jax.random.key(0)).nbytes
+
+
+def _arrange(a: Array, dropit: DropIT, layout: Layout) -> Array:
+    """The operand as (batch, *positions, channels)."""
+    ordered = jnp.transpose(a, layout.order)
+    if layout.channel_axes == 1 or not dropit.per_channel:
+        return ordered  # chunks need no merging of axes
+    lead = ordered.ndim - layout.channel_axes
+    merged = (*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
+    return shardings.gather(ordered, keep=lead).reshape(merged)
+
+
+def _restore(arranged: Array, layout: Layout, operand: Array) -> Array:
+    """The inverse of `_arrange`, for an operand of this shape and sharding."""
+    ordered = arranged.reshape([operand.shape[axis] for axis in layout.order])
+    restored = jnp.transpose(ordered, tuple(np.argsort(layout.order)))
+    return shardings.like(restored, operand)
+
+
+@contextlib.contextmanager
+def _forward_mode_explained() -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "DropIT has no forward-mode differentiation (jax.jvp, jax.jacfwd, "
+            "jax.linearize): it is an approximation of the reverse mode. Use jax.grad "
+            "or jax.vjp, or dropit=None."
+        ) from error

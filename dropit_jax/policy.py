@@ -11,24 +11,21 @@ Strategy = Literal["min_k", "random"]
 Granularity = Literal["element", "channel"]
 Encoding = Literal["auto", "index", "bitmap"]
 Selection = Literal["auto", "top_k"]
-ValueDtype = Literal["bfloat16", "int8", "int4", "int2"]
+ValueDtype = Literal["bfloat16", "float16", "int8", "int4", "int2"]
+Rounding = Literal["nearest", "stochastic"]
 Fill = Literal["zero", "mean"]
 
-# Every value that a field may take, and the ones that are implemented so far.
+# Every value that a field may take.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "strategy": ("min_k", "random"),
     "granularity": ("element", "channel"),
     "encoding": ("auto", "index", "bitmap"),
     "selection": ("auto", "top_k"),
-    "value_dtype": (None, "bfloat16", "int8", "int4", "int2"),
+    "value_dtype": (None, "bfloat16", "float16", "int8", "int4", "int2"),
+    "rounding": ("nearest", "stochastic"),
     "fill": ("zero", "mean"),
 }
-_AVAILABLE: dict[str, tuple[Any, ...]] = _KNOWN | {
-    "strategy": ("min_k",),
-    "granularity": ("element",),
-    "value_dtype": (None, "bfloat16"),
-    "fill": ("zero",),
-}
+_CODE_BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 # `(1 - rate) * size` may miss a whole number by a rounding error: (1 - 0.9) * 10 is
 # 0.9999999999999998, and one element of ten is meant.
@@ -46,9 +43,11 @@ class DropIT:
       rate: the dropping rate γ, the fraction of every cached tensor that is dropped;
         `0 <= rate < 1`. At 0 the layer is the plain Flax layer.
       strategy: which elements are dropped: `"min_k"`, those of smallest magnitude, or
-        `"random"`, a uniform sample.
-      granularity: what is dropped: single elements (`"element"`) or whole channels,
-        ranked by their L2 norm (`"channel"`).
+        `"random"`, a uniform sample, for which the operation needs a PRNG key.
+      granularity: what is dropped: single elements (`"element"`), or whole channels
+        (`"channel"`), the same ones for the whole batch; min-k ranks them by their L2
+        norm over batch and positions. Fields about chunks and positions do not apply
+        to channels.
       chunk_size: the selection's D. Each sample (each slice along the leading axis) is
         flattened and cut into chunks of D consecutive elements, the last one shorter
         if need be, and every chunk selects on its own, so that no chunk crosses a
@@ -59,13 +58,20 @@ class DropIT:
       selection: how the largest of a chunk are found: `"top_k"` calls `lax.top_k`,
         `"auto"` the fastest exact method for this D. The result is the same.
       value_dtype: the type in which kept values are stored; `None`: the activation's.
+        The integer types are unsigned codes, packed, with a minimum and a scale for
+        every group of kept values.
+      group_size: kept values in a group that shares a minimum and a scale (4 bytes
+        together). A group never crosses a sample.
+      rounding: how a value becomes a code: `"nearest"`, or `"stochastic"`, unbiased
+        within the group's range, for which the operation needs a PRNG key.
       fill: what a dropped element is rebuilt as: `"zero"` (the paper), or `"mean"`,
-        the mean of the dropped elements of its sample and channel.
+        the mean of the dropped elements of its sample and channel, which is cached
+        too.
 
     Raises:
-      ValueError: a field's value is unknown or out of range.
+      ValueError: a field's value is unknown, out of range, or without meaning beside
+        another's.
       TypeError: a field's value has the wrong type.
-      NotImplementedError: the value is known, but not implemented yet.
     """
 
     rate: float = 0.875
@@ -75,14 +81,47 @@ class DropIT:
     encoding: Encoding = "auto"
     selection: Selection = "auto"
     value_dtype: ValueDtype | None = None
+    group_size: int = 64
+    rounding: Rounding = "nearest"
     fill: Fill = "zero"
 
     def __post_init__(self) -> None:
+        chunk_size = self.chunk_size
+        if chunk_size is not None:
+            chunk_size = _checked_size("chunk_size", chunk_size, " or None")
         object.__setattr__(self, "rate", _checked_rate(self.rate))
-        object.__setattr__(self, "chunk_size", _checked_chunk_size(self.chunk_size))
+        object.__setattr__(self, "chunk_size", chunk_size)
+        object.__setattr__(
+            self, "group_size", _checked_size("group_size", self.group_size)
+        )
         object.__setattr__(self, "value_dtype", _dtype_name(self.value_dtype))
         for field in _KNOWN:
             _check_choice(field, getattr(self, field))
+        if self.granularity == "channel" and self.encoding == "bitmap":
+            raise ValueError(
+                "DropIT.encoding='bitmap' is for elements; with granularity='channel' "
+                "the indices of the kept channels are stored: leave it at 'auto'."
+            )
+        if self.rounding == "stochastic" and self.code_bits is None:
+            raise ValueError(
+                "DropIT.rounding='stochastic' is for value_dtype 'int8', 'int4' or "
+                f"'int2', got value_dtype={self.value_dtype!r}."
+            )
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of the codes that kept values are stored as; `None` for floats."""
+        return None if self.value_dtype is None else _CODE_BITS.get(self.value_dtype)
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a PRNG key decides what is cached."""
+        return self.strategy == "random" or self.rounding == "stochastic"
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether the policy tells channels apart, not elements alone."""
+        return self.granularity == "channel" or self.fill == "mean"
 
     def kept(self, size: int) -> int:
         """How many of `size` elements that select together are kept.
@@ -104,19 +143,16 @@ def _checked_rate(rate: Any) -> float:
     return float(rate)
 
 
-def _checked_chunk_size(chunk_size: Any) -> int | None:
-    if chunk_size is None:
-        return None
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
+def _checked_size(field: str, size: Any, alternative: str = "") -> int:
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
         raise TypeError(
-            f"DropIT.chunk_size must be a positive integer or None, got {chunk_size!r}."
+            f"DropIT.{field} must be a positive integer{alternative}, got {size!r}."
         )
-    if chunk_size < 1:
+    if size < 1:
         raise ValueError(
-            f"DropIT.chunk_size must be at least 1, got {chunk_size!r}; None selects "
-            "over the whole tensor."
+            f"DropIT.{field} must be a positive integer{alternative}, got {size!r}."
         )
-    return int(chunk_size)
+    return int(size)
 
 
 def _dtype_name(value_dtype: Any) -> Any:
@@ -133,8 +169,3 @@ def _check_choice(field: str, value: Any) -> None:
     if value not in _KNOWN[field]:
         known = ", ".join(map(repr, _KNOWN[field]))
         raise ValueError(f"DropIT.{field}: unknown value {value!r}; known are {known}.")
-    if value not in _AVAILABLE[field]:
-        available = ", ".join(map(repr, _AVAILABLE[field]))
-        raise NotImplementedError(
-            f"DropIT.{field}={value!r} is not implemented yet; use {available}."
-        )

@@ -2,19 +2,24 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Shaped
 
-from dropit_jax import chunking, packing, selection
-from dropit_jax.chunking import Chunking
+from dropit_jax import channels, chunking, encodings, selection, shardings
 from dropit_jax.policy import DropIT
+from dropit_jax.quantization import Quantized, quantize
+
+# Below so many elements a sample and channel, `fill="mean"` is refused: the means
+# would take more than this share of the bytes that DropIT is there to save.
+_MIN_ELEMENTS_PER_MEAN = 8
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "positions"),
+    data_fields=("values", "positions", "means"),
     meta_fields=("shape", "dtype", "dropit"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +29,20 @@ class Residual:
     A pytree whose leaves are the arrays that are really stored.
 
     Attributes:
-      values: the kept elements, chunk after chunk along the last axis.
-      positions: where in their chunks they belong, in the encoding that
-        `encoding(shape, dropit)` names; `None` if everything is kept.
+      values: what is kept, chunk after chunk along the last axis, or the kept channels.
+      positions: where that belongs: of elements, in the encoding that
+        `encoding(shape, dropit)` names; of channels, their indices. `None` if
+        everything is kept.
+      means: of the dropped elements of each sample and channel; `None` without
+        `fill="mean"`.
       shape: the activation's shape.
       dtype: the activation's dtype.
       dropit: the policy that made it.
     """
 
-    values: Shaped[Array, "*rows kept"]
+    values: Shaped[Array, "*rows kept"] | Quantized
     positions: Shaped[Array, "*rows stored"] | None
+    means: Float[Array, "batch channels"] | None
     shape: tuple[int, ...]
     dtype: jnp.dtype
     dropit: DropIT
@@ -41,143 +50,161 @@ class Residual:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored arrays."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(self)
+        )
 
     def decompress(self) -> Float[Array, "*shape"]:
-        """The sparse activation â: kept elements in their places, zero elsewhere."""
-        values = self.values.astype(self.dtype)
+        """The activation â: what was kept in its place, and the fill elsewhere."""
+        values = self.values
+        if isinstance(values, Quantized):
+            values = values.dequantize(self.dtype)
+        values = values.astype(self.dtype)
         if self.positions is None:
             return values
-        chunks = chunking.cut(self.shape, self.dropit.chunk_size)
-        if encoding(self.shape, self.dropit) == "bitmap":
-            restored = _from_bitmap(values, self.positions, chunks, self.dropit)
-        else:
-            restored = _from_indices(values, self.positions, chunks, self.dropit)
-        return restored.reshape(self.shape)
+        placed = _place(values, self.positions, self.shape, self.dropit)
+        if self.means is None:
+            return placed
+        kept = _kept_mask(self.positions, values, self.shape, self.dropit)
+        batch, features = self.means.shape
+        means = self.means.reshape(batch, *[1] * (len(self.shape) - 2), features)
+        return jnp.where(kept, placed, means.astype(self.dtype))
 
 
-def compress(x: Float[Array, "*shape"], dropit: DropIT) -> Residual:
-    """Keeps the elements of `x` that the policy selects (paper §3.2, Figure 2).
+def compress(
+    x: Float[Array, "*shape"], dropit: DropIT, key: Array | None = None
+) -> Residual:
+    """Keeps what the policy selects of `x` (paper §3.2, Figure 2).
 
     Args:
-      x: an activation; its leading axis is the batch. Any real floating dtype.
+      x: an activation; its leading axis is the batch, its last the channels. Any real
+        floating dtype.
       dropit: what to keep.
+      key: a PRNG key, for policies that need one; the same key keeps the same.
 
     Returns:
-      The kept elements and their positions. Everything is kept, as it is and without
-      positions, where no chunk drops anything: at `rate=0`.
+      What is kept, and its positions. Everything is kept, without positions, where
+      nothing is dropped: at `rate=0`.
 
     Raises:
       TypeError: `x` is not a real floating-point array.
+      ValueError: the key is missing, or `x` has too few elements a sample and channel
+        for `fill="mean"`.
     """
     x = jnp.asarray(x)
+    _check(x, dropit, key)
+    select_key, round_key = (None, None) if key is None else jax.random.split(key)
+    values, positions = _select(x, dropit, select_key)
+    means = None
+    if dropit.fill == "mean" and positions is not None:
+        kept = _kept_mask(positions, values, x.shape, dropit)
+        means = _dropped_means(x, kept).astype(_float_dtype(x, dropit))
+    return Residual(
+        values=_store(values, dropit, round_key),
+        positions=positions,
+        means=means,
+        shape=x.shape,
+        dtype=x.dtype,
+        dropit=dropit,
+    )
+
+
+def encoding(shape: tuple[int, ...], dropit: DropIT) -> str:
+    """`"index"` or `"bitmap"`: how positions in a tensor of this shape are stored."""
+    return encodings.choose(chunking.cut(shape, dropit.chunk_size), dropit)
+
+
+def _check(x: Array, dropit: DropIT, key: Array | None) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"DropIT caches real floating-point activations, got {x.dtype}{x.shape}. "
             "Convert the input, or leave this operation without a policy."
         )
-    residual = functools.partial(Residual, shape=x.shape, dtype=x.dtype, dropit=dropit)
-    stored = x.dtype if dropit.value_dtype is None else jnp.dtype(dropit.value_dtype)
+    if dropit.needs_key and key is None:
+        raise ValueError(
+            f"{dropit} needs a PRNG key: give the operation key=..., or give the "
+            "module's apply rngs={'dropit': key}. Lifted transformations such as "
+            "nn.scan must split that stream too."
+        )
+    if dropit.fill == "mean" and math.prod(x.shape[1:-1]) < _MIN_ELEMENTS_PER_MEAN:
+        raise ValueError(
+            "DropIT.fill='mean' caches a value for every sample and channel, and an "
+            f"activation of shape {x.shape} has {math.prod(x.shape[1:-1])} element(s) "
+            f"in each; it takes at least {_MIN_ELEMENTS_PER_MEAN}. Use fill='zero' for "
+            "this layer."
+        )
+
+
+def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array | None]:
+    """What is kept, and its positions; `None` for these where everything is kept."""
+    random_key = key if dropit.strategy == "random" else None
+    if dropit.granularity == "channel":
+        count = x.shape[-1] if x.ndim else 1
+        k = dropit.kept(count)
+        if k == count:
+            return x, None
+        x = shardings.gather(x, keep=x.ndim - 1)
+        if random_key is None:
+            kept = channels.largest(x, k)
+        else:
+            kept = channels.random(random_key, count, k)
+        return channels.take(x, kept), kept.astype(_index_dtype(count))
     chunks = chunking.cut(x.shape, dropit.chunk_size)
     if all(dropit.kept(size) == size for _, size in chunks.segments):
-        return residual(values=x.astype(stored), positions=None)
-    segments = chunking.split(x.reshape(*chunks.rows, chunks.row_size), chunks.segments)
-    if encoding(x.shape, dropit) == "bitmap":
-        values, positions = _to_bitmap(segments, dropit)
-    else:
-        values, positions = _to_indices(segments, chunks, dropit)
-    return residual(values=values.astype(stored), positions=positions)
+        return x, None
+    rows = chunking.as_rows(x, chunks)
+    scores = None
+    if random_key is not None:
+        scores = selection.random_scores(random_key, rows.shape)
+        scores = shardings.like(scores, rows)
+    return encodings.encode(rows, chunks, dropit, scores)
 
 
-def encoding(shape: tuple[int, ...], dropit: DropIT) -> str:
-    """`"index"` or `"bitmap"`: how the positions in a tensor of this shape are stored.
+def _index_dtype(count: int) -> jax.typing.DTypeLike:
+    """The smallest type of an index below `count`."""
+    for bits in (8, 16):
+        if count <= 2**bits:
+            return f"uint{bits}"
+    return jnp.int32
 
-    `"auto"` takes the one of fewer bytes, and of two equal ones the index.
-    """
-    if dropit.encoding != "auto":
-        return dropit.encoding
+
+def _place(
+    values: Array, positions: Array, shape: tuple[int, ...], dropit: DropIT
+) -> Array:
+    """Kept values in their places, and zero elsewhere."""
+    if dropit.granularity == "channel":
+        return channels.place(values, positions, shape[-1])
     chunks = chunking.cut(shape, dropit.chunk_size)
-    by_index = packing.packed_size(_kept(chunks, dropit), _index_bits(chunks.size))
-    by_bitmap = packing.packed_size(chunks.row_size, 1)
-    return "bitmap" if by_bitmap < by_index else "index"
+    return encodings.decode(values, positions, chunks, dropit).reshape(shape)
 
 
-def _kept(chunks: Chunking, dropit: DropIT) -> int:
-    """Elements kept of a row."""
-    return sum(count * size for count, size in _kept_segments(chunks, dropit))
-
-
-def _kept_segments(chunks: Chunking, dropit: DropIT) -> tuple[tuple[int, int], ...]:
-    return tuple((count, dropit.kept(size)) for count, size in chunks.segments)
-
-
-def _index_bits(chunk_size: int) -> int:
-    """Bits of the smallest index type that addresses a chunk."""
-    for bits in (4, 8, 16):
-        if chunk_size <= 2**bits:
-            return bits
-    return 32
-
-
-def _to_indices(
-    segments: list[Array], chunks: Chunking, dropit: DropIT
-) -> tuple[Array, Array]:
-    picked = [
-        selection.top_k(s, dropit.kept(s.shape[-1]), dropit.selection) for s in segments
-    ]
-    values = chunking.join([values for values, _ in picked])
-    indices = chunking.join([indices for _, indices in picked])
-    bits = _index_bits(chunks.size)
-    if bits == 4:
-        return values, packing.pack(indices, bits)
-    return values, indices.astype(jnp.int32 if bits == 32 else f"uint{bits}")
-
-
-def _from_indices(
-    values: Array, positions: Array, chunks: Chunking, dropit: DropIT
+def _kept_mask(
+    positions: Array, values: Array, shape: tuple[int, ...], dropit: DropIT
 ) -> Array:
-    if _index_bits(chunks.size) == 4:
-        positions = packing.unpack(positions, 4, _kept(chunks, dropit))
-    kept = _kept_segments(chunks, dropit)
-    return chunking.join(
-        [
-            selection.place(v, p, size)
-            for v, p, (_, size) in zip(
-                chunking.split(values, kept),
-                chunking.split(positions, kept),
-                chunks.segments,
-                strict=True,
-            )
-        ]
-    )
+    ones = jnp.ones(values.shape, jnp.uint8)
+    return _place(ones, positions, shape, dropit).astype(bool)
 
 
-def _to_bitmap(
-    segments: list[Array], dropit: DropIT
-) -> tuple[Array, UInt8[Array, "*rows bytes"]]:
-    kept = [dropit.kept(segment.shape[-1]) for segment in segments]
-    masks = [
-        selection.top_k_mask(segment, k, dropit.selection)
-        for segment, k in zip(segments, kept, strict=True)
-    ]
-    values = [
-        selection.compact(segment, mask, k)
-        for segment, mask, k in zip(segments, masks, kept, strict=True)
-    ]
-    return chunking.join(values), packing.pack(chunking.join(masks), 1)
+def _dropped_means(
+    x: Float[Array, "batch *positions channels"], kept: Array
+) -> Float[Array, "batch channels"]:
+    """The mean of the dropped elements of each sample and channel; 0 for none."""
+    positions = tuple(range(1, x.ndim - 1))
+    wide = jnp.where(kept, 0, x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    dropped = jnp.sum(~kept, axis=positions)
+    return jnp.sum(wide, axis=positions) / jnp.maximum(dropped, 1)
 
 
-def _from_bitmap(
-    values: Array, positions: Array, chunks: Chunking, dropit: DropIT
-) -> Array:
-    mask = packing.unpack(positions, 1, chunks.row_size).astype(bool)
-    return chunking.join(
-        [
-            selection.expand(v, m)
-            for v, m in zip(
-                chunking.split(values, _kept_segments(chunks, dropit)),
-                chunking.split(mask, chunks.segments),
-                strict=True,
-            )
-        ]
-    )
+def _float_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:
+    """The float type that the policy stores."""
+    if dropit.value_dtype is None:
+        return x.dtype
+    return jnp.bfloat16 if dropit.code_bits else jnp.dtype(dropit.value_dtype)
+
+
+def _store(values: Array, dropit: DropIT, key: Array | None) -> Array | Quantized:
+    if dropit.code_bits is None:
+        return values.astype(_float_dtype(values, dropit))
+    round_key = key if dropit.rounding == "stochastic" else None
+    return quantize(values, dropit.code_bits, dropit.group_size, round_key)

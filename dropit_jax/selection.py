@@ -1,11 +1,14 @@
-"""Which elements of a chunk stay: exact top-k by magnitude along the last axis.
+"""Which elements of a chunk stay: exact top-k along the last axis.
 
 Every method gives what `lax.top_k(abs(x), k)` gives: largest magnitude first, ties to
-the lower index, NaN above infinity. They differ in how XLA compiles them.
+the lower index, NaN above infinity. They differ in how XLA compiles them. A random
+sample is the top-k of random scores.
 
 Chunks of at most `MAX_FUSED` elements are never sorted, gathered from or scattered
-into: they use comparisons and one-hot sums alone, which fuse into a few loops, need
-no temporaries of the size of a sort's, and stay where the data is on a sharded mesh.
+into: they use comparisons and one-hot sums alone, which fuse into a few loops and need
+no temporaries of the size of a sort's. Larger ones find the k-th largest element by
+bisection and sort the k elements from there on. Both stay where the data is on a
+sharded mesh; `lax.top_k` makes XLA gather the chunks on every device.
 """
 
 import jax
@@ -16,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from dropit_jax.policy import Selection
 
 # The largest chunk that selects by fused comparisons. Beyond, they cost more than
-# `lax.top_k` does.
+# bisection does.
 MAX_FUSED = 64
 
 # Up to so many kept elements a chunk, taking the maximum that many times is faster and
@@ -25,40 +28,63 @@ _MAX_PASSES = 4
 
 
 def top_k(
-    x: Float[Array, "*rows size"], k: int, selection: Selection = "auto"
+    x: Float[Array, "*rows size"],
+    k: int,
+    selection: Selection = "auto",
+    scores: Int[Array, "*rows size"] | None = None,
 ) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
     """The k elements of largest magnitude along the last axis, largest first.
 
     Args:
       x: chunks.
       k: how many elements of each chunk to take.
-      selection: `"top_k"` forces `lax.top_k`; `"auto"` takes the fastest method.
+      selection: `"top_k"` forces `lax.top_k`; `"auto"` takes the method for this size.
+      scores: what to rank the elements by in place of their magnitude, not negative.
 
     Returns:
       The elements (with their sign) and their indices.
     """
-    if selection == "top_k" or x.shape[-1] > MAX_FUSED:
-        indices = lax.top_k(jnp.abs(x), k)[1]
+    if selection == "top_k":
+        indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
         return jnp.take_along_axis(x, indices, axis=-1), indices
-    indices = _largest_first(_magnitude(x), k)
+    scores = _magnitude(x) if scores is None else scores
+    if x.shape[-1] > MAX_FUSED:
+        indices = _sorted_largest(scores, k)
+        return jnp.take_along_axis(x, indices, axis=-1), indices
+    indices = _largest_first(scores, k)
     return _take(x, indices[..., :, None] == jnp.arange(x.shape[-1])), indices
 
 
 def top_k_mask(
-    x: Float[Array, "*rows size"], k: int, selection: Selection = "auto"
+    x: Float[Array, "*rows size"],
+    k: int,
+    selection: Selection = "auto",
+    scores: Int[Array, "*rows size"] | None = None,
 ) -> Bool[Array, "*rows size"]:
     """Where the k elements of largest magnitude are, along the last axis.
 
     The arguments and the elements chosen are those of `top_k`.
     """
-    if selection == "top_k" or x.shape[-1] > MAX_FUSED:
-        indices = lax.top_k(jnp.abs(x), k)[1]
-        nothing = jnp.zeros_like(x, dtype=bool)
-        return jnp.put_along_axis(nothing, indices, True, axis=-1, inplace=False)
+    if selection == "top_k":
+        indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
+        ones = jnp.ones(indices.shape, bool)
+        return _scatter(ones, indices, x.shape[-1])
+    scores = _magnitude(x) if scores is None else scores
+    if x.shape[-1] > MAX_FUSED:
+        return _largest_mask(scores, k)
     if k > _MAX_PASSES:
-        return _ranks(_magnitude(x)) < k
-    indices = _largest_first(_magnitude(x), k)
+        return _ranks(scores) < k
+    indices = _largest_first(scores, k)
     return (indices[..., :, None] == jnp.arange(x.shape[-1])).any(axis=-2)
+
+
+def random_scores(key: Array, shape: tuple[int, ...]) -> Int[Array, "*shape"]:
+    """Scores whose top-k is a uniform sample.
+
+    Two of them are equal, and the choice between them not random, with a probability
+    of 2**-31.
+    """
+    return (jax.random.bits(key, shape, jnp.uint32) >> 1).astype(jnp.int32)
 
 
 def place(
@@ -72,10 +98,7 @@ def place(
       size: elements of the chunk.
     """
     if size > MAX_FUSED:
-        zeros = jnp.zeros((*values.shape[:-1], size), values.dtype)
-        return jnp.put_along_axis(
-            zeros, indices.astype(jnp.int32), values, axis=-1, inplace=False
-        )
+        return _scatter(values, indices.astype(jnp.int32), size)
     slots = jnp.arange(size, dtype=indices.dtype)
     # A chain of selections, not a sum: it fuses with whatever reads the result.
     placed = jnp.zeros((*values.shape[:-1], size), values.dtype)
@@ -92,9 +115,8 @@ def compact(
     slots = _slots(mask)
     if x.shape[-1] <= MAX_FUSED:
         return _take(x, _one_hot(slots, mask, k))
-    zeros = jnp.zeros((*x.shape[:-1], k + 1), x.dtype)
     target = jnp.where(mask, slots, k)  # the dropped share one slot, then cut off
-    return jnp.put_along_axis(zeros, target, x, axis=-1, inplace=False)[..., :k]
+    return _scatter(x, target, k + 1)[..., :k]
 
 
 def expand(
@@ -128,29 +150,74 @@ def _magnitude(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     return signed & jnp.iinfo(signed.dtype).max
 
 
-def _largest_first(magnitude: Int[Array, "*rows size"], k: int) -> Array:
+def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     """Indices of the k largest, largest first, ties to the lower index."""
-    size = magnitude.shape[-1]
+    size = scores.shape[-1]
     slots = jnp.arange(size)
     if k > _MAX_PASSES:
-        ranks = _ranks(magnitude)
+        ranks = _ranks(scores)
         order = ranks[..., None, :] == jnp.arange(k)[:, None]
         return jnp.where(order, slots, 0).max(axis=-1)
     passes = []
     for _ in range(k):
-        largest = lax.argmax(magnitude, magnitude.ndim - 1, jnp.int32)
+        largest = lax.argmax(scores, scores.ndim - 1, jnp.int32)
         passes.append(largest)
-        magnitude = jnp.where(largest[..., None] == slots, -1, magnitude)
+        scores = jnp.where(largest[..., None] == slots, -1, scores)
     return jnp.stack(passes, axis=-1)
 
 
-def _ranks(magnitude: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
+def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
     """How many elements of the chunk come before each: larger, or equal and earlier."""
-    slots = jnp.arange(magnitude.shape[-1])
-    this, other = magnitude[..., :, None], magnitude[..., None, :]
+    slots = jnp.arange(scores.shape[-1])
+    this, other = scores[..., :, None], scores[..., None, :]
     earlier = slots[None, :] < slots[:, None]
     before = (other > this) | ((other == this) & earlier)
     return before.sum(axis=-1, dtype=jnp.int32)
+
+
+def _sorted_largest(scores: Int[Array, "*rows size"], k: int) -> Array:
+    """Indices of the k largest, largest first, ties to the lower index."""
+    mask = _largest_mask(scores, k)
+    slots = jnp.broadcast_to(jnp.arange(scores.shape[-1]), scores.shape)
+    indices = compact(slots, mask, k)
+    # The order of the indices is the one that a stable sort leaves to equal scores.
+    order = jnp.argsort(-jnp.take_along_axis(scores, indices, axis=-1), axis=-1)
+    return jnp.take_along_axis(indices, order, axis=-1)
+
+
+def _largest_mask(scores: Int[Array, "*rows size"], k: int) -> Array:
+    """Where the k largest are, ties to the lower index.
+
+    Finds the k-th largest score bit by bit, from the highest: a bit belongs to it if at
+    least k scores are no less with the bit set.
+    """
+    bits = 8 * scores.dtype.itemsize - 1
+    one = jnp.ones((), scores.dtype)
+
+    def next_bit(i: Array, kth: Array) -> Array:
+        candidate = kth | (one << (bits - 1 - i).astype(scores.dtype))
+        count = jnp.sum(scores >= candidate, axis=-1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(count >= k, candidate, kth)
+
+    start = jnp.zeros_like(scores[..., :1])
+    kth = lax.fori_loop(0, bits, next_bit, start)
+    above, equal = scores > kth, scores == kth
+    room = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))
+
+
+def _scatter(
+    values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
+) -> Shaped[Array, "*rows {size}"]:
+    def row(values: Array, indices: Array) -> Array:
+        zeros = jnp.zeros(size, values.dtype)
+        return zeros.at[indices].set(values, mode="promise_in_bounds")
+
+    # `jax.vmap` marks the leading axes as a batch for XLA, which then leaves them on
+    # their devices; `jnp.put_along_axis` does not.
+    for _ in values.shape[:-1]:
+        row = jax.vmap(row)
+    return row(values, indices)
 
 
 def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:

@@ -1,0 +1,118 @@
+"""Values in few bits: unsigned codes with a minimum and a scale for every group.
+
+Of a group x, with codes of b bits,
+
+    minimum = ⌊min(x)⌋     scale = ⌈(max(x) - minimum) / (2ᵇ - 1)⌉
+    code    = round((x - minimum) / scale)
+    x̂       = minimum + code · scale,    |x̂ - x| ≤ scale / 2 (stochastic: ≤ scale)
+
+where ⌊·⌋ and ⌈·⌉ round to bfloat16, down and up, so that the codes cover the group.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, UInt8
+
+from dropit_jax import chunking, packing, shardings
+
+# More than a rounding to bfloat16 changes a number by, relative to it.
+_MARGIN = 2.0**-8
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "minimum", "scale"),
+    meta_fields=("shape", "bits", "group_size"),
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array in few bits.
+
+    Attributes:
+      codes: packed, group after group.
+      minimum: of each group.
+      scale: of each group, what a step of the code stands for.
+      shape: the array's shape.
+      bits: of a code.
+      group_size: elements that share a minimum and a scale.
+    """
+
+    codes: UInt8[Array, "*rows bytes"]
+    minimum: BFloat16[Array, "*rows groups"]
+    scale: BFloat16[Array, "*rows groups"]
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+
+    def dequantize(self, dtype: jax.typing.DTypeLike) -> Float[Array, "*shape"]:
+        """The array that the codes stand for. A group with NaN or infinity is NaN."""
+        groups = chunking.cut(self.shape, self.group_size)
+        codes = packing.unpack(self.codes, self.bits, groups.row_size)
+        compute = jnp.promote_types(dtype, jnp.float32)
+        singles = tuple((count, 1) for count, _ in groups.segments)
+        segments = [
+            minimum.astype(compute) + code.astype(compute) * scale.astype(compute)
+            for code, minimum, scale in zip(
+                chunking.split(codes, groups.segments),
+                chunking.split(self.minimum, singles),
+                chunking.split(self.scale, singles),
+                strict=True,
+            )
+        ]
+        return chunking.join(segments).astype(dtype).reshape(self.shape)
+
+
+def quantize(
+    x: Float[Array, "*shape"], bits: int, group_size: int, key: Array | None = None
+) -> Quantized:
+    """Stores an array in codes of 2, 4 or 8 bits.
+
+    Args:
+      x: an array; groups are consecutive elements of a slice along its leading axis.
+      bits: of a code.
+      group_size: elements that share a minimum and a scale.
+      key: rounds stochastically, without bias; `None` rounds to nearest.
+    """
+    groups = chunking.cut(x.shape, group_size)
+    levels = 2**bits - 1
+    rows = chunking.as_rows(x, groups)
+    rows = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
+    noise = jnp.full_like(rows, 0.5)
+    if key is not None:
+        uniform = jax.random.uniform(key, rows.shape, rows.dtype)
+        noise = shardings.like(uniform, rows)
+    codes, minima, scales = [], [], []
+    for values, offset in zip(
+        chunking.split(rows, groups.segments),
+        chunking.split(noise, groups.segments),
+        strict=True,
+    ):
+        minimum, scale = _range(values, levels)
+        steps = (values - minimum) / jnp.where(scale == 0, 1, scale)
+        codes.append(jnp.clip(jnp.floor(steps + offset), 0, levels))
+        minima.append(minimum)
+        scales.append(scale)
+    return Quantized(
+        codes=packing.pack(chunking.join(codes), bits),
+        minimum=chunking.join(minima).astype(jnp.bfloat16),
+        scale=chunking.join(scales).astype(jnp.bfloat16),
+        shape=x.shape,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def _range(values: Array, levels: int) -> tuple[Array, Array]:
+    """Minimum and scale along the last axis, as numbers that bfloat16 has exactly."""
+    minimum = values.min(axis=-1, keepdims=True)
+    minimum = _bfloat16(minimum - _MARGIN * jnp.abs(minimum))
+    reach = values.max(axis=-1, keepdims=True) - minimum
+    return minimum, _bfloat16(reach / levels * (1 + _MARGIN))
+
+
+def _bfloat16(x: Array) -> Array:
+    # Not a cast and back, which XLA may take for nothing.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
