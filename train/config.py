@@ -92,7 +92,7 @@ def dropit_policy(config: ConfigDict) -> DropIT | None:
     enabled = fields.pop("enabled")
     try:
         policy = DropIT(**fields)
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"config.dropit: {error}") from error
     return policy if enabled else None
 

@@ -106,6 +106,7 @@ def train_step(config: ConfigDict) -> TrainStep:
 
     def step(state: State, batch: data.Batch) -> tuple[State, Sums]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        dropout, dropit = jax.random.split(rng)
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Sums, Any]]:
             logits, updates = model.apply(
@@ -113,7 +114,7 @@ def train_step(config: ConfigDict) -> TrainStep:
                 batch["image"],
                 train=True,
                 mutable=["batch_stats"],
-                rngs={"dropout": rng, "dropit": rng},
+                rngs={"dropout": dropout, "dropit": dropit},
             )
             sums = _sums(logits, batch)
             return sums.loss / sums.count, (sums, updates["batch_stats"])

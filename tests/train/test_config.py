@@ -65,7 +65,11 @@ class ValidateTest(parameterized.TestCase):
         ("dropit.enabled", "yes", r"config\.dropit\.enabled must be of type bool"),
         ("dropit.rate", 1.0, r"config\.dropit: DropIT\.rate must be in \[0, 1\)"),
         ("dropit.rate", "high", r"config\.dropit: DropIT\.rate must be a number"),
-        ("dropit.strategy", "random", r"config\.dropit: .*'random' is not implemented"),
+        (
+            "dropit.strategy",
+            "max_k",
+            r"config\.dropit: DropIT\.strategy: unknown .*'max_k'",
+        ),
         ("num_steps", 10, r"either config\.num_epochs or config\.num_steps"),
         ("schedule.name", "step", r"config\.schedule\.decay_epochs is missing"),
     )

@@ -56,7 +56,6 @@ class BasicBlock(nn.Module):
         y = conv(self.features, (3, 3), self.strides, padding=1, name="conv1")(x)
         y = relu(norm(name="norm1")(y))
         y = conv(self.features, (3, 3), padding=1, name="conv2")(y)
-        # Zero: a new block is its shortcut (Goyal et al., 2017, §5.1).
         y = norm(name="norm2")(y)
         return relu(y + shortcut)
 

@@ -1,0 +1,29 @@
+"""`flax.linen` layers that cache their input compressed, and any model made of them."""
+
+from dropit_jax.linen.interception import InterceptedLayer, Interception, intercept
+from dropit_jax.linen.layers import (
+    Conv,
+    ConvLocal,
+    ConvTranspose,
+    Dense,
+    DenseGeneral,
+    Einsum,
+    MultiHeadAttention,
+    MultiHeadDotProductAttention,
+    SelfAttention,
+)
+
+__all__ = [
+    "Conv",
+    "ConvLocal",
+    "ConvTranspose",
+    "Dense",
+    "DenseGeneral",
+    "Einsum",
+    "InterceptedLayer",
+    "Interception",
+    "MultiHeadAttention",
+    "MultiHeadDotProductAttention",
+    "SelfAttention",
+    "intercept",
+]

@@ -1,0 +1,208 @@
+"""One call of a Flax layer, with its input cached compressed.
+
+The layer's own code runs. Where Flax has a hook for the product, a caching operation is
+put into it for the time of the call; where it has none, the whole layer is the product.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import meta
+from jaxtyping import Array
+
+from dropit_jax import hooks, ops, sharing
+from dropit_jax.ops import Layout
+from dropit_jax.policy import DropIT
+
+# The Flax layers whose product can be replaced, with the field that replaces it.
+_HOOKED: tuple[tuple[type[nn.Module], str, Callable[..., Array]], ...] = (
+    (nn.Dense, "dot_general", ops.dot_general),
+    (nn.DenseGeneral, "dot_general", ops.dot_general),
+    (nn.Conv, "conv_general_dilated", ops.conv_general_dilated),
+)
+# Those whose product cannot.
+_WHOLE: tuple[type[nn.Module], ...] = (nn.Einsum, nn.ConvLocal, nn.ConvTranspose)
+
+LAYERS: tuple[type[nn.Module], ...] = (*(layer for layer, *_ in _HOOKED), *_WHOLE)
+
+# The code of their calls, as Flax's interceptors name it. A subclass with another
+# `__call__` is another layer, until it calls Flax's.
+_FLAX_CALLS = {inspect.unwrap(layer.__call__) for layer in LAYERS}
+
+# Set while a layer is run as the product of a caching operation.
+_is_product = contextvars.ContextVar("is_product", default=False)
+
+
+def is_product() -> bool:
+    """Whether a layer is being run as the product of a caching operation."""
+    return _is_product.get()
+
+
+def is_layer_call(context: Any) -> bool:
+    """Whether what an interceptor is told of is the call of one of `LAYERS`.
+
+    It is not where a layer is run as the product of a caching operation, and where its
+    hook caches already.
+
+    Args:
+      context: `flax.linen.module.InterceptorContext`.
+    """
+    module = context.module
+    if is_product() or context.orig_method.func not in _FLAX_CALLS:
+        return False
+    names = (hook for layer, hook, _ in _HOOKED if isinstance(module, layer))
+    return not any(_caches(getattr(module, hook)) for hook in names)
+
+
+def has_policy(module: nn.Module) -> bool:
+    """Whether a layer has a policy of its own, or the attention that it belongs to."""
+    owners = [module]
+    if isinstance(module.parent, nn.MultiHeadDotProductAttention):
+        owners.append(module.parent)
+    return any(isinstance(getattr(o, "dropit", None), DropIT) for o in owners)
+
+
+def _caches(operation: Any) -> bool:
+    return isinstance(operation, functools.partial) and operation.func in (
+        ops.dot_general,
+        ops.conv_general_dilated,
+    )
+
+
+def cached(
+    module: nn.Module,
+    method: Callable[..., Array],
+    dropit: DropIT | None,
+    inputs: Any,
+    **kwargs: Any,
+) -> Array:
+    """`method(inputs, **kwargs)`, with the inputs cached compressed.
+
+    Args:
+      module: one of `LAYERS`, bound.
+      method: the `__call__` of Flax's layer for it.
+      dropit: what to keep of the inputs; `None`: the plain Flax layer.
+      inputs: the layer's.
+      **kwargs: the other arguments of the call.
+    """
+    if dropit is None:
+        return method(inputs, **kwargs)
+    key = _key(module, dropit, inputs)
+    for layer, hook, operation in _HOOKED:
+        if isinstance(module, layer):
+            caching = functools.partial(operation, dropit=dropit, key=key)
+            with _caching(module, hook, caching):
+                return method(inputs, **kwargs)
+    if not module.has_variable("params", "kernel"):  # it is about to be initialised
+        return method(inputs, **kwargs)
+    return _whole(module, dropit, key, inputs, **kwargs)
+
+
+@contextlib.contextmanager
+def cached_children(module: nn.Module, dropit: DropIT | None) -> Iterator[None]:
+    """Caches the inputs of the layers that a module calls itself, compressed."""
+    if dropit is None:
+        yield
+        return
+
+    def interceptor(
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: Any,
+    ) -> Any:
+        if context.module.parent is module and is_layer_call(context):
+            return cached(context.module, method, dropit, *args, **kwargs)
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def _key(module: nn.Module, dropit: DropIT, inputs: Any) -> Array | None:
+    """A key of the RNG stream `"dropit"`, where one is needed and given.
+
+    Layers that read the same inputs get the same key, so that they can share what is
+    cached of them.
+    """
+    if not (dropit.needs_key and module.has_rng("dropit")):
+        return None
+    scope: Any = module.scope
+    stream = scope.rngs["dropit"].rng  # one and the same array in all layers
+    return sharing.once(
+        lambda: module.make_rng("dropit"), (inputs, stream), "a layer's key"
+    )
+
+
+def _caching(
+    module: Any, hook: str, operation: Callable[..., Array]
+) -> contextlib.AbstractContextManager[None]:
+    """Puts a caching operation into a hook of a module, for one call.
+
+    The operation that the module would have used itself, be it the user's own, is what
+    computes the product.
+    """
+    cls = getattr(module, f"{hook}_cls")
+    own = getattr(module, hook) if cls is None else cls()
+    if own is not None:
+        operation = functools.partial(operation, operation=own)
+    fields = {hook: operation, f"{hook}_cls": None}
+    promote = _promoting_once(module.promote_dtype)
+    return hooks.replaced(module, **fields, promote_dtype=promote)
+
+
+def _promoting_once(promote: Callable[..., Any]) -> Callable[..., Any]:
+    """`promote_dtype` that gives layers which read the same inputs the same cast."""
+
+    def promoted(inputs: Any, *params: Any, **kwargs: Any) -> list[Any]:
+        cast, *rest = promote(inputs, *params, **kwargs)
+        return [hooks.cast_once(inputs, cast, promote), *rest]
+
+    return promoted
+
+
+def _whole(
+    module: Any, dropit: DropIT, key: Array | None, inputs: Any, **kwargs: Any
+) -> Array:
+    """A layer without a hook, as one product of its inputs and its kernel."""
+    layer = next(layer for layer in _WHOLE if isinstance(module, layer))
+    fields = {
+        field.name: getattr(module, field.name)
+        for field in dataclasses.fields(layer)
+        if field.init and field.name not in ("parent", "name")
+    }
+    plain = layer(**fields, parent=None)
+    params = meta.unbox(module.variables["params"])
+    offset = (params["bias"],) if module.use_bias else ()
+
+    def product(inputs: Array, kernel: Array, *bias: Array) -> Array:
+        used = {"kernel": kernel, **({"bias": bias[0]} if bias else {})}
+        token = _is_product.set(True)
+        try:
+            out: Any = plain.apply({"params": used}, inputs, **kwargs)
+            return out
+        finally:
+            _is_product.reset(token)
+
+    inputs = jnp.asarray(inputs)
+    if module.promote_dtype is nn.dtypes.promote_dtype:
+        promote = _promoting_once(module.promote_dtype)
+        inputs, *_ = promote(inputs, params["kernel"], *offset, dtype=module.dtype)
+    cache = functools.partial(
+        ops.cached_product, product, dropit=dropit, key=key, offset=offset
+    )
+    if isinstance(module, nn.Einsum):
+        equation = nn.merge_param("einsum_str", module.einsum_str, **kwargs)
+        layout = ops.einsum_layout(equation, inputs, params["kernel"])
+        return cache(inputs, params["kernel"], layout=layout)
+    size = module.kernel_size
+    flat, batch = hooks.as_batch(inputs, 1 if isinstance(size, int) else len(size))
+    layout = Layout(tuple(range(flat.ndim)))
+    return hooks.unbatch(cache(flat, params["kernel"], layout=layout), batch)

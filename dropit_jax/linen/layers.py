@@ -1,0 +1,173 @@
+"""`flax.linen` layers that cache their input compressed.
+
+Each is a thin subclass of Flax's layer of the same name: the same arguments, the same
+parameters, the same code. A checkpoint of the Flax layer loads unchanged. Policies that
+need a PRNG key take it from the RNG stream `"dropit"`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from dropit_jax.linen import calls
+from dropit_jax.policy import DropIT
+
+
+class Dense(nn.Dense):
+    """`flax.linen.Dense` that caches its input compressed.
+
+    Attributes:
+      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+        attributes are those of `flax.linen.Dense`.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Applies the layer along the last axis."""
+        return calls.cached(self, super().__call__, self.dropit, inputs)
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """`flax.linen.DenseGeneral` that caches its input compressed.
+
+    Attributes:
+      dropit: what to keep of the input; the axes that are summed over are its channels.
+        `None`: the plain Flax layer. All other attributes are those of
+        `flax.linen.DenseGeneral`.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Applies the layer along the axes in `axis`."""
+        return calls.cached(self, super().__call__, self.dropit, inputs)
+
+
+class Einsum(nn.Einsum):
+    """`flax.linen.Einsum` that caches its input compressed.
+
+    Attributes:
+      dropit: what to keep of the input; the axes that are summed over with the kernel
+        are its channels. `None`: the plain Flax layer. All other attributes are those
+        of `flax.linen.Einsum`.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "..."], einsum_str: str | None = None
+    ) -> Float[Array, "..."]:
+        """Applies the equation, given here or as an attribute."""
+        call = super().__call__
+        return calls.cached(self, call, self.dropit, inputs, einsum_str=einsum_str)
+
+
+class Conv(nn.Conv):
+    """`flax.linen.Conv` that caches its input compressed.
+
+    Attributes:
+      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+        attributes are those of `flax.linen.Conv`.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "*batch_spatial in"]
+    ) -> Float[Array, "*batch_spatial_out out"]:
+        """Applies the convolution over the spatial axes, channels last."""
+        return calls.cached(self, super().__call__, self.dropit, inputs)
+
+
+class ConvLocal(nn.ConvLocal):
+    """`flax.linen.ConvLocal` that caches its input compressed.
+
+    What is cached is the input, not its patches.
+
+    Attributes:
+      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+        attributes are those of `flax.linen.ConvLocal`.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "*batch_spatial in"]
+    ) -> Float[Array, "*batch_spatial_out out"]:
+        """Applies the unshared convolution over the spatial axes, channels last."""
+        return calls.cached(self, super().__call__, self.dropit, inputs)
+
+
+class ConvTranspose(nn.ConvTranspose):
+    """`flax.linen.ConvTranspose` that caches its input compressed.
+
+    Attributes:
+      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+        attributes are those of `flax.linen.ConvTranspose`.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "*batch_spatial in"]
+    ) -> Float[Array, "*batch_spatial_out out"]:
+        """Applies the transposed convolution over the spatial axes, channels last."""
+        return calls.cached(self, super().__call__, self.dropit, inputs)
+
+
+class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
+    """`flax.linen.MultiHeadDotProductAttention` whose projections cache compressed.
+
+    Query, key and value that are projected from the same input cache it once.
+
+    Attributes:
+      dropit: what the four projections keep of their input; `None`: the plain Flax
+        layer. All other attributes are those of Flax's layer.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch length features"],
+        inputs_k: Float[Array, "*batch kv_length features_k"] | None = None,
+        inputs_v: Float[Array, "*batch kv_length features_v"] | None = None,
+        **kwargs: Any,
+    ) -> Float[Array, "*batch length out"]:
+        """Applies attention; the arguments are those of Flax's layer."""
+        with calls.cached_children(self, self.dropit):
+            return super().__call__(inputs_q, inputs_k, inputs_v, **kwargs)
+
+
+class MultiHeadAttention(MultiHeadDotProductAttention):
+    """`MultiHeadDotProductAttention` by the other name that Flax has for it."""
+
+
+class SelfAttention(nn.SelfAttention):
+    """`flax.linen.SelfAttention` whose projections cache compressed.
+
+    Attributes:
+      dropit: as in `MultiHeadDotProductAttention`.
+    """
+
+    dropit: DropIT | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch length features"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Float[Array, "*batch length out"]:
+        """Applies attention; the arguments are those of Flax's layer."""
+        with calls.cached_children(self, self.dropit):
+            return super().__call__(inputs_q, *args, **kwargs)

@@ -1,0 +1,83 @@
+"""Which layers of a model are meant, by their paths."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Collection, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Layers by globs.
+
+    Attributes:
+      skip_first: whether the model's first layer is left out.
+      only: globs of the paths that are meant; `None`: all.
+      exclude: globs of the paths that are not.
+    """
+
+    skip_first: bool
+    only: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+
+    def selects(self, path: str, first: str | None) -> bool:
+        """Whether a layer is meant.
+
+        Args:
+          path: the layer's; its names joined by "/".
+          first: the path of the model's first layer.
+        """
+        if self.skip_first and path == first:
+            return False
+        if any(fnmatch.fnmatchcase(path, glob) for glob in self.exclude):
+            return False
+        return self.only is None or any(
+            fnmatch.fnmatchcase(path, glob) for glob in self.only
+        )
+
+    def check(self, paths: Collection[str], firsts: Collection[str]) -> None:
+        """Refuses globs that match nothing.
+
+        Args:
+          paths: the paths of all layers.
+          firsts: of these, the ones that are first in the model.
+
+        Raises:
+          ValueError: there are such globs.
+        """
+        rest = [p for p in paths if not (self.skip_first and p in firsts)]
+        unmatched = [g for g in self.only or () if not fnmatch.filter(rest, g)]
+        unmatched += [g for g in self.exclude if not fnmatch.filter(paths, g)]
+        if unmatched:
+            but = " but the first, which skip_first leaves alone," if firsts else ""
+            raise ValueError(
+                f"No layer{but if self.skip_first else ''} matches "
+                f"{', '.join(map(repr, unmatched))}; the layers are "
+                f"{', '.join(map(repr, paths))}."
+            )
+
+
+def matching(
+    skip_first: bool,
+    only: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> Matching:
+    """The layers that arguments as those of `linen.intercept` mean.
+
+    Raises:
+      TypeError: a glob is not a string.
+      ValueError: `only` is empty.
+    """
+    if only is not None and not only:
+        raise ValueError(f"only={only!r} matches no layer; leave it out for all.")
+    return Matching(
+        skip_first,
+        None if only is None else _globs("only", only),
+        () if exclude is None else _globs("exclude", exclude),
+    )
+
+
+def _globs(field: str, globs: str | Sequence[str]) -> tuple[str, ...]:
+    globs = (globs,) if isinstance(globs, str) else tuple(globs)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"{field} takes a glob or several, as strings; got {globs!r}.")
+    return globs
