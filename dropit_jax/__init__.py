@@ -1,7 +1,7 @@
 """DropIT: cache less of what the backward pass of a Flax model reads."""
 
-from dropit_jax import linen, nn
-from dropit_jax.ops import conv_general_dilated, dot_general
+from dropit_jax import linen, nn, nnx
+from dropit_jax.ops import conv_general_dilated, dot_general, einsum
 from dropit_jax.policy import DropIT
 from dropit_jax.residual import Residual, compress
 
@@ -11,6 +11,8 @@ __all__ = [
     "compress",
     "conv_general_dilated",
     "dot_general",
+    "einsum",
     "linen",
     "nn",
+    "nnx",
 ]
