@@ -13,6 +13,8 @@ def largest(x: Float[Array, "*batch channels"], k: int) -> Int[Array, "{k}"]:
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     energy = jnp.sum(jnp.square(wide), axis=tuple(range(x.ndim - 1)))
+    # The top of a NaN with a sign, such as 0 / 0 on x86, would be the bottom.
+    energy = jnp.where(jnp.isnan(energy), jnp.nan, energy)
     return jnp.sort(lax.top_k(energy, k)[1])
 
 

@@ -54,6 +54,8 @@ def cut(shape: tuple[int, ...], chunk_size: int | None) -> Chunking:
         return Chunking(shape[:-1], shape[-1] // chunk_size, chunk_size, 0)
     rows = shape[:1] if len(shape) > 1 else ()
     row_size = math.prod(shape[len(rows) :])
+    if row_size == 0:
+        return Chunking(rows, 0, chunk_size, 0)
     if row_size <= chunk_size:
         return Chunking(rows, 1, row_size, 0)
     return Chunking(rows, row_size // chunk_size, chunk_size, row_size % chunk_size)

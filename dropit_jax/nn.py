@@ -1,9 +1,12 @@
 """Activation functions whose cached residual is compact."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from dropit_jax import chunking, packing, shardings
 
@@ -22,17 +25,30 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.relu(x)
 
 
-def _relu_forward(x: Array) -> tuple[Array, Array]:
-    rows = chunking.cut(x.shape, 8)
-    return jax.nn.relu(x), packing.pack(chunking.as_rows(x > 0, rows), 1)
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("packed",), meta_fields=("group",)
+)
+@dataclasses.dataclass(frozen=True)
+class _Sign:
+    """Where `x > 0`: its bits, packed, and what is sharded like `x`."""
+
+    packed: UInt8[Array, "*rows bytes"]
+    group: int
 
 
-def _relu_backward(packed: Array, cotangent: Array) -> tuple[Array]:
+def _relu_forward(x: Array) -> tuple[Array, _Sign]:
+    x = shardings.join(x, group := shardings.new_group())
+    rows = chunking.as_rows(x > 0, chunking.cut(x.shape, 8))
+    return jax.nn.relu(x), _Sign(packing.pack(rows, 1), group)
+
+
+def _relu_backward(saved: _Sign, cotangent: Array) -> tuple[Array]:
     # Without the barrier XLA may unpack early and keep the unpacked mask alive.
-    packed, cotangent = lax.optimization_barrier((packed, cotangent))
+    packed, cotangent = lax.optimization_barrier((saved.packed, cotangent))
     rows = chunking.cut(cotangent.shape, 8)
     sign = packing.unpack(packed, 1, rows.row_size).astype(bool)
     sign = shardings.like(sign.reshape(cotangent.shape), cotangent)
+    sign = shardings.join(sign, saved.group)
     return (jnp.where(sign, cotangent, 0),)
 
 

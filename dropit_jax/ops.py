@@ -287,9 +287,20 @@ def _cached_product(
     return product(lhs, rhs, *offset)
 
 
-# The compressed `a` (None: the kernel is frozen), kernel, offset, and opᵀ(·, kernel).
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("residual",), meta_fields=("group",)
+)
+@dataclasses.dataclass(frozen=True)
+class _Cached:
+    """The compressed `a`, and the group of what is sharded like `a`."""
+
+    residual: Residual
+    group: int
+
+
+# What is cached of `a` (None: the kernel is frozen), kernel, offset, and opᵀ(·, kernel).
 _Saved = tuple[
-    Residual | None, Array, tuple[Array, ...], Callable[[Array], tuple[Array]]
+    _Cached | None, Array, tuple[Array, ...], Callable[[Array], tuple[Array]]
 ]
 
 
@@ -304,12 +315,12 @@ def _forward(
 ) -> tuple[Array, _Saved]:
     a, kernel = lhs.value, rhs.value
     added = tuple(term.value for term in offset)
-    residual = None
+    cached = None
     if rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
         key = None if key is None else key.value
-        a, residual = _compressed(a, dropit, layout, key)
+        a, cached = _compressed(a, dropit, layout, key)
     z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
-    return z, (residual, kernel, added, pullback_a)
+    return z, (cached, kernel, added, pullback_a)
 
 
 def _backward(
@@ -320,20 +331,21 @@ def _backward(
     cotangent: Array,
 ) -> tuple[Array, Array | None, Any, None]:
     del dropit
-    residual, kernel, offset, pullback_a = saved
-    if residual is not None:
+    cached, kernel, offset, pullback_a = saved
+    if cached is not None:
         # Without the barrier XLA may decompress early, which keeps the dense â alive
         # through the whole forward pass.
-        residual, cotangent = lax.optimization_barrier((residual, cotangent))
+        cached, cotangent = lax.optimization_barrier((cached, cotangent))
     (to_a,) = pullback_a(cotangent)
-    if residual is None and not offset:
+    if cached is None and not offset:
         return to_a, None, (), None
     a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
-    if residual is not None:
-        a_hat = _restore(residual.decompress(), layout, to_a)
+    if cached is not None:
+        a_hat = _restore(cached.residual.decompress(), layout, to_a)
+        a_hat = shardings.join(a_hat, cached.group)
     _, pullback = jax.vjp(functools.partial(product, a_hat), kernel, *offset)
     to_kernel, *to_offset = pullback(cotangent)
-    return to_a, None if residual is None else to_kernel, tuple(to_offset), None
+    return to_a, None if cached is None else to_kernel, tuple(to_offset), None
 
 
 # Symbolic zeros tell the forward rule which operands are differentiated.
@@ -342,17 +354,19 @@ _cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _compressed(
     a: Array, dropit: DropIT, layout: Layout, key: Array | None
-) -> tuple[Array, Residual]:
+) -> tuple[Array, _Cached]:
     """The activation to go on with, and what is cached of it."""
     tied = a
 
-    def compute() -> Residual:
+    def compute() -> _Cached:
         nonlocal tied
-        residual = compress(_arrange(a, dropit, layout), dropit, key)
+        group = shardings.new_group()
+        member = shardings.join(a, group)
+        residual = compress(_arrange(member, dropit, layout), dropit, key)
         residual = checkpoint_name(residual, RESIDUAL_NAME)
         # Without the barrier XLA may compress late, which keeps `a` alive till then.
-        tied, residual = lax.optimization_barrier((a, residual))
-        return residual
+        tied, residual = lax.optimization_barrier((member, residual))
+        return _Cached(residual, group)
 
     operands = (a,) if key is None else (a, key)
     return tied, sharing.once(compute, operands, (dropit, layout))

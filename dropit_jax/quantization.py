@@ -62,7 +62,13 @@ class Quantized:
                 strict=True,
             )
         ]
-        return chunking.join(segments).astype(dtype).reshape(self.shape)
+        values = chunking.join(segments)
+        # The last code may stand for a little more than the largest of its group, and
+        # that for more than the type holds.
+        largest = jnp.finfo(dtype).max.astype(compute)
+        clipped = jnp.clip(values, -largest, largest)
+        values = jnp.where(jnp.isinf(values), values, clipped)
+        return values.astype(dtype).reshape(self.shape)
 
 
 def quantize(

@@ -1,13 +1,20 @@
-"""Explicit shardings (`jax.sharding.AxisType.Explicit`), where they matter to us.
+"""Shardings, where they matter to us.
 
-In Auto mode and on one device every function here returns its argument: what XLA
-shards is not known while tracing, and is XLA's to resolve.
+Explicit ones (`jax.sharding.AxisType.Explicit`) are known while tracing; `spec`,
+`shards`, `gather` and `like` are about these, and elsewhere do nothing. All others XLA
+resolves, and `join` tells it which arrays to shard alike.
 """
 
+import itertools
 import math
+from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 
@@ -40,3 +47,47 @@ def _reshard(x: Array, wanted: tuple[str | tuple[str, ...] | None, ...]) -> Arra
     if spec(x) == wanted:
         return x
     return jax.sharding.reshard(x, PartitionSpec(*wanted))
+
+
+# Far from the numbers that JAX gives the groups of `jax.experimental.shard_alike`.
+_groups = itertools.count(1 << 40)
+
+
+def new_group() -> int:
+    """A group of arrays that are sharded alike."""
+    return next(_groups)
+
+
+def join(x: Array, group: int) -> Array:
+    """`x`, as a member of a group; in the compiled program it is `x` itself.
+
+    XLA shards what it is free to shard by what comes before and after. Between an
+    activation and its residual the one may not reach as far as the other, and what is
+    rebuilt from the residual would be sharded by the gradient, not by the activation:
+    moved from device to device, and all that is multiplied with it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not (mesh.empty or AxisType.Auto in mesh.axis_types):
+        return x  # nothing is for XLA to choose
+    joined: Array = _join_p.bind(x, group=group)
+    return joined
+
+
+_join_p = Primitive("join_sharding_group")
+_join_p.def_impl(lambda x, **_: x)
+_join_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_join_p, lambda cotangent, *_, **__: [cotangent])
+
+
+def _batched(operands: Any, axes: Any, *, group: int) -> tuple[Array, int]:
+    # All members must agree on where the batch is.
+    return join(jnp.moveaxis(operands[0], axes[0], 0), group), 0
+
+
+def _lowered(_: Any, x: Any, *, group: int) -> list[Any]:
+    sdy.sharding_group(x, group)
+    return [x]
+
+
+batching.primitive_batchers[_join_p] = _batched
+mlir.register_lowering(_join_p, _lowered)

@@ -1,4 +1,4 @@
-"""A brute-force twin of selection and residual, in plain NumPy and Python loops.
+"""A brute-force twin of what is cached, in plain NumPy and Python loops.
 
 It shares no code with the library and follows its definition to the letter.
 """
@@ -35,6 +35,36 @@ def chunks(shape, chunk_size):
     return result
 
 
+def rows(shape, chunk_size):
+    """How many rows a tensor is stored in; the last byte of each is filled up.
+
+    A row is the last axis where chunks line up with it, and a sample otherwise.
+    """
+    if chunk_size is None:
+        return 1
+    if shape[-1] % chunk_size == 0:
+        return math.prod(shape[:-1])
+    return shape[0] if len(shape) > 1 else 1
+
+
+def packed_bytes(shape, chunk_size, count, bits):
+    """Bytes of `count` codes of a tensor that is cut into chunks."""
+    per_row = count // rows(shape, chunk_size)
+    return rows(shape, chunk_size) * math.ceil(per_row * bits / 8)
+
+
+def position_bytes(shape, rate, chunk_size):
+    """Bytes of the positions as indices and as a bitmap."""
+    cut = chunks(shape, chunk_size)
+    count = sum(kept(len(chunk), rate) for chunk in cut)
+    longest = max(len(chunk) for chunk in cut)
+    bits = next(bits for bits in (4, 8, 16, 32) if longest <= 2**bits)
+    return (
+        packed_bytes(shape, chunk_size, count, bits),
+        packed_bytes(shape, chunk_size, math.prod(shape), 1),
+    )
+
+
 def magnitudes(x):
     """|x| as integers of the same order, NaN above infinity."""
     bits = np.asarray(x).view(f"u{np.asarray(x).dtype.itemsize}")
@@ -65,6 +95,58 @@ def sparse(x, rate, chunk_size):
     return rebuilt.reshape(x.shape)
 
 
+def kept_channels(x, rate):
+    """Indices of the channels of largest L2 norm, ties to the lower index, in order."""
+    columns = np.asarray(x, np.float64).reshape(-1, x.shape[-1]).T.tolist()
+    energies = [math.fsum(value**2 for value in column) for column in columns]
+    order = sorted(range(len(columns)), key=lambda i: (-energies[i], i))
+    return sorted(order[: kept(len(columns), rate)])
+
+
+def sparse_channels(x, indices):
+    """The activation with these channels alone."""
+    rebuilt = np.zeros_like(x)
+    for i in indices:
+        rebuilt[..., i] = x[..., i]
+    return rebuilt
+
+
+def dropped_means(x, mask):
+    """The mean of what the mask leaves out of each sample and channel; 0 for none."""
+    x, mask = np.asarray(x, np.float64), np.asarray(mask)
+    means = np.zeros((x.shape[0], x.shape[-1]))
+    for sample, channel in np.ndindex(*means.shape):
+        left_out = x[sample, ..., channel][~mask[sample, ..., channel]].tolist()
+        if left_out:
+            means[sample, channel] = math.fsum(left_out) / len(left_out)
+    return means
+
+
+def codes(packed, shape, group_size, bits):
+    """The codes in packed bytes, row after row, the first in the lowest bits."""
+    per_row = math.prod(shape) // rows(shape, group_size)
+    result = []
+    for row in np.asarray(packed).reshape(rows(shape, group_size), -1):
+        number = int.from_bytes(row.tobytes(), "little")
+        result += [number >> (bits * i) & (2**bits - 1) for i in range(per_row)]
+    return np.array(result)
+
+
+def dequantized(quantized):
+    """minimum + code · scale, group by group, in float64."""
+    shape, group_size = quantized.shape, quantized.group_size
+    unpacked = codes(quantized.codes, shape, group_size, quantized.bits)
+    minima, scales = (
+        np.asarray(array, np.float64).reshape(-1)
+        for array in (quantized.minimum, quantized.scale)
+    )
+    values = np.full(math.prod(shape), np.nan)
+    groups = chunks(shape, group_size)
+    for group, minimum, scale in zip(groups, minima, scales, strict=True):
+        values[group] = minimum + unpacked[group] * scale
+    return values.reshape(shape)
+
+
 def activation(seed, shape, dtype=jnp.float32):
     """Normal numbers with ties, zeros, infinities, NaN and a denormal strewn in."""
     rng = np.random.default_rng(seed)
@@ -79,6 +161,13 @@ def finite(seed, shape, dtype=jnp.float32):
     """Normal numbers, half of them zero, as after a ReLU."""
     x = jax.nn.relu(jax.random.normal(jax.random.key(seed), shape))
     return x.astype(dtype)
+
+
+def integers(seed, shape, dtype=jnp.float32):
+    """Whole numbers from -8 to 8 without 0, whose sums of squares are exact."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(1, 9, shape) * rng.choice([-1, 1], shape)
+    return np.asarray(jnp.asarray(x, dtype))
 
 
 def assert_same_bits(actual, expected):

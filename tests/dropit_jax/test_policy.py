@@ -22,6 +22,8 @@ class DropITTest(parameterized.TestCase):
                 "encoding": "auto",
                 "selection": "auto",
                 "value_dtype": None,
+                "group_size": 64,
+                "rounding": "nearest",
                 "fill": "zero",
             },
         )
@@ -37,6 +39,7 @@ class DropITTest(parameterized.TestCase):
         self.assertEqual(
             DropIT(value_dtype=jnp.bfloat16), DropIT(value_dtype="bfloat16")
         )
+        self.assertEqual(DropIT(value_dtype=jnp.int4), DropIT(value_dtype="int4"))
 
     @parameterized.parameters(
         ({"rate": 1.0}, ValueError, r"DropIT\.rate must be in \[0, 1\), got 1\.0"),
@@ -65,16 +68,73 @@ class DropITTest(parameterized.TestCase):
         ({"value_dtype": 7}, ValueError, r"value_dtype.*7.*None, 'bfloat16'"),
         ({"fill": "one"}, ValueError, r"fill.*'one'.*'zero', 'mean'"),
         ({"strategy": ["min_k"]}, ValueError, r"strategy.*\['min_k'\]"),
-        ({"strategy": "random"}, NotImplementedError, r"strategy='random'.*'min_k'"),
-        ({"granularity": "channel"}, NotImplementedError, r"'channel'.*'element'"),
-        ({"value_dtype": "int8"}, NotImplementedError, r"'int8'.*None, 'bfloat16'"),
-        ({"value_dtype": "int4"}, NotImplementedError, r"'int4'.*None, 'bfloat16'"),
-        ({"value_dtype": "int2"}, NotImplementedError, r"'int2'.*None, 'bfloat16'"),
-        ({"fill": "mean"}, NotImplementedError, r"fill='mean'.*'zero'"),
+        ({"group_size": 0}, ValueError, r"DropIT\.group_size .* got 0"),
+        ({"group_size": -1}, ValueError, r"DropIT\.group_size .* got -1"),
+        ({"group_size": 64.0}, TypeError, r"DropIT\.group_size .* got 64\.0"),
+        ({"group_size": None}, TypeError, r"DropIT\.group_size .* got None"),
+        ({"group_size": True}, TypeError, r"DropIT\.group_size .* got True"),
+        ({"rounding": "up"}, ValueError, r"rounding.*'up'.*'nearest', 'stochastic'"),
+        (
+            {"granularity": "channel", "encoding": "bitmap"},
+            ValueError,
+            r"encoding='bitmap'.*granularity='channel'",
+        ),
+        ({"rounding": "stochastic"}, ValueError, r"'int2', got value_dtype=None"),
+        (
+            {"rounding": "stochastic", "value_dtype": "bfloat16"},
+            ValueError,
+            r"'int8', 'int4'.*got value_dtype='bfloat16'",
+        ),
     )
     def test_bad_values_are_named(self, fields, error, message):
         with pytest.raises(error, match=message):
             DropIT(**fields)
+
+    @parameterized.parameters(
+        {"strategy": "random"},
+        {"strategy": "random", "encoding": "bitmap", "chunk_size": None},
+        {"granularity": "channel"},
+        {"granularity": "channel", "encoding": "index", "strategy": "random"},
+        {"value_dtype": "int8", "group_size": np.int64(1)},
+        {"value_dtype": "int4", "rounding": "stochastic", "rate": 0.0},
+        {"value_dtype": "int2", "fill": "mean"},
+    )
+    def test_values_that_go_together(self, **fields):
+        policy = DropIT(**fields)
+        for field, value in fields.items():
+            self.assertEqual(getattr(policy, field), value)
+        self.assertIs(type(policy.group_size), int)
+
+    @parameterized.parameters(
+        (None, None),
+        ("bfloat16", None),
+        ("float16", None),
+        ("int8", 8),
+        ("int4", 4),
+        ("int2", 2),
+    )
+    def test_code_bits(self, value_dtype, bits):
+        self.assertEqual(DropIT(value_dtype=value_dtype).code_bits, bits)
+
+    @parameterized.parameters(
+        ({}, False),
+        ({"strategy": "random"}, True),
+        ({"granularity": "channel", "strategy": "random"}, True),
+        ({"value_dtype": "int4"}, False),
+        ({"value_dtype": "int4", "rounding": "stochastic"}, True),
+        ({"granularity": "channel", "fill": "mean"}, False),
+    )
+    def test_needs_key(self, fields, needed):
+        self.assertIs(DropIT(**fields).needs_key, needed)
+
+    @parameterized.parameters(
+        ({}, False),
+        ({"strategy": "random", "value_dtype": "int4"}, False),
+        ({"granularity": "channel"}, True),
+        ({"fill": "mean"}, True),
+    )
+    def test_per_channel(self, fields, expected):
+        self.assertIs(DropIT(**fields).per_channel, expected)
 
     def test_unknown_fields_are_named(self):
         with pytest.raises(TypeError, match="chunk"):

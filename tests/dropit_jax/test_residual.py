@@ -1,5 +1,5 @@
 import itertools
-import math
+import re
 
 import chex
 import hypothesis
@@ -35,7 +35,7 @@ _CASES = {
 
 class TwinTest(parameterized.TestCase):
     @hypothesis.given(**_CASES)
-    @hypothesis.settings(max_examples=150)
+    @hypothesis.settings(max_examples=40)
     def test_residual_is_the_twins(
         self, shape, features, chunk_size, rate, encoding, method, dtype, seed
     ):
@@ -52,7 +52,7 @@ class TwinTest(parameterized.TestCase):
         if residual.positions is None:
             reference.assert_same_bits(residual.values, x)
             return
-        by_index, by_bitmap = _position_bytes(x, rate, chunk_size)
+        by_index, by_bitmap = reference.position_bytes(x.shape, rate, chunk_size)
         if encoding == "bitmap" or (encoding == "auto" and by_bitmap < by_index):
             # Values of a bitmap stand in the order of their positions.
             kept = [sorted(chunk) for chunk in kept]
@@ -86,27 +86,6 @@ class TwinTest(parameterized.TestCase):
 
     def test_a_scalar_is_kept(self):
         self.assertEqual(compress(jnp.float32(3), DropIT()).decompress(), 3)
-
-
-def _position_bytes(x, rate, chunk_size):
-    """Bytes of the positions as indices and as a bitmap.
-
-    Both fill up the last byte of a row, which is the last axis where chunks line up
-    with it, and a sample otherwise.
-    """
-    chunks = reference.chunks(x.shape, chunk_size)
-    kept = sum(reference.kept(len(chunk), rate) for chunk in chunks)
-    if chunk_size is None:
-        rows = 1
-    elif x.shape[-1] % chunk_size == 0:
-        rows = x.size // x.shape[-1]
-    else:
-        rows = x.shape[0] if x.ndim > 1 else 1
-    longest = max(len(chunk) for chunk in chunks)
-    bits = next(bits for bits in (4, 8, 16, 32) if longest <= 2**bits)
-    return rows * math.ceil(kept // rows * bits / 8), rows * math.ceil(
-        x.size / rows / 8
-    )
 
 
 class StorageTest(parameterized.TestCase):
@@ -173,6 +152,120 @@ class StorageTest(parameterized.TestCase):
         )
 
 
+class MeanTest(parameterized.TestCase):
+    """`fill="mean"`."""
+
+    @parameterized.parameters(
+        ((2, 3, 3, 16), "float32", {"encoding": "index"}),
+        ((2, 9, 5), "bfloat16", {"encoding": "bitmap", "chunk_size": 7}),
+        ((3, 8, 21), "float32", {"chunk_size": None}),
+        ((2, 3, 3, 5), "float16", {"strategy": "random"}),
+        ((1, 9, 10), "float32", {"strategy": "random", "encoding": "bitmap"}),
+        ((2, 2, 1, 4, 6), "float32", {"granularity": "channel"}),
+        ((3, 9, 7), "float32", {"granularity": "channel", "strategy": "random"}),
+        ((2, 9, 5), "float32", {"value_dtype": "bfloat16"}),
+        ((2, 9, 5), "float32", {"value_dtype": "float16", "strategy": "random"}),
+        ((2, 9, 16), "float32", {"value_dtype": "int4"}),
+        ((2, 9, 6), "bfloat16", {"value_dtype": "int8", "granularity": "channel"}),
+    )
+    def test_dropped_elements_become_their_mean(self, shape, dtype, fields):
+        # None is zero: what is zero without the means was dropped.
+        x = (0.5 + reference.integers(0, shape)).astype(jnp.dtype(dtype))
+        key = jax.random.key(0)
+        plain = _compress(x, DropIT(0.7, **fields), key)
+        residual = _compress(x, DropIT(0.7, **fields, fill="mean"), key)
+        plain_rebuilt, rebuilt = (
+            np.asarray(_decompress(each)) for each in (plain, residual)
+        )
+        kept = _kept_by_min_k(x, fields)
+        if kept is None:
+            unfilled = _compress(x, DropIT(0.7, **fields | {"value_dtype": None}), key)
+            kept = np.asarray(_decompress(unfilled), np.float32) != 0
+        chex.assert_trees_all_equal(residual.values, plain.values)
+        chex.assert_trees_all_equal(residual.positions, plain.positions)
+        means = np.asarray(residual.means)
+        self.assertEqual(means.shape, (shape[0], shape[-1]))
+        value_dtype = fields.get("value_dtype") or dtype
+        self.assertEqual(
+            means.dtype, "bfloat16" if "int" in value_dtype else value_dtype
+        )
+        self.assertEqual(residual.nbytes, plain.nbytes + means.nbytes)
+        expected = reference.dropped_means(x, kept)
+        np.testing.assert_allclose(
+            means.astype(np.float64),
+            expected,
+            rtol=jnp.finfo(means.dtype).eps,
+            atol=jnp.finfo(means.dtype).tiny,
+        )
+        spread = means.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1])
+        filled = np.broadcast_to(spread.astype(dtype), shape)
+        reference.assert_same_bits(rebuilt, np.where(kept, plain_rebuilt, filled))
+
+    def test_zeros_that_are_kept_stay_zeros(self):
+        x = np.zeros((1, 8, 2), np.float32)
+        x[0, :4, 0] = [1, 2, 3, 4]
+        policy = DropIT(0.5, chunk_size=None, fill="mean")
+        rebuilt = _decompress(_compress(x, policy))
+        # Of 16, 8 are kept: the 4 that are not zero and the first 4 of those that are.
+        reference.assert_same_bits(rebuilt, x)
+
+    @parameterized.parameters((16,), (4, 32), (2, 7, 16), (2, 7, 1, 8), (8, 1, 1, 8))
+    def test_too_few_elements_to_average_are_refused(self, *shape):
+        with pytest.raises(ValueError, match=rf"fill='mean'.*{re.escape(str(shape))}"):
+            compress(jnp.ones(shape), DropIT(fill="mean"))
+
+    def test_eight_elements_are_enough(self):
+        for shape in ((1, 8, 4), (2, 2, 4, 3)):
+            residual = jax.eval_shape(
+                lambda shape=shape: compress(jnp.ones(shape), DropIT(fill="mean"))
+            )
+            self.assertEqual(residual.means.shape, (shape[0], shape[-1]))
+
+    def test_without_dropping_there_are_no_means(self):
+        x = reference.finite(0, (2, 9, 16))
+        for policy in (DropIT(0.0, fill="mean"), DropIT(chunk_size=1, fill="mean")):
+            residual = compress(x, policy)
+            self.assertIsNone(residual.means)
+            self.assertEqual(residual.nbytes, x.nbytes)
+            reference.assert_same_bits(residual.decompress(), x)
+
+
+def _kept_by_min_k(x, fields):
+    """The twin's mask of what is kept at a rate of 0.7; `None` for a random choice."""
+    if "strategy" in fields:
+        return None
+    mask = np.zeros(x.shape, bool)
+    if "granularity" in fields:
+        mask[..., reference.kept_channels(x, 0.7)] = True
+        return mask
+    for kept in reference.kept_indices(x, 0.7, fields.get("chunk_size", 16)):
+        mask.reshape(-1)[kept] = True
+    return mask
+
+
+class KeyTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ({"strategy": "random"}, "strategy='random'"),
+        (
+            {"strategy": "random", "granularity": "channel"},
+            "strategy='random', granularity='channel'",
+        ),
+        (
+            {"value_dtype": "int4", "rounding": "stochastic"},
+            "value_dtype='int4'.*rounding='stochastic'",
+        ),
+    )
+    def test_a_missing_key_is_named(self, fields, policy):
+        with pytest.raises(ValueError, match=rf"DropIT\(.*{policy}.*PRNG key.*key="):
+            compress(jnp.ones((2, 32)), DropIT(**fields))
+
+    def test_a_key_that_is_not_needed_changes_nothing(self):
+        x, policy = reference.finite(0, (4, 32)), DropIT(value_dtype="int4")
+        chex.assert_trees_all_equal(
+            compress(x, policy, jax.random.key(0)), compress(x, policy)
+        )
+
+
 class PytreeTest(parameterized.TestCase):
     @parameterized.parameters(16, 24, None)
     def test_batches_and_loops(self, chunk_size):
@@ -180,8 +273,9 @@ class PytreeTest(parameterized.TestCase):
         x = reference.finite(0, (3, 4, 5, 32))
         expected = [reference.sparse(sample, 0.75, chunk_size) for sample in x]
         expected = jnp.stack(expected)
-        batched = jax.vmap(lambda x: compress(x, policy))(x)
-        chex.assert_trees_all_equal(jax.vmap(Residual.decompress)(batched), expected)
+        batched = jax.jit(jax.vmap(lambda x: compress(x, policy)))(x)
+        rebuilt = jax.jit(jax.vmap(Residual.decompress))(batched)
+        chex.assert_trees_all_equal(rebuilt, expected)
 
         def step(carry, x):
             return carry, compress(x, policy)
