@@ -5,6 +5,8 @@ from pathlib import Path
 
 # The tests are about results, which do not need a GPU; name one to test on it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# For the tests of meshes; all others use the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Where the Makefile puts the GPU compiler.
 _COMPILER = Path(__file__).parents[1] / ".venv" / "gpu-compiler"
 if _COMPILER.is_dir():
