@@ -298,7 +298,7 @@ class _Cached:
     group: int
 
 
-# What is cached of `a` (None: the kernel is frozen), kernel, offset, and opᵀ(·, kernel).
+# What is cached of `a` (`None`: θ is frozen), θ, offset, and opᵀ(·, θ).
 _Saved = tuple[
     _Cached | None, Array, tuple[Array, ...], Callable[[Array], tuple[Array]]
 ]
