@@ -199,7 +199,9 @@ def _whole(
         ops.cached_product, product, dropit=dropit, key=key, offset=offset
     )
     if isinstance(module, nn.Einsum):
-        equation = nn.merge_param("einsum_str", module.einsum_str, **kwargs)
+        equation = nn.merge_param(
+            "einsum_str", module.einsum_str, kwargs.get("einsum_str")
+        )
         layout = ops.einsum_layout(equation, inputs, params["kernel"])
         return cache(inputs, params["kernel"], layout=layout)
     size = module.kernel_size

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from flax import serialization
+from flax.core import meta
 from jax import lax
 
 from dropit_jax import DropIT
@@ -20,6 +21,10 @@ _POLICY = DropIT(0.5)
 _MASK = np.broadcast_to(np.eye(3)[..., None, None], (3, 3, 16, 8))
 
 # (layer, its arguments, input shape): what Flax documents.
+_PARTITIONED = nn.with_partitioning(
+    nn.initializers.lecun_normal(), (None, None, "x", "y")
+)
+
 _DENSES = (
     ({"features": 8}, (4, 32)),
     ({"features": 8, "use_bias": False}, (2, 3, 5, 32)),
@@ -30,6 +35,59 @@ _DENSES = (
     ({"features": 8, "kernel_init": nn.initializers.ones_init()}, (4, 21)),
     ({"features": 8, "dot_general": functools.partial(lax.dot_general)}, (4, 32)),
     ({"features": 8, "dot_general_cls": lambda: lax.dot_general}, (4, 32)),
+    (
+        {
+            "features": 8,
+            "kernel_init": nn.with_partitioning(nn.initializers.normal(), ("x", None)),
+            "bias_init": nn.with_partitioning(nn.initializers.normal(), ("x",)),
+        },
+        (4, 32),
+    ),
+)
+_DENSE_GENERALS = (
+    ({"features": 8}, (4, 32)),
+    ({"features": (4, 2), "axis": (-2, -1)}, (3, 5, 4, 8)),
+    ({"features": 6, "axis": (1, -1), "use_bias": False}, (3, 5, 4, 8)),
+    ({"features": (4, 2), "axis": (3, 1)}, (2, 3, 5, 8)),
+    ({"features": 8, "batch_dims": (0,)}, (3, 5, 16)),
+    ({"features": (4, 2), "axis": -1, "batch_dims": (0, 1)}, (2, 3, 5, 16)),
+    ({"features": 8, "dtype": jnp.bfloat16}, (2, 5, 21)),
+    ({"features": 8, "param_dtype": jnp.bfloat16, "axis": 1}, (2, 21, 3)),
+    ({"features": 8, "precision": lax.Precision.HIGHEST}, (4, 32)),
+    ({"features": 8, "dot_general": functools.partial(lax.dot_general)}, (4, 32)),
+    ({"features": 8, "dot_general_cls": lambda: lax.dot_general}, (4, 32)),
+    ({"features": (2, 4), "axis": (1, 2), "kernel_init": _PARTITIONED}, (3, 4, 8)),
+)
+_EINSUMS = (
+    ({"shape": (32, 8), "einsum_str": "bd,dh->bh"}, (4, 32)),
+    ({"shape": (4, 8, 6), "einsum_str": "bthd,hdf->btf"}, (2, 3, 4, 8)),
+    ({"shape": (5, 6, 7), "einsum_str": "abc,cde->abde"}, (3, 4, 5)),
+    ({"shape": (4, 8, 6), "einsum_str": "bhd,hde->bhe"}, (2, 4, 8)),
+    ({"shape": (16, 3), "einsum_str": "...d,de->...e", "use_bias": False}, (2, 5, 16)),
+    ({"shape": (16, 8), "einsum_str": "db, df -> bf"}, (16, 3)),
+    ({"shape": (16, 8), "einsum_str": "bd,df->bf", "dtype": jnp.bfloat16}, (4, 16)),
+    (
+        {"shape": (16, 8), "einsum_str": "bd,df->bf", "param_dtype": jnp.bfloat16},
+        (4, 16),
+    ),
+    (
+        {
+            "shape": (16, 8),
+            "einsum_str": "bd,df->bf",
+            "precision": lax.Precision.HIGHEST,
+            "preferred_element_type": jnp.float32,
+            "dtype": jnp.bfloat16,
+        },
+        (4, 16),
+    ),
+    (
+        {
+            "shape": (16, 8),
+            "einsum_str": "bd,df->bf",
+            "kernel_init": nn.with_partitioning(nn.initializers.normal(), ("x", None)),
+        },
+        (4, 16),
+    ),
 )
 _CONVS = (
     ({"features": 8, "kernel_size": (3, 3)}, (2, 6, 6, 16)),
@@ -58,14 +116,86 @@ _CONVS = (
         },
         (2, 6, 6, 5),
     ),
+    (
+        {"features": 8, "kernel_size": (3, 3), "kernel_init": _PARTITIONED},
+        (2, 6, 6, 16),
+    ),
+    ({"features": 8, "kernel_size": (3, 3), "param_dtype": jnp.float16}, (2, 4, 4, 16)),
+    (
+        {"features": 8, "kernel_size": (3, 3), "precision": lax.Precision.HIGHEST},
+        (2, 4, 4, 16),
+    ),
 )
+_CONV_LOCALS = (
+    ({"features": 4, "kernel_size": (3, 3)}, (2, 5, 6, 16)),
+    ({"features": 4, "kernel_size": (3, 3), "use_bias": False}, (5, 6, 16)),
+    ({"features": 4, "kernel_size": (3, 3)}, (2, 3, 4, 4, 16)),
+    ({"features": 4, "kernel_size": (3, 3), "padding": "VALID"}, (2, 5, 6, 16)),
+    ({"features": 4, "kernel_size": (3, 3), "padding": "CIRCULAR"}, (2, 4, 5, 16)),
+    ({"features": 4, "kernel_size": 3, "padding": "CAUSAL"}, (2, 9, 16)),
+    ({"features": 4, "kernel_size": (3, 3), "strides": 2}, (2, 7, 6, 5)),
+    ({"features": 4, "kernel_size": (3, 3), "kernel_dilation": 2}, (2, 7, 7, 16)),
+    ({"features": 4, "kernel_size": (2, 2), "dtype": jnp.bfloat16}, (2, 4, 4, 16)),
+    ({"features": 4, "kernel_size": (2,), "param_dtype": jnp.bfloat16}, (2, 6, 16)),
+)
+_CONV_TRANSPOSES = (
+    ({"features": 8, "kernel_size": (3, 3)}, (2, 5, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "use_bias": False}, (5, 6, 16)),
+    ({"features": 8, "kernel_size": (3, 3)}, (2, 3, 4, 4, 16)),
+    ({"features": 8, "kernel_size": (3, 3), "strides": (2, 2)}, (2, 4, 5, 16)),
+    (
+        {"features": 8, "kernel_size": (4, 4), "strides": (2, 2), "padding": "VALID"},
+        (2, 4, 4, 16),
+    ),
+    (
+        {
+            "features": 8,
+            "kernel_size": (3, 3),
+            "strides": (2, 2),
+            "padding": "CIRCULAR",
+        },
+        (2, 4, 4, 16),
+    ),
+    (
+        {"features": 8, "kernel_size": (3, 3), "padding": ((1, 2), (0, 1))},
+        (2, 4, 4, 16),
+    ),
+    ({"features": 8, "kernel_size": 3, "padding": 1}, (2, 9, 16)),
+    (
+        {"features": 8, "kernel_size": (3, 3), "kernel_dilation": (2, 2)},
+        (2, 5, 5, 5),
+    ),
+    (
+        {"features": 16, "kernel_size": (3, 3), "transpose_kernel": True},
+        (2, 4, 4, 16),
+    ),
+    ({"features": 8, "kernel_size": (3, 3), "mask": _MASK}, (2, 4, 4, 16)),
+    ({"features": 8, "kernel_size": (2, 2), "dtype": jnp.bfloat16}, (2, 4, 4, 16)),
+    ({"features": 8, "kernel_size": (2,), "param_dtype": jnp.bfloat16}, (2, 6, 16)),
+    (
+        {
+            "features": 8,
+            "kernel_size": (3, 3),
+            "precision": lax.Precision.HIGHEST,
+            "kernel_init": _PARTITIONED,
+        },
+        (2, 4, 4, 16),
+    ),
+)
+_LAYERS = {
+    "Dense": _DENSES,
+    "DenseGeneral": _DENSE_GENERALS,
+    "Einsum": _EINSUMS,
+    "Conv": _CONVS,
+    "ConvLocal": _CONV_LOCALS,
+    "ConvTranspose": _CONV_TRANSPOSES,
+}
 
 
 def _cases():
-    for arguments, shape in _DENSES:
-        yield nn.Dense, dn.Dense, arguments, shape
-    for arguments, shape in _CONVS:
-        yield nn.Conv, dn.Conv, arguments, shape
+    for name, cases in _LAYERS.items():
+        for arguments, shape in cases:
+            yield name, arguments, shape
 
 
 def _input(shape):
@@ -80,58 +210,77 @@ def _run(layer, variables, x):
     return out, *pullback(cotangent.astype(out.dtype))
 
 
+def _initialised(layer, x):
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(layer.init, compiler_options=options)(jax.random.key(0), x)
+
+
 class LayerTest(parameterized.TestCase):
     @parameterized.parameters(*_cases())
-    def test_is_flaxs_layer_but_for_the_kernels_gradient(
-        self, flax_layer, our_layer, arguments, shape
-    ):
+    def test_is_flaxs_layer_but_for_the_kernels_gradient(self, name, arguments, shape):
         x = _input(shape)
-        theirs = flax_layer(**arguments)
-        ours = our_layer(**arguments, dropit=_POLICY)
-        key = jax.random.key(0)
-        variables = jax.jit(theirs.init)(key, x)
-        our_variables = jax.jit(ours.init)(key, x)
+        theirs = getattr(nn, name)(**arguments)
+        ours = getattr(dn, name)(**arguments, dropit=_POLICY)
+        variables = _initialised(theirs, x)
+        our_variables = _initialised(ours, x)
         chex.assert_trees_all_equal(our_variables, variables)
         chex.assert_trees_all_equal_dtypes(our_variables, variables)
         expected = jax.jit(functools.partial(_run, theirs))(variables, x)
         actual = jax.jit(functools.partial(_run, ours))(variables, x)
         reference.assert_same_bits(actual[0], expected[0])
         reference.assert_same_bits(actual[2], expected[2])
-        if "bias" in variables["params"]:
-            chex.assert_trees_all_equal(
-                actual[1]["params"]["bias"], expected[1]["params"]["bias"]
-            )
-        difference = actual[1]["params"]["kernel"] - expected[1]["params"]["kernel"]
+        exact, dropped = (meta.unbox(g[1]["params"]) for g in (expected, actual))
+        if "bias" in exact:
+            reference.assert_same_bits(dropped["bias"], exact["bias"])
+        difference = dropped["kernel"] - exact["kernel"]
         self.assertGreater(float(jnp.abs(difference).max()), 0)
 
-        exact = our_layer(**arguments, dropit=DropIT(0.0))
+        exact = getattr(dn, name)(**arguments, dropit=DropIT(0.0))
         actual = jax.jit(functools.partial(_run, exact))(variables, x)
         chex.assert_trees_all_close(actual, expected, rtol=1e-6, atol=1e-6)
 
     @parameterized.parameters(
-        (nn.Dense, dn.Dense, (8,), (3, 5, 21)),
-        (nn.Conv, dn.Conv, (8, (3, 3)), (2, 5, 6, 5)),
+        ("Dense", {"features": 8}, (3, 5, 21), (0, 1, 2)),
+        ("DenseGeneral", {"features": 8, "axis": (1, 2)}, (3, 5, 4, 6), (0, 3, 1, 2)),
+        ("DenseGeneral", {"features": 8, "batch_dims": (0,)}, (3, 5, 21), (0, 1, 2)),
+        (
+            "Einsum",
+            {"shape": (5, 6, 8), "einsum_str": "hbd,hde->be"},
+            (5, 3, 6),
+            (1, 0, 2),
+        ),
+        ("Conv", {"features": 8, "kernel_size": (3, 3)}, (2, 5, 6, 5), range(4)),
+        ("ConvLocal", {"features": 8, "kernel_size": (3, 3)}, (2, 5, 6, 5), range(4)),
+        (
+            "ConvTranspose",
+            {"features": 8, "kernel_size": (3, 3), "strides": (2, 2)},
+            (2, 5, 6, 5),
+            range(4),
+        ),
     )
     def test_kernels_gradient_is_flaxs_at_the_sparse_input(
-        self, flax_layer, our_layer, arguments, shape
+        self, name, arguments, shape, order
     ):
+        # `order`: of the axes in which a sample is cut; what is summed over comes last.
         x = _input(shape)
-        theirs, ours = flax_layer(*arguments), our_layer(*arguments, dropit=_POLICY)
+        theirs = getattr(nn, name)(**arguments)
+        ours = getattr(dn, name)(**arguments, dropit=_POLICY)
         variables = theirs.init(jax.random.key(0), x)
-        sparse = jnp.asarray(reference.sparse(x, 0.5, 16))
+        sparse = reference.sparse(np.transpose(x, order), 0.5, 16)
+        sparse = jnp.asarray(np.transpose(sparse, np.argsort(order)))
+        run = jax.jit(_run, static_argnums=0)
         chex.assert_trees_all_close(
-            _run(ours, variables, x)[1]["params"]["kernel"],
-            _run(theirs, variables, sparse)[1]["params"]["kernel"],
+            run(ours, variables, x)[1]["params"]["kernel"],
+            run(theirs, variables, sparse)[1]["params"]["kernel"],
             rtol=1e-5,
             atol=1e-5,
         )
 
-    @parameterized.parameters(
-        (nn.Dense, dn.Dense, (8,)), (nn.Conv, dn.Conv, (8, (3, 3)))
-    )
-    def test_without_a_policy_it_is_flaxs_layer(self, flax_layer, our_layer, arguments):
-        x = _input((2, 4, 4, 16))
-        theirs, ours = flax_layer(*arguments), our_layer(*arguments)
+    @parameterized.parameters(*((name, *cases[0]) for name, cases in _LAYERS.items()))
+    def test_without_a_policy_it_is_flaxs_layer(self, name, arguments, shape):
+        x = _input(shape)
+        theirs = getattr(nn, name)(**arguments)
+        ours = getattr(dn, name)(**arguments)
         variables = theirs.init(jax.random.key(0), x)
         programs = [
             str(
@@ -143,12 +292,26 @@ class LayerTest(parameterized.TestCase):
         ]
         self.assertEqual(*programs)
 
-    def test_every_attribute_of_flaxs_layer_is_there(self):
-        for theirs, ours in ((nn.Dense, dn.Dense), (nn.Conv, dn.Conv)):
-            names = list(theirs.__dataclass_fields__)
-            self.assertEqual(
-                [n for n in ours.__dataclass_fields__ if n != "dropit"], names
-            )
+    @parameterized.parameters(
+        *_LAYERS, "MultiHeadDotProductAttention", "MultiHeadAttention", "SelfAttention"
+    )
+    def test_every_attribute_of_flaxs_layer_is_there(self, name):
+        theirs, ours = (getattr(module, name) for module in (nn, dn))
+        names = list(theirs.__dataclass_fields__)
+        self.assertEqual([n for n in ours.__dataclass_fields__ if n != "dropit"], names)
+
+    def test_an_equation_may_come_with_the_call(self):
+        x = _input((4, 16))
+        theirs = nn.Einsum((16, 8))
+        ours = dn.Einsum((16, 8), dropit=_POLICY)
+        variables = theirs.init(jax.random.key(0), x, "bd,dh->bh")
+        chex.assert_trees_all_equal(
+            ours.init(jax.random.key(0), x, "bd,dh->bh"), variables
+        )
+        reference.assert_same_bits(
+            ours.apply(variables, x, "bd,dh->bh"),
+            theirs.apply(variables, x, einsum_str="bd,dh->bh"),
+        )
 
     def test_hooks_are_put_back(self):
         layer = dn.Dense(4, dropit=_POLICY, dot_general=lax.dot_general)
