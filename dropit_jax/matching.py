@@ -77,7 +77,9 @@ def matching(
 
 
 def _globs(field: str, globs: str | Sequence[str]) -> tuple[str, ...]:
-    globs = (globs,) if isinstance(globs, str) else tuple(globs)
-    if not all(isinstance(glob, str) for glob in globs):
+    listed = (globs,) if isinstance(globs, str) else globs
+    if not (
+        isinstance(listed, Sequence) and all(isinstance(glob, str) for glob in listed)
+    ):
         raise TypeError(f"{field} takes a glob or several, as strings; got {globs!r}.")
-    return globs
+    return tuple(listed)

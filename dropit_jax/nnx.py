@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from dropit_jax import hooks, matching, ops, sharing
 from dropit_jax.ops import Layout
-from dropit_jax.policy import DropIT
+from dropit_jax.policy import DropIT, check_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,8 @@ def _convert(layer: Any, dropit: DropIT | None, stream: nnx.RngStream | None) ->
         cls: type[nnx.Module] = type(layer)
         layer.__class__ = _caching_class(cls)
     layer.dropit = dropit
-    layer.dropit_rngs = stream
+    # Beside arrays, where nothing but its absence stood.
+    layer.dropit_rngs = stream if stream is None else nnx.data(stream)
 
 
 @functools.cache  # one class for all layers of a class: classes are compared by JAX
@@ -247,7 +248,10 @@ def _caching_class(cls: type[nnx.Module]) -> type[_Caching]:
 
 def _stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
     """The keys of a policy that needs them."""
-    if dropit is None or not dropit.needs_key:
+    if dropit is None:
+        return None
+    check_policy(dropit)
+    if not dropit.needs_key:
         return None
     try:
         return rngs.dropit.fork()  # type: ignore[union-attr]

@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dropit_jax import shardings, sharing
-from dropit_jax.policy import DropIT
+from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.residual import Residual, compress
 
 # The name of what is cached, for `jax.checkpoint_policies.save_only_these_names`.
@@ -257,6 +257,7 @@ def cached_product(
     Raises:
       TypeError, ValueError: as `dot_general`.
     """
+    check_policy(dropit)
     if (observe := _observer.get()) is not None:
         observe(lhs, layout, _bytes_cached(lhs, dropit, layout))
     with _forward_mode_explained():

@@ -132,6 +132,19 @@ class DropIT:
         return min(size, max(1, math.floor((1.0 - self.rate) * size + _ROUNDING)))
 
 
+def check_policy(dropit: Any) -> None:
+    """Refuses what is no policy.
+
+    Raises:
+      TypeError: it is none.
+    """
+    if not isinstance(dropit, DropIT):
+        raise TypeError(
+            f"dropit takes a policy, such as DropIT(rate=0.875), or None for the plain "
+            f"Flax layer or operation; got {dropit!r}."
+        )
+
+
 def _checked_rate(rate: Any) -> float:
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(f"DropIT.rate must be a number, got {rate!r}.")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from dropit_jax import channels, chunking, encodings, selection, shardings
-from dropit_jax.policy import DropIT
+from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.quantization import Quantized, quantize
 
 # Below so many elements a sample and channel, `fill="mean"` is refused: the means
@@ -88,10 +88,11 @@ def compress(
       nothing is dropped: at `rate=0`.
 
     Raises:
-      TypeError: `x` is not a real floating-point array.
+      TypeError: `x` is not a real floating-point array, or `dropit` not a policy.
       ValueError: the key is missing, or `x` has too few elements a sample and channel
         for `fill="mean"`.
     """
+    check_policy(dropit)
     x = jnp.asarray(x)
     _check(x, dropit, key)
     select_key, round_key = (None, None) if key is None else jax.random.split(key)

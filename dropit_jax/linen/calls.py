@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from dropit_jax import hooks, ops, sharing
 from dropit_jax.ops import Layout
-from dropit_jax.policy import DropIT
+from dropit_jax.policy import DropIT, check_policy
 
 # The Flax layers whose product can be replaced, with the field that replaces it.
 _HOOKED: tuple[tuple[type[nn.Module], str, Callable[..., Array]], ...] = (
@@ -81,19 +81,24 @@ def cached(
     method: Callable[..., Array],
     dropit: DropIT | None,
     inputs: Any,
+    *args: Any,
     **kwargs: Any,
 ) -> Array:
-    """`method(inputs, **kwargs)`, with the inputs cached compressed.
+    """`method(inputs, *args, **kwargs)`, with the inputs cached compressed.
 
     Args:
       module: one of `LAYERS`, bound.
       method: the `__call__` of Flax's layer for it.
       dropit: what to keep of the inputs; `None`: the plain Flax layer.
       inputs: the layer's.
-      **kwargs: the other arguments of the call.
+      *args: the other arguments of the call: of `nn.Einsum` alone, its equation.
+      **kwargs: likewise.
     """
+    if args:
+        (kwargs["einsum_str"],) = args
     if dropit is None:
         return method(inputs, **kwargs)
+    check_policy(dropit)
     key = _key(module, dropit, inputs)
     for layer, hook, operation in _HOOKED:
         if isinstance(module, layer):
