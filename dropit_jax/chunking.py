@@ -70,7 +70,17 @@ def as_rows(x: jax.Array, chunks: Chunking) -> jax.Array:
     cut_last_axis = lead == x.ndim - 1 and not chunks.tail
     if not (cut_last_axis and chunks.count % shardings.shards(x, -1) == 0):
         x = shardings.gather(x, keep=lead)
-    return x.reshape(*chunks.rows, chunks.row_size)
+    return whole(x.reshape(*chunks.rows, chunks.row_size), chunks)
+
+
+def whole(rows: jax.Array, chunks: Chunking) -> jax.Array:
+    """Rows whose chunks cannot be shared out evenly, each on one device.
+
+    XLA would come to that by itself, but by many small moves.
+    """
+    if chunks.count > 1 and not chunks.tail:
+        return rows
+    return shardings.whole_rows(rows)
 
 
 def split(x: jax.Array, sizes: tuple[tuple[int, int], ...]) -> list[jax.Array]:

@@ -46,9 +46,8 @@ def encode(
 
 def decode(values: Array, positions: Array, chunks: Chunking, dropit: DropIT) -> Array:
     """Kept values in their places, and zero elsewhere: shape (*rows, row size)."""
-    if choose(chunks, dropit) == "bitmap":
-        return _from_bitmap(values, positions, chunks, dropit)
-    return _from_indices(values, positions, chunks, dropit)
+    place = _from_bitmap if choose(chunks, dropit) == "bitmap" else _from_indices
+    return chunking.whole(place(values, positions, chunks, dropit), chunks)
 
 
 def _kept(chunks: Chunking, dropit: DropIT) -> int:

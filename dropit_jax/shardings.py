@@ -49,6 +49,18 @@ def _reshard(x: Array, wanted: tuple[str | tuple[str, ...] | None, ...]) -> Arra
     return jax.sharding.reshard(x, PartitionSpec(*wanted))
 
 
+def whole_rows(x: Array) -> Array:
+    """`x` with its last axis on every device, where XLA would choose how to shard it.
+
+    It takes a mesh that is set (`jax.set_mesh`); elsewhere it is `x`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Auto not in mesh.axis_types:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None))
+
+
 # Far from the numbers that JAX gives the groups of `jax.experimental.shard_alike`.
 _groups = itertools.count(1 << 40)
 

@@ -71,7 +71,15 @@ class Denses(Model):
     def __call__(self, x):
         dense = functools.partial(dn.Dense, self.features, dropit=self.dropit)
         x = nn.tanh(dense(name="column")(x))
-        return dense(dot_general=self.row(lax.dot_general, 3), name="row")(x)
+        return dense(dot_general=self.row(lax.dot_general, x.ndim), name="row")(x)
+
+
+class Vectors(Denses):
+    """Samples so short that their last chunk may be shorter still."""
+
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x[:, 0])
 
 
 class GeneralDenses(Model):
@@ -149,6 +157,7 @@ def _as_images(x):
 
 _MODELS = {
     "dense": Denses,
+    "vectors": Vectors,
     "dense_general": GeneralDenses,
     "conv": Convs,
     "resnet": ResNet,
@@ -157,6 +166,7 @@ _MODELS = {
 # How many activations are cached whose features are sharded over "model".
 _SHARDED_ACTIVATIONS = {
     "dense": 1,
+    "vectors": 1,
     "dense_general": 1,
     "conv": 1,
     "resnet": 2,
