@@ -108,7 +108,8 @@ class ConvTranspose(_Caching, nnx.ConvTranspose):
 class MultiHeadAttention(nnx.MultiHeadAttention):
     """`flax.nnx.MultiHeadAttention` whose four projections cache compressed.
 
-    Query, key and value that are projected from the same input cache it once.
+    Query, key and value that are projected from the same input cache it once, where
+    they are traced together (as under `jax.jit`).
     """
 
     def __init__(
@@ -163,15 +164,19 @@ def apply(
       What was changed, in the order of the model's attributes.
 
     Raises:
-      TypeError: `dropit` is not a policy, or a pattern not a string.
-      ValueError: a pattern matches no layer, or the policy needs keys and there is no
-        stream of them. Nothing is changed then.
+      TypeError: an argument is of the wrong type.
+      ValueError: a pattern matches no layer, the call in `skip_first` comes to none, or
+        the policy needs keys and there is no stream of them. Nothing is changed then.
     """
     if not (dropit is None or isinstance(dropit, DropIT)):
         raise TypeError(f"apply takes a DropIT policy or None, got {dropit!r}.")
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(f"apply takes a model of flax.nnx, got {model!r}.")
+    if not (skip_first is None or callable(skip_first)):
+        raise TypeError(f"skip_first takes a call of the model, got {skip_first!r}.")
     meant = matching.matching(skip_first is not None, only, exclude)
     layers = list(_layers(model, (), set()))
-    first = None if skip_first is None else _first_layer(model, skip_first)
+    first = None if skip_first is None else _first_layer(model, layers, skip_first)
     meant.check([path for path, _ in layers], [] if first is None else [first])
     stream = _stream(dropit, rngs)
     changes = []
@@ -205,19 +210,29 @@ def _layers(
         yield from _layers(child, (*path, str(name)), visited)
 
 
-def _first_layer(model: nnx.Module, call: Callable[[Any], Any]) -> str | None:
+def _first_layer(
+    model: nnx.Module, layers: list[tuple[str, Any]], call: Callable[[Any], Any]
+) -> str:
     """The path of the layer that a call of a model comes to first."""
-    graph, state = nnx.split(model)
     called: list[str] = []
+    # A copy has its attributes in another order, so that a layer with two paths may
+    # have the other one there: the copy's classes know the paths of the model.
+    classes = [type(layer) for _, layer in layers]
+    try:
+        for path, layer in layers:
+            layer.__class__ = _noting_class(type(layer), path, called)
+        graph, state = nnx.split(model)
+    finally:
+        for (_, layer), cls in zip(layers, classes, strict=True):
+            layer.__class__ = cls
 
     def traced(state: Any) -> None:
-        copy = nnx.merge(graph, state)
-        for path, layer in _layers(copy, (), set()):
-            layer.__class__ = _noting_class(type(layer), path, called)
-        call(copy)
+        call(nnx.merge(graph, state))
 
     jax.eval_shape(traced, state)
-    return called[0] if called else None
+    if not called:
+        raise ValueError("The call in skip_first comes to none of the model's layers.")
+    return called[0]
 
 
 def _noting_class(cls: type[Any], path: str, called: list[str]) -> type[Any]:
@@ -243,7 +258,9 @@ def _convert(layer: Any, dropit: DropIT | None, stream: nnx.RngStream | None) ->
 def _caching_class(cls: type[nnx.Module]) -> type[_Caching]:
     if cls in _OURS:
         return _OURS[cls]
-    return type(cls.__name__, (_Caching, cls), {"__module__": cls.__module__})
+    # The class itself comes first: it calls ours where it would have called Flax's.
+    ours = next(ours for theirs, ours in _OURS.items() if issubclass(cls, theirs))
+    return type(cls.__name__, (cls, ours), {"__module__": cls.__module__})
 
 
 def _stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
@@ -315,9 +332,9 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
             return nnx.ConvTranspose.__call__(layer, inputs)
 
     promote = _promoting_once(layer.promote_dtype)
-    arrays = (jnp.asarray(inputs), layer.kernel[...], *offset)
-    inputs, *_ = promote(arrays, dtype=layer.dtype)
-    flat, batch = hooks.as_batch(inputs, len(layer.kernel_size))
+    flat, batch = hooks.as_batch(jnp.asarray(inputs), len(layer.kernel_size))
+    bias = offset[0] if offset else None
+    flat, *_ = promote((flat, layer.kernel[...], bias), dtype=layer.dtype)
     out = ops.cached_product(
         product,
         flat,

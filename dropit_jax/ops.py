@@ -258,8 +258,10 @@ def cached_product(
       TypeError, ValueError: as `dot_general`.
     """
     check_policy(dropit)
-    if (observe := _observer.get()) is not None:
-        observe(lhs, layout, _bytes_cached(lhs, dropit, layout))
+    observe = _observer.get()
+    nbytes = None if observe is None else _bytes_cached(lhs, dropit, layout)
+    if observe is not None and nbytes is not None:
+        observe(lhs, layout, nbytes)
     with _forward_mode_explained():
         return _cached_product(product, dropit, layout, lhs, rhs, offset, key)
 
@@ -373,11 +375,16 @@ def _compressed(
     return tied, sharing.once(compute, operands, (dropit, layout))
 
 
-def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int:
+def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int | None:
+    """Bytes that are cached of `lhs`; `None` where it does not suit the policy."""
+
     def compressed(a: Array, key: Array) -> Residual:
         return compress(_arrange(a, dropit, layout), dropit, key)
 
-    return jax.eval_shape(compressed, lhs, jax.random.key(0)).nbytes
+    try:
+        return jax.eval_shape(compressed, lhs, jax.random.key(0)).nbytes
+    except (TypeError, ValueError):
+        return None  # which the forward rule says, if a gradient is asked for
 
 
 def _arrange(a: Array, dropit: DropIT, layout: Layout) -> Array:

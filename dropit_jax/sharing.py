@@ -40,12 +40,12 @@ def once(compute: Callable[[], T], operands: tuple[Any, ...], how: Hashable) -> 
     def forget(_: Any) -> None:
         _entries.pop(place, None)
 
-    _entries[place] = (
-        [weakref.ref(operand, forget) for operand in operands],
-        trace,
-        [weakref.ref(leaf) for leaf in leaves],
-        structure,
-    )
+    try:
+        sources = [weakref.ref(operand, forget) for operand in operands]
+    except TypeError:
+        return result  # a list or a number, which no two calls have in common
+    references = [weakref.ref(leaf) for leaf in leaves]
+    _entries[place] = (sources, trace, references, structure)
     return result
 
 

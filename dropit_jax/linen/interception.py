@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen import transforms
 from jaxtyping import Array
 
 from dropit_jax import matching, ops
@@ -80,7 +82,8 @@ class Interception:
         self._matching = meant
         self._layers: dict[str, InterceptedLayer] = {}
         self._seen: dict[str, None] = {}  # paths, in order
-        self._firsts: set[str] = set()
+        self.firsts: dict[str, str] = {}  # of each module
+        self._later: set[str] = set()  # of these, those seen that were not the first
 
     @property
     def key(self) -> Any:
@@ -127,8 +130,8 @@ class Interception:
     def note(self, path: str, call: _Call) -> None:
         """Takes note of a layer that might."""
         self._seen[path] = None
-        if path == call.first:
-            self._firsts.add(path)
+        if path != call.first:
+            self._later.add(path)
 
     def run(
         self,
@@ -166,7 +169,7 @@ class Interception:
             to say: it may all have been compiled before.
         """
         if self._seen:
-            self._matching.check(self._seen, self._firsts)
+            self._matching.check(self._seen, self._seen.keys() - self._later)
 
 
 # A part of the keys of JAX's caches: a function traced within `intercept` is not the
@@ -218,7 +221,9 @@ def intercept(
 
 @contextlib.contextmanager
 def _intercepting(interception: Interception) -> Iterator[Interception]:
+    _tell_paths_to_jit()
     outer = _interceptions.get()
+    key = (*_traced_within.value, interception.key)
 
     def interceptor(
         method: Callable[..., Any],
@@ -234,9 +239,13 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
             if isinstance(module, calls.LAYERS) and call.first is None:
                 call.first = path
             if not calls.is_layer_call(context):
-                return method(*args, **kwargs)
-            interception.note(path, call)
+                out = method(*args, **kwargs)
+                if call.first is not None:
+                    interception.firsts[path] = call.first
+                return out
             inner = _interceptions.get()[len(outer) + 1 :]
+            for each in (interception, *inner):  # who may not see it, if this runs it
+                each.note(path, call)
             if (
                 calls.has_policy(module)
                 or any(other.selects(path, call) for other in inner)
@@ -246,13 +255,36 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
             return interception.run(module, method, args, kwargs, call)
 
     token = _interceptions.set((*outer, interception))
-    key = (*_traced_within.value, interception.key)
     try:
         with nn.intercept_methods(interceptor), _traced_within(key):
             yield interception
     finally:
         _interceptions.reset(token)
     interception.check()
+
+
+@functools.cache
+def _tell_paths_to_jit() -> None:
+    """Lets `nn.jit` know modules of different paths apart while layers are replaced.
+
+    It keeps a trace for all modules that are alike, and a trace holds what was decided
+    for the path that it was made with. Flax has no public hook for this; outside of
+    `intercept` the private one does what it did.
+    """
+    proxies: Any = transforms._HashableProxy
+    plain = proxies.from_module
+
+    def from_module(module: nn.Module) -> Any:
+        proxy = plain(module)
+        if (call := _call.get()) is None:
+            return proxy
+        interception, path = _interceptions.get()[-1], _path(module)
+        place = (interception, path, call.first is None)
+        if call.first is None:  # a trace that is kept will not say
+            call.first = interception.firsts.get(path)
+        return dataclasses.replace(proxy, hash_key=hash((proxy.hash_key, *place)))
+
+    proxies.from_module = staticmethod(from_module)
 
 
 @contextlib.contextmanager

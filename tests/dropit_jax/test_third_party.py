@@ -1,0 +1,163 @@
+"""Models of others, as they were published."""
+
+import functools
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import jax_resnet
+import numpy as np
+import optax
+import pytest
+from absl.testing import absltest, parameterized
+from transformer_in_transformer_flax import TNTConfig, TransformerInTransformer
+
+from dropit_jax import DropIT, memory
+from dropit_jax import linen as dn
+from tests.dropit_jax import reference
+
+# What the transformer is made of; Flax has announced the end of it.
+pytestmark = pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
+
+_CLASSES = 4
+_RATE = 0.1  # of learning
+
+# The programs are large, and run a few times.
+_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+def _resnet():
+    """Stem, two stages of one block, and head."""
+    return jax_resnet.ResNet(
+        jax_resnet.ResNetBlock,
+        stage_sizes=[1, 1],
+        hidden_sizes=(8, 16),
+        n_classes=_CLASSES,
+    )
+
+
+def _transformer():
+    config = TNTConfig(
+        num_classes=_CLASSES,
+        depth=2,
+        image_size=16,
+        patch_size=4,
+        transformed_patch_size=2,
+        inner_dim=8,
+        inner_heads=2,
+        inner_dim_head=4,
+        inner_r=2,
+        outer_dim=16,
+        outer_heads=2,
+        outer_dim_head=8,
+        outer_r=2,
+    )
+    return TransformerInTransformer(config)
+
+
+# The first layer, and how many others there are: in a ResNet's block two convolutions
+# and that of the skip connection; in a transformer's two attentions of four, two MLPs
+# of two and the projection from the inner to the outer one.
+_RESNET = (_resnet, "layers_0/ConvBlock_0/Conv_0", 2 * 3 + 1)
+_TRANSFORMER = (_transformer, "Conv_0", 1 + 2 * (2 * 4 + 2 * 2 + 1) + 1)
+
+
+def _batch():
+    """Images that are lit in one of four corners, their classes."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(8) % _CLASSES
+    images = rng.normal(size=(8, 16, 16, 3))
+    for image, label in zip(images, labels, strict=True):
+        image[8 * (label // 2) :][:8, 8 * (label % 2) :][:, :8] += 2
+    return jnp.asarray(images, jnp.float32), jnp.asarray(labels)
+
+
+def _init(model, images):
+    return model.init(jax.random.key(0), images)
+
+
+def _step(model, batch, variables):
+    """Other variables, and loss, logits and gradients before."""
+    images, labels = batch
+    params = variables["params"]
+    state = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params):
+        logits, updates = model.apply(
+            {"params": params, **state}, images, mutable=list(state)
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), (logits, updates)
+
+    (value, (logits, updates)), gradients = jax.value_and_grad(loss, has_aux=True)(
+        params
+    )
+    params = jax.tree.map(lambda p, g: p - _RATE * g, params, gradients)
+    return {"params": params, **updates}, value, logits, gradients
+
+
+class ThirdPartyTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("resnet", *_RESNET), ("transformer", *_TRANSFORMER)
+    )
+    def test_trains_as_published(self, make, first, others):
+        model, batch = make(), _batch()
+        init = _jit(functools.partial(_init, model))
+        program = functools.partial(_step, model, batch)
+        step = _jit(program)
+        start = init(batch[0])
+        _, plain_loss, plain_logits, _ = step(start)
+
+        # The very same functions: they are traced again.
+        with dn.intercept(DropIT(0.75)) as report:
+            variables = init(batch[0])
+            chex.assert_trees_all_equal(variables, start)
+            cached = memory.cached_bytes(program, start)
+            losses = []
+            for _ in range(4):
+                variables, loss, logits, gradients = step(variables)
+                chex.assert_tree_all_finite((variables, gradients))
+                if not losses:
+                    reference.assert_same_bits(logits, plain_logits)
+                    reference.assert_same_bits(loss, plain_loss)
+                losses.append(loss)
+            *_, gradients = step(variables)
+        self.assertLess(losses[-1], 0.9 * losses[0])
+        chex.assert_trees_all_equal_shapes_and_dtypes(variables, start)
+
+        paths = {layer.path for layer in report.layers}
+        self.assertLen(paths, others)
+        self.assertNotIn(first, paths)
+        # A quarter, and a bit for each element.
+        self.assertLess(report.bytes_after, 0.3 * report.bytes_before)
+        # The same by definition here, where no layer is called twice or in a loop.
+        self.assertEqual(cached, report.bytes_after)
+
+        # Not at the start, where heads that are zero let no gradient through.
+        *_, plain_gradients = step(variables)
+        changed, reached = _kernels(gradients, plain_gradients)
+        self.assertEqual(changed, paths & reached)
+        self.assertIn(first, reached)
+        with dn.intercept(DropIT(0.0)) as report:
+            *_, gradients = step(variables)
+        self.assertLen(report.layers, others)
+        chex.assert_trees_all_close(gradients, plain_gradients, rtol=1e-4, atol=1e-5)
+
+
+def _kernels(actual, expected):
+    """The layers with another kernel's gradient, and those with any but zero."""
+    changed, reached = set(), set()
+    actual = flax.traverse_util.flatten_dict(actual, sep="/")
+    for path, gradient in flax.traverse_util.flatten_dict(expected, sep="/").items():
+        if path.endswith("/kernel") and (norm := jnp.linalg.norm(gradient)) > 0:
+            reached.add(path.removesuffix("/kernel"))
+            if jnp.linalg.norm(actual[path] - gradient) > 1e-3 * norm:
+                changed.add(path.removesuffix("/kernel"))
+    return changed, reached
+
+
+if __name__ == "__main__":
+    absltest.main()
