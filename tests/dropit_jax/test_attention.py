@@ -13,6 +13,8 @@ from dropit_jax import linen as dn
 from tests.dropit_jax import reference
 
 _POLICY = DropIT(0.5)
+# Where bits are not compared between programs.
+_QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}
 _BATCH, _LENGTH, _FEATURES = 2, 5, 32
 _CAUSAL = nn.make_causal_mask(np.ones((_BATCH, _LENGTH)))
 
@@ -72,7 +74,6 @@ def _apply(layer, variables, inputs, call):
 def _runner(layer, call):
     """Output, and the gradients of variables and inputs."""
 
-    @jax.jit
     def run(variables, inputs):
         apply = functools.partial(_apply, layer, call=call)
         out, pullback = jax.vjp(apply, variables, inputs)
@@ -99,12 +100,15 @@ class AttentionTest(parameterized.TestCase):
         inputs = _inputs(count)
         theirs, make = _layers(name, arguments)
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        variables = jax.jit(theirs.init)(rngs, *inputs)
+        variables = jax.jit(theirs.init, **_QUICKLY)(rngs, *inputs)
         chex.assert_trees_all_equal(
-            jax.jit(make(dropit=_POLICY).init)(rngs, *inputs), variables
+            jax.jit(make(dropit=_POLICY).init, **_QUICKLY)(rngs, *inputs), variables
         )
-        expected = _runner(theirs, call)(variables, inputs)
-        actual = _runner(make(dropit=_POLICY), call)(variables, inputs)
+        expected = jax.jit(_runner(theirs, call))(variables, inputs)
+        runners = [_runner(make(dropit=d), call) for d in (_POLICY, DropIT(0.0))]
+        actual, exact = jax.jit(lambda *args: [run(*args) for run in runners])(
+            variables, inputs
+        )
         reference.assert_same_bits(actual[0], expected[0])
         # The sum of what comes back from query, key and value may be in another order.
         tolerance = 1e-6 if "dtype" not in arguments else 2e-2
@@ -118,7 +122,6 @@ class AttentionTest(parameterized.TestCase):
         for layer in ("query", "key", "value", "out"):
             kernels = [r[1]["params"][layer]["kernel"] for r in (actual, expected)]
             self.assertGreater(float(jnp.abs(kernels[0] - kernels[1]).max()), 0)
-        exact = _runner(make(dropit=DropIT(0.0)), call)(variables, inputs)
         chex.assert_trees_all_close(exact, expected, rtol=tolerance, atol=tolerance)
 
     @parameterized.parameters(
@@ -131,7 +134,8 @@ class AttentionTest(parameterized.TestCase):
         inputs = _inputs(count)
         theirs, make = _layers(name, {})
         variables = theirs.init(jax.random.key(0), *inputs)
-        actual = _runner(make(dropit=_POLICY), {})(variables, inputs)[1]["params"]
+        actual = jax.jit(_runner(make(dropit=_POLICY), {}))(variables, inputs)
+        actual = actual[1]["params"]
         # With the cotangents of the projections at hand, by Flax's own layer.
         cotangents = _projection_cotangents(theirs, variables, inputs)
         read = (*inputs, *inputs[-1:] * (3 - count))

@@ -279,8 +279,15 @@ def _on_mesh(model, features, policy, mesh_name, axis_type):
 
 _SMALL = DropIT(0.75)
 _LARGE = DropIT(0.8, chunk_size=2**14)
-# For each number of features.
+# For each number of features; where they are not sharded, the first says no more than
+# the second.
 _POLICIES = {128: (_SMALL,), 72: (_SMALL, _LARGE)}
+_FEATURES = {
+    "data": (72,),
+    "fsdp": (72,),
+    "tensor": (128, 72),
+    "data_tensor": (128, 72),
+}
 
 
 class ShardingTest(parameterized.TestCase):
@@ -294,11 +301,11 @@ class ShardingTest(parameterized.TestCase):
 
     @parameterized.product(
         model=tuple(_MODELS),
-        mesh=tuple(_MESHES),
+        mesh_and_features=tuple((m, f) for m in _MESHES for f in _FEATURES[m]),
         axis_type=(AxisType.Auto, AxisType.Explicit),
-        features=tuple(_POLICIES),
     )
-    def test_min_k_elements(self, model, mesh, axis_type, features):
+    def test_min_k_elements(self, model, mesh_and_features, axis_type):
+        mesh, features = mesh_and_features
         flax, _ = _on_mesh(model, features, None, mesh, axis_type)
         shards = _MESHES[mesh][0].get("model", 1)
         for policy in _POLICIES[features]:
