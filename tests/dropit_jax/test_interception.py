@@ -22,11 +22,6 @@ _RANDOM = DropIT(0.5, strategy="random")
 # Of 96 float32: the kept ones and a bitmap, or two for each byte of it.
 _BYTES, _OTHER_BYTES = 4 * 48 + 12, 4 * 24 + 12
 
-# The programs are many and small: compiling them is what takes the time.
-_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
 
 def _input(*shape):
     x = np.random.default_rng(0).normal(size=shape)
@@ -52,7 +47,7 @@ def _variables(model, x=_X):
 def _run(model, variables, x=_X, **kwargs):
     """Output, and the gradients of the parameters, as a flat dict, and of the input."""
 
-    @_jit
+    @jax.jit
     def run(variables, x):
         out, pullback = jax.vjp(lambda v, x: model.apply(v, x, **kwargs), variables, x)
         cotangent = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
@@ -251,9 +246,9 @@ class AnyModelTest(parameterized.TestCase):
     def test_initialisation_is_as_without(self):
         model = OneLayer(functools.partial(nn.Einsum, (16, 8), "bc,cd->bd"))
         init = lambda: model.init(jax.random.key(0), _X)  # noqa: E731
-        expected = _jit(init)()
+        expected = jax.jit(init)()
         with dn.intercept(_POLICY):
-            chex.assert_trees_all_equal(_jit(init)(), expected)
+            chex.assert_trees_all_equal(jax.jit(init)(), expected)
 
     def test_the_kernels_gradient_is_that_at_the_sparse_input(self):
         variables = _variables(InSequence())
@@ -425,7 +420,10 @@ class ReportTest(parameterized.TestCase):
 class CompiledTest(parameterized.TestCase):
     def test_functions_are_traced_again_on_the_other_side(self):
         variables = _variables(Compact())
-        gradient, since_inside = _jit(_gradient(Compact())), _jit(_gradient(Compact()))
+        gradient, since_inside = (
+            jax.jit(_gradient(Compact())),
+            jax.jit(_gradient(Compact())),
+        )
         expected = gradient(variables)["params"]
         with dn.intercept(_POLICY):
             actual = gradient(variables)["params"]

@@ -27,8 +27,6 @@ _COLLECTIVE = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
     r"(?:-start)?\("
 )
-# The programs are read and run once: to optimise them takes longer.
-_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 class Model(nn.Module):
@@ -223,7 +221,7 @@ def _input(features):
 
 @functools.cache
 def _variables(model, features):
-    init = jax.jit(_MODELS[model](None, features).init, compiler_options=_COMPILE)
+    init = jax.jit(_MODELS[model](None, features).init)
     variables = init(jax.random.key(1), _input(features))
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
 
@@ -241,7 +239,7 @@ def _gradient(model, variables):
 def _on_one_device(model, features, policy):
     variables = _variables(model, features)
     gradient = _gradient(_MODELS[model](policy, features), variables)
-    compiled = jax.jit(gradient, compiler_options=_COMPILE)
+    compiled = jax.jit(gradient)
     return jax.device_get(compiled(variables["params"], _input(features)))
 
 
@@ -273,7 +271,7 @@ def _on_mesh(model, features, policy, mesh_name, axis_type):
     shardings = jax.tree.map(lambda a: a.sharding, (params, x))
     compiled = jax.jit(gradient, out_shardings=shardings)
     with jax.set_mesh(mesh):
-        compiled = compiled.lower(params, x).compile(compiler_options=_COMPILE)
+        compiled = compiled.lower(params, x).compile()
         return _collectives(compiled), jax.device_get(compiled(params, x))
 
 

@@ -23,11 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated
 _CLASSES = 4
 _RATE = 0.1  # of learning
 
-# The programs are large, and run a few times.
-_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
 
 def _resnet():
     """Stem, two stages of one block, and head."""
@@ -105,9 +100,9 @@ class ThirdPartyTest(parameterized.TestCase):
     )
     def test_trains_as_published(self, make, first, others):
         model, batch = make(), _batch()
-        init = _jit(functools.partial(_init, model))
+        init = jax.jit(functools.partial(_init, model))
         program = functools.partial(_step, model, batch)
-        step = _jit(program)
+        step = jax.jit(program)
         start = init(batch[0])
         _, plain_loss, plain_logits, _ = step(start)
 

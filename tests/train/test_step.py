@@ -1,5 +1,3 @@
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -25,10 +23,6 @@ def _batch(config):
 
 
 _state = step_lib.initialise
-# The programs are large, and run a few times.
-_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 class AbstractTest(parameterized.TestCase):
@@ -60,14 +54,14 @@ class TrainStepTest(parameterized.TestCase):
     def test_at_rate_zero_it_is_the_flax_models_step(self):
         results = []
         for config in (_config(rate=0.0), _config(enabled=False)):
-            step = _jit(step_lib.train_step(config))
+            step = jax.jit(step_lib.train_step(config))
             results.append(step(_state(config), _batch(config)))
         chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
 
     def test_dropping_changes_the_kernels_that_drop_and_nothing_else(self):
         states = []
         for config in (_config(rate=0.875), _config(enabled=False)):
-            step = _jit(step_lib.train_step(config))
+            step = jax.jit(step_lib.train_step(config))
             states.append(step(_state(config), _batch(config))[0])
         dropped, plain = states
         chex.assert_trees_all_close(
@@ -91,7 +85,7 @@ class TrainStepTest(parameterized.TestCase):
     def test_counts_its_steps_and_returns_the_sums_before_the_update(self):
         config = _config()
         state, batch = _state(config), _batch(config)
-        new_state, sums = _jit(step_lib.train_step(config))(state, batch)
+        new_state, sums = jax.jit(step_lib.train_step(config))(state, batch)
         self.assertEqual(new_state.step, 1)
         model = step_lib.create_model(config)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -104,7 +98,7 @@ class TrainStepTest(parameterized.TestCase):
     def test_learns_a_batch_by_heart(self):
         config = _config()
         config.optimizer.learning_rate = 0.05
-        step = _jit(step_lib.train_step(config), donate_argnums=0)
+        step = jax.jit(step_lib.train_step(config), donate_argnums=0)
         state, batch, losses = _state(config), _batch(config), []
         for _ in range(40):
             state, sums = step(state, batch)
@@ -119,7 +113,7 @@ class EvaluationStepTest(parameterized.TestCase):
         state, batch = _state(config), _batch(config)
         batch["mask"] = np.float32(np.arange(16) < 11)
         batch["image"][11:] = 1e3
-        sums = _jit(step_lib.evaluation_step(config))(state, batch)
+        sums = jax.jit(step_lib.evaluation_step(config))(state, batch)
         model = step_lib.create_model(config)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         logits = np.asarray(model.apply(variables, batch["image"], False))
