@@ -362,9 +362,11 @@ class TransformationsTest(parameterized.TestCase):
         )
 
     def test_without_jit(self):
+        # So small that 1 - tanh² keeps its digits.
+        x, w = self.lhs[0], self.rhs / 6
         chex.assert_trees_all_close(
-            jax.grad(self._loss, argnums=1)(self.lhs[0], self.rhs),
-            jax.jit(jax.grad(self._loss, argnums=1))(self.lhs[0], self.rhs),
+            jax.grad(self._loss, argnums=1)(x, w),
+            jax.jit(jax.grad(self._loss, argnums=1))(x, w),
             rtol=1e-5,
             atol=1e-6,
         )
