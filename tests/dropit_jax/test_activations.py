@@ -1,0 +1,190 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from jax.sharding import AxisType, PartitionSpec
+
+import dropit_jax
+from tests.dropit_jax import reference
+
+_SHAPES = ((), (7,), (3, 10), (2, 3, 16), (2, 5, 5, 3), (4, 0))
+_DTYPES = ("float32", "bfloat16", "float16")
+
+# (ours, JAX's)
+_EXACT = {
+    "relu": (dropit_jax.nn.relu, jax.nn.relu),
+    "relu6": (dropit_jax.nn.relu6, jax.nn.relu6),
+    "leaky_relu": (dropit_jax.nn.leaky_relu, jax.nn.leaky_relu),
+    "leaky_relu_0.2": (
+        functools.partial(dropit_jax.nn.leaky_relu, negative_slope=0.2),
+        functools.partial(jax.nn.leaky_relu, negative_slope=0.2),
+    ),
+}
+# (ours, JAX's, the bound of the derivative's error that the docstring states)
+_NEAR = {
+    "gelu": (dropit_jax.nn.gelu, jax.nn.gelu, 1 / 400),
+    "gelu_erf": (
+        functools.partial(dropit_jax.nn.gelu, approximate=False),
+        functools.partial(jax.nn.gelu, approximate=False),
+        1 / 400,
+    ),
+    "silu": (dropit_jax.nn.silu, jax.nn.silu, 1 / 400),
+    "swish": (dropit_jax.nn.swish, jax.nn.swish, 1 / 400),
+    "tanh": (dropit_jax.nn.tanh, jnp.tanh, 1 / 508),
+    "sigmoid": (dropit_jax.nn.sigmoid, jax.nn.sigmoid, 1 / 2032),
+}
+
+
+def _value_and_pullback(fn, x, cotangent):
+    @jax.jit
+    def run(x, cotangent):
+        y, pullback = jax.vjp(fn, x)
+        return y, *pullback(cotangent)
+
+    return run(x, cotangent)
+
+
+def _derivative(fn, x):
+    return _value_and_pullback(fn, x, jnp.ones_like(x))[1]
+
+
+class ExactTest(parameterized.TestCase):
+    @parameterized.product(name=tuple(_EXACT), shape=_SHAPES, dtype=_DTYPES)
+    def test_value_and_gradient_are_jaxs_to_the_bit(self, name, shape, dtype):
+        ours, theirs = _EXACT[name]
+        x = reference.activation(0, shape, dtype).copy()
+        if x.size > 8:
+            x.flat[:3] = [0, 6, 7]
+        cotangent = reference.activation(1, shape, dtype)
+        actual = _value_and_pullback(ours, x, cotangent)
+        expected = _value_and_pullback(theirs, x, cotangent)
+        for a, b in zip(actual, expected, strict=True):
+            reference.assert_same_bits(a, b)
+
+    @parameterized.product(
+        name=tuple(_EXACT),
+        case=(((4, 8, 8, 32), 4 * 8 * 8 * 32 // 8), ((5, 3), 5), ((), 1)),
+    )
+    def test_caches_one_bit_an_element(self, name, case):
+        shape, nbytes = case
+        _, pullback = jax.vjp(_EXACT[name][0], jnp.ones(shape))
+        cached = sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
+        self.assertEqual(cached, nbytes)
+
+    def test_a_slope_that_is_an_array_is_refused(self):
+        with pytest.raises(TypeError, match="negative_slope"):
+            dropit_jax.nn.leaky_relu(jnp.ones(3), jnp.float32(0.1))
+
+
+class NearTest(parameterized.TestCase):
+    @parameterized.product(
+        name=tuple(_NEAR), shape=((), (3, 10), (4, 0)), dtype=_DTYPES
+    )
+    def test_value_is_jaxs_to_the_bit(self, name, shape, dtype):
+        ours, theirs, _ = _NEAR[name]
+        x = reference.activation(0, shape, dtype)
+        reference.assert_same_bits(jax.jit(ours)(x), jax.jit(theirs)(x))
+
+    @parameterized.product(name=("gelu", "tanh"), shape=_SHAPES, dtype=_DTYPES)
+    def test_gradient_is_within_its_bound(self, name, shape, dtype):
+        ours, theirs, bound = _NEAR[name]
+        x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+        value, gradient = _value_and_pullback(ours, x, jnp.ones_like(x))
+        expected = _value_and_pullback(theirs, x, jnp.ones_like(x))
+        chex.assert_trees_all_equal_shapes_and_dtypes((value, gradient), expected)
+        rounding = 4 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(value, expected[0], rtol=rounding, atol=rounding)
+        np.testing.assert_allclose(
+            np.asarray(gradient, np.float64),
+            np.asarray(expected[1], np.float64),
+            atol=bound + rounding,
+        )
+
+    @parameterized.parameters(*_NEAR)
+    def test_derivative_is_within_its_bound(self, name):
+        ours, theirs, bound = _NEAR[name]
+        x = jnp.linspace(-12, 12, 100_001, dtype=jnp.float32)
+        actual = np.asarray(_derivative(ours, x), np.float64)
+        with jax.enable_x64(True):
+            wide = jnp.asarray(np.asarray(x, np.float64))
+            expected = np.asarray(_derivative(theirs, wide))
+        error = np.abs(actual - expected)
+        self.assertLessEqual(error.max(), bound + 1e-6)
+        self.assertGreater(error.max(), 0.9 * bound)  # the bound is no wider than due
+
+    @parameterized.product(name=tuple(_NEAR), dtype=("bfloat16", "float16"))
+    def test_half_precision_is_no_worse_than_its_rounding(self, name, dtype):
+        ours, theirs, bound = _NEAR[name]
+        x = jnp.linspace(-6, 6, 4001).astype(dtype)
+        actual = np.asarray(_derivative(ours, x), np.float64)
+        expected = np.asarray(_derivative(theirs, x.astype(jnp.float32)), np.float64)
+        rounding = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(actual, expected, atol=bound + 1.2 * rounding)
+
+    @parameterized.parameters(
+        ("gelu", 20.0, 1.0),
+        ("gelu", -20.0, 0.0),
+        ("gelu_erf", 20.0, 1.0),
+        ("silu", 40.0, 1.0),
+        ("silu", -40.0, 0.0),
+        ("tanh", 0.0, 1.0),
+        ("tanh", 30.0, 0.0),
+        ("sigmoid", 0.0, 0.25),
+        ("sigmoid", -90.0, 0.0),
+    )
+    def test_what_is_exact(self, name, x, expected):
+        self.assertEqual(_derivative(_NEAR[name][0], jnp.float32(x)), expected)
+
+    @parameterized.parameters(*_NEAR)
+    def test_nan_surfaces(self, name):
+        x = jnp.asarray([0.5, jnp.nan, -0.5])
+        self.assertEqual(
+            np.isnan(_derivative(_NEAR[name][0], x)).tolist(), [False, True, False]
+        )
+
+    @parameterized.product(name=tuple(_NEAR), shape=((4, 3, 10), (7,), ()))
+    def test_caches_one_byte_an_element(self, name, shape):
+        _, pullback = jax.vjp(_NEAR[name][0], jnp.ones(shape))
+        cached = sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
+        self.assertEqual(cached, np.prod(shape, dtype=int))
+
+
+class TransformationsTest(parameterized.TestCase):
+    @parameterized.parameters(*_EXACT, *_NEAR)
+    def test_gradients_are_those_of_the_plain_call(self, name):
+        fn = (_EXACT | _NEAR)[name][0]
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 16)), jnp.float32)
+
+        def loss(x):
+            return jnp.sum(fn(x) ** 2)
+
+        expected = jax.grad(loss)(x)
+        close = functools.partial(chex.assert_trees_all_close, rtol=1e-6, atol=1e-7)
+        close(jax.vmap(jax.grad(loss))(x), expected)
+        close(jax.grad(jax.checkpoint(loss))(x), expected)
+        close(jax.lax.map(jax.grad(loss), x), expected)
+
+    @parameterized.product(
+        name=("relu", "gelu"), axis_type=(AxisType.Auto, AxisType.Explicit)
+    )
+    def test_on_a_mesh_nothing_moves(self, name, axis_type):
+        fn = (_EXACT | _NEAR)[name][0]
+        axes = ("data", "model")
+        mesh = jax.make_mesh((4, 2), axes, axis_types=(axis_type,) * 2)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 32)), jnp.float32)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(fn(x)))))
+        expected = jax.device_get(gradient(x))
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(x, PartitionSpec("data", None, "model"))
+            compiled = gradient.lower(sharded).compile()
+            self.assertNotRegex(compiled.as_text(), "all-|collective|reduce-scatter")
+            actual = jax.device_get(compiled(sharded))
+        chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+if __name__ == "__main__":
+    absltest.main()
