@@ -17,7 +17,8 @@ endif
 .PHONY: train test lint setup clean
 
 train: setup
-	$(PY) -m train.compare --config=configs/digits_resnet18.py --workdir=runs/digits
+	$(PY) -m train.compare --config=configs/digits_resnet18.py \
+		--workdir=runs/digits$(if $(filter cuda,$(DEVICE)),-cuda)
 
 test: setup
 	$(PY) -m pytest -n 2

@@ -3,7 +3,7 @@
 The images are scaled to CIFAR's 32x32, for which the model's stem is made.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from train.config import dropit_section
 
@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.image_size = 32
     config.batch_size = 64
     config.num_epochs = 10
+    config.num_steps = config_dict.placeholder(int)  # where given, instead of epochs
     config.seed = 42  # as in the paper, §4.1
 
     config.model = ConfigDict({"name": "resnet18", "width": 16, "stem": "cifar"})
@@ -30,5 +31,12 @@ def get_config() -> ConfigDict:
             "weight_decay": 5e-4,
         }
     )
-    config.schedule = ConfigDict({"name": "cosine", "warmup_epochs": 1.0})
+    config.schedule = ConfigDict(
+        {
+            "name": "cosine",
+            "warmup_epochs": 1.0,
+            "decay_epochs": (),  # of the step schedule
+            "decay_factor": 0.1,
+        }
+    )
     return config

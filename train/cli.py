@@ -20,6 +20,16 @@ _WORKDIR = flags.DEFINE_string(
 
 # What a user can mend, and is told without a trace.
 _USER_ERRORS = (ConfigError, CompilerError, FloatingPointError, TargetError)
+# What a config file, or a value for one of its fields, can go wrong with.
+_CONFIG_FILE_ERRORS = (
+    AttributeError,
+    ImportError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 def launch(job: Callable[[ConfigDict, Path], None]) -> None:
@@ -53,6 +63,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if _CONFIG.value is not None:
             _CONFIG.value.keys()  # a file that failed to load says so only when used
         return rest
-    except (AttributeError, TypeError, ValueError, OSError) as error:
+    except _CONFIG_FILE_ERRORS as error:
         reason = " ".join(str(error).replace("\\n", " ").split())
-        sys.exit(f"error: --config: {reason}")
+        print(f"error: --config: {reason}", file=sys.stderr)
+        sys.exit(2)

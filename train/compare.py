@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from dropit_jax import memory
 from train import cli, data, loop, plots
 from train import config as config_lib
+from train import mesh as mesh_lib
 from train import step as step_lib
 from train.files import write_atomically
 from train.terminal import Terminal
@@ -97,13 +98,15 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
 
 def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
     """The median time of a training step of each variant, taken in turns."""
+    mesh = mesh_lib.create()
     states, steps, batches = {}, {}, {}
     for name, config in variants.items():
-        states[name] = step_lib.initialise(config)
-        steps[name] = jax.jit(step_lib.train_step(config), donate_argnums=0)
+        states[name] = step_lib.initialise(config, mesh_lib.replicated(mesh))
+        step = step_lib.train_step(config)
+        steps[name] = mesh_lib.parallel(step, mesh, donate_state=True)
         dataset = data.load(config.dataset, config.data_dir, config.image_size)
         batch = next(data.training_batches(dataset, config.batch_size, config.seed))
-        batches[name] = jax.device_put(batch)
+        batches[name] = jax.device_put(batch, mesh_lib.batch_sharded(mesh))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(1 + _TIMED_STEPS):
         for name in variants:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import numbers
 from typing import Any
 
@@ -37,10 +38,12 @@ _FIELDS: dict[str, Any] = {
     "schedule.decay_epochs": tuple,
     "schedule.decay_factor": _NUMBER,
 }
-# How long to train is said in one of two units.
+# How long to train is said in one of two units; of both, the second counts.
 _EITHER = ("num_epochs", "num_steps")
-# What only one kind of schedule has.
+# What only one kind of schedule reads.
 _OPTIONAL = ("schedule.decay_epochs", "schedule.decay_factor")
+# JAX makes a PRNG key of what fits into this type.
+_LARGEST_SEED = 2**63 - 1
 
 _CHOICES = {
     "dataset": data.DATASETS,
@@ -111,13 +114,9 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     values = _flat(config)
     _check_names(values)
     for name, value in values.items():
-        _check_value(name, value)
-    if values["schedule.name"] == "step":
-        for name in _OPTIONAL:
-            if name not in values:
-                raise ConfigError(
-                    f"config.{name} is missing: the step schedule needs it."
-                )
+        if not (name in _EITHER and value is None):
+            _check_value(name, value)
+    _check_decay(values)
     dropit_policy(config)
     if values["batch_size"] % num_devices:
         raise ConfigError(
@@ -136,7 +135,7 @@ def steps(config: ConfigDict) -> tuple[int, int]:
     """Steps in an epoch, and in the whole run."""
     examples = data.info(config.dataset).train_examples
     steps_per_epoch = examples // config.batch_size
-    if "num_steps" in config:
+    if config.get("num_steps") is not None:
         return steps_per_epoch, config.num_steps
     return steps_per_epoch, config.num_epochs * steps_per_epoch
 
@@ -174,8 +173,8 @@ def _check_names(values: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, _FIELDS, n=1)
             hint = f" Did you mean config.{near[0]}?" if near else ""
             raise ConfigError(f"config.{name} is not a field that a config has.{hint}")
-    if sum(name in values for name in _EITHER) != 1:
-        raise ConfigError("A config has either config.num_epochs or config.num_steps.")
+    if all(values.get(name) is None for name in _EITHER):
+        raise ConfigError("A config has config.num_epochs or config.num_steps.")
     for name in _FIELDS:
         if name not in (*values, *_EITHER, *_OPTIONAL):
             raise ConfigError(f"config.{name} is missing.")
@@ -191,7 +190,32 @@ def _check_value(name: str, value: Any) -> None:
     if name in _CHOICES and value not in _CHOICES[name]:
         known = ", ".join(map(repr, _CHOICES[name]))
         raise ConfigError(f"config.{name}: unknown value {value!r}; known are {known}.")
+    if expected is _NUMBER and not math.isfinite(value):
+        raise ConfigError(f"config.{name} must be finite, got {value!r}.")
+    if name == "seed" and value > _LARGEST_SEED:
+        raise ConfigError(f"config.seed must be below 2**63, got {value!r}.")
     if name in _POSITIVE and not value > 0:
         raise ConfigError(f"config.{name} must be above 0, got {value!r}.")
     if name in _NOT_NEGATIVE and not value >= 0:
         raise ConfigError(f"config.{name} must not be negative, got {value!r}.")
+
+
+def _check_decay(values: dict[str, Any]) -> None:
+    """Checks when the learning rate falls, which the step schedule alone says."""
+    epochs = values.get("schedule.decay_epochs", ())
+    if not all(
+        isinstance(epoch, int | float) and 0 <= epoch < math.inf for epoch in epochs
+    ):
+        raise ConfigError(
+            f"config.schedule.decay_epochs takes numbers of epochs, got {epochs!r}."
+        )
+    if values["schedule.name"] != "step":
+        if epochs:
+            raise ConfigError(
+                "config.schedule.decay_epochs is for config.schedule.name='step', got "
+                f"{epochs!r} beside {values['schedule.name']!r}."
+            )
+        return
+    for name in _OPTIONAL:
+        if not values.get(name):
+            raise ConfigError(f"config.{name} is missing: the step schedule needs it.")

@@ -39,28 +39,19 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
     """
     mesh = mesh_lib.create()
     config_lib.validate(config, mesh.size)
-    _claim(workdir, config)
     replicated, sharded = mesh_lib.replicated(mesh), mesh_lib.batch_sharded(mesh)
     steps_per_epoch, total_steps = config_lib.steps(config)
     learning_rate = optim.schedule(config, steps_per_epoch, total_steps)
     dataset = data.load(config.dataset, config.data_dir, config.image_size)
     batches = data.training_batches(dataset, config.batch_size, config.seed)
     meter = Meter()
+    _claim(workdir, config)
 
-    train_step = jax.jit(
-        step_lib.train_step(config),
-        donate_argnums=0,
-        in_shardings=(replicated, sharded),
-        out_shardings=replicated,
-    )
-    evaluation_step = jax.jit(
-        step_lib.evaluation_step(config),
-        in_shardings=(replicated, sharded),
-        out_shardings=replicated,
-    )
+    train_step = mesh_lib.parallel(step_lib.train_step(config), mesh, donate_state=True)
+    evaluation_step = mesh_lib.parallel(step_lib.evaluation_step(config), mesh)
 
     def evaluate(state: step_lib.State) -> Meter:
-        test = Meter()
+        test = Meter(may_diverge=True)  # from which training can still recover
         for batch in data.evaluation_batches(dataset, config.batch_size):
             test.add(done, evaluation_step(state, jax.device_put(batch, sharded)))
         test.finish()
@@ -107,7 +98,7 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
                     bar.say(_line(workdir.name, row))
                     meter.reset()
                     save()
-                if interrupts.signum is not None and done < total_steps:
+                if interrupts.signum is not None:
                     save()
                     raise Interrupted(interrupts.signum, done)
     return records.rows

@@ -21,7 +21,14 @@ class Meter:
     depend on when they are fetched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_diverge: bool = False) -> None:
+        """Starts at zero.
+
+        Args:
+          may_diverge: whether a loss that is not finite counts like any other, and is
+            not an error.
+        """
+        self._may_diverge = may_diverge
         self._pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self.reset()
 
@@ -77,7 +84,7 @@ class Meter:
     def _fetch(self) -> None:
         step, sums = self._pending.popleft()
         host = jax.device_get(sums)
-        if not math.isfinite(host.loss):
+        if not (self._may_diverge or math.isfinite(host.loss)):
             raise FloatingPointError(
                 f"The loss became {host.loss} at step {step}. Try a lower "
                 "config.optimizer.learning_rate or a longer config.schedule."

@@ -1,5 +1,6 @@
 """Figures of training runs."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 
+from train.files import write_atomically
 from train.records import Row
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; a variant has the
@@ -41,7 +43,7 @@ def curves(runs: dict[str, list[Row]], path: Path) -> None:
     axes[1].set_ylabel("accuracy")
     axes[1].set_ylim(0, 1)
     axes[1].legend()
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     plt.close(figure)
-    partial.replace(path)
+    write_atomically(path, image.getvalue())

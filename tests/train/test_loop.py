@@ -133,35 +133,32 @@ class LoopTest(parameterized.TestCase):
         self.assertIn("config.batch_size=32 cannot be split evenly over 3", errors)
         self.assertFalse(workdir.exists())
 
-    def test_a_run_may_be_counted_in_steps(self):
-        config = self.directory / "steps.py"
-        config.write_text(
-            "from configs import digits_resnet18\n"
-            "def get_config():\n"
-            "    config = digits_resnet18.get_config()\n"
-            "    del config.num_epochs\n"
-            "    config.num_steps = 50\n"
-            "    config.image_size, config.model.width, config.batch_size = 8, 4, 32\n"
-            "    return config\n"
-        )
+    def test_steps_and_a_step_schedule_on_the_command_line(self):
         workdir = self.directory / "steps"
-        status, _, errors = commands.run(
-            "train.main", f"--config={config}", f"--workdir={workdir}"
+        status, _, errors = self._train(
+            workdir,
+            "--config.num_steps=50",
+            "--config.schedule.name=step",
+            "--config.schedule.decay_epochs=(1,)",
         )
         self.assertEqual((status, errors), (0, ""))
-        self.assertEqual([row["step"] for row in _metrics(workdir)], [44, 50])
+        rows = _metrics(workdir)
+        self.assertEqual([row["step"] for row in rows], [44, 50])
+        rates = [row["learning_rate"] for row in rows]
+        np.testing.assert_allclose(rates, [0.05 * 43 / 44, 0.005], rtol=1e-5)
 
     @parameterized.parameters(
         (["--config.dropit.rat=0.5"], 'Did you mean "rate"'),
         (["--config.dropit.rate=2"], r"config.dropit: DropIT.rate must be in [0, 1)"),
         (["--config.model.name=resnet1"], "config.model.name: unknown value 'resnet1'"),
         (["--config=nothing.py"], "No such file or directory: 'nothing.py'"),
+        (["--config.seed=99999999999999999999"], "config.seed must be below 2**63"),
         (["stray"], "Not an argument: 'stray'"),
     )
     def test_a_wrong_command_is_told_in_a_line(self, arguments, message):
         workdir = self.directory / "wrong"
         status, out, errors = self._train(workdir, *arguments)
-        self.assertNotEqual(status, 0)
+        self.assertEqual(status, 1 if arguments == ["stray"] else 2)
         self.assertIn(message, out + errors)
         self.assertNotIn("Traceback", out + errors)
         self.assertFalse(workdir.exists())

@@ -123,6 +123,12 @@ class MeterTest(parameterized.TestCase):
             self._add(meter, [1.0, loss])
             meter.finish()
 
+    def test_of_an_evaluation_it_is_a_result(self):
+        meter = Meter(may_diverge=True)
+        self._add(meter, [1.0, math.nan])
+        meter.finish()
+        self.assertTrue(math.isnan(meter.loss))
+
 
 class TerminalTest(parameterized.TestCase):
     def _terminal(self, **kwargs):
