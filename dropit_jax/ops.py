@@ -262,8 +262,9 @@ def cached_product(
     nbytes = None if observe is None else _bytes_cached(lhs, dropit, layout)
     if observe is not None and nbytes is not None:
         observe(lhs, layout, nbytes)
+    ahead = _cached_ahead(lhs, rhs, dropit, layout, key)
     with _forward_mode_explained():
-        return _cached_product(product, dropit, layout, lhs, rhs, offset, key)
+        return _cached_product(product, dropit, layout, lhs, rhs, offset, key, ahead)
 
 
 @contextlib.contextmanager
@@ -276,20 +277,6 @@ def observed(observe: _Observe) -> Iterator[None]:
         _observer.reset(token)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cached_product(
-    product: Callable[..., Array],
-    dropit: DropIT,
-    layout: Layout,
-    lhs: Array,
-    rhs: Array,
-    offset: tuple[Array, ...],
-    key: Array | None,
-) -> Array:
-    del dropit, layout, key
-    return product(lhs, rhs, *offset)
-
-
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("residual",), meta_fields=("group",)
 )
@@ -299,6 +286,21 @@ class _Cached:
 
     residual: Residual
     group: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cached_product(
+    product: Callable[..., Array],
+    dropit: DropIT,
+    layout: Layout,
+    lhs: Array,
+    rhs: Array,
+    offset: tuple[Array, ...],
+    key: Array | None,
+    ahead: _Cached | None,
+) -> Array:
+    del dropit, layout, key, ahead
+    return product(lhs, rhs, *offset)
 
 
 # What is cached of `a` (`None`: θ is frozen), θ, offset, and opᵀ(·, θ).
@@ -315,13 +317,18 @@ def _forward(
     rhs: Any,
     offset: Any,
     key: Any,
+    ahead: Any,
 ) -> tuple[Array, _Saved]:
-    a, kernel = lhs.value, rhs.value
-    added = tuple(term.value for term in offset)
+    a, kernel, added, key, ahead = jax.tree.map(
+        lambda operand: operand.value,
+        (lhs, rhs, offset, key, ahead),
+        is_leaf=lambda node: hasattr(node, "perturbed"),
+    )
     cached = None
     if rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
-        key = None if key is None else key.value
-        a, cached = _compressed(a, dropit, layout, key)
+        cached = _compressed(a, dropit, layout, key) if ahead is None else ahead
+        # Without the barrier XLA may compress late, which keeps `a` alive till then.
+        a, _ = lax.optimization_barrier((_once_differentiable(a), cached.residual))
     z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
     return z, (cached, kernel, added, pullback_a)
 
@@ -332,7 +339,7 @@ def _backward(
     layout: Layout,
     saved: _Saved,
     cotangent: Array,
-) -> tuple[Array, Array | None, Any, None]:
+) -> tuple[Array, Array | None, Any, None, None]:
     del dropit
     cached, kernel, offset, pullback_a = saved
     if cached is not None:
@@ -341,38 +348,64 @@ def _backward(
         cached, cotangent = lax.optimization_barrier((cached, cotangent))
     (to_a,) = pullback_a(cotangent)
     if cached is None and not offset:
-        return to_a, None, (), None
+        return to_a, None, (), None, None
     a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
     if cached is not None:
         a_hat = _restore(cached.residual.decompress(), layout, to_a)
         a_hat = shardings.join(a_hat, cached.group)
     _, pullback = jax.vjp(functools.partial(product, a_hat), kernel, *offset)
     to_kernel, *to_offset = pullback(cotangent)
-    return to_a, None if cached is None else to_kernel, tuple(to_offset), None
+    to_kernel = None if cached is None else to_kernel
+    return to_a, to_kernel, tuple(to_offset), None, None
 
 
 # Symbolic zeros tell the forward rule which operands are differentiated.
 _cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _compressed(
-    a: Array, dropit: DropIT, layout: Layout, key: Array | None
-) -> tuple[Array, _Cached]:
-    """The activation to go on with, and what is cached of it."""
-    tied = a
+def _cached_ahead(
+    lhs: Array, rhs: Array, dropit: DropIT, layout: Layout, key: Array | None
+) -> _Cached | None:
+    """What is cached of `lhs`, before it is known whether anything has to be.
 
-    def compute() -> _Cached:
-        nonlocal tied
-        group = shardings.new_group()
-        member = shardings.join(a, group)
-        residual = compress(_arrange(member, dropit, layout), dropit, key)
-        residual = checkpoint_name(residual, RESIDUAL_NAME)
-        # Without the barrier XLA may compress late, which keeps `a` alive till then.
-        tied, residual = lax.optimization_barrier((member, residual))
-        return _Cached(residual, group)
+    The forward rule of an operation in a loop, a checkpoint or an inner `jax.jit` is
+    traced on its own, where nothing shows that two operations read the same array;
+    here it shows. What turns out not to be needed XLA leaves out. `None` where nothing
+    can be differentiated, or an error is due if something is: the forward rule's.
+    """
+    if not isinstance(rhs, jax.core.Tracer):
+        return None
+    operands = (lhs,) if key is None else (lhs, key)
+    with contextlib.suppress(TypeError, ValueError):
+        return sharing.once(
+            lambda: _compressed(lax.stop_gradient(lhs), dropit, layout, key),
+            operands,
+            (dropit, layout),
+        )
+    return None
 
-    operands = (a,) if key is None else (a, key)
-    return tied, sharing.once(compute, operands, (dropit, layout))
+
+def _compressed(a: Array, dropit: DropIT, layout: Layout, key: Array | None) -> _Cached:
+    group = shardings.new_group()
+    arranged = _arrange(shardings.join(a, group), dropit, layout)
+    residual = compress(arranged, dropit, key)
+    return _Cached(checkpoint_name(residual, RESIDUAL_NAME), group)
+
+
+@jax.custom_jvp
+def _once_differentiable(a: Array) -> Array:
+    """The activation, of which what is cached has no derivative."""
+    return a
+
+
+@_once_differentiable.defjvp
+def _twice_differentiated(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise TypeError(
+        "DropIT has no second derivative (jax.hessian, jax.grad of jax.grad) where the "
+        "gradient of a kernel depends on the layer's input: what is cached of the "
+        "input has none. Use dropit=None."
+    )
 
 
 def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int | None:

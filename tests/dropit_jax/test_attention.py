@@ -16,6 +16,11 @@ _POLICY = DropIT(0.5)
 _BATCH, _LENGTH, _FEATURES = 2, 5, 32
 _CAUSAL = nn.make_causal_mask(np.ones((_BATCH, _LENGTH)))
 
+_SAVE_DROPIT = jax.checkpoint_policies.save_only_these_names("dropit")
+_SCAN = functools.partial(
+    nn.scan, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+)
+
 # (layer, its arguments, how many different inputs, arguments of the call): what Flax
 # documents.
 _CASES = (
@@ -154,6 +159,32 @@ class AttentionTest(parameterized.TestCase):
         # One for the output projection's input, which has the same size.
         expected = (cached + 1) * compress(inputs[0], _POLICY).nbytes
         self.assertEqual(memory.cached_bytes(loss, variables, inputs), expected)
+
+    @parameterized.parameters(
+        (lambda layer: layer, lambda loss: loss, 1),
+        (lambda layer: layer, jax.jit, 1),
+        (nn.jit, lambda loss: loss, 1),
+        (lambda layer: nn.remat(layer, policy=_SAVE_DROPIT), lambda loss: loss, 1),
+        (_SCAN, lambda loss: loss, 3),
+        (
+            lambda layer: _SCAN(nn.remat(layer, policy=_SAVE_DROPIT)),
+            lambda loss: loss,
+            3,
+        ),
+    )
+    def test_an_input_is_cached_once_in_transformations(self, lift, transform, count):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                attention = dn.MultiHeadDotProductAttention(4, dropit=_POLICY)
+                return attention(x), None
+
+        (x,) = _inputs(1)
+        model = lift(Layer)()
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x, None)
+        loss = transform(lambda v, x: model.apply(v, x, None)[0].sum())
+        expected = 2 * count * compress(x, _POLICY).nbytes
+        self.assertEqual(memory.cached_bytes(jax.grad(loss), shapes, x), expected)
 
     @parameterized.parameters(jnp.bfloat16, jnp.float32)
     def test_a_cast_input_is_cached_once(self, dtype):

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dropit_jax import DropIT, compress
+from dropit_jax import DropIT, compress, memory
 from dropit_jax import linen as dn
 
 _POLICY = DropIT(0.75)
@@ -122,14 +122,15 @@ class FrozenTest(parameterized.TestCase):
         self.assertEqual(*programs)
 
     def test_of_layers_that_are_not_trained_nothing_is_cached(self):
-        leaves = len(jax.tree.leaves(compress(_X, _POLICY)))
-        for trained in (("head",), ("conv", "hidden"), ("conv", "hidden", "head")):
+        nbytes = compress(_X, _POLICY).nbytes
+        for trained in ((), ("head",), ("conv", "hidden"), ("conv", "hidden", "head")):
 
             def loss(layers):
                 return _loss(_params() | layers, _X)
 
-            program = jax.make_jaxpr(jax.grad(loss))({n: _params()[n] for n in trained})
-            self.assertEqual(str(program).count("name=dropit"), len(trained) * leaves)
+            layers = {name: _params()[name] for name in trained}
+            cached = memory.cached_bytes(jax.grad(loss), layers)
+            self.assertEqual(cached, len(trained) * nbytes)
 
     def test_only_the_bias_is_trained(self):
         kernels = {k: {"kernel": v["kernel"]} for k, v in _params().items()}
@@ -165,6 +166,32 @@ class ForwardModeTest(parameterized.TestCase):
             jax.jacfwd(lambda v: layer.apply(v, x).sum())(variables)
         with pytest.raises(TypeError, match="forward-mode"):
             jax.jvp(jax.jit(lambda v: layer.apply(v, x)), (variables,), (variables,))
+
+
+class SecondDerivativeTest(parameterized.TestCase):
+    @parameterized.parameters(
+        jax.hessian,
+        lambda loss: jax.grad(lambda params: optax.tree.norm(jax.grad(loss)(params))),
+        lambda loss: lambda p: jax.jvp(jax.grad(loss), (p,), (p,)),
+        lambda loss: jax.grad(lambda p: optax.tree.norm(jax.grad(jax.jit(loss))(p))),
+    )
+    def test_of_kernels_it_is_refused(self, derivative):
+        loss = functools.partial(_loss, x=_X)
+        with pytest.raises(TypeError, match=r"DropIT has no second derivative|forward"):
+            derivative(loss)(_params())
+
+    def test_of_the_input_it_is_exact(self):
+        # A gradient penalty: nothing that is cached is differentiated.
+        def penalty(params, dropit):
+            return jnp.sum(jax.grad(_loss, argnums=1)(params, _X, dropit) ** 2)
+
+        gradient = jax.jit(jax.grad(penalty), static_argnums=1)
+        chex.assert_trees_all_close(
+            gradient(_params(), _POLICY),
+            gradient(_params(), None),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 class ManyTest(parameterized.TestCase):
