@@ -323,9 +323,13 @@ def _promoting_once(promote: Callable[..., Any]) -> Callable[..., Any]:
 def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
     """A layer without a hook, as one product of its inputs and its kernel."""
     offset = () if layer.bias is None else (layer.bias[...],)
+    kernel, mask = layer.kernel[...], layer.mask
+    if mask is not None and mask.shape == kernel.shape:
+        # Not in the product, which keeps no arrays but its operands.
+        kernel, mask = kernel * mask, None
 
     def product(inputs: Array, kernel: Array, *bias: Array) -> Array:
-        used = {"kernel": nnx.Param(kernel)}
+        used: dict[str, Any] = {"kernel": nnx.Param(kernel), "mask": mask}
         if bias:
             used["bias"] = nnx.Param(bias[0])
         with hooks.replaced(layer, **used):
@@ -334,11 +338,11 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
     promote = _promoting_once(layer.promote_dtype)
     flat, batch = hooks.as_batch(jnp.asarray(inputs), len(layer.kernel_size))
     bias = offset[0] if offset else None
-    flat, *_ = promote((flat, layer.kernel[...], bias), dtype=layer.dtype)
+    flat, *_ = promote((flat, kernel, bias), dtype=layer.dtype)
     out = ops.cached_product(
         product,
         flat,
-        layer.kernel[...],
+        kernel,
         offset,
         dropit=layer.dropit,
         layout=Layout(tuple(range(flat.ndim))),

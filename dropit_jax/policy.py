@@ -58,6 +58,7 @@ class DropIT:
       selection: how the largest of a chunk are found: `"top_k"` calls `lax.top_k`,
         `"auto"` the fastest exact method for this D. The result is the same.
       value_dtype: the type in which kept values are stored; `None`: the activation's.
+        What `"float16"` does not hold (beyond 65504) becomes infinity there.
         The integer types are unsigned codes, packed, with a minimum and a scale for
         every group of kept values.
       group_size: kept values in a group that shares a minimum and a scale (4 bytes

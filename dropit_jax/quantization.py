@@ -48,7 +48,10 @@ class Quantized:
     group_size: int
 
     def dequantize(self, dtype: jax.typing.DTypeLike) -> Float[Array, "*shape"]:
-        """The array that the codes stand for. A group with NaN or infinity is NaN."""
+        """The array that the codes stand for.
+
+        A group with NaN, infinity or a range that float32 does not hold is NaN.
+        """
         groups = chunking.cut(self.shape, self.group_size)
         codes = packing.unpack(self.codes, self.bits, groups.row_size)
         compute = jnp.promote_types(dtype, jnp.float32)

@@ -79,7 +79,7 @@ def compress(
 
     Args:
       x: an activation; its leading axis is the batch, its last the channels. Any real
-        floating dtype.
+        floating dtype of 16 bits or more.
       dropit: what to keep.
       key: a PRNG key, for policies that need one; the same key keeps the same.
 
@@ -117,10 +117,11 @@ def encoding(shape: tuple[int, ...], dropit: DropIT) -> str:
 
 
 def _check(x: Array, dropit: DropIT, key: Array | None) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise TypeError(
-            f"DropIT caches real floating-point activations, got {x.dtype}{x.shape}. "
-            "Convert the input, or leave this operation without a policy."
+            "DropIT caches real floating-point activations of 16 bits or more, got "
+            f"{x.dtype}{x.shape}. Convert the input, or leave this operation without a "
+            "policy."
         )
     if dropit.needs_key and key is None:
         raise ValueError(

@@ -69,6 +69,21 @@ def has_policy(module: nn.Module) -> bool:
     return any(isinstance(getattr(o, "dropit", None), DropIT) for o in owners)
 
 
+def stateful_product(module: nn.Module) -> str | None:
+    """The field of a layer that makes its product a module, such as that of fp8.
+
+    Such a product changes its variables, which it cannot as a part of a caching one.
+    """
+    for layer, hook, _ in _HOOKED:
+        if not isinstance(module, layer):
+            continue
+        made = getattr(module, f"{hook}_cls")
+        made = made.func if isinstance(made, functools.partial) else made
+        if isinstance(made, type) and issubclass(made, nn.Module):
+            return f"{hook}_cls"
+    return None
+
+
 def _caches(operation: Any) -> bool:
     return isinstance(operation, functools.partial) and operation.func in (
         ops.dot_general,
@@ -99,6 +114,12 @@ def cached(
     if dropit is None:
         return method(inputs, **kwargs)
     check_policy(dropit)
+    if (field := stateful_product(module)) is not None:
+        raise TypeError(
+            f"{type(module).__name__} with {field}={getattr(module, field)!r}, a "
+            "module with a state of its own, cannot cache its input compressed: leave "
+            "the layer without dropit."
+        )
     key = _key(module, dropit, inputs)
     for layer, hook, operation in _HOOKED:
         if isinstance(module, layer):
@@ -183,8 +204,12 @@ def _whole(
         for field in dataclasses.fields(layer)
         if field.init and field.name not in ("parent", "name")
     }
-    plain = layer(**fields, parent=None)
     params = meta.unbox(module.variables["params"])
+    kernel, mask = params["kernel"], fields.get("mask")
+    if mask is not None and mask.shape == kernel.shape:
+        # Not in the product, which keeps no arrays but its operands.
+        kernel, fields["mask"] = kernel * mask, None
+    plain = layer(**fields, parent=None)
     offset = (params["bias"],) if module.use_bias else ()
 
     def product(inputs: Array, kernel: Array, *bias: Array) -> Array:
@@ -199,7 +224,7 @@ def _whole(
     inputs = jnp.asarray(inputs)
     if module.promote_dtype is nn.dtypes.promote_dtype:
         promote = _promoting_once(module.promote_dtype)
-        inputs, *_ = promote(inputs, params["kernel"], *offset, dtype=module.dtype)
+        inputs, *_ = promote(inputs, kernel, *offset, dtype=module.dtype)
     cache = functools.partial(
         ops.cached_product, product, dropit=dropit, key=key, offset=offset
     )
@@ -207,9 +232,9 @@ def _whole(
         equation = nn.merge_param(
             "einsum_str", module.einsum_str, kwargs.get("einsum_str")
         )
-        layout = ops.einsum_layout(equation, inputs, params["kernel"])
-        return cache(inputs, params["kernel"], layout=layout)
+        layout = ops.einsum_layout(equation, inputs, kernel)
+        return cache(inputs, kernel, layout=layout)
     size = module.kernel_size
     flat, batch = hooks.as_batch(inputs, 1 if isinstance(size, int) else len(size))
     layout = Layout(tuple(range(flat.ndim)))
-    return hooks.unbatch(cache(flat, params["kernel"], layout=layout), batch)
+    return hooks.unbatch(cache(flat, kernel, layout=layout), batch)

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import Scope
 from flax.linen import transforms
 from jaxtyping import Array
 
@@ -73,8 +74,9 @@ class Interception:
     """What `intercept` does, and a report of it.
 
     `layers` lists the layers that use DropIT, in the order in which the model came to
-    them, with what each caches in one call (in a loop, one step of it); it grows while
-    models are traced. As text it is a table.
+    them, with what each caches in its last call (in a loop, one step of it); it grows
+    while models are traced. Layers are told apart by their paths. As text it is a
+    table.
     """
 
     def __init__(self, dropit: DropIT, meant: Matching):
@@ -182,6 +184,9 @@ _interceptions = contextvars.ContextVar("interceptions", default=())
 _call: contextvars.ContextVar[_Call | None]
 _call = contextvars.ContextVar("call", default=None)
 
+# The calls under way, by the identity of their root scopes.
+_calls: dict[int, tuple[Callable[[], Scope | None], _Call]] = {}
+
 
 def intercept(
     dropit: DropIT,
@@ -194,7 +199,8 @@ def intercept(
     The model and its parameters stay as they are. All calls of Flax's own `Dense`,
     `DenseGeneral`, `Einsum`, `Conv`, `ConvLocal` and `ConvTranspose` are replaced, on
     their own, in a subclass or inside another module such as
-    `MultiHeadDotProductAttention`; layers with a policy of their own are left alone.
+    `MultiHeadDotProductAttention`. Layers with a policy of their own are left alone,
+    and so are those whose product has a state, such as `Fp8DotGeneralOp`.
     Functions that `jax.jit` compiled outside are traced again. Of two contexts, one in
     the other, the inner one decides wherever it selects a layer.
 
@@ -234,7 +240,7 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
         module = context.module
         if calls.is_product() or module.scope is None:
             return method(*args, **kwargs)
-        with _in_call() as call:
+        with _in_call(module.scope) as call:
             path = _path(module)
             if isinstance(module, calls.LAYERS) and call.first is None:
                 call.first = path
@@ -248,6 +254,7 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
                 each.note(path, call)
             if (
                 calls.has_policy(module)
+                or calls.stateful_product(module) is not None
                 or any(other.selects(path, call) for other in inner)
                 or not interception.selects(path, call)
             ):
@@ -261,6 +268,19 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
     finally:
         _interceptions.reset(token)
     interception.check()
+
+
+def _call_of(root: Scope) -> _Call:
+    place = id(root)
+    known, call = _calls.get(place, (lambda: None, _Call()))
+    if known() is root:
+        return call
+
+    def forget(_: Any) -> None:
+        _calls.pop(place, None)
+
+    _calls[place] = (weakref.ref(root, forget), call := _Call())
+    return call
 
 
 @functools.cache
@@ -288,13 +308,19 @@ def _tell_paths_to_jit() -> None:
 
 
 @contextlib.contextmanager
-def _in_call() -> Iterator[_Call]:
-    """The call of a model that this is a part of; a new one if of none."""
+def _in_call(scope: Scope) -> Iterator[_Call]:
+    """The call of a model that this is a part of; a new one if of none.
+
+    Where the method that is applied is a function (`model.apply(..., method=f)`), no
+    module's call is around those of the layers; but all have one root scope, which is
+    made for each `init`, `apply` and `bind`. In a loop or another lifted transformation
+    scopes have other roots, and there a module's call is around.
+    """
     call = _call.get()
     if call is not None:
         yield call
         return
-    token = _call.set(call := _Call())
+    token = _call.set(call := _call_of(scope.root))
     try:
         yield call
     finally:

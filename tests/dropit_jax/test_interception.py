@@ -299,6 +299,24 @@ class FirstLayerTest(parameterized.TestCase):
             bound.decode(_X)
         self.assertEqual(_paths(report), ["between_1"])
 
+    @parameterized.parameters(
+        lambda f, model, v, x: model.apply(v, x, method=f),
+        lambda f, model, v, x: nn.apply(f, model)(v, x),
+        lambda f, model, v, x: f(model.bind(v), x),
+    )
+    def test_the_method_may_be_a_function(self, apply):
+        def decode_after_first(model, x):
+            return model.last(nn.tanh(model.decode(nn.tanh(model.first(x)))))
+
+        with dn.intercept(_POLICY) as report:
+            gradient = jax.grad(
+                lambda v: apply(decode_after_first, Setup(), v, _X).sum()
+            )
+            cached = memory.cached_bytes(gradient, _variables(Setup()))
+        self.assertEqual(_paths(report), ["between_0", "between_1", "last"])
+        self.assertEqual(cached, report.bytes_after)
+        self.assertEqual(cached, 3 * _BYTES)
+
     def test_it_need_not_be_skipped(self):
         with dn.intercept(_POLICY, skip_first=False) as report:
             self.assertEqual(_cached(Compact()), 3 * _BYTES)
@@ -578,6 +596,16 @@ class Extended(nn.Dense):
 
 
 class UsersLayersTest(parameterized.TestCase):
+    def test_products_with_a_state_are_left_alone(self):
+        fp8 = {"dot_general_cls": nn.Fp8DirectDotGeneralOp}
+        model = OneLayer(functools.partial(nn.Dense, 16, **fp8))
+        with dn.intercept(_POLICY) as report:
+            jax.eval_shape(model.init, jax.random.key(0), _X)
+        self.assertEmpty(report.layers)
+        layer = dn.Dense(16, dropit=_POLICY, **fp8)
+        with pytest.raises(TypeError, match=r"dot_general_cls=.*Fp8DirectDotGeneralOp"):
+            layer.init(jax.random.key(0), _X)
+
     def test_a_call_of_its_own_is_left_alone_until_it_calls_flaxs(self):
         with dn.intercept(_POLICY) as report:
             self.assertEqual(_cached(OneLayer(functools.partial(Replaced, 8))), 0)

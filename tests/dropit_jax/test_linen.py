@@ -344,6 +344,32 @@ class Network(nn.Module):
         return self.dense(5)(x.mean((1, 2)))
 
 
+class MaskTest(parameterized.TestCase):
+    @parameterized.parameters(nn.ConvTranspose, nn.ConvLocal)
+    def test_it_may_come_with_a_transformation(self, kind):
+        # A mask of the trace that the layer is called in, and no constant.
+        x = _input((2, 4, 3))
+        make = functools.partial(kind, 4, (3,), padding="VALID")
+        variables = make().init(jax.random.key(0), x)
+        shape = variables["params"]["kernel"].shape
+        masks = jnp.asarray(np.random.default_rng(0).random((2, *shape)) > 0.5)
+
+        def gradient(layer, mask):
+            def loss(variables):
+                return jnp.sum(
+                    layer(4, (3,), padding="VALID", mask=mask).apply(variables, x)
+                )
+
+            return jax.grad(loss)(variables)
+
+        ours = functools.partial(getattr(dn, kind.__name__), dropit=DropIT(0.0))
+        chex.assert_trees_all_close(
+            jax.vmap(functools.partial(gradient, ours))(masks),
+            jax.vmap(functools.partial(gradient, kind))(masks),
+            rtol=1e-6,
+        )
+
+
 class ModelTest(parameterized.TestCase):
     def test_a_checkpoint_of_flaxs_model_loads_unchanged(self):
         x = _input((2, 8, 8, 3))

@@ -292,7 +292,7 @@ class ResidualTest(parameterized.TestCase):
 
     def test_integers_are_refused(self):
         with pytest.raises(
-            TypeError, match="real floating-point activations, got int32"
+            TypeError, match="activations of 16 bits or more, got int32"
         ):
             jax.grad(
                 lambda kernel: dot_general(

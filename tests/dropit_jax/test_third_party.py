@@ -1,6 +1,7 @@
 """Models of others, as they were published."""
 
 import functools
+import re
 
 import chex
 import flax
@@ -128,8 +129,14 @@ class ThirdPartyTest(parameterized.TestCase):
         self.assertNotIn(first, paths)
         # A quarter, and a bit for each element.
         self.assertLess(report.bytes_after, 0.3 * report.bytes_before)
-        # The same by definition here, where no layer is called twice or in a loop.
-        self.assertEqual(cached, report.bytes_after)
+        # The same by definition, where no layer is called twice or in a loop, but for
+        # layers that nothing reads the result of: the transformer's last inner ones.
+        unread = [
+            layer.bytes_after
+            for layer in report.layers
+            if re.match(r"Encoder_0/TNTBlock_1/(SelfAttention|MlpBlock)_0/", layer.path)
+        ]
+        self.assertEqual(cached, report.bytes_after - sum(unread))
 
         # Not at the start, where heads that are zero let no gradient through.
         *_, plain_gradients = step(variables)
