@@ -26,7 +26,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import shardings, sharing
+from dropit_jax import derivatives, shardings, sharing
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.residual import Residual, compress
 
@@ -327,8 +327,9 @@ def _forward(
     cached = None
     if rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
         cached = _compressed(a, dropit, layout, key) if ahead is None else ahead
+        once = derivatives.once(a, "DropIT")
         # Without the barrier XLA may compress late, which keeps `a` alive till then.
-        a, _ = lax.optimization_barrier((_once_differentiable(a), cached.residual))
+        a, _ = lax.optimization_barrier((once, cached.residual))
     z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
     return z, (cached, kernel, added, pullback_a)
 
@@ -390,22 +391,6 @@ def _compressed(a: Array, dropit: DropIT, layout: Layout, key: Array | None) -> 
     arranged = _arrange(shardings.join(a, group), dropit, layout)
     residual = compress(arranged, dropit, key)
     return _Cached(checkpoint_name(residual, RESIDUAL_NAME), group)
-
-
-@jax.custom_jvp
-def _once_differentiable(a: Array) -> Array:
-    """The activation, of which what is cached has no derivative."""
-    return a
-
-
-@_once_differentiable.defjvp
-def _twice_differentiated(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise TypeError(
-        "DropIT has no second derivative (jax.hessian, jax.grad of jax.grad) where the "
-        "gradient of a kernel depends on the layer's input: what is cached of the "
-        "input has none. Use dropit=None."
-    )
 
 
 def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int | None:

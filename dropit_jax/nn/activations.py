@@ -4,7 +4,8 @@ All compute their value by the `jax.nn` function of the same name. What they cac
 the derivative: one bit an element where it is one of two numbers, and the gradient is
 exact; one byte elsewhere, and the gradient is as near as its bound says.
 Autodiff of the `jax.nn` functions keeps their input or a product of it instead, in the
-activation's own type, once or several times.
+activation's own type, once or several times. Those that cache a byte have no second
+derivative, and say so.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from dropit_jax import derivatives
 from dropit_jax.nn import codes
 from dropit_jax.nn.codes import Codes
 
@@ -210,7 +212,7 @@ def _smooth_forward(
         _, pullback = jax.vjp(function, wide)
         return scale.encode(*pullback(jnp.ones_like(wide)))
 
-    x, saved = codes.store(x, code, bits=8)
+    x, saved = codes.store(derivatives.once(x, "An activation"), code, bits=8)
     return function(x), saved
 
 

@@ -168,6 +168,17 @@ class TransformationsTest(parameterized.TestCase):
         close(jax.grad(jax.checkpoint(loss))(x), expected)
         close(jax.lax.map(jax.grad(loss), x), expected)
 
+    @parameterized.parameters(*_EXACT, *_NEAR)
+    def test_second_derivatives_are_jaxs_or_refused(self, name):
+        ours, theirs, *_ = (_EXACT | _NEAR)[name]
+        second = [jax.grad(jax.grad(lambda x, f=f: f(x) ** 2)) for f in (ours, theirs)]
+        if name in _EXACT:
+            for x in (-1.5, 1.5):
+                self.assertEqual(second[0](x), second[1](x))
+            return
+        with pytest.raises(TypeError, match="activation has no second derivative"):
+            second[0](0.5)
+
     @parameterized.product(
         name=("relu", "gelu"), axis_type=(AxisType.Auto, AxisType.Explicit)
     )

@@ -36,6 +36,24 @@ _CASES = (
     ("MultiHeadDotProductAttention", {"dropout_rate": 0.5}, 1, {}),
     (
         "MultiHeadDotProductAttention",
+        {"dropout_rate": 0.5, "broadcast_dropout": False},
+        2,
+        {"dropout_rng": jax.random.key(5)},
+    ),
+    (
+        "MultiHeadDotProductAttention",
+        {
+            "kernel_init": nn.initializers.normal(),
+            "out_kernel_init": nn.initializers.ones,
+            "bias_init": nn.initializers.normal(),
+            "out_bias_init": nn.initializers.ones,
+            "force_fp32_for_softmax": True,
+        },
+        1,
+        {"sow_weights": True},
+    ),
+    (
+        "MultiHeadDotProductAttention",
         {"qkv_dot_general": functools.partial(jax.lax.dot_general)},
         1,
         {},

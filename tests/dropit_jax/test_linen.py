@@ -44,7 +44,16 @@ _DENSES = (
         (4, 32),
     ),
 )
+
+
+def _to_half(*arrays, **_):
+    return [None if array is None else array.astype(jnp.bfloat16) for array in arrays]
+
+
+_TO_HALF = {"promote_dtype": _to_half}
+_DENSES += (({"features": 8, **_TO_HALF}, (4, 32)),)
 _DENSE_GENERALS = (
+    ({"features": 8, **_TO_HALF}, (4, 32)),
     ({"features": 8}, (4, 32)),
     ({"features": (4, 2), "axis": (-2, -1)}, (3, 5, 4, 8)),
     ({"features": 6, "axis": (1, -1), "use_bias": False}, (3, 5, 4, 8)),
@@ -59,6 +68,7 @@ _DENSE_GENERALS = (
     ({"features": (2, 4), "axis": (1, 2), "kernel_init": _PARTITIONED}, (3, 4, 8)),
 )
 _EINSUMS = (
+    ({"shape": (32, 8), "einsum_str": "bd,dh->bh", **_TO_HALF}, (4, 32)),
     ({"shape": (32, 8), "einsum_str": "bd,dh->bh"}, (4, 32)),
     ({"shape": (4, 8, 6), "einsum_str": "bthd,hdf->btf"}, (2, 3, 4, 8)),
     ({"shape": (5, 6, 7), "einsum_str": "abc,cde->abde"}, (3, 4, 5)),
@@ -90,6 +100,19 @@ _EINSUMS = (
     ),
 )
 _CONVS = (
+    ({"features": 8, "kernel_size": (3, 3), **_TO_HALF}, (2, 6, 6, 16)),
+    (
+        {
+            "features": 8,
+            "kernel_size": (3, 3),
+            "strides": None,
+            "input_dilation": None,
+            "kernel_dilation": None,
+            "feature_group_count": 2,
+            "conv_general_dilated": functools.partial(lax.conv_general_dilated),
+        },
+        (2, 6, 6, 16),
+    ),
     ({"features": 8, "kernel_size": (3, 3)}, (2, 6, 6, 16)),
     ({"features": 8, "kernel_size": (3, 3), "use_bias": False}, (6, 6, 16)),
     ({"features": 8, "kernel_size": (3, 3)}, (2, 3, 6, 6, 16)),
@@ -127,6 +150,19 @@ _CONVS = (
     ),
 )
 _CONV_LOCALS = (
+    ({"features": 4, "kernel_size": (3, 3), **_TO_HALF}, (2, 4, 4, 16)),
+    (
+        {
+            "features": 4,
+            "kernel_size": (2,),
+            "mask": np.broadcast_to(np.arange(5)[:, None, None] > 1, (5, 32, 4)),
+            "padding": "VALID",
+            "precision": lax.Precision.HIGHEST,
+            "kernel_init": nn.with_partitioning(nn.initializers.normal(), (None, "x")),
+        },
+        (2, 6, 16),
+    ),
+    ({"features": 4, "kernel_size": (3, 3), "padding": "REFLECT"}, (2, 4, 5, 16)),
     ({"features": 4, "kernel_size": (3, 3)}, (2, 5, 6, 16)),
     ({"features": 4, "kernel_size": (3, 3), "use_bias": False}, (5, 6, 16)),
     ({"features": 4, "kernel_size": (3, 3)}, (2, 3, 4, 4, 16)),
@@ -139,6 +175,16 @@ _CONV_LOCALS = (
     ({"features": 4, "kernel_size": (2,), "param_dtype": jnp.bfloat16}, (2, 6, 16)),
 )
 _CONV_TRANSPOSES = (
+    ({"features": 8, "kernel_size": (3, 3), **_TO_HALF}, (2, 5, 6, 16)),
+    (
+        {
+            "features": 8,
+            "kernel_size": (3, 3),
+            "dtype": jnp.bfloat16,
+            "preferred_element_type": jnp.float32,
+        },
+        (2, 5, 6, 16),
+    ),
     ({"features": 8, "kernel_size": (3, 3)}, (2, 5, 6, 16)),
     ({"features": 8, "kernel_size": (3, 3), "use_bias": False}, (5, 6, 16)),
     ({"features": 8, "kernel_size": (3, 3)}, (2, 3, 4, 4, 16)),
