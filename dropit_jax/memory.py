@@ -20,7 +20,7 @@ import jax
 from jax import export
 from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 
-from dropit_jax.ops import RESIDUAL_NAME
+from dropit_jax.products import RESIDUAL_NAME
 
 _TARGETS = Path(__file__).parent / "targets"
 

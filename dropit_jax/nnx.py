@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dropit_jax import hooks, matching, ops, sharing
-from dropit_jax.ops import Layout
+from dropit_jax import hooks, matching, ops, products, sharing
 from dropit_jax.policy import DropIT, check_policy
 
 
@@ -339,13 +338,13 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
     flat, batch = hooks.as_batch(jnp.asarray(inputs), len(layer.kernel_size))
     bias = offset[0] if offset else None
     flat, *_ = promote((flat, kernel, bias), dtype=layer.dtype)
-    out = ops.cached_product(
+    out = products.cached_product(
         product,
         flat,
         kernel,
         offset,
         dropit=layer.dropit,
-        layout=Layout(tuple(range(flat.ndim))),
+        layout=products.Layout(tuple(range(flat.ndim))),
         key=key,
     )
     return hooks.unbatch(out, batch)

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array
 
-from dropit_jax import hooks, ops, sharing
-from dropit_jax.ops import Layout
+from dropit_jax import hooks, ops, products, sharing
 from dropit_jax.policy import DropIT, check_policy
 
 # The Flax layers whose product can be replaced, with the field that replaces it.
@@ -226,7 +225,7 @@ def _whole(
         promote = _promoting_once(module.promote_dtype)
         inputs, *_ = promote(inputs, kernel, *offset, dtype=module.dtype)
     cache = functools.partial(
-        ops.cached_product, product, dropit=dropit, key=key, offset=offset
+        products.cached_product, product, dropit=dropit, key=key, offset=offset
     )
     if isinstance(module, nn.Einsum):
         equation = nn.merge_param(
@@ -236,5 +235,5 @@ def _whole(
         return cache(inputs, kernel, layout=layout)
     size = module.kernel_size
     flat, batch = hooks.as_batch(inputs, 1 if isinstance(size, int) else len(size))
-    layout = Layout(tuple(range(flat.ndim)))
+    layout = products.Layout(tuple(range(flat.ndim)))
     return hooks.unbatch(cache(flat, kernel, layout=layout), batch)

@@ -16,7 +16,7 @@ from flax.core import Scope
 from flax.linen import transforms
 from jaxtyping import Array
 
-from dropit_jax import matching, ops
+from dropit_jax import matching, products
 from dropit_jax.linen import calls
 from dropit_jax.matching import Matching
 from dropit_jax.policy import DropIT
@@ -146,7 +146,7 @@ class Interception:
         """The call of a layer, with DropIT."""
         path = _path(module)
 
-        def observe(lhs: Array, layout: ops.Layout, nbytes: int) -> None:
+        def observe(lhs: Array, layout: products.Layout, nbytes: int) -> None:
             reader = call.first_reader(lhs, (layout, self._dropit), path)
             before = math.prod(lhs.shape) * lhs.dtype.itemsize
             shared = reader != path
@@ -160,7 +160,7 @@ class Interception:
                 shared_with=reader if shared else None,
             )
 
-        with ops.observed(observe):
+        with products.observed(observe):
             return calls.cached(module, method, self._dropit, *args, **kwargs)
 
     def check(self) -> None:

@@ -1,0 +1,255 @@
+"""The rule of a product that caches a compressed first operand.
+
+For a product `z = op(a, θ)`, linear in each operand:
+
+    forward    z = op(a, θ)                  cached: compress(a), θ
+    backward   ∇a = opᵀ(·, θ)(∇z)            exact
+               ∇θ = opᵀ(â, ·)(∇z)            â = decompress(compress(a))
+
+(paper, Equations 2 and 3). Both transposes are derived from the operation itself, so
+that JAX's own rules decide their dtypes, precision and shardings.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from dropit_jax import derivatives, shardings, sharing
+from dropit_jax.policy import DropIT, check_policy
+from dropit_jax.residual import Residual, compress
+
+# The name of what is cached, for `jax.checkpoint_policies.save_only_these_names`.
+RESIDUAL_NAME = "dropit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an operand is to be read as (batch, *positions, channels).
+
+    Attributes:
+      order: its axes, those of the samples first, those of the channels last.
+      channel_axes: how many of the last are the channels.
+    """
+
+    order: tuple[int, ...]
+    channel_axes: int = 1
+
+
+_Observe = Callable[[Array, Layout, int], None]
+_observer: contextvars.ContextVar[_Observe | None]
+_observer = contextvars.ContextVar("observer", default=None)
+
+
+def cached_product(
+    product: Callable[..., Array],
+    lhs: Float[Array, "..."],
+    rhs: Array,
+    offset: Any = (),
+    *,
+    dropit: DropIT,
+    layout: Layout,
+    key: Array | None = None,
+) -> Array:
+    """`product(lhs, rhs, *offset)`, caching `lhs` compressed.
+
+    Args:
+      product: a function, linear in each of `lhs` and `rhs`, to whose result the
+        arrays of `offset` may be added: a layer's bias.
+      lhs: the activation.
+      rhs: the kernel.
+      offset: a tuple of arrays, whose gradient is exact.
+      dropit: what of `lhs` to keep for the gradient of `rhs`.
+      layout: which axes of `lhs` are the samples and the channels.
+      key: a PRNG key, for policies that need one.
+
+    Raises:
+      TypeError, ValueError: as `dot_general`.
+    """
+    check_policy(dropit)
+    observe = _observer.get()
+    nbytes = None if observe is None else _bytes_cached(lhs, dropit, layout)
+    if observe is not None and nbytes is not None:
+        observe(lhs, layout, nbytes)
+    ahead = _cached_ahead(lhs, rhs, dropit, layout, key)
+    with _forward_mode_explained():
+        return _cached_product(product, dropit, layout, lhs, rhs, offset, key, ahead)
+
+
+@contextlib.contextmanager
+def observed(observe: _Observe) -> Iterator[None]:
+    """Tells of every caching operation: its `lhs`, the layout, the bytes it caches."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("residual",), meta_fields=("group",)
+)
+@dataclasses.dataclass(frozen=True)
+class _Cached:
+    """The compressed `a`, and the group of what is sharded like `a`."""
+
+    residual: Residual
+    group: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cached_product(
+    product: Callable[..., Array],
+    dropit: DropIT,
+    layout: Layout,
+    lhs: Array,
+    rhs: Array,
+    offset: tuple[Array, ...],
+    key: Array | None,
+    ahead: _Cached | None,
+) -> Array:
+    del dropit, layout, key, ahead
+    return product(lhs, rhs, *offset)
+
+
+# What is cached of `a` (`None`: θ is frozen), θ, offset, and opᵀ(·, θ).
+_Saved = tuple[
+    _Cached | None, Array, tuple[Array, ...], Callable[[Array], tuple[Array]]
+]
+
+
+def _forward(
+    product: Callable[..., Array],
+    dropit: DropIT,
+    layout: Layout,
+    lhs: Any,
+    rhs: Any,
+    offset: Any,
+    key: Any,
+    ahead: Any,
+) -> tuple[Array, _Saved]:
+    a, kernel, added, key, ahead = jax.tree.map(
+        lambda operand: operand.value,
+        (lhs, rhs, offset, key, ahead),
+        is_leaf=lambda node: hasattr(node, "perturbed"),
+    )
+    cached = None
+    if rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
+        cached = _compressed(a, dropit, layout, key) if ahead is None else ahead
+        once = derivatives.once(a, "DropIT")
+        # Without the barrier XLA may compress late, which keeps `a` alive till then.
+        a, _ = lax.optimization_barrier((once, cached.residual))
+    z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
+    return z, (cached, kernel, added, pullback_a)
+
+
+def _backward(
+    product: Callable[..., Array],
+    dropit: DropIT,
+    layout: Layout,
+    saved: _Saved,
+    cotangent: Array,
+) -> tuple[Array, Array | None, Any, None, None]:
+    del dropit
+    cached, kernel, offset, pullback_a = saved
+    if cached is not None:
+        # Without the barrier XLA may decompress early, which keeps the dense â alive
+        # through the whole forward pass.
+        cached, cotangent = lax.optimization_barrier((cached, cotangent))
+    (to_a,) = pullback_a(cotangent)
+    if cached is None and not offset:
+        return to_a, None, (), None, None
+    a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
+    if cached is not None:
+        a_hat = _restore(cached.residual.decompress(), layout, to_a)
+        a_hat = shardings.join(a_hat, cached.group)
+    _, pullback = jax.vjp(functools.partial(product, a_hat), kernel, *offset)
+    to_kernel, *to_offset = pullback(cotangent)
+    to_kernel = None if cached is None else to_kernel
+    return to_a, to_kernel, tuple(to_offset), None, None
+
+
+# Symbolic zeros tell the forward rule which operands are differentiated.
+_cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _cached_ahead(
+    lhs: Array, rhs: Array, dropit: DropIT, layout: Layout, key: Array | None
+) -> _Cached | None:
+    """What is cached of `lhs`, before it is known whether anything has to be.
+
+    The forward rule of an operation in a loop, a checkpoint or an inner `jax.jit` is
+    traced on its own, where nothing shows that two operations read the same array;
+    here it shows. What turns out not to be needed XLA leaves out. `None` where nothing
+    can be differentiated, or an error is due if something is: the forward rule's.
+    """
+    if not isinstance(rhs, jax.core.Tracer):
+        return None
+    operands = (lhs,) if key is None else (lhs, key)
+    with contextlib.suppress(TypeError, ValueError):
+        return sharing.once(
+            lambda: _compressed(lax.stop_gradient(lhs), dropit, layout, key),
+            operands,
+            (dropit, layout),
+        )
+    return None
+
+
+def _compressed(a: Array, dropit: DropIT, layout: Layout, key: Array | None) -> _Cached:
+    group = shardings.new_group()
+    arranged = _arrange(shardings.join(a, group), dropit, layout)
+    residual = compress(arranged, dropit, key)
+    return _Cached(checkpoint_name(residual, RESIDUAL_NAME), group)
+
+
+def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int | None:
+    """Bytes that are cached of `lhs`; `None` where it does not suit the policy."""
+
+    def compressed(a: Array, key: Array) -> Residual:
+        return compress(_arrange(a, dropit, layout), dropit, key)
+
+    try:
+        return jax.eval_shape(compressed, lhs, jax.random.key(0)).nbytes
+    except (TypeError, ValueError):
+        return None  # which the forward rule says, if a gradient is asked for
+
+
+def _arrange(a: Array, dropit: DropIT, layout: Layout) -> Array:
+    """The operand as (batch, *positions, channels)."""
+    ordered = jnp.transpose(a, layout.order)
+    if layout.channel_axes == 1 or not dropit.per_channel:
+        return ordered  # chunks need no merging of axes
+    lead = ordered.ndim - layout.channel_axes
+    merged = (*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
+    return shardings.gather(ordered, keep=lead).reshape(merged)
+
+
+def _restore(arranged: Array, layout: Layout, operand: Array) -> Array:
+    """The inverse of `_arrange`, for an operand of this shape and sharding."""
+    ordered = arranged.reshape([operand.shape[axis] for axis in layout.order])
+    restored = jnp.transpose(ordered, tuple(np.argsort(layout.order)))
+    return shardings.like(restored, operand)
+
+
+@contextlib.contextmanager
+def _forward_mode_explained() -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "DropIT has no forward-mode differentiation (jax.jvp, jax.jacfwd, "
+            "jax.linearize): it is an approximation of the reverse mode. Use jax.grad "
+            "or jax.vjp, or dropit=None."
+        ) from error
