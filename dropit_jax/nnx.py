@@ -107,8 +107,7 @@ class ConvTranspose(_Caching, nnx.ConvTranspose):
 class MultiHeadAttention(nnx.MultiHeadAttention):
     """`flax.nnx.MultiHeadAttention` whose four projections cache compressed.
 
-    Query, key and value that are projected from the same input cache it once, where
-    they are traced together (as under `jax.jit`).
+    Query, key and value that are projected from the same input cache it once.
     """
 
     def __init__(

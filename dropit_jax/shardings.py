@@ -2,7 +2,7 @@
 
 Explicit ones (`jax.sharding.AxisType.Explicit`) are known while tracing; `spec`,
 `shards`, `gather` and `like` are about these, and elsewhere do nothing. All others XLA
-resolves, and `join` tells it which arrays to shard alike.
+resolves; `join` tells it which arrays to shard alike, and `whole_rows` what not to.
 """
 
 import itertools

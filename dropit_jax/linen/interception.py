@@ -84,8 +84,8 @@ class Interception:
         self._matching = meant
         self._layers: dict[str, InterceptedLayer] = {}
         self._seen: dict[str, None] = {}  # paths, in order
-        self.firsts: dict[str, str] = {}  # of each module
-        self._later: set[str] = set()  # of these, those seen that were not the first
+        self._later: set[str] = set()  # of these, the ones not first in some call
+        self.firsts: dict[str, str] = {}  # the first layer of each module
 
     @property
     def key(self) -> Any:

@@ -126,8 +126,7 @@ class ConvTranspose(nn.ConvTranspose):
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     """`flax.linen.MultiHeadDotProductAttention` whose projections cache compressed.
 
-    Query, key and value that are projected from the same input cache it once, where
-    they are traced together (as under `jax.jit`).
+    Query, key and value that are projected from the same input cache it once.
 
     Attributes:
       dropit: what the four projections keep of their input; `None`: the plain Flax
