@@ -3,10 +3,13 @@
 from dropit_jax import linen, nn, nnx
 from dropit_jax.ops import conv_general_dilated, dot_general, einsum
 from dropit_jax.policy import DropIT
+from dropit_jax.presets import PRESETS, Preset, preset
 from dropit_jax.residual import Residual, compress
 
 __all__ = [
+    "PRESETS",
     "DropIT",
+    "Preset",
     "Residual",
     "compress",
     "conv_general_dilated",
@@ -15,4 +18,5 @@ __all__ = [
     "linen",
     "nn",
     "nnx",
+    "preset",
 ]

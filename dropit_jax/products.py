@@ -97,13 +97,24 @@ def observed(observe: _Observe) -> Iterator[None]:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("residual",), meta_fields=("group",)
+    jax.tree_util.register_dataclass,
+    data_fields=("residual",),
+    meta_fields=("shape", "spec", "group"),
 )
 @dataclasses.dataclass(frozen=True)
 class _Cached:
-    """The compressed `a`, and the group of what is sharded like `a`."""
+    """The compressed `a`.
+
+    Attributes:
+      residual: what is kept of it.
+      shape: its shape.
+      spec: its explicit sharding.
+      group: what is sharded like it.
+    """
 
     residual: Residual
+    shape: tuple[int, ...]
+    spec: shardings.Spec
     group: int
 
 
@@ -162,17 +173,20 @@ def _backward(
 ) -> tuple[Array, Array | None, Any, None, None]:
     del dropit
     cached, kernel, offset, pullback_a = saved
-    if cached is not None:
+    if cached is None:
+        (to_a,) = pullback_a(cotangent)
+        if not offset:
+            return to_a, None, (), None, None
+        a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
+    else:
         # Without the barrier XLA may decompress early, which keeps the dense â alive
         # through the whole forward pass.
         cached, cotangent = lax.optimization_barrier((cached, cotangent))
-    (to_a,) = pullback_a(cotangent)
-    if cached is None and not offset:
-        return to_a, None, (), None, None
-    a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
-    if cached is not None:
-        a_hat = _restore(cached.residual.decompress(), layout, to_a)
-        a_hat = shardings.join(a_hat, cached.group)
+        a_hat = _restore(cached, layout)
+        # Without this one XLA may decompress for many layers in one kernel, late, which
+        # keeps all their â and cotangents alive until then.
+        a_hat, cotangent = lax.optimization_barrier((a_hat, cotangent))
+        (to_a,) = pullback_a(cotangent)
     _, pullback = jax.vjp(functools.partial(product, a_hat), kernel, *offset)
     to_kernel, *to_offset = pullback(cotangent)
     to_kernel = None if cached is None else to_kernel
@@ -209,7 +223,8 @@ def _compressed(a: Array, dropit: DropIT, layout: Layout, key: Array | None) -> 
     group = shardings.new_group()
     arranged = _arrange(shardings.join(a, group), dropit, layout)
     residual = compress(arranged, dropit, key)
-    return _Cached(checkpoint_name(residual, RESIDUAL_NAME), group)
+    named = checkpoint_name(residual, RESIDUAL_NAME)
+    return _Cached(named, a.shape, shardings.spec(a), group)
 
 
 def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int | None:
@@ -234,11 +249,13 @@ def _arrange(a: Array, dropit: DropIT, layout: Layout) -> Array:
     return shardings.gather(ordered, keep=lead).reshape(merged)
 
 
-def _restore(arranged: Array, layout: Layout, operand: Array) -> Array:
-    """The inverse of `_arrange`, for an operand of this shape and sharding."""
-    ordered = arranged.reshape([operand.shape[axis] for axis in layout.order])
+def _restore(cached: _Cached, layout: Layout) -> Array:
+    """The decompressed â, as `a` was."""
+    ordered = cached.residual.decompress().reshape(
+        [cached.shape[axis] for axis in layout.order]
+    )
     restored = jnp.transpose(ordered, tuple(np.argsort(layout.order)))
-    return shardings.like(restored, operand)
+    return shardings.join(shardings.to(restored, cached.spec), cached.group)
 
 
 @contextlib.contextmanager

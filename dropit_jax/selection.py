@@ -13,6 +13,7 @@ sharded mesh; `lax.top_k` makes XLA gather the chunks on every device.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
@@ -112,9 +113,15 @@ def compact(
     x: Shaped[Array, "*rows size"], mask: Bool[Array, "*rows size"], k: int
 ) -> Shaped[Array, "*rows {k}"]:
     """The k elements under the mask, in the order of their indices."""
-    slots = _slots(mask)
     if x.shape[-1] <= MAX_FUSED:
-        return _take(x, _one_hot(slots, mask, k))
+        slots, order = _fused_slots(mask), jnp.arange(k)
+        bits = _bits(x)
+        taken = jnp.zeros((*x.shape[:-1], k), bits.dtype)
+        for i in range(x.shape[-1]):
+            here = mask[..., i : i + 1] & (slots[..., i : i + 1] == order)
+            taken = jnp.where(here, bits[..., i : i + 1], taken)
+        return _from_bits(taken, x.dtype)
+    slots = _slots(mask)
     target = jnp.where(mask, slots, k)  # the dropped share one slot, then cut off
     return _scatter(x, target, k + 1)[..., :k]
 
@@ -123,11 +130,14 @@ def expand(
     values: Shaped[Array, "*rows k"], mask: Bool[Array, "*rows size"]
 ) -> Shaped[Array, "*rows size"]:
     """The inverse of `compact`: values under the mask, zero elsewhere."""
-    slots, k = _slots(mask), values.shape[-1]
+    k = values.shape[-1]
     if mask.shape[-1] <= MAX_FUSED:
-        bits = _bits(values)
-        spread = jnp.where(_one_hot(slots, mask, k), bits[..., :, None], 0)
-        return _from_bits(spread.max(axis=-2), values.dtype)
+        slots = _fused_slots(mask)
+        placed = jnp.zeros(mask.shape, values.dtype)
+        for i in range(k):
+            placed = jnp.where(mask & (slots == i), values[..., i : i + 1], placed)
+        return placed
+    slots = _slots(mask)
     taken = jnp.take_along_axis(values, jnp.clip(slots, 0, k - 1), axis=-1)
     return jnp.where(mask, taken, 0)
 
@@ -169,10 +179,12 @@ def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
 def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
     """How many elements of the chunk come before each: larger, or equal and earlier."""
     slots = jnp.arange(scores.shape[-1])
-    this, other = scores[..., :, None], scores[..., None, :]
-    earlier = slots[None, :] < slots[:, None]
-    before = (other > this) | ((other == this) & earlier)
-    return before.sum(axis=-1, dtype=jnp.int32)
+    ranks = jnp.zeros(scores.shape, jnp.int32)
+    # One comparison after the other: a sum over pairs would be a pass of its own.
+    for i in range(scores.shape[-1]):
+        least = scores - (i < slots).astype(scores.dtype)  # so that equal ones count
+        ranks += (scores[..., i : i + 1] > least).astype(jnp.int32)
+    return ranks
 
 
 def _sorted_largest(scores: Int[Array, "*rows size"], k: int) -> Array:
@@ -225,8 +237,18 @@ def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
     return jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
 
 
-def _one_hot(slots: Array, mask: Array, k: int) -> Bool[Array, "*rows k size"]:
-    return (slots[..., None, :] == jnp.arange(k)[:, None]) & mask[..., None, :]
+def _fused_slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
+    """`_slots` by counting bits, without the passes of a cumulative sum."""
+    size = mask.shape[-1]
+    slots = jnp.zeros(mask.shape, jnp.int32)
+    for start in range(0, size, 32):
+        part = mask[..., start : start + 32].astype(jnp.uint32)
+        places = jnp.arange(part.shape[-1], dtype=jnp.uint32)
+        word = jnp.sum(part << places, axis=-1, keepdims=True, dtype=jnp.uint32)
+        before = np.clip(np.arange(size) - start, 0, 32)
+        earlier = word & jnp.asarray((1 << before) - 1, jnp.uint32)
+        slots += lax.population_count(earlier).astype(jnp.int32)
+    return slots
 
 
 def _take(x: Array, one_hot: Bool[Array, "*rows k size"]) -> Shaped[Array, "*rows k"]:

@@ -1,8 +1,9 @@
 """Shardings, where they matter to us.
 
 Explicit ones (`jax.sharding.AxisType.Explicit`) are known while tracing; `spec`,
-`shards`, `gather` and `like` are about these, and elsewhere do nothing. All others XLA
-resolves; `join` tells it which arrays to shard alike, and `whole_rows` what not to.
+`shards`, `gather`, `like` and `to` are about these, and elsewhere do nothing. All
+others XLA resolves; `join` tells it which arrays to shard alike, and `whole_rows` what
+not to.
 """
 
 import itertools
@@ -17,8 +18,10 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
+Spec = tuple[str | tuple[str, ...] | None, ...]
 
-def spec(x: Array) -> tuple[str | tuple[str, ...] | None, ...]:
+
+def spec(x: Array) -> Spec:
     """The mesh axes over which each axis of `x` is explicitly sharded."""
     return tuple(jax.typeof(x).sharding.spec)
 
@@ -35,15 +38,16 @@ def shards(x: Array, axis: int) -> int:
 
 def gather(x: Array, keep: int) -> Array:
     """`x` with all axes but the first `keep` on every device."""
-    return _reshard(x, (*spec(x)[:keep], *[None] * (x.ndim - keep)))
+    return to(x, (*spec(x)[:keep], *[None] * (x.ndim - keep)))
 
 
 def like(x: Array, template: Array) -> Array:
     """`x` sharded like an array of the same shape."""
-    return _reshard(x, spec(template))
+    return to(x, spec(template))
 
 
-def _reshard(x: Array, wanted: tuple[str | tuple[str, ...] | None, ...]) -> Array:
+def to(x: Array, wanted: Spec) -> Array:
+    """`x` with an explicit sharding."""
     if spec(x) == wanted:
         return x
     return jax.sharding.reshard(x, PartitionSpec(*wanted))

@@ -12,18 +12,35 @@ from dropit_jax.linen.layers import (
     MultiHeadDotProductAttention,
     SelfAttention,
 )
+from dropit_jax.linen.norms import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+)
+from dropit_jax.linen.stochastic import Dropout
+from dropit_jax.linen.toolbox import Toolbox, toolbox
 
 __all__ = [
+    "BatchNorm",
     "Conv",
     "ConvLocal",
     "ConvTranspose",
     "Dense",
     "DenseGeneral",
+    "Dropout",
     "Einsum",
+    "GroupNorm",
+    "InstanceNorm",
     "InterceptedLayer",
     "Interception",
+    "LayerNorm",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "RMSNorm",
     "SelfAttention",
+    "Toolbox",
     "intercept",
+    "toolbox",
 ]

@@ -10,14 +10,26 @@ from dropit_jax.nn.activations import (
     swish,
     tanh,
 )
+from dropit_jax.nn.attention import dot_product_attention
+from dropit_jax.nn.dropout import dropout
+from dropit_jax.nn.losses import (
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
+from dropit_jax.nn.pooling import max_pool
 
 __all__ = [
+    "dot_product_attention",
+    "dropout",
     "gelu",
     "leaky_relu",
+    "max_pool",
     "relu",
     "relu6",
     "sigmoid",
     "silu",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
     "swish",
     "tanh",
 ]

@@ -5,7 +5,8 @@ the derivative: one bit an element where it is one of two numbers, and the gradi
 exact; one byte elsewhere, and the gradient is as near as its bound says.
 Autodiff of the `jax.nn` functions keeps their input or a product of it instead, in the
 activation's own type, once or several times. Those that cache a byte have no second
-derivative, and say so.
+derivative, and say so. The name of what is cached (`dropit_jax.nn.codes`) is that of
+the function.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Args:
       x: any real floating dtype.
     """
-    return _two_sided(jax.nn.relu, _is_positive, x)
+    return _two_sided(jax.nn.relu, _is_positive, "relu", x)
 
 
 def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -45,7 +46,7 @@ def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Args:
       x: any real floating dtype.
     """
-    return _two_sided(jax.nn.relu6, _is_between_0_and_6, x)
+    return _two_sided(jax.nn.relu6, _is_between_0_and_6, "relu6", x)
 
 
 def leaky_relu(
@@ -68,7 +69,8 @@ def leaky_relu(
             "dropit_jax.nn.leaky_relu takes a number as negative_slope, got "
             f"{negative_slope!r}; a slope that is learned needs jax.nn.leaky_relu."
         )
-    return _two_sided(_leaky_relu(float(negative_slope)), _is_not_negative, x)
+    function = _leaky_relu(float(negative_slope))
+    return _two_sided(function, _is_not_negative, "leaky_relu", x)
 
 
 def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*shape"]:
@@ -80,7 +82,7 @@ def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*
       x: any real floating dtype.
       approximate: whether by tanh, as in `jax.nn.gelu`.
     """
-    return _smooth(_gelu(bool(approximate)), _Scale(zero=27, steps=200), x)
+    return _smooth(_gelu(bool(approximate)), _Scale(zero=27, steps=200), "gelu", x)
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -91,7 +93,7 @@ def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Args:
       x: any real floating dtype.
     """
-    return _smooth(jax.nn.silu, _Scale(zero=27, steps=200), x)
+    return _smooth(jax.nn.silu, _Scale(zero=27, steps=200), "silu", x)
 
 
 swish = silu
@@ -105,7 +107,7 @@ def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Args:
       x: any real floating dtype.
     """
-    return _smooth(jnp.tanh, _Scale(zero=0, steps=254), x)
+    return _smooth(jnp.tanh, _Scale(zero=0, steps=254), "tanh", x)
 
 
 def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -116,7 +118,7 @@ def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Args:
       x: any real floating dtype.
     """
-    return _smooth(jax.nn.sigmoid, _Scale(zero=0, steps=1016), x)
+    return _smooth(jax.nn.sigmoid, _Scale(zero=0, steps=1016), "sigmoid", x)
 
 
 # Functions are compared by identity where JAX keeps what it has traced.
@@ -142,29 +144,30 @@ def _is_between_0_and_6(x: Array) -> Array:
     return (x > 0) & (x < 6)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _two_sided(
-    function: _Activation, inside: Callable[[Array], Array], x: Array
+    function: _Activation, inside: Callable[[Array], Array], name: str, x: Array
 ) -> Array:
     """A function with two derivatives: at 1, inside of some range, and at -1."""
-    del inside
+    del inside, name
     return function(x)
 
 
 def _two_sided_forward(
-    function: _Activation, inside: Callable[[Array], Array], x: Array
+    function: _Activation, inside: Callable[[Array], Array], name: str, x: Array
 ) -> tuple[Array, Codes]:
-    x, saved = codes.store(x, inside, bits=1)
+    x, saved = codes.store(x, inside, bits=1, name=name)
     return function(x), saved
 
 
 def _two_sided_backward(
     function: _Activation,
     inside: Callable[[Array], Array],
+    name: str,
     saved: Codes,
     cotangent: Array,
 ) -> tuple[Array]:
-    del inside
+    del inside, name
     inside_bits, cotangent = codes.load(saved, cotangent)
     alike = jnp.where(inside_bits.astype(bool), 1, -1).astype(cotangent.dtype)
     _, pullback = jax.vjp(function, alike)
@@ -197,29 +200,30 @@ class _Scale:
         return jnp.where(code == 255, jnp.nan, derivative)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _smooth(function: _Activation, scale: _Scale, x: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _smooth(function: _Activation, scale: _Scale, name: str, x: Array) -> Array:
     """A function whose derivative is cached in bytes."""
-    del scale
+    del scale, name
     return function(x)
 
 
 def _smooth_forward(
-    function: _Activation, scale: _Scale, x: Array
+    function: _Activation, scale: _Scale, name: str, x: Array
 ) -> tuple[Array, Codes]:
     def code(x: Array) -> Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         _, pullback = jax.vjp(function, wide)
         return scale.encode(*pullback(jnp.ones_like(wide)))
 
-    x, saved = codes.store(derivatives.once(x, "An activation"), code, bits=8)
+    x = derivatives.once(x, "An activation")
+    x, saved = codes.store(x, code, bits=8, name=name)
     return function(x), saved
 
 
 def _smooth_backward(
-    function: _Activation, scale: _Scale, saved: Codes, cotangent: Array
+    function: _Activation, scale: _Scale, name: str, saved: Codes, cotangent: Array
 ) -> tuple[Array]:
-    del function
+    del function, name
     code, cotangent = codes.load(saved, cotangent)
     return ((cotangent * scale.decode(code)).astype(cotangent.dtype),)
 

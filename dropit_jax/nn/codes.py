@@ -1,12 +1,18 @@
-"""A small integer for every element, packed, as what a backward pass reads."""
+"""A small integer for every element, packed, as what a backward pass reads.
+
+What is packed has a name for the policies of `jax.checkpoint`
+(`jax.checkpoint_policies.save_only_these_names`).
+"""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped, UInt8
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Inexact, Shaped, UInt
 
 from dropit_jax import chunking, packing, shardings
 
@@ -26,7 +32,7 @@ class Codes:
       group: what is sharded like the array.
     """
 
-    packed: UInt8[Array, "*rows bytes"]
+    packed: UInt[Array, "*rows bytes"]
     bits: int
     group: int
 
@@ -35,27 +41,79 @@ def store(
     x: Float[Array, "*shape"],
     code: Callable[[Array], Shaped[Array, "*shape"]],
     bits: int,
+    name: str = "codes",
 ) -> tuple[Float[Array, "*shape"], Codes]:
     """The array to go on with, and the codes of its elements.
 
     Args:
       x: an array.
       code: gives each element its code, in [0, 2**bits).
-      bits: 1, 2, 4 or 8.
+      bits: 1, 2, 4, 8 or 16.
+      name: of the packed codes.
     """
     group = shardings.new_group()
     x = shardings.join(x, group)
-    rows = chunking.as_rows(code(x), chunking.cut(x.shape, 8 // bits))
-    return x, Codes(packing.pack(rows, bits), bits, group)
+    return x, _packed(code(x), bits, group, name)
+
+
+def store_apart(
+    x: Inexact[Array, "*shape"], code: Shaped[Array, "..."], bits: int, name: str
+) -> tuple[Inexact[Array, "*shape"], Shaped[Array, "*shape"], Codes]:
+    """The array and its codes to go on with, where these are not computed from it.
+
+    Args:
+      x: an array.
+      code: in [0, 2**bits); of a shape that broadcasts to that of `x`, where a code
+        stands for more than one element.
+      bits: as in `store`.
+      name: of the packed codes.
+
+    Returns:
+      `x`, the code of each of its elements, and the codes packed.
+    """
+    group = shardings.new_group()
+    x = shardings.join(x, group)
+    each = shardings.like(jnp.broadcast_to(code, x.shape), x)
+    each = shardings.join(each, group)
+    if code.shape == x.shape:
+        code = each
+    return x, each, _packed(code, bits, group, name)
 
 
 def load(
-    codes: Codes, cotangent: Float[Array, "*shape"]
-) -> tuple[UInt8[Array, "*shape"], Float[Array, "*shape"]]:
-    """The codes of an array, and the cotangent of the same shape to go on with."""
+    codes: Codes,
+    cotangent: Inexact[Array, "*shape"],
+    shape: tuple[int, ...] | None = None,
+) -> tuple[UInt[Array, "*shape"], Inexact[Array, "*shape"]]:
+    """The codes of an array, and the cotangent of the same shape to go on with.
+
+    Args:
+      codes: what was stored.
+      cotangent: of the array.
+      shape: of the codes, where it is not the array's.
+    """
     # Without the barrier XLA may unpack early and keep what is unpacked alive.
     packed, cotangent = lax.optimization_barrier((codes.packed, cotangent))
-    rows = chunking.cut(cotangent.shape, 8 // codes.bits)
-    unpacked = packing.unpack(packed, codes.bits, rows.row_size)
-    unpacked = shardings.like(unpacked.reshape(cotangent.shape), cotangent)
+    shape = cotangent.shape if shape is None else shape
+    unpacked = _unpack(packed, codes.bits, _rows(shape, codes.bits).row_size)
+    unpacked = jnp.broadcast_to(unpacked.reshape(shape), cotangent.shape)
+    unpacked = shardings.like(unpacked, cotangent)
     return shardings.join(unpacked, codes.group), cotangent
+
+
+def _packed(code: Array, bits: int, group: int, name: str) -> Codes:
+    packed = _pack(chunking.as_rows(code, _rows(code.shape, bits)), bits)
+    return Codes(checkpoint_name(packed, name), bits, group)
+
+
+def _rows(shape: tuple[int, ...], bits: int) -> chunking.Chunking:
+    """Rows of whole bytes."""
+    return chunking.cut(shape, max(1, 8 // bits))
+
+
+def _pack(rows: Array, bits: int) -> Array:
+    return rows.astype(jnp.uint16) if bits == 16 else packing.pack(rows, bits)
+
+
+def _unpack(packed: Array, bits: int, count: int) -> Array:
+    return packed if bits == 16 else packing.unpack(packed, bits, count)

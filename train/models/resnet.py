@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import dropit_jax
-from dropit_jax import DropIT
+from dropit_jax import Preset, preset
+from dropit_jax.linen import toolbox
 
 Stem = Literal["cifar", "imagenet"]
 STEMS: tuple[Stem, ...] = get_args(Stem)
@@ -23,28 +23,23 @@ class BasicBlock(nn.Module):
       features: channels of the output.
       strides: stride of the first convolution; the shortcut follows it with a 1x1
         convolution where the shape changes.
-      dropit: what the convolutions cache of their inputs; `None`: plain Flax layers.
+      memory: what the block caches.
     """
 
     features: int
     strides: int = 1
-    dropit: DropIT | None = None
+    memory: Preset = preset("baseline")
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width in"], train: bool
     ) -> Float[Array, "batch height_out width_out out"]:
         """The block's output; `train` normalises by the batch's own statistics."""
-        conv = functools.partial(
-            dropit_jax.linen.Conv,
-            use_bias=False,
-            kernel_init=_kernel_init,
-            dropit=self.dropit,
-        )
+        tools = toolbox(self.memory)
+        conv = functools.partial(tools.Conv, use_bias=False, kernel_init=_kernel_init)
         norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5
+            tools.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5
         )
-        relu = nn.relu if self.dropit is None else dropit_jax.nn.relu
 
         shortcut = x
         if x.shape[-1] != self.features or self.strides != 1:
@@ -54,17 +49,14 @@ class BasicBlock(nn.Module):
             shortcut = norm(name="shortcut_norm")(shortcut)
 
         y = conv(self.features, (3, 3), self.strides, padding=1, name="conv1")(x)
-        y = relu(norm(name="norm1")(y))
+        y = tools.relu(norm(name="norm1")(y))
         y = conv(self.features, (3, 3), padding=1, name="conv2")(y)
         y = norm(name="norm2")(y)
-        return relu(y + shortcut)
+        return tools.relu(y + shortcut)
 
 
 class ResNet(nn.Module):
     """A residual network of basic blocks.
-
-    The input of every convolution and of the head is cached compressed, but for the
-    first convolution's: its input is the image itself (DropIT paper, §3.4).
 
     Attributes:
       num_classes: size of the output.
@@ -72,39 +64,39 @@ class ResNet(nn.Module):
       width: channels of the first stage; every further stage doubles them.
       stem: `"cifar"`, one 3x3 convolution, for small images; `"imagenet"`, a 7x7
         convolution of stride 2 and a max-pool of stride 2.
-      dropit: what the layers cache of their inputs; `None`: plain Flax layers.
+      memory: what the model caches. The first convolution is left as it is: its input
+        is the image itself (DropIT paper, §3.4).
     """
 
     num_classes: int
     stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
     width: int = 64
     stem: Stem = "cifar"
-    dropit: DropIT | None = None
+    memory: Preset = preset("baseline")
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
         """The logits of a batch of images."""
-        relu = nn.relu if self.dropit is None else dropit_jax.nn.relu
-        norm = nn.BatchNorm(
+        tools = toolbox(self.memory)
+        norm = tools.BatchNorm(
             use_running_average=not train, momentum=0.9, epsilon=1e-5, name="stem_norm"
         )
-        x = relu(norm(self._stem_conv()(x)))
+        x = tools.relu(norm(self._stem_conv()(x)))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = tools.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        block = tools.remat(BasicBlock, static_argnums=(2,))
         for stage, blocks in enumerate(self.stage_sizes):
-            for block in range(blocks):
-                x = BasicBlock(
+            for number in range(blocks):
+                x = block(
                     features=self.width * 2**stage,
-                    strides=2 if stage > 0 and block == 0 else 1,
-                    dropit=self.dropit,
-                    name=f"stage{stage + 1}_block{block + 1}",
+                    strides=2 if stage > 0 and number == 0 else 1,
+                    memory=self.memory,
+                    name=f"stage{stage + 1}_block{number + 1}",
                 )(x, train)
         x = jnp.mean(x, axis=(1, 2))
-        return dropit_jax.linen.Dense(
-            self.num_classes, dropit=self.dropit, name="head"
-        )(x)
+        return tools.Dense(self.num_classes, name="head")(x)
 
     def _stem_conv(self) -> nn.Conv:
         size, strides = {"cifar": (3, 1), "imagenet": (7, 2)}[self.stem]

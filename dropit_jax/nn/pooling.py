@@ -1,0 +1,202 @@
+"""Max pooling that caches which element of each window is the largest."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Shaped, UInt
+
+from dropit_jax.nn import codes
+from dropit_jax.nn.codes import Codes
+
+
+def max_pool(
+    inputs: Shaped[Array, "*batch_spatial channels"],
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+) -> Shaped[Array, "*batch_spatial_out channels"]:
+    """The largest element of each window; caches its place in the window.
+
+    The place takes 4 bits for each element of the result where a window has up to 16
+    elements, 8 bits up to 256, and 16 bits beyond. Autodiff of `flax.linen.max_pool`
+    keeps the inputs.
+
+    The value is `flax.linen.max_pool`'s to the last bit. So is the gradient, on a CPU
+    and for windows of more than one element: of equal elements the first has it,
+    padding included; in a window with NaN, the largest after the last NaN, or that NaN;
+    and where windows overlap, what they add to an element is added in row-major order.
+
+    Args:
+      inputs: of any real dtype, with as many spatial axes before the last as the window
+        has, and any number of others before these. Integers have no gradient.
+      window_shape: the size of a window along each spatial axis.
+      strides: from window to window; `None`: 1 along each axis.
+      padding: `"VALID"`, `"SAME"`, `"SAME_LOWER"`, or what to add before and after each
+        spatial axis.
+
+    Raises:
+      ValueError: the lengths of these do not agree, a size or a stride is not positive,
+        or a window has more than 65,536 elements.
+    """
+    windows = _windows(inputs.shape, window_shape, strides, padding)
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        return windows.largest(inputs)
+    return _pool(windows, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """Windows on an array; all fields have a number for each axis of the array.
+
+    Attributes:
+      inputs: the shape of the array.
+      shape: of a window.
+      strides: from window to window.
+      padding: elements before and after.
+    """
+
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
+    @property
+    def widths(self) -> list[int]:
+        """Elements from the first element of the first window to that of the last."""
+        padded = (
+            n + sum(pad) for n, pad in zip(self.inputs, self.padding, strict=True)
+        )
+        room = [n - size for n, size in zip(padded, self.shape, strict=True)]
+        return [
+            max(0, n - n % stride + 1)
+            for n, stride in zip(room, self.strides, strict=True)
+        ]
+
+    @property
+    def bits(self) -> int:
+        """Of a place in a window."""
+        size = math.prod(self.shape)
+        return 4 if size <= 2**4 else 8 if size <= 2**8 else 16
+
+    @property
+    def places(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The places in a window in row-major order, numbered."""
+        return list(enumerate(itertools.product(*map(range, self.shape))))
+
+    def largest(self, x: Array) -> Array:
+        """The largest element of each window."""
+        lowest = -jnp.inf
+        return lax.reduce_window(
+            x, lowest, lax.max, self.shape, self.strides, self.padding
+        )
+
+    def slices(self, x: Array) -> Iterator[Array]:
+        """The first elements of all windows, the second elements, and so on."""
+        pads = [(*pad, 0) for pad in self.padding]
+        padded = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), pads)
+        for _, place in self.places:
+            # Where there are no windows, neither is there a first element.
+            start = [i if n else 0 for i, n in zip(place, self.widths, strict=True)]
+            stop = [i + n for i, n in zip(start, self.widths, strict=True)]
+            yield lax.slice(padded, start, stop, self.strides)
+
+    def spread(self, elements: Array, place: tuple[int, ...]) -> Array:
+        """Zeros but for one element of each window: the transpose of a slice."""
+        before = [i - pad for i, (pad, _) in zip(place, self.padding, strict=True)]
+        after = [
+            size - start - width
+            for size, start, width in zip(self.inputs, before, self.widths, strict=True)
+        ]
+        between = [stride - 1 for stride in self.strides]
+        pads = list(zip(before, after, between, strict=True))
+        return lax.pad(elements, jnp.zeros((), elements.dtype), pads)
+
+
+def _windows(
+    inputs: tuple[int, ...],
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None,
+    padding: str | Sequence[tuple[int, int]],
+) -> _Windows:
+    shape = tuple(window_shape)
+    strides = (1,) * len(shape) if not strides else tuple(strides)
+    batch = (1,) * (len(inputs) - len(shape) - 1)
+    if len(inputs) <= len(shape):
+        raise ValueError(
+            f"max_pool got inputs of shape {inputs} for the window {shape}; it takes "
+            "an axis for each of the window's, and the channels after them."
+        )
+    if len(strides) != len(shape) or min((*strides, *shape), default=1) < 1:
+        raise ValueError(
+            "max_pool takes a positive size and stride for each axis of the window, "
+            f"got window_shape={shape} and strides={strides}."
+        )
+    if math.prod(shape) > 2**16:
+        raise ValueError(
+            f"max_pool takes windows of up to 65,536 elements, got {shape}; "
+            "`jnp.max` along whole axes needs no windows."
+        )
+    spatial = inputs[len(batch) : -1]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(spatial, shape, strides, padding)
+    pads = tuple((before, after) for before, after in padding)
+    if len(pads) != len(shape):
+        raise ValueError(
+            "max_pool takes a pair of paddings for each axis of the window, got "
+            f"window_shape={shape} and padding={padding}."
+        )
+    none = ((0, 0),)
+    return _Windows(
+        inputs,
+        (*batch, *shape, 1),
+        (*batch, *strides, 1),
+        (*none * len(batch), *pads, *none),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pool(windows: _Windows, x: Array) -> Array:
+    return windows.largest(x)
+
+
+def _pool_forward(windows: _Windows, x: Array) -> tuple[Array, Codes]:
+    index = _first_largest(windows, lax.stop_gradient(x))
+    largest, _, saved = codes.store_apart(
+        windows.largest(x), index, windows.bits, "max_pool"
+    )
+    return largest, saved
+
+
+def _first_largest(windows: _Windows, x: Array) -> UInt[Array, "..."]:
+    """The place of each window's largest element, as XLA's SelectAndScatter has it."""
+    dtype = jnp.uint16 if windows.bits == 16 else jnp.uint8
+    slices = windows.slices(x)
+    largest = next(slices)
+    index = jnp.zeros_like(largest, dtype)
+    for place, candidate in enumerate(slices, start=1):
+        # False where either is NaN.
+        stays = largest >= candidate
+        largest = jnp.where(stays, largest, candidate)
+        index = jnp.where(stays, index, jnp.asarray(place, dtype))
+    return index
+
+
+def _pool_backward(windows: _Windows, saved: Codes, cotangent: Array) -> tuple[Array]:
+    index, cotangent = codes.load(saved, cotangent)
+    zero = jnp.zeros((), cotangent.dtype)
+    # Of the windows over an element, the first has it in the last of these places.
+    shares = (
+        windows.spread(jnp.where(index == number, cotangent, zero), place)
+        for number, place in reversed(windows.places)
+    )
+    return (functools.reduce(operator.add, shares),)
+
+
+_pool.defvjp(_pool_forward, _pool_backward)
