@@ -5,13 +5,17 @@ output and the running statistics, bit for bit; the gradient is that of
 `dropit_jax.nn.norms`, and as near as is said there.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from flax.linen import normalization
 from jaxtyping import Array, Float
 
 from dropit_jax.nn import norms
@@ -109,9 +113,14 @@ def compact(
     x = jnp.asarray(x)
     if module.is_initializing() or not jnp.issubdtype(x.dtype, jnp.floating):
         return method(x, **arguments)
-    norm = _norm(module, x, use_running_average)
-    if norm.constant:
-        mean, var = _running_statistics(module, x, norm)
+    with statistics_noted(normalization) as noted:
+        y = method(jax.lax.stop_gradient(x), **arguments)
+    constant = _uses_running_average(module, use_running_average)
+    norm = describe(module, x, LAYERS, constant)
+    if constant:
+        mean, var, mask = *_running_statistics(module, x, norm), None
+    elif noted:
+        mean, var = (norms.with_axes(statistic, x, norm) for statistic in noted[0])
     else:
         mean, var = norms.statistics(
             x,
@@ -120,44 +129,101 @@ def compact(
             mask=mask,
             dtype=_statistics_dtype(module, x),
         )
-        mask = None if mask is None else jnp.asarray(mask, bool)
-    y = method(jax.lax.stop_gradient(x), **arguments)
+    mask = None if mask is None else jnp.asarray(mask, bool)
     scale, bias = (_parameter(module, name) for name in ("scale", "bias"))
-    mask = None if norm.constant else mask
     return norms.with_compact_gradient(y, x, mean, var, scale, bias, norm, mask)
 
 
-def _norm(module: Any, x: Array, use_running_average: bool | None) -> Norm:
-    across = Across(module.axis_name, _hashable(module.axis_index_groups))
-    rest = {"epsilon": module.epsilon, "across": across}
-    if isinstance(module, nn.BatchNorm):
-        constant = nn.merge_param(
-            "use_running_average", module.use_running_average, use_running_average
-        )
-        features = _axes(module.axis, x)
-        axes = tuple(axis for axis in range(x.ndim) if axis not in features)
-        return Norm(axes, feature_axes=features, constant=bool(constant), **rest)
-    if isinstance(module, nn.InstanceNorm):
-        features = _axes(module.feature_axes, x)
-        axes = tuple(axis for axis in range(1, x.ndim) if axis not in features)
-        return Norm(axes, feature_axes=features, **rest)
-    if isinstance(module, nn.GroupNorm):
-        given = module.reduction_axes
+def describe(layer: Any, x: Array, kinds: Sequence[type], constant: bool) -> Norm:
+    """What a layer does.
+
+    Args:
+      layer: of `flax.linen` or `flax.nnx`, whose attributes have the same names.
+      x: what it normalises.
+      kinds: the classes that its own is one of, in the order of `LAYERS`.
+      constant: whether it uses running averages.
+    """
+    batch, _, rms, group, instance = (isinstance(layer, kind) for kind in kinds)
+    rest = {
+        "epsilon": layer.epsilon,
+        "across": Across(layer.axis_name, _hashable(layer.axis_index_groups)),
+    }
+    if group:
+        given = layer.reduction_axes
         axes = _axes((*range(1, x.ndim - 1), -1) if given is None else given, x)
-        return Norm(axes, groups=_groups(module, x), **rest)
-    axes, features = _axes(module.reduction_axes, x), _axes(module.feature_axes, x)
-    use_mean = not isinstance(module, nn.RMSNorm)
-    return Norm(axes, feature_axes=features, use_mean=use_mean, **rest)
+        return Norm(axes, groups=_groups(layer, x), **rest)
+    features = _axes(layer.axis if batch else layer.feature_axes, x)
+    if batch or instance:
+        first = 0 if batch else 1
+        axes = tuple(axis for axis in range(first, x.ndim) if axis not in features)
+        return Norm(axes, feature_axes=features, constant=constant, **rest)
+    axes = _axes(layer.reduction_axes, x)
+    return Norm(axes, feature_axes=features, use_mean=not rms, **rest)
 
 
-def _groups(module: Any, x: Array) -> int:
-    if module.group_size is None:
-        return module.num_groups
-    return x.shape[-1] // module.group_size
+def statistics_noted(
+    flax: Any,
+) -> contextlib.AbstractContextManager[list[tuple[Array, Array]]]:
+    """Takes note of the statistics that Flax's layers compute in the context.
+
+    Computed a second time they would be the same numbers, but on a mesh of devices XLA
+    would also move them a second time. Flax has no public hook for this. Outside of the
+    context its private one does what it did; where a version has none, nothing is
+    noted.
+
+    Args:
+      flax: its module of normalisations.
+    """
+    _let_note(flax)
+    return _noting()
+
+
+# Where statistics are noted.
+_noted: contextvars.ContextVar[list[tuple[Array, Array]] | None]
+_noted = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def _noting() -> Iterator[list[tuple[Array, Array]]]:
+    noted: list[tuple[Array, Array]] = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+@functools.cache
+def _let_note(flax: Any) -> None:
+    compute = getattr(flax, "_compute_stats", None)
+    if compute is None:
+        return
+
+    @functools.wraps(compute)
+    def compute_and_note(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
+        statistics: tuple[Array, Array] = compute(*args, **kwargs)
+        if (noted := _noted.get()) is not None:
+            noted.append(statistics)
+        return statistics
+
+    flax._compute_stats = compute_and_note
+
+
+def _uses_running_average(module: Any, given: bool | None) -> bool:
+    if not isinstance(module, nn.BatchNorm):
+        return False
+    own = module.use_running_average
+    return bool(nn.merge_param("use_running_average", own, given))
+
+
+def _groups(layer: Any, x: Array) -> int:
+    if layer.group_size is None:
+        return layer.num_groups
+    return x.shape[-1] // layer.group_size
 
 
 def _axes(axes: Any, x: Array) -> tuple[int, ...]:
-    listed = (axes,) if isinstance(axes, int) else axes
+    listed = axes if isinstance(axes, Iterable) else (axes,)
     return tuple(sorted({axis % x.ndim for axis in listed}))
 
 

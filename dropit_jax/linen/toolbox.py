@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array
 
 from dropit_jax import nn as compact
 from dropit_jax.linen import layers, norms, stochastic
+from dropit_jax.linen.remat import remat
 from dropit_jax.presets import Preset
 
 _Function = Callable[..., Array]
@@ -50,13 +50,13 @@ def toolbox(preset: Preset) -> Toolbox:
     bits = compact if preset.one_bit else nn
     codes = compact if preset.eight_bit else nn
     normal: Any = norms if preset.eight_bit else nn
-    attention = codes.dot_product_attention
+    attend = attention(preset)
     return Toolbox(
         Dense=functools.partial(layers.Dense, dropit=drop),
         DenseGeneral=functools.partial(layers.DenseGeneral, dropit=drop),
-        Conv=functools.partial(layers.Conv, dropit=drop),
+        Conv=functools.partial(layers.Conv, dropit=preset.conv),
         MultiHeadDotProductAttention=functools.partial(
-            layers.MultiHeadDotProductAttention, dropit=drop, attention_fn=attention
+            layers.MultiHeadDotProductAttention, dropit=drop, attention_fn=attend
         ),
         BatchNorm=normal.BatchNorm,
         LayerNorm=normal.LayerNorm,
@@ -69,19 +69,15 @@ def toolbox(preset: Preset) -> Toolbox:
         tanh=codes.tanh,
         sigmoid=codes.sigmoid,
         max_pool=bits.max_pool,
-        dot_product_attention=attention,
-        remat=functools.partial(_remat, preset.remat),
+        dot_product_attention=attend,
+        remat=functools.partial(remat, preset=preset),
     )
 
 
-def _remat(
-    remat: str, block: type[nn.Module], static_argnums: tuple[int, ...] = ()
-) -> type[nn.Module]:
-    """A block of a model, recomputed in the backward pass as the preset says."""
-    if remat == "none":
-        return block
-    policy = None
-    if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # Flax counts `self` as argument 0.
-    return nn.remat(block, static_argnums=static_argnums, policy=policy)
+def attention(preset: Preset) -> _Function:
+    """The core of attention of a preset."""
+    return _compact_attention if preset.eight_bit else nn.dot_product_attention
+
+
+# One object: functions are compared by identity where JAX keeps what it has traced.
+_compact_attention = functools.partial(compact.dot_product_attention, bits=8)

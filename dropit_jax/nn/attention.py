@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
+
+from dropit_jax.nn.recompute import recompute
 
 
 def dot_product_attention(
@@ -30,6 +32,7 @@ def dot_product_attention(
     *,
     promote_dtype: Callable[..., Any] | None = None,
     is_causal: bool | None = None,
+    bits: Literal[8] | None = None,
 ) -> Float[Array, "*batch q_length heads v_depth"]:
     """`softmax(query · keyᵀ / √depth + bias) · value`; caches its arguments alone.
 
@@ -38,6 +41,9 @@ def dot_product_attention(
     from the forward pass, neither they nor their softmax, its dropout, or their sum
     with the mask. The backward pass computes the first of its two products, and what is
     between them, a second time.
+
+    With `bits=8` query, key and value are cached in 8 bits, and the gradient is the
+    exact one at what these stand for (`dropit_jax.nn.recompute`).
 
     It serves as the `attention_fn` of `flax.linen.MultiHeadDotProductAttention` and of
     `flax.nnx.MultiHeadAttention`. Where `is_causal` or `promote_dtype` is given, as the
@@ -66,11 +72,16 @@ def dot_product_attention(
       attn_weights_value_einsum: `flax.linen` alone.
       promote_dtype: `flax.nnx` alone.
       is_causal: `flax.nnx` alone.
+      bits: 8, or `None`: query, key and value are cached as they are; so they are
+        beside functions of the user's own, which may hold what cannot be recomputed.
 
     Raises:
+      ValueError: `bits` is neither.
       TypeError: arguments that only `flax.linen` has beside such that only `flax.nnx`
         has. Flax's own errors for others.
     """
+    if bits not in (None, 8):
+        raise ValueError(f"dot_product_attention takes bits=8 or None, got {bits!r}.")
     function: Callable[..., Array] = nn.dot_product_attention
     # Compared by value where what JAX has traced is looked up.
     options: dict[str, Any] = {
@@ -104,9 +115,12 @@ def dot_product_attention(
         return _attend(function, options | {"module": module}, *arrays)
     if any(isinstance(option, nn.Module) for option in options.values()):
         return _attend(function, options, *arrays)
-    if any(map(callable, (linen_options | nnx_options).values())):
+    functions = [f for f in (linen_options | nnx_options).values() if callable(f)]
+    if any(f is not nnx.nn.dtypes.promote_dtype for f in functions):
         # Functions may hold tracers, and must not outlive this call.
         return _recomputed(function, **options)(*arrays)
+    if bits is not None:
+        return recompute(_attending(function, **options), *arrays, compact=(0, 1, 2))
     return _recomputed_once_traced(function, **options)(*arrays)
 
 
@@ -125,6 +139,11 @@ def _attend(
     dropout_rng: Array | None,
 ) -> Array:
     return function(query, key, value, bias, mask, dropout_rng=dropout_rng, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def _attending(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
+    return functools.partial(_attend, function, options)
 
 
 def _recomputed(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:

@@ -11,8 +11,11 @@ factor of one: it is cached in 8-bit codes with a minimum and a scale for every 
 elements (`dropit_jax.quantization`), 8.5 bits an element. Autodiff keeps x itself, and
 x - μ, in the type of the computation.
 
-Bounds. Where each x̂ is off by at most δ (1/510 of the range of its 64 elements, and
-1 % of that for the rounding of the scale),
+Bounds. Each x̂ is off by at most half a step of its code,
+
+    δ = (range + 0.8 % of |minimum|) / 506,    of the 64 elements that share a scale
+
+so that, with the largest of these δ,
 
     |error of ∇γ| ≤ δ Σ |g|
     |error of ∇x| ≤ δ (|mean(h x̂)| + (|x̂| + δ) · mean|h|) / √(σ² + ε)
@@ -225,7 +228,14 @@ def statistics(
     else:
         (mean,) = means(wide)
         (var,) = means(lax.square(wide - jnp.expand_dims(mean, axes)))
-    return jnp.expand_dims(mean, axes), jnp.expand_dims(var, axes)
+    return with_axes(mean, x, norm), with_axes(var, x, norm)
+
+
+def with_axes(
+    statistic: Float[Array, "..."], x: Float[Array, "..."], norm: Norm
+) -> Float[Array, "..."]:
+    """A statistic as Flax has it, without `norm.axes`, as `statistics` gives it."""
+    return jnp.expand_dims(statistic, _stat_axes(x, norm))
 
 
 def with_compact_gradient(
@@ -251,7 +261,18 @@ def with_compact_gradient(
       mask: what of x the statistics are of; `None`: all.
     """
     y, mean, var = map(lax.stop_gradient, (y, mean, var))
+    x, scale, bias = (None if a is None else _varying(a, y) for a in (x, scale, bias))
     return _compact(norm, y, x, mean, var, scale, bias, mask)
+
+
+def _varying(x: Array, y: Array) -> Array:
+    """`x`, as what differs from device to device wherever `y` does.
+
+    Within `jax.shard_map`: what a backward rule gives for `x` does then, too.
+    """
+    of_y, of_x = (jax.typeof(a).manual_axis_type.varying for a in (y, x))
+    axes = of_y - of_x
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _normalized(x: Array, scale: Array | None, bias: Array | None, norm: Norm) -> Array:
@@ -282,28 +303,28 @@ def _affine(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("x_hat", "inverse", "scale", "mask", "like"),
-    meta_fields=("bias_dtype", "group"),
+    meta_fields=("bias", "group"),
 )
 @dataclasses.dataclass(frozen=True)
 class _Saved:
     """What the backward pass reads.
 
     Attributes:
-      x_hat: the normalised input.
+      x_hat: the normalised input; `None` where no gradient takes it.
       inverse: 1 / √(σ² + ε).
       scale: γ.
       mask: what of x the statistics are of.
       like: an empty array of x's dtype.
-      bias_dtype: of β; `None`: there is none.
+      bias: the type of β; `None`: there is none.
       group: what is sharded like x.
     """
 
-    x_hat: Quantized
+    x_hat: Quantized | None
     inverse: Array
     scale: Array | None
     mask: Array | None
     like: Array
-    bias_dtype: Any
+    bias: Any
     group: int
 
 
@@ -335,15 +356,17 @@ def _forward(
     group = shardings.new_group()
     x = shardings.join(derivatives.once(x, "A normalisation"), group)
     inverse = lax.rsqrt(var + norm.epsilon)
-    x_hat = (x - _spread(mean, x, norm)) * _spread(inverse, x, norm)
-    codes = quantize(x_hat, 8, _GROUP_SIZE)
+    codes = None
+    if scale is not None or not norm.constant:
+        x_hat = (x - _spread(mean, x, norm)) * _spread(inverse, x, norm)
+        codes = checkpoint_name(quantize(x_hat, 8, _GROUP_SIZE), RESIDUAL_NAME)
     saved = _Saved(
-        x_hat=checkpoint_name(codes, RESIDUAL_NAME),
+        x_hat=codes,
         inverse=inverse,
         scale=scale,
         mask=mask,
         like=jnp.empty((0,), x.dtype),
-        bias_dtype=None if bias is None else bias.dtype,
+        bias=None if bias is None else jax.typeof(bias),
         group=group,
     )
     return y, saved
@@ -354,17 +377,20 @@ def _backward(
 ) -> tuple[None, Array, None, None, Array | None, Array | None, None]:
     # Without the barrier XLA may decode early and keep what is decoded alive.
     x_hat, cotangent = lax.optimization_barrier((saved.x_hat, cotangent))
-    dtype = saved.inverse.dtype
-    decoded = shardings.like(x_hat.dequantize(dtype), cotangent)
-    decoded = shardings.join(decoded, saved.group)
+    dtypes = (saved.inverse.dtype, saved.like.dtype, cotangent.dtype)
+    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    decoded: Any = None
+    if x_hat is not None:
+        decoded = shardings.like(x_hat.dequantize(dtype), cotangent)
+        decoded = shardings.join(decoded, saved.group)
     g = cotangent.astype(dtype)
     to_scale = to_bias = None
     h = g
     if saved.scale is not None:
         h = g * _along(saved.scale, g, norm).astype(dtype)
-        to_scale = _sum_to(g * decoded, norm, saved.scale.dtype)
-    if saved.bias_dtype is not None:
-        to_bias = _sum_to(g, norm, saved.bias_dtype)
+        to_scale = _sum_to(g * decoded, norm, jax.typeof(saved.scale))
+    if saved.bias is not None:
+        to_bias = _sum_to(g, norm, saved.bias)
     to_x = h
     if not norm.constant:
         to_x = h - _through_statistics(h, decoded, saved.mask, norm)
@@ -382,8 +408,7 @@ def _through_statistics(
     grouped, axes = _cut(h, norm), _stat_axes(h, norm)
     total = functools.partial(jnp.sum, axis=axes, keepdims=True)
     products = total(grouped * _cut(x_hat, norm))
-    sums = (total(grouped), products) if norm.use_mean else (products,)
-    sums = norm.across.mean(*sums)
+    sums = norm.across.mean(*((total(grouped),) if norm.use_mean else ()), products)
     if mask is None:
         count: Any = math.prod(grouped.shape[axis] for axis in axes)
     else:
@@ -425,8 +450,9 @@ def _along(parameter: Array, x: Array, norm: Norm) -> Array:
     return parameter.reshape(shape)
 
 
-def _sum_to(x: Array, norm: Norm, dtype: jax.typing.DTypeLike) -> Array:
-    """The gradient of γ or β from that of what it is broadcast to."""
+def _sum_to(x: Array, norm: Norm, parameter: Any) -> Array:
+    """The gradient of γ or β, of this type, from that of what it is broadcast to."""
     kept = {axis % x.ndim for axis in norm.feature_axes}
     summed = tuple(axis for axis in range(x.ndim) if axis not in kept)
-    return jnp.sum(x, axis=summed).astype(dtype)
+    total = jnp.sum(x, axis=summed).astype(parameter.dtype)
+    return shardings.to(total, tuple(parameter.sharding.spec))

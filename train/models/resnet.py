@@ -79,13 +79,10 @@ class ResNet(nn.Module):
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
         """The logits of a batch of images."""
-        tools = toolbox(self.memory)
-        norm = tools.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="stem_norm"
-        )
-        x = tools.relu(norm(self._stem_conv()(x)))
-        if self.stem == "imagenet":
-            x = tools.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        tools, stem = toolbox(self.memory), ResNet._stem
+        if self.memory.remat == "blocks":
+            stem = nn.remat(stem, static_argnums=(2,))
+        x = stem(self, x, train)
         block = tools.remat(BasicBlock, static_argnums=(2,))
         for stage, blocks in enumerate(self.stage_sizes):
             for number in range(blocks):
@@ -98,9 +95,10 @@ class ResNet(nn.Module):
         x = jnp.mean(x, axis=(1, 2))
         return tools.Dense(self.num_classes, name="head")(x)
 
-    def _stem_conv(self) -> nn.Conv:
+    def _stem(self, x: Array, train: bool) -> Array:
+        tools = toolbox(self.memory)
         size, strides = {"cifar": (3, 1), "imagenet": (7, 2)}[self.stem]
-        return nn.Conv(
+        x = nn.Conv(
             self.width,
             (size, size),
             strides,
@@ -108,4 +106,11 @@ class ResNet(nn.Module):
             use_bias=False,
             kernel_init=_kernel_init,
             name="stem_conv",
+        )(x)
+        norm = tools.BatchNorm(
+            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="stem_norm"
         )
+        x = tools.relu(norm(x))
+        if self.stem == "cifar":
+            return x
+        return tools.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

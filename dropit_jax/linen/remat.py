@@ -1,0 +1,75 @@
+"""Blocks of a `flax.linen` model that are computed again for the gradient."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from dropit_jax.nn.recompute import recompute
+from dropit_jax.presets import Preset
+
+
+def remat(
+    block: type[nn.Module], preset: Preset, static_argnums: tuple[int, ...] = ()
+) -> type[nn.Module]:
+    """A block of a model, recomputed in the backward pass as a preset says.
+
+    Args:
+      block: a class of modules.
+      preset: with `remat="none"` it is the block itself; with `"dots"` and `"blocks"`
+        `flax.linen.remat` of it, which caches its inputs; with `"blocks"` and
+        `eight_bit` `recomputed` of it, which caches the first one in 8 bits.
+      static_argnums: which arguments of the block's call are no arrays; 0 is `self`.
+    """
+    if preset.remat == "none":
+        return block
+    if preset.remat == "blocks" and preset.eight_bit:
+        return recomputed(block)
+    policy = None
+    if preset.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return nn.remat(block, static_argnums=static_argnums, policy=policy)
+
+
+@functools.cache  # one class for one class: Flax compares them
+def recomputed(block: type[nn.Module]) -> type[nn.Module]:
+    """`flax.linen.remat` of a block that caches its first input in 8 bits.
+
+    The block's variables and random numbers are those that it has by itself, and so is
+    its output. Its gradient is the exact one at what the 8 bits stand for
+    (`dropit_jax.nn.recompute`).
+
+    Args:
+      block: a class of modules, whose call takes an array first. Its other arguments
+        are cached as they are. Modules among its fields must not be bound.
+    """
+    call: Any = block.__call__
+
+    def __call__(self: Any, x: Float[Array, "..."], *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if self.is_initializing():
+            return call(self, x, *args, **kwargs)
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        arrays = {i: v for i, v in enumerate(leaves) if isinstance(v, jax.Array)}
+        # Outside of the scope, which must not be reached from a function of arrays.
+        plain, mutable = self.clone(parent=None), self.scope.mutable
+
+        def run(
+            x: Array, variables: Any, rngs: Any, arrays: dict[int, Array]
+        ) -> tuple[Any, Any]:
+            every = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+            args, kwargs = jax.tree.unflatten(structure, every)
+            return plain.apply(
+                variables, x, *args, rngs=rngs, mutable=mutable, method=call, **kwargs
+            )
+
+        rngs = dict(self.scope.rngs)
+        out, updates = recompute(run, x, self.variables, rngs, arrays)
+        for collection, values in updates.items():
+            for name, value in values.items():
+                self.put_variable(collection, name, value)
+        return out
+
+    namespace = {"__call__": __call__, "__module__": block.__module__}
+    return type(block.__name__, (block,), namespace)
