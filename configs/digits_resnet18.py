@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict({"name": "resnet18", "width": 16, "stem": "cifar"})
 
-    config.dropit = dropit_section(enabled=True, rate=0.875, chunk_size=16)
+    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
+    config.remat = "none"  # or "blocks", or "dots"
+    config.dropit = dropit_section()  # where the policy is not that of config.memory
 
     config.optimizer = ConfigDict(
         {

@@ -32,8 +32,10 @@ _CONFIG_FILE_ERRORS = (
 )
 
 
-def launch(job: Callable[[ConfigDict, Path], None]) -> None:
+def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) -> None:
     """Parses the flags, runs the job on config and workdir, and exits.
+
+    A job that needs no workdir is not given one.
 
     The exit status is 0, 2 after an error that the user can mend, or 128 plus the
     number of the signal that stopped the job.
@@ -42,6 +44,8 @@ def launch(job: Callable[[ConfigDict, Path], None]) -> None:
     def main(argv: Sequence[str]) -> int:
         if len(argv) > 1:
             raise app.UsageError(f"Not an argument: {argv[1]!r}")
+        if _WORKDIR.value and not needs_workdir:
+            raise app.UsageError("This command writes nothing: leave out --workdir.")
         logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
         try:
             job(_CONFIG.value, Path(_WORKDIR.value or ""))
@@ -53,7 +57,7 @@ def launch(job: Callable[[ConfigDict, Path], None]) -> None:
             return 128 + interrupted.signum
         return 0
 
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config", *(["workdir"] if needs_workdir else [])])
     app.run(main, flags_parser=_parse_flags)
 
 

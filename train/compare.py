@@ -54,7 +54,7 @@ class Measurements:
 def main(config: ConfigDict, workdir: Path) -> None:
     """Compiles, times and trains both variants, and writes the comparison."""
     target, terminal = _TARGET.value, Terminal()
-    variants = {_FLAX: _variant(config, False), _DROPIT: _variant(config, True)}
+    variants = {_FLAX: _plain(config), _DROPIT: _compact(config)}
     terminal.say(f"Compiling a step for {target} ...")
     temp = {name: _temp_bytes(variant, target) for name, variant in variants.items()}
     rows = {
@@ -118,9 +118,19 @@ def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
-def _variant(config: ConfigDict, enabled: bool) -> ConfigDict:
+def _plain(config: ConfigDict) -> ConfigDict:
+    """The config with plain Flax layers, and nothing recomputed."""
     variant = copy.deepcopy(config)
-    variant.dropit.enabled = enabled
+    variant.memory, variant.remat = "baseline", "none"
+    variant.dropit = config_lib.dropit_section()
+    return variant
+
+
+def _compact(config: ConfigDict) -> ConfigDict:
+    """The config itself, or with DropIT if it has none."""
+    variant = copy.deepcopy(config)
+    if variant.memory == "baseline":
+        variant.memory = "dropit"
     return variant
 
 
@@ -130,10 +140,11 @@ def _temp_bytes(config: ConfigDict, target: str) -> int:
 
 
 def _cached_bytes(config: ConfigDict) -> int:
-    if not config.dropit.enabled:
+    if config.memory == "baseline":
         # With nothing dropped, a DropIT layer caches what the Flax layer does.
         config = copy.deepcopy(config)
-        config.dropit = config_lib.dropit_section(rate=0.0)
+        config.memory = "dropit"
+        config.dropit = config_lib.dropit_section(rate=0.0, value_dtype=None)
     step, args = step_lib.abstract(config)
     return memory.cached_bytes(step, *args)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from dropit_jax import DropIT
+from dropit_jax import PRESETS, DropIT, Preset, preset
+from dropit_jax.presets import REMATS
 from train import data, models
 
 _NUMBER = numbers.Real
@@ -27,7 +28,9 @@ _FIELDS: dict[str, Any] = {
     "model.name": str,
     "model.width": _COUNT,
     "model.stem": str,
-    "dropit.enabled": bool,
+    "model.patch_size": _COUNT,
+    "memory": str,
+    "remat": str,
     **{f"dropit.{field.name}": object for field in dataclasses.fields(DropIT)},
     "optimizer.learning_rate": _NUMBER,
     "optimizer.momentum": _NUMBER,
@@ -40,6 +43,8 @@ _FIELDS: dict[str, Any] = {
 }
 # How long to train is said in one of two units; of both, the second counts.
 _EITHER = ("num_epochs", "num_steps")
+# What only some models read.
+_OF_MODELS = ("model.width", "model.stem", "model.patch_size")
 # What only one kind of schedule reads.
 _OPTIONAL = ("schedule.decay_epochs", "schedule.decay_factor")
 # JAX makes a PRNG key of what fits into this type.
@@ -49,6 +54,8 @@ _CHOICES = {
     "dataset": data.DATASETS,
     "model.name": models.MODELS,
     "model.stem": models.STEMS,
+    "memory": PRESETS,
+    "remat": REMATS,
     "schedule.name": ("cosine", "step"),
 }
 _POSITIVE = (
@@ -57,6 +64,7 @@ _POSITIVE = (
     "num_epochs",
     "num_steps",
     "model.width",
+    "model.patch_size",
     "optimizer.learning_rate",
     "schedule.decay_factor",
 )
@@ -72,32 +80,42 @@ class ConfigError(ValueError):
     """A config that cannot be run, and why."""
 
 
-def dropit_section(*, enabled: bool = True, **fields: Any) -> ConfigDict:
-    """The `dropit` section: whether DropIT is on, and every field of its policy.
+# The value of a field of `config.dropit` that is left to `config.memory`.
+_OF_PRESET = "preset"
 
-    Fields that are not given have the policy's default. Each may be overridden on the
+
+def dropit_section(**fields: Any) -> ConfigDict:
+    """The `dropit` section: the fields of the policy in which it is not the preset's.
+
+    Those that are not given have the value "preset". Each may be overridden on the
     command line, with `None` as well (`--config.dropit.chunk_size=None`).
+
+    Raises:
+      TypeError: there is no such field.
     """
-    policy = dataclasses.asdict(DropIT(**fields))
+    names = [field.name for field in dataclasses.fields(DropIT)]
+    for name in fields:
+        if name not in names:
+            raise TypeError(
+                f"config.dropit has no field {name!r}, but {', '.join(names)}."
+            )
+    values = dict.fromkeys(names, _OF_PRESET) | fields
     return ConfigDict(
-        {"enabled": enabled}
-        | {name: FieldReference(value, object) for name, value in policy.items()}
+        {name: FieldReference(value, object) for name, value in values.items()}
     )
 
 
-def dropit_policy(config: ConfigDict) -> DropIT | None:
-    """The policy that the config describes; `None` where DropIT is off.
+def memory(config: ConfigDict) -> Preset:
+    """What the model caches, as the config describes it.
 
     Raises:
       ConfigError: there is no such policy.
     """
-    fields = dict(config.dropit)
-    enabled = fields.pop("enabled")
+    changed = {k: v for k, v in config.dropit.items() if v != _OF_PRESET}
     try:
-        policy = DropIT(**fields)
+        return preset(config.memory, remat=config.remat, **changed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.dropit: {error}") from error
-    return policy if enabled else None
 
 
 def validate(config: ConfigDict, num_devices: int = 1) -> None:
@@ -116,8 +134,9 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     for name, value in values.items():
         if not (name in _EITHER and value is None):
             _check_value(name, value)
+    _check_model(values)
     _check_decay(values)
-    dropit_policy(config)
+    memory(config)
     if values["batch_size"] % num_devices:
         raise ConfigError(
             f"config.batch_size={values['batch_size']} cannot be split evenly over "
@@ -176,7 +195,7 @@ def _check_names(values: dict[str, Any]) -> None:
     if all(values.get(name) is None for name in _EITHER):
         raise ConfigError("A config has config.num_epochs or config.num_steps.")
     for name in _FIELDS:
-        if name not in (*values, *_EITHER, *_OPTIONAL):
+        if name not in (*values, *_EITHER, *_OPTIONAL, *_OF_MODELS):
             raise ConfigError(f"config.{name} is missing.")
 
 
@@ -198,6 +217,26 @@ def _check_value(name: str, value: Any) -> None:
         raise ConfigError(f"config.{name} must be above 0, got {value!r}.")
     if name in _NOT_NEGATIVE and not value >= 0:
         raise ConfigError(f"config.{name} must not be negative, got {value!r}.")
+
+
+def _check_model(values: dict[str, Any]) -> None:
+    """Checks that a model has the fields that it reads, and no others."""
+    model = values["model.name"]
+    wanted = [f"model.{field}" for field in models.fields(model)]
+    for name in _OF_MODELS:
+        if name in wanted and name not in values:
+            raise ConfigError(f"config.{name} is missing: {model!r} needs it.")
+        if name in values and name not in wanted:
+            raise ConfigError(
+                f"config.{name} is not for config.model.name={model!r}, which has "
+                f"{', '.join(f'config.{field}' for field in wanted)}."
+            )
+    size, patch = values["image_size"], values.get("model.patch_size", 1)
+    if size % patch:
+        raise ConfigError(
+            f"config.image_size={size} cannot be cut into patches of "
+            f"config.model.patch_size={patch}."
+        )
 
 
 def _check_decay(values: dict[str, Any]) -> None:

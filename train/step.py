@@ -53,12 +53,12 @@ EvaluationStep = Callable[[State, data.Batch], Sums]
 
 def create_model(config: ConfigDict) -> nn.Module:
     """The model that the config describes."""
+    name = config.model.name
     return models.create(
-        config.model.name,
+        name,
         data.info(config.dataset).num_classes,
-        width=config.model.width,
-        stem=config.model.stem,
-        dropit=config_lib.dropit_policy(config),
+        config_lib.memory(config),
+        **{field: config.model[field] for field in models.fields(name)},
     )
 
 
@@ -145,8 +145,15 @@ def evaluation_step(config: ConfigDict) -> EvaluationStep:
     return step
 
 
-def abstract(config: ConfigDict) -> tuple[TrainStep, tuple[Any, ...]]:
+def abstract(
+    config: ConfigDict, batch_size: int | None = None
+) -> tuple[TrainStep, tuple[Any, ...]]:
     """The train step of a config and its arguments, for tools that compile it.
+
+    Args:
+      config: what is trained.
+      batch_size: of the step; `None`: the config's. It may be more than the dataset
+        has.
 
     Returns:
       The function to jit (argument 0, the state, is donated in training), and its
@@ -157,7 +164,7 @@ def abstract(config: ConfigDict) -> tuple[TrainStep, tuple[Any, ...]]:
     """
     config_lib.validate(config)
     state = jax.eval_shape(lambda: initial_state(config))
-    size = config.batch_size
+    size = batch_size or config.batch_size
     batch = data.Batch(
         image=jax.ShapeDtypeStruct((size, *_image_shape(config)), jnp.float32),
         label=jax.ShapeDtypeStruct((size,), jnp.int32),

@@ -1,4 +1,4 @@
-"""DropIT in models of others: the layers of any `flax.linen` model, left as it is."""
+"""DropIT in models of others: any `flax.linen` model, left as it is."""
 
 import contextlib
 import contextvars
@@ -8,7 +8,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,23 +16,26 @@ from flax.core import Scope
 from flax.linen import transforms
 from jaxtyping import Array
 
-from dropit_jax import matching, products
-from dropit_jax.linen import calls
+from dropit_jax import matching, presets, products
+from dropit_jax.linen import calls, functions, toolbox
 from dropit_jax.matching import Matching
 from dropit_jax.policy import DropIT
+from dropit_jax.presets import Preset
 
 
 @dataclasses.dataclass(frozen=True)
 class InterceptedLayer:
-    """What DropIT does to a layer.
+    """What DropIT or a preset does to a layer or a function.
 
     Attributes:
-      path: the layer's, its names joined by "/".
-      kind: the name of its class.
-      shape: of the input that it caches.
+      path: the layer's, its names joined by "/"; of a function, that of the module in
+        whose call it is called.
+      kind: the name of its class; of a function, its own.
+      shape: of the input that it caches; of attention, of the query.
       dtype: of that input.
-      bytes_before: what plain Flax caches of the input in one call, in bytes.
-      bytes_after: what DropIT caches of it.
+      bytes_before: what plain Flax caches in one call, in bytes: the input; of
+        attention all that its core caches, of dropout the mask.
+      bytes_after: what DropIT, or the compact twin, caches of it.
       shared_with: the path of an earlier layer that reads the same input and caches it
         for both; then this one's bytes are 0. `None` elsewhere.
     """
@@ -44,6 +47,20 @@ class InterceptedLayer:
     bytes_before: int
     bytes_after: int
     shared_with: str | None = None
+
+
+class Unreached(NamedTuple):
+    """Something that a preset has a compact twin for, or seems to, and left alone.
+
+    Attributes:
+      path: as in `InterceptedLayer`.
+      what: the name of a class or a function.
+      why: what is in the way.
+    """
+
+    path: str
+    what: str
+    why: str
 
 
 @dataclasses.dataclass
@@ -73,29 +90,46 @@ class _Call:
 class Interception:
     """What `intercept` does, and a report of it.
 
-    `layers` lists the layers that use DropIT, in the order in which the model came to
-    them, with what each caches in its last call (in a loop, one step of it); it grows
-    while models are traced. Layers are told apart by their paths. As text it is a
-    table.
+    `layers` lists what caches less than in plain Flax, in the order in which the model
+    came to it, with what each caches in its last call (in a loop, one step of it); it
+    grows while models are traced. Layers are told apart by their paths. `unreached`
+    lists what a preset could do nothing about, as far as that can be seen. As text it
+    is a table of both.
     """
 
-    def __init__(self, dropit: DropIT, meant: Matching):
-        self._dropit = dropit
+    def __init__(self, preset: Preset, meant: Matching, tells: bool = True):
+        self._preset = preset
         self._matching = meant
-        self._layers: dict[str, InterceptedLayer] = {}
+        self.tells = tells  # what is unreached
+        self._layers: dict[Any, InterceptedLayer] = {}
+        self._unreached: dict[Unreached, None] = {}  # in order
         self._seen: dict[str, None] = {}  # paths, in order
         self._later: set[str] = set()  # of these, the ones not first in some call
         self.firsts: dict[str, str] = {}  # the first layer of each module
+        if preset.remat != "none":
+            why = "blocks of a model that is there: put flax.linen.remat into it"
+            self.missed("", f"remat={preset.remat!r}", why)
 
     @property
     def key(self) -> Any:
         """All that a trace depends on."""
-        return self._dropit, self._matching
+        return self._preset, self._matching
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to do."""
+        policies = (self._preset.dropit, self._preset.conv)
+        return policies != (None, None) or self.wants(1) or self.wants(8)
 
     @property
     def layers(self) -> list[InterceptedLayer]:
-        """The layers that use DropIT."""
+        """The layers, and functions, that cache less."""
         return list(self._layers.values())
+
+    @property
+    def unreached(self) -> tuple[Unreached, ...]:
+        """What was left alone for a reason, in the order in which it was seen."""
+        return tuple(self._unreached)
 
     @property
     def bytes_before(self) -> int:
@@ -116,26 +150,68 @@ class Interception:
                 after = f"shared with {layer.shared_with}"
             before = f"{layer.bytes_before:,}"
             rows.append((layer.path or ".", layer.kind, size, before, after))
+        called = sum(layer.kind in functions.NAMES for layer in self.layers)
+        count = f"{len(self.layers) - called} layers"
+        count += f", {called} functions" if called else ""
         total = (f"{self.bytes_before:,}", f"{self.bytes_after:,}")
-        rows.append((f"{len(self.layers)} layers, bytes", "", "", *total))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-            for row in rows
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        rows.append((f"{count}, bytes", "", "", *total))
+        lines = _aligned(rows)
+        if self.unreached:
+            missed = [(m.path or ".", m.what, m.why) for m in self.unreached]
+            lines += ["", *_aligned([("not reached", "", "why"), *missed])]
+        return "\n".join(lines)
 
-    def selects(self, path: str, call: _Call) -> bool:
-        """Whether a layer is to use DropIT."""
-        return self._matching.selects(path, call.first)
+    def wants(self, what: nn.Module | int) -> bool:
+        """Whether there is something to be done about it.
 
-    def note(self, path: str, call: _Call) -> None:
-        """Takes note of a layer that might."""
+        Args:
+          what: one of `calls.LAYERS`, or the bits that a compact twin caches.
+        """
+        if isinstance(what, nn.Module):
+            return self.policy(what) is not None
+        return self._preset.one_bit if what == 1 else self._preset.eight_bit
+
+    def policy(self, layer: nn.Module) -> DropIT | None:
+        """What one of `calls.LAYERS` is to keep of its input."""
+        is_convolution = isinstance(layer, calls.CONVOLUTIONS)
+        return self._preset.conv if is_convolution else self._preset.dropit
+
+    def selects(self, path: str, first: str | None = None) -> bool:
+        """Whether what has this path is meant.
+
+        Args:
+          path: of a layer, or of the module that calls a function.
+          first: of a layer whose input may be the data, that of the first one.
+        """
+        return self._matching.selects(path, first)
+
+    def note(self, path: str, first: str | None = None) -> None:
+        """Takes note of what might be meant; the arguments are those of `selects`."""
         self._seen[path] = None
-        if path != call.first:
+        if path != first:
             self._later.add(path)
 
-    def run(
+    def saw(self, path: str) -> bool:
+        """Whether there was something with this path that might be meant."""
+        return path in self._seen
+
+    def missed(self, path: str, what: str, why: str) -> None:
+        """Takes note of what is left alone for a reason."""
+        if self.tells:
+            self._unreached[Unreached(path, what, why)] = None
+
+    def function_caught(
+        self, caller: functions.Caller, name: str, x: Array, after: int
+    ) -> None:
+        """Takes note of a function."""
+        caller.counts[name] += 1
+        # One method of a module may call another.
+        place = (caller.path, caller.method, name, caller.counts[name])
+        self._layers[place] = InterceptedLayer(
+            caller.path, name, x.shape, x.dtype, x.nbytes, after
+        )
+
+    def run_layer(
         self,
         module: nn.Module,
         method: Callable[..., Any],
@@ -144,10 +220,10 @@ class Interception:
         call: _Call,
     ) -> Any:
         """The call of a layer, with DropIT."""
-        path = _path(module)
+        path, policy = _path(module), self.policy(module)
 
         def observe(lhs: Array, layout: products.Layout, nbytes: int) -> None:
-            reader = call.first_reader(lhs, (layout, self._dropit), path)
+            reader = call.first_reader(lhs, (layout, policy), path)
             before = math.prod(lhs.shape) * lhs.dtype.itemsize
             shared = reader != path
             self._layers[path] = InterceptedLayer(
@@ -161,7 +237,28 @@ class Interception:
             )
 
         with products.observed(observe):
-            return calls.cached(module, method, self._dropit, *args, **kwargs)
+            return calls.cached(module, method, policy, *args, **kwargs)
+
+    def run_part(
+        self,
+        part: calls.Part,
+        module: nn.Module,
+        method: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The call of another layer, with its compact residual."""
+        path, kind = _path(module), type(module).__name__
+
+        def observe(x: Array, before: int, after: int) -> None:
+            self._layers[path] = InterceptedLayer(
+                path, kind, x.shape, x.dtype, before, after
+            )
+
+        attention = toolbox.attention(self._preset)
+        return calls.compacted(
+            part, module, method, attention, observe, *args, **kwargs
+        )
 
     def check(self) -> None:
         """Refuses globs that match no layer.
@@ -189,12 +286,12 @@ _calls: dict[int, tuple[Callable[[], Scope | None], _Call]] = {}
 
 
 def intercept(
-    dropit: DropIT,
+    dropit: DropIT | Preset | str,
     skip_first: bool = True,
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> AbstractContextManager[Interception]:
-    """Makes the layers of any `flax.linen` model use DropIT while the context lasts.
+    """Makes any `flax.linen` model cache less while the context lasts.
 
     The model and its parameters stay as they are. All calls of Flax's own `Dense`,
     `DenseGeneral`, `Einsum`, `Conv`, `ConvLocal` and `ConvTranspose` are replaced, on
@@ -202,34 +299,54 @@ def intercept(
     `MultiHeadDotProductAttention`. Layers with a policy of their own are left alone,
     and so are those whose product has a state, such as `Fp8DotGeneralOp`.
     Functions that `jax.jit` compiled outside are traced again. Of two contexts, one in
-    the other, the inner one decides wherever it selects a layer.
+    the other, the inner one decides wherever it selects a layer and has something to do
+    with it.
+
+    With a preset Flax's norms, dropout and attention run compact too, and so do
+    activation functions and max-pooling, wherever the methods of modules look them up
+    in `flax.linen` or `jax.nn`, hold them in an attribute of the module, or have them
+    under a name in their file. What was seen and not reached is in
+    `Interception.unreached`.
 
     Args:
-      dropit: what the layers keep of their inputs.
+      dropit: what the layers keep of their inputs; or a preset, or its name.
       skip_first: leaves the first layer alone that a call of a model comes to: its
-        input is the data, which is there anyway (paper §3.4).
+        input is the data, which is there anyway (paper §3.4). That is of the layers
+        with a product; what else a preset does, it does everywhere.
       only: a glob, or several: the paths of the layers to replace, such as
-        `"encoder/*/Dense_0"`; `*` matches "/" too. `None`: all.
+        `"encoder/*/Dense_0"`; `*` matches "/" too. Of a function, it is the path of the
+        module that calls it. `None`: all.
       exclude: the paths of layers to leave alone.
 
     Returns:
       A context manager that gives an `Interception`, which lists what was replaced.
 
     Raises:
-      TypeError: `dropit` is not a policy, or a pattern not a string.
-      ValueError: on leaving, a pattern matched none of the layers seen.
+      TypeError: `dropit` is not a policy, a preset or a name, or a pattern not a
+        string.
+      ValueError: there is no such preset; on leaving, a pattern matched none of the
+        layers seen.
     """
-    if not isinstance(dropit, DropIT):
-        raise TypeError(f"intercept takes a DropIT policy, got {dropit!r}.")
+    if isinstance(dropit, str):
+        dropit = presets.preset(dropit)
+    is_policy = isinstance(dropit, DropIT)
+    preset = Preset("", dropit, dropit) if isinstance(dropit, DropIT) else dropit
+    if not isinstance(preset, Preset):
+        raise TypeError(
+            f"intercept takes a DropIT policy, got {dropit!r}; a preset, or its name, "
+            "would do as well."
+        )
     meant = matching.matching(skip_first, only, exclude)
-    return _intercepting(Interception(dropit, meant))
+    return _intercepting(Interception(preset, meant, tells=not is_policy))
 
 
 @contextlib.contextmanager
 def _intercepting(interception: Interception) -> Iterator[Interception]:
+    if not interception.acts:
+        yield interception
+        return
     _tell_paths_to_jit()
     outer = _interceptions.get()
-    key = (*_traced_within.value, interception.key)
 
     def interceptor(
         method: Callable[..., Any],
@@ -241,33 +358,120 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
         if calls.is_product() or module.scope is None:
             return method(*args, **kwargs)
         with _in_call(module.scope) as call:
-            path = _path(module)
             if isinstance(module, calls.LAYERS) and call.first is None:
-                call.first = path
-            if not calls.is_layer_call(context):
-                out = method(*args, **kwargs)
-                if call.first is not None:
-                    interception.firsts[path] = call.first
-                return out
-            inner = _interceptions.get()[len(outer) + 1 :]
-            for each in (interception, *inner):  # who may not see it, if this runs it
-                each.note(path, call)
-            if (
-                calls.has_policy(module)
-                or calls.stateful_product(module) is not None
-                or any(other.selects(path, call) for other in inner)
-                or not interception.selects(path, call)
-            ):
-                return method(*args, **kwargs)
-            return interception.run(module, method, args, kwargs, call)
+                call.first = _path(module)
+            if outer or not any(each.tells for each in _interceptions.get()):
+                return _run(interception, method, args, kwargs, context, call)
+            with _functions_caught(context):
+                out = _run(interception, method, args, kwargs, context, call)
+            _tell_of_unreached(context)
+            return out
 
-    token = _interceptions.set((*outer, interception))
+    within = (*outer, interception)
+    token = _interceptions.set(within)
+    catching = functions.intercepted if interception.tells else contextlib.nullcontext
     try:
-        with nn.intercept_methods(interceptor), _traced_within(key):
+        with (
+            catching(),
+            nn.intercept_methods(interceptor),
+            _traced_within(tuple(each.key for each in within)),
+        ):
             yield interception
     finally:
         _interceptions.reset(token)
     interception.check()
+
+
+def _run(
+    interception: Interception,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+    call: _Call,
+) -> Any:
+    """A call of a method, and what one of the interceptions does to it."""
+    module = context.module
+    path, kind = _path(module), type(module).__name__
+    is_layer, part = calls.is_layer_call(context), calls.part(context)
+    if is_layer or part is not None:
+        for each in _interceptions.get():  # who may not see it, if this runs it
+            each.note(path, call.first)
+    if is_layer:
+        taker = None if calls.has_policy(module) else _taker(module, path, call.first)
+        if taker is not interception:
+            return method(*args, **kwargs)
+        if (field := calls.stateful_product(module)) is not None:
+            taker.missed(path, kind, f"its {field} has a state")
+            return method(*args, **kwargs)
+        return interception.run_layer(module, method, args, kwargs, call)
+    run = method
+    if part is not None and _taker(part.bits, path) is interception:
+        why = None
+        if part is calls.ATTENTION:
+            why = calls.other_attention(module, kwargs.get("sow_weights", False))
+        if why is None:
+            run = functools.partial(interception.run_part, part, module, method)
+        elif why:
+            interception.missed(path, kind, why)
+    out = run(*args, **kwargs)
+    if call.first is not None:
+        interception.firsts[path] = call.first
+    return out
+
+
+def _taker(
+    what: nn.Module | int, path: str, first: str | None = None
+) -> Interception | None:
+    """The interception that decides: the innermost that wants something and selects it.
+
+    Args:
+      what: one of `calls.LAYERS`, or the bits of a compact twin.
+      path: as in `Interception.selects`.
+      first: likewise.
+    """
+    for each in reversed(_interceptions.get()):
+        if each.wants(what) and each.selects(path, first):
+            return each
+    return None
+
+
+@contextlib.contextmanager
+def _functions_caught(context: Any) -> Iterator[None]:
+    """Catches the functions that are called in a call of a method."""
+    path, every = _path(context.module), _interceptions.get()
+
+    def listener(caught: functions.Caught) -> Interception | None:
+        for each in every:
+            if caught.twin is not None and each.wants(caught.bits):
+                each.note(path)
+        return _taker(caught.bits, path)
+
+    caller = functions.Caller(path, context.method_name, listener)
+    # What JAX has traced of a function is of no use where another decision was made.
+    decisions = tuple(_taker(bits, path) is not None for bits in (1, 8))
+    with (
+        _traced_within((*(each.key for each in every), decisions)),
+        functions.catching(caller, context.module, context.orig_method.func),
+    ):
+        yield
+
+
+def _tell_of_unreached(context: Any) -> None:
+    """Takes note of what a call of a method came to and could not be compacted."""
+    module = context.module
+    path, kind = _path(module), type(module).__name__
+    found: list[tuple[nn.Module | int, str, str]] = []
+    if (bits := calls.without_twin(context)) is not None:
+        found.append((bits, kind, "no compact twin"))
+    own = calls.with_own_call(context)
+    if own is not None and not any(each.saw(path) for each in _interceptions.get()):
+        found.append((own, kind, "a __call__ of its own"))
+    hidden = functions.out_of_reach(module, context.orig_method.func)
+    found += [(caught.bits, caught.name, where) for caught, where in hidden]
+    for what, name, why in found:
+        if (taker := _taker(what, path)) is not None:
+            taker.missed(path, name, why)
 
 
 def _call_of(root: Scope) -> _Call:
@@ -329,3 +533,13 @@ def _in_call(scope: Scope) -> Iterator[_Call]:
 
 def _path(module: nn.Module) -> str:
     return "/".join(module.path)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines whose cells stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return [line.rstrip() for line in lines]

@@ -60,9 +60,10 @@ def recomputed(block: type[nn.Module]) -> type[nn.Module]:
         ) -> tuple[Any, Any]:
             every = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
             args, kwargs = jax.tree.unflatten(structure, every)
-            return plain.apply(
+            out = plain.apply(
                 variables, x, *args, rngs=rngs, mutable=mutable, method=call, **kwargs
             )
+            return (out, {}) if mutable is False else out
 
         rngs = dict(self.scope.rngs)
         out, updates = recompute(run, x, self.variables, rngs, arrays)

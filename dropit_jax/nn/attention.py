@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,7 @@ def dot_product_attention(
     *,
     promote_dtype: Callable[..., Any] | None = None,
     is_causal: bool | None = None,
-    bits: Literal[8] | None = None,
+    bits: int | None = None,
 ) -> Float[Array, "*batch q_length heads v_depth"]:
     """`softmax(query · keyᵀ / √depth + bias) · value`; caches its arguments alone.
 

@@ -261,7 +261,7 @@ def with_compact_gradient(
       mask: what of x the statistics are of; `None`: all.
     """
     y, mean, var = map(lax.stop_gradient, (y, mean, var))
-    x, scale, bias = (None if a is None else _varying(a, y) for a in (x, scale, bias))
+    x, scale, bias = jax.tree.map(lambda a: _varying(a, y), (x, scale, bias))
     return _compact(norm, y, x, mean, var, scale, bias, mask)
 
 
@@ -355,7 +355,7 @@ def _forward(
 ) -> tuple[Array, _Saved]:
     group = shardings.new_group()
     x = shardings.join(derivatives.once(x, "A normalisation"), group)
-    inverse = lax.rsqrt(var + norm.epsilon)
+    inverse = checkpoint_name(lax.rsqrt(var + norm.epsilon), RESIDUAL_NAME)
     codes = None
     if scale is not None or not norm.constant:
         x_hat = (x - _spread(mean, x, norm)) * _spread(inverse, x, norm)

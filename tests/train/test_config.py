@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,7 +6,7 @@ from absl.testing import absltest, parameterized
 from ml_collections import ConfigDict
 
 from configs import digits_resnet18
-from dropit_jax import DropIT
+from dropit_jax import PRESETS, DropIT, preset
 from train import config as config_lib
 
 
@@ -62,7 +63,10 @@ class ValidateTest(parameterized.TestCase):
         ("optimizer.learning_rate", -0.1, r"learning_rate must be above 0, got -0\.1"),
         ("optimizer.momentum", float("nan"), r"momentum must be finite, got nan"),
         ("optimizer.nesterov", 1, r"config\.optimizer\.nesterov must be of type bool"),
-        ("dropit.enabled", "yes", r"config\.dropit\.enabled must be of type bool"),
+        ("memory", "slim", r"config\.memory: .*'slim'.*'baseline', 'dropit', 'lean'"),
+        ("remat", "all", r"config\.remat: .*'all'.*'none', 'blocks', 'dots'"),
+        ("model.patch_size", 4, r"config\.model\.patch_size is not for .*'resnet18'"),
+        ("model.name", "vit_b", r"config\.model\.(width|stem) is not for .*'vit_b'"),
         ("dropit.rate", 1.0, r"config\.dropit: DropIT\.rate must be in \[0, 1\)"),
         ("dropit.rate", "high", r"config\.dropit: DropIT\.rate must be a number"),
         (
@@ -105,25 +109,50 @@ class ValidateTest(parameterized.TestCase):
         config.num_steps = 10
         config_lib.validate(config)
 
-    def test_a_bad_policy_is_an_error_even_while_it_is_off(self):
+    def test_a_policy_that_nothing_reads_is_an_error(self):
         config = digits_resnet18.get_config()
-        config.dropit.update(enabled=False, rate=7)
-        with pytest.raises(config_lib.ConfigError, match=r"DropIT\.rate"):
+        config.memory = "baseline"
+        config_lib.validate(config)
+        config.dropit.rate = 0.5
+        with pytest.raises(config_lib.ConfigError, match=r"'baseline' has no policy"):
+            config_lib.validate(config)
+
+    def test_a_vision_transformer_has_fields_of_its_own(self):
+        config = digits_resnet18.get_config()
+        config.model = ConfigDict({"name": "vit_ti"})
+        with pytest.raises(config_lib.ConfigError, match=r"patch_size is missing"):
+            config_lib.validate(config)
+        config.model.patch_size = 8
+        config_lib.validate(config)
+        config.image_size = 20
+        with pytest.raises(config_lib.ConfigError, match=r"=20 cannot be cut .*=8"):
             config_lib.validate(config)
 
 
-class DropITSectionTest(parameterized.TestCase):
-    def test_is_the_policy(self):
-        config = ConfigDict({"dropit": config_lib.dropit_section(rate=0.5)})
-        self.assertEqual(config_lib.dropit_policy(config), DropIT(0.5))
+class MemoryTest(parameterized.TestCase):
+    @parameterized.product(name=PRESETS, remat=("none", "blocks"))
+    def test_is_the_preset(self, name, remat):
+        config = digits_resnet18.get_config()
+        config.memory, config.remat = name, remat
+        self.assertEqual(config_lib.memory(config), preset(name, remat=remat))
+
+    @parameterized.parameters("dropit", "lean")
+    def test_its_policies_are_changed_field_by_field(self, name):
+        config = digits_resnet18.get_config()
+        config.memory = name
         config.dropit.chunk_size = None
-        config.dropit.value_dtype = "bfloat16"
-        self.assertEqual(
-            config_lib.dropit_policy(config),
-            DropIT(0.5, chunk_size=None, value_dtype="bfloat16"),
-        )
-        config.dropit.enabled = False
-        self.assertIsNone(config_lib.dropit_policy(config))
+        config.dropit.value_dtype = "float16"
+        changes = {"chunk_size": None, "value_dtype": "float16"}
+        self.assertEqual(config_lib.memory(config), preset(name, **changes))
+        policy = dataclasses.replace(preset(name).conv, **changes)
+        self.assertEqual(config_lib.memory(config).conv, policy)
+
+    def test_the_section_has_the_policys_fields_and_no_others(self):
+        section = config_lib.dropit_section(rate=0.5)
+        self.assertEqual(set(section), {f.name for f in dataclasses.fields(DropIT)})
+        self.assertEqual((section.rate, section.fill), (0.5, "preset"))
+        with pytest.raises(TypeError, match=r"no field 'ratio', but rate, "):
+            config_lib.dropit_section(ratio=0.5)
 
 
 class StepsTest(parameterized.TestCase):
@@ -160,7 +189,7 @@ class JsonTest(parameterized.TestCase):
         self.assertEqual(
             config_lib.differences(config_lib.to_json(old), config_lib.to_json(new)),
             [
-                "config.dropit.rate: 0.875 -> 0.5",
+                "config.dropit.rate: 'preset' -> 0.5",
                 "config.num_epochs: 12 -> 'absent'",
                 "config.num_steps: None -> 50",
                 "config.seed: 42 -> 7",

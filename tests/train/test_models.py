@@ -3,15 +3,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl.testing import absltest, parameterized
 
 import dropit_jax.nn
-from dropit_jax import DropIT, memory
 from dropit_jax import linen as dn
+from dropit_jax import preset
 from tests.dropit_jax import reference
 from train import models
 from train.models.resnet import ResNet
+from train.models.vit import ViT
 
 
 def _variables(model, shape):
@@ -58,7 +58,7 @@ class ResNet18Test(parameterized.TestCase):
             np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32
         )
         plain = ResNet(10, width=8, stem=stem)
-        dropped = ResNet(10, width=8, stem=stem, dropit=DropIT())
+        dropped = ResNet(10, width=8, stem=stem, memory=preset("dropit"))
         variables = jax.jit(lambda: plain.init(jax.random.key(0), x, False))()
         chex.assert_trees_all_equal_shapes_and_dtypes(
             variables, _variables(dropped, x.shape)
@@ -77,7 +77,7 @@ class ResNet18Test(parameterized.TestCase):
                 seen[context.module.name] = getattr(context.module, "dropit", None)
             return call(*args, **kwargs)
 
-        model = ResNet(10, width=4, dropit=DropIT())
+        model = ResNet(10, width=4, memory=preset("dropit"))
         with nn.intercept_methods(record):
             _variables(model, (1, 16, 16, 3))
         exempt = [name for name, dropit in seen.items() if dropit is None]
@@ -87,47 +87,93 @@ class ResNet18Test(parameterized.TestCase):
         )
 
     def test_create_makes_it(self):
-        model = models.create("resnet18", 10, width=4, stem="cifar", dropit=DropIT())
-        self.assertEqual(model, ResNet(10, width=4, stem="cifar", dropit=DropIT()))
+        memory = preset("dropit")
+        model = models.create("resnet18", 10, memory, width=4, stem="cifar")
+        self.assertEqual(model, ResNet(10, width=4, stem="cifar", memory=memory))
 
 
-def _training_step(model):
-    optimizer = optax.sgd(0.1, momentum=0.9)
-
-    def step(variables, opt_state, images, labels):
-        def loss_fn(params):
-            logits, updates = model.apply(
-                variables | {"params": params}, images, True, mutable=["batch_stats"]
+class ViTTest(parameterized.TestCase):
+    def test_has_the_published_number_of_parameters(self):
+        # Dosovitskiy et al., 2021, Table 1: 86 M and 307 M. To the last one as in
+        # Google's implementation, whose ViT-B/16 has 86,567,656 for 1000 classes.
+        shape = (1, 224, 224, 3)
+        counts = {
+            name: _count(
+                _variables(
+                    models.create(name, 1000, preset("baseline"), patch_size=16), shape
+                )["params"]
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates
+            for name in ("vit_b", "vit_l")
+        }
+        self.assertEqual(counts["vit_b"], 86_567_656)
+        self.assertEqual(round(counts["vit_l"] / 1e6), 304)
 
-        gradients, updates = jax.grad(loss_fn, has_aux=True)(variables["params"])
-        changes, opt_state = optimizer.update(gradients, opt_state)
-        params = optax.apply_updates(variables["params"], changes)
-        return {"params": params, **updates}, opt_state
+    def test_parameters_have_the_names_of_googles_checkpoints(self):
+        params = _variables(_tiny_vit("baseline"), (1, 8, 8, 3))["params"]
+        self.assertEqual(set(params), {"cls", "embedding", "head", "Transformer"})
+        encoder = params["Transformer"]
+        self.assertIn("pos_embedding", encoder["posembed_input"])
+        self.assertIn("scale", encoder["encoder_norm"])
+        block = encoder["encoderblock_1"]
+        self.assertEqual(
+            set(block),
+            {
+                "LayerNorm_0",
+                "MultiHeadDotProductAttention_1",
+                "LayerNorm_2",
+                "MlpBlock_3",
+            },
+        )
+        self.assertEqual(
+            jax.tree.map(jnp.shape, block["MultiHeadDotProductAttention_1"]["out"]),
+            {"kernel": (2, 8, 16), "bias": (16,)},
+        )
+        self.assertEqual(set(block["MlpBlock_3"]), {"Dense_0", "Dense_1"})
 
-    variables = _variables(model, (1, 32, 32, 3))
-    return step, (
-        variables,
-        jax.eval_shape(optimizer.init, variables["params"]),
-        jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.float32),
-        jax.ShapeDtypeStruct((128,), jnp.int32),
+    def test_its_tokens_are_the_patches(self):
+        # The embedding by hand, with one layer's worth of nothing else.
+        model = _tiny_vit("baseline")
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+        variables = model.init(jax.random.key(0), x, False)
+        _, state = model.apply(variables, x, False, capture_intermediates=True)
+        tokens = state["intermediates"]["Transformer"]["posembed_input"]["__call__"][0]
+        embedding = variables["params"]["embedding"]
+        patches = x.reshape(2, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5)
+        expected = patches.reshape(2, 4, 48) @ embedding["kernel"].reshape(48, 16)
+        position = variables["params"]["Transformer"]["posembed_input"]["pos_embedding"]
+        np.testing.assert_allclose(
+            tokens[:, 1:],
+            expected + embedding["bias"] + position[:, 1:],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+    @parameterized.product(
+        name=("dropit", "lean"), remat=("none", "blocks"), dtype=(None, "bfloat16")
     )
+    def test_presets_change_neither_parameters_nor_output(self, name, remat, dtype):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+        plain = _tiny_vit("baseline", dtype=dtype)
+        other = _tiny_vit(name, remat, dtype=dtype)
+        variables = jax.jit(lambda: plain.init(jax.random.key(0), x, False))()
+        # The head starts at 0, and would hide what comes before it.
+        variables["params"]["head"]["kernel"] += 1.0
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            variables, _variables(other, x.shape)
+        )
+        outputs = [
+            jax.jit(lambda v, m=m: m.apply(v, x, False))(variables)
+            for m in (plain, other)
+        ]
+        reference.assert_same_bits(*outputs)
 
 
-class MemoryTest(parameterized.TestCase):
-    def test_dropit_needs_at_most_0_65_of_the_memory_on_an_h100(self):
-        # 32x32 images, batch 128, width 64, float32; the baseline has plain Flax layers
-        # and `jax.nn.relu`.
-        temp_bytes = []
-        for policy in (None, DropIT(rate=0.875)):
-            step, args = _training_step(ResNet(100, dropit=policy))
-            report = memory.compile_report(step, *args, target="h100", donate=(0, 1))
-            temp_bytes.append(report.temp_bytes)
-        baseline, dropped = temp_bytes
-        self.assertLessEqual(dropped, 0.65 * baseline)
+def _tiny_vit(name, remat="none", dtype=None):
+    sizes = {"patch_size": 4, "width": 16, "num_layers": 2, "num_heads": 2}
+    return ViT(10, dtype=dtype, memory=preset(name, remat=remat), **sizes)
 
+
+class PlainTest(parameterized.TestCase):
     def test_the_baseline_is_plain_flax(self):
         seen = set()
 

@@ -9,8 +9,9 @@ from train import data
 from train import step as step_lib
 
 
-def _config(**dropit):
+def _config(memory="dropit", **dropit):
     config = digits_resnet18.get_config()
+    config.memory = memory
     config.image_size, config.model.width, config.batch_size = 8, 4, 16
     config.schedule.warmup_epochs = 0.0  # the first step is one already
     config.dropit.update(dropit)
@@ -45,7 +46,7 @@ class AbstractTest(parameterized.TestCase):
 
 class TrainStepTest(parameterized.TestCase):
     def test_the_initial_state_depends_on_the_seed_alone(self):
-        config, dropped = _config(), _config(enabled=False)
+        config, dropped = _config(), _config("baseline")
         chex.assert_trees_all_equal(_state(config), _state(dropped))
         config.seed = 1
         kernels = [_state(c).params["head"]["kernel"] for c in (config, dropped)]
@@ -53,14 +54,14 @@ class TrainStepTest(parameterized.TestCase):
 
     def test_at_rate_zero_it_is_the_flax_models_step(self):
         results = []
-        for config in (_config(rate=0.0), _config(enabled=False)):
+        for config in (_config(rate=0.0, value_dtype=None), _config("baseline")):
             step = jax.jit(step_lib.train_step(config))
             results.append(step(_state(config), _batch(config)))
         chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
 
     def test_dropping_changes_the_kernels_that_drop_and_nothing_else(self):
         states = []
-        for config in (_config(rate=0.875), _config(enabled=False)):
+        for config in (_config(rate=0.875), _config("baseline")):
             step = jax.jit(step_lib.train_step(config))
             states.append(step(_state(config), _batch(config))[0])
         dropped, plain = states

@@ -1,0 +1,133 @@
+"""What a training step of a config allocates on a GPU that need not be there.
+
+`python -m train.memory --config=configs/FILE.py --target=a5000 [--max_batch] [--json]`
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
+from absl import flags
+from ml_collections import ConfigDict
+
+from dropit_jax import memory
+from train import cli
+from train import config as config_lib
+from train import step as step_lib
+
+_TARGET = flags.DEFINE_string(
+    "target", "h100", "The GPU: a name that the library knows, or a description's path."
+)
+_MAX_BATCH = flags.DEFINE_bool("max_batch", False, "Also find the largest batch.")
+_JSON = flags.DEFINE_bool("json", False, "Print an object, not tables.")
+
+_BASELINE = "baseline"
+
+
+def main(config: ConfigDict, _: Path) -> None:
+    """Compiles the step, and the same with plain Flax, and prints what they take."""
+    variants = {name_of(config): config}
+    if config.memory != _BASELINE or config.remat != "none":
+        variants = {_BASELINE: plain(config)} | variants
+    reports = {name: report(each, _TARGET.value) for name, each in variants.items()}
+    plans: dict[str, memory.BatchPlan] = {}
+    if _MAX_BATCH.value:
+        plans = {name: plan(each, _TARGET.value) for name, each in variants.items()}
+    if _JSON.value:
+        print(json.dumps(as_dict(reports, plans), indent=2))
+        return
+    console = rich.console.Console(highlight=False)
+    console.print(table(config.batch_size, reports, plans))
+    console.print(buffers(name_of(config), reports[name_of(config)]))
+
+
+def name_of(config: ConfigDict) -> str:
+    """The preset of a config, and what it recomputes."""
+    remat = "" if config.remat == "none" else f"+remat_{config.remat}"
+    return f"{config.memory}{remat}"
+
+
+def plain(config: ConfigDict) -> ConfigDict:
+    """The config with plain Flax layers, and nothing recomputed."""
+    variant = copy.deepcopy(config)
+    variant.memory, variant.remat = _BASELINE, "none"
+    variant.dropit = config_lib.dropit_section()
+    return variant
+
+
+def report(config: ConfigDict, target: str) -> memory.CompileReport:
+    """What the step of a config takes."""
+    step, args = step_lib.abstract(config)
+    return memory.compile_report(step, *args, target=target, donate=0)
+
+
+def plan(config: ConfigDict, target: str) -> memory.BatchPlan:
+    """The largest batch of a config that fits."""
+    abstract = functools.partial(step_lib.abstract, config)
+    return memory.max_batch(lambda batch: (*abstract(batch), 0), target)
+
+
+def table(
+    batch: int,
+    reports: dict[str, memory.CompileReport],
+    plans: dict[str, memory.BatchPlan],
+) -> rich.table.Table:
+    """The reports side by side."""
+    target = next(iter(reports.values())).target
+    title = f"A training step of {batch} images on {target}"
+    shown = rich.table.Table("", *reports, title=title)
+    for label, field in (
+        ("arguments, MiB", "argument_bytes"),
+        ("results beside them, MiB", "new_output_bytes"),
+        ("temporaries, MiB", "temp_bytes"),
+        ("all, MiB", "peak_bytes"),
+    ):
+        sizes = (getattr(each, field) for each in reports.values())
+        shown.add_row(label, *(f"{size * 2**-20:,.1f}" for size in sizes))
+    flops = (f"{each.flops * 1e-9:,.1f}" for each in reports.values())
+    shown.add_row("GFLOPs", *flops)
+    if plans:
+        batches = (f"{plans[name].batch:,}" for name in reports)
+        shown.add_row("largest batch", *batches)
+        available = (f"{plans[name].available_bytes * 2**-20:,.1f}" for name in reports)
+        shown.add_row("of, MiB", *available)
+    return shown
+
+
+def buffers(name: str, each: memory.CompileReport) -> rich.table.Table:
+    """The largest buffers alive at the peak."""
+    shown = rich.table.Table(
+        "MiB", "array", "layer", "operation", "pass", title=f"At the peak of {name}"
+    )
+    for buffer in each.buffers:
+        shown.add_row(
+            f"{buffer.nbytes * 2**-20:,.1f}",
+            f"{buffer.dtype}{list(buffer.shape)}",
+            buffer.layer,
+            buffer.operation,
+            "backward" if buffer.backward else "forward",
+        )
+    return shown
+
+
+def as_dict(
+    reports: dict[str, memory.CompileReport], plans: dict[str, memory.BatchPlan]
+) -> dict[str, Any]:
+    """Everything, by variant."""
+    every: dict[str, Any] = {
+        name: dataclasses.asdict(each) | {"peak_bytes": each.peak_bytes}
+        for name, each in reports.items()
+    }
+    for name, found in plans.items():
+        every[name]["max_batch"] = found.batch
+        every[name]["available_bytes"] = found.available_bytes
+    return every
+
+
+if __name__ == "__main__":
+    cli.launch(main, needs_workdir=False)
