@@ -1,0 +1,229 @@
+"""Compact residuals in models of others: the layers of any built `flax.nnx` model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dropit_jax import matching, presets
+from dropit_jax import nn as compact
+from dropit_jax.nnx import classes, layers, norms, stochastic
+from dropit_jax.policy import DropIT
+from dropit_jax.presets import Preset
+
+# What takes the place of Flax's norms and its dropout, and of the function that its
+# attention calls.
+_TWINS = (*norms.LAYERS, stochastic.Dropout)
+_FLAX_TWINS = tuple(twin.__bases__[-1] for twin in _TWINS)
+_ATTENTION = compact.dot_product_attention
+_FLAX_ATTENTION = nnx.dot_product_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What `apply` did to a layer.
+
+    Attributes:
+      path: the layer's, its names joined by "/".
+      kind: the name of its class.
+      before: what it cached: by which policy, or of a layer that has none, in words
+        ("8 bits", "1 bit", "recomputed"). `None`: what Flax does.
+      after: what it caches, likewise.
+    """
+
+    path: str
+    kind: str
+    before: DropIT | str | None
+    after: DropIT | str | None
+
+
+def apply(
+    model: nnx.Module,
+    dropit: DropIT | Preset | str | None,
+    skip_first: Callable[[Any], Any] | None = None,
+    only: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> list[Change]:
+    """Makes the layers of a built model cache less, in place.
+
+    All `Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose` layers become
+    those of `dropit_jax.nnx`, wherever they are in the model; their parameters stay as
+    they are. Of `nnx.MultiHeadAttention` these are the projections. A subclass of such
+    a layer becomes a subclass of both; what it computes itself, past the product of
+    Flax's layer, it computes as before. Layers with a policy of their own are left
+    alone.
+
+    With a preset, so do the norms (`eight_bit`) and `Dropout` (`one_bit`), and
+    `nnx.MultiHeadAttention` attends by `dropit_jax.nn.dot_product_attention`
+    (`eight_bit`), unless it has a function of the user's own. The activation functions
+    and the pooling that a model's code calls cannot be reached: call those of
+    `dropit_jax.nn` in it.
+
+    Args:
+      model: a model, or a layer.
+      dropit: what the layers keep of their inputs; or a preset or its name, for all
+        that is said above. `None`, and the preset `"baseline"`, take back what was
+        done: layers with a policy lose it, the others become Flax's.
+      skip_first: a call of the model, such as `lambda model: model(images)`. It is
+        traced, to find the layer that comes first of those that have a policy; that one
+        gets none, for its input is the data, which is there anyway (paper §3.4).
+        `None`: all do.
+      only: a glob, or several: the paths of the layers to change, such as
+        `"blocks/*/mlp"`; `*` matches "/" too. `None`: all.
+      exclude: the paths of layers to leave alone.
+      rngs: for policies that need keys: where their stream is forked from.
+
+    Returns:
+      What was changed, in the order of the model's attributes.
+
+    Raises:
+      TypeError: an argument is of the wrong type.
+      ValueError: a pattern matches no layer, the call in `skip_first` comes to none,
+        the policy needs keys and there is no stream of them, there is no such preset,
+        or it has blocks recomputed, which takes `nnx.remat` in the model's code.
+        Nothing is changed then.
+    """
+    preset = _as_preset(dropit)
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(f"apply takes a model of flax.nnx, got {model!r}.")
+    if not (skip_first is None or callable(skip_first)):
+        raise TypeError(f"skip_first takes a call of the model, got {skip_first!r}.")
+    meant = matching.matching(skip_first is not None, only, exclude)
+    found = list(_layers(model, preset, (), set()))
+    with_policy = [(path, layer) for path, layer in found if _has_policy]
+    first = None if skip_first is None else _first_layer(model, found, skip_first)
+    meant.check([path for path, _ in found], [] if first is None else [first])
+    stream = _stream(preset, rngs)
+    changes = []
+    for path, layer in found:
+        before, after = _residual(layer), _meant(layer, preset)
+        if (before is None) == (after is None) or not meant.selects(path, first):
+            continue
+        kind = type(layer).__name__
+        _convert(layer, after, stream)
+        changes.append(Change(path, kind, before, after))
+    return changes
+
+
+def _as_preset(dropit: DropIT | Preset | str | None) -> Preset:
+    if dropit is None:
+        return Preset("baseline")
+    if isinstance(dropit, DropIT):
+        return Preset("policy", dropit, dropit)
+    preset = presets.preset(dropit) if isinstance(dropit, str) else dropit
+    if not isinstance(preset, Preset):
+        raise TypeError(
+            f"apply takes a DropIT policy, a preset or None, got {dropit!r}."
+        )
+    if preset.remat != "none":
+        raise ValueError(
+            f"apply cannot have blocks recomputed, as remat={preset.remat!r} says: use "
+            "flax.nnx.remat in the model's code, and a preset without."
+        )
+    return preset
+
+
+def _meant(layer: Any, preset: Preset) -> DropIT | str | None:
+    """What a layer is to cache by a preset; `None`: what Flax does."""
+    if isinstance(layer, nnx.MultiHeadAttention):
+        return "recomputed" if preset.eight_bit else None
+    if isinstance(layer, nnx.Dropout):
+        return "1 bit" if preset.one_bit else None
+    if isinstance(layer, _FLAX_TWINS):
+        return "8 bits" if preset.eight_bit else None
+    policy = isinstance(layer, nnx.Conv | nnx.ConvTranspose)
+    return preset.conv if policy else preset.dropit
+
+
+def _residual(layer: Any) -> DropIT | str | None:
+    """What a layer caches."""
+    if isinstance(layer, nnx.MultiHeadAttention):
+        return None if layer.attention_fn is _FLAX_ATTENTION else "recomputed"
+    if isinstance(layer, _TWINS):
+        return "1 bit" if isinstance(layer, nnx.Dropout) else "8 bits"
+    return getattr(layer, "dropit", None)
+
+
+def _is_free(layer: Any) -> bool:
+    """Whether what a layer caches is for `apply` to change."""
+    if isinstance(layer, nnx.MultiHeadAttention):
+        return layer.attention_fn in (_ATTENTION, _FLAX_ATTENTION)
+    if isinstance(layer, _TWINS):
+        return classes.without_ours(type(layer), _TWINS) is not None
+    return isinstance(layer, (*layers.FLAX_LAYERS, *_FLAX_TWINS))
+
+
+def _convert(layer: Any, residual: Any, stream: nnx.RngStream | None) -> None:
+    """Makes a layer cache what it is to."""
+    if isinstance(layer, nnx.MultiHeadAttention):
+        layer.attention_fn = _FLAX_ATTENTION if residual is None else _ATTENTION
+    elif isinstance(layer, _FLAX_TWINS):
+        swap = classes.without_ours if residual is None else classes.with_ours
+        layer.__class__ = swap(type(layer), _TWINS)
+    else:
+        layers.convert(layer, residual, stream)
+
+
+def _stream(preset: Preset, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
+    """One stream of keys for all layers, where a policy needs them."""
+    streams = (layers.stream(p, rngs) for p in (preset.dropit, preset.conv))
+    return next((stream for stream in streams if stream is not None), None)
+
+
+def _layers(
+    node: Any, preset: Preset, path: tuple[str, ...], visited: set[int]
+) -> Iterator[tuple[str, Any]]:
+    """The paths and layers of a model that a preset is about, in the model's order."""
+    if id(node) in visited:
+        return
+    visited.add(id(node))
+    takes_back = preset == Preset(preset.name)
+    if _is_free(node) and (takes_back or _meant(node, preset) is not None):
+        yield "/".join(path), node
+    children: Any = ()
+    if isinstance(node, nnx.Pytree):
+        children = vars(node).items()
+    elif isinstance(node, Mapping):
+        children = node.items()
+    elif isinstance(node, list | tuple):
+        children = enumerate(node)
+    for name, child in children:
+        yield from _layers(child, preset, (*path, str(name)), visited)
+
+
+def _first_layer(
+    model: nnx.Module, layers: list[tuple[str, Any]], call: Callable[[Any], Any]
+) -> str:
+    """The path of the layer that a call of a model comes to first."""
+    called: list[str] = []
+    # A copy has its attributes in another order, so that a layer with two paths may
+    # have the other one there: the copy's classes know the paths of the model.
+    classes = [type(layer) for _, layer in layers]
+    try:
+        for path, layer in layers:
+            layer.__class__ = _noting_class(type(layer), path, called)
+        graph, state = nnx.split(model)
+    finally:
+        for (_, layer), cls in zip(layers, classes, strict=True):
+            layer.__class__ = cls
+
+    def traced(state: Any) -> None:
+        call(nnx.merge(graph, state))
+
+    jax.eval_shape(traced, state)
+    if not called:
+        raise ValueError("The call in skip_first comes to none of the model's layers.")
+    return called[0]
+
+
+def _noting_class(cls: type[Any], path: str, called: list[str]) -> type[Any]:
+    """A subclass that takes note of its calls."""
+
+    def noting_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(path)
+        return cls.__call__(self, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": noting_call})
