@@ -89,10 +89,11 @@ class StandIns:
         """
         with self._lock:
             self._users += 1
-            if self._users == 1:
-                for module, others in modules.items():
-                    self._watch(module, others)
         try:
+            with self._lock:
+                if not self._modules:
+                    for module, others in modules.items():
+                        self._watch(module, others)
             yield
         finally:
             with self._lock:

@@ -81,16 +81,19 @@ def table(
     target = next(iter(reports.values())).target
     title = f"A training step of {batch} images on {target}"
     shown = rich.table.Table("", *reports, title=title)
-    for label, field in (
-        ("arguments, MiB", "argument_bytes"),
-        ("results beside them, MiB", "new_output_bytes"),
-        ("temporaries, MiB", "temp_bytes"),
-        ("all, MiB", "peak_bytes"),
+    for label, size in (
+        ("arguments, MiB", lambda each: each.argument_bytes),
+        (
+            "results beside them, MiB",
+            lambda each: each.output_bytes - each.aliased_bytes,
+        ),
+        ("temporaries, MiB", lambda each: each.temp_bytes),
+        ("all, MiB", lambda each: each.peak_bytes),
     ):
-        sizes = (getattr(each, field) for each in reports.values())
-        shown.add_row(label, *(f"{size * 2**-20:,.1f}" for size in sizes))
+        sizes = (f"{size(each) * 2**-20:,.1f}" for each in reports.values())
+        shown.add_row(label, *sizes)
     flops = (f"{each.flops * 1e-9:,.1f}" for each in reports.values())
-    shown.add_row("GFLOPs", *flops)
+    shown.add_row("GFLOPs of products", *flops)
     if plans:
         batches = (f"{plans[name].batch:,}" for name in reports)
         shown.add_row("largest batch", *batches)

@@ -4,14 +4,13 @@ Ours are subclasses of Flax's with the same attributes: for one to take the plac
 other, the class of a layer is all that changes.
 """
 
-import functools
 from typing import Any
 
-# The classes made here, and what each is made of.
-_made: dict[type[Any], type[Any]] = {}
+# The classes made here, by what they are made of: somebody's class, and ours. There is
+# one for all layers of a class: classes are compared by JAX.
+_made: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
-@functools.cache  # one class for all layers of a class: classes are compared by JAX
 def with_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any]:
     """A class of layers, with our code where it would have called Flax's.
 
@@ -22,12 +21,15 @@ def with_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any]:
     layer = next(layer for layer in ours if issubclass(cls, layer.__bases__[-1]))
     if cls is layer.__bases__[-1]:
         return layer
-    # The class itself comes first: it calls ours where it would have called Flax's.
-    made = type(cls.__name__, (cls, layer), {"__module__": cls.__module__})
-    _made[made] = cls
-    return made
+    if (cls, layer) not in _made:
+        # The class itself comes first: it calls ours where it would have called Flax's.
+        made = type(cls.__name__, (cls, layer), {"__module__": cls.__module__})
+        _made[cls, layer] = made
+    return _made[cls, layer]
 
 
 def without_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any] | None:
     """The inverse; `None` for a class that somebody made of ours."""
-    return cls.__bases__[-1] if cls in ours else _made.get(cls)
+    if cls in ours:
+        return cls.__bases__[-1]
+    return next((theirs for (theirs, _), made in _made.items() if made is cls), None)

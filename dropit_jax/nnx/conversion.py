@@ -1,6 +1,7 @@
 """Compact residuals in models of others: the layers of any built `flax.nnx` model."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from dropit_jax.presets import Preset
 
 # What takes the place of Flax's norms and its dropout, and of the function that its
 # attention calls.
-_TWINS = (*norms.LAYERS, stochastic.Dropout)
+_TWINS: tuple[type[Any], ...] = (*norms.LAYERS, stochastic.Dropout)
 _FLAX_TWINS = tuple(twin.__bases__[-1] for twin in _TWINS)
-_ATTENTION = compact.dot_product_attention
+# One object: functions are compared by identity where JAX keeps what it has traced.
+_ATTENTION = functools.partial(compact.dot_product_attention, bits=8)
 _FLAX_ATTENTION = nnx.dot_product_attention
 
 
@@ -92,9 +94,14 @@ def apply(
     if not (skip_first is None or callable(skip_first)):
         raise TypeError(f"skip_first takes a call of the model, got {skip_first!r}.")
     meant = matching.matching(skip_first is not None, only, exclude)
-    found = list(_layers(model, preset, (), set()))
-    with_policy = [(path, layer) for path, layer in found if _has_policy]
-    first = None if skip_first is None else _first_layer(model, found, skip_first)
+    everything = list(_layers(model, (), set()))
+    first = None if skip_first is None else _first_layer(model, everything, skip_first)
+    takes_back = preset == Preset(preset.name)
+    found = [
+        (path, layer)
+        for path, layer in everything
+        if takes_back or _meant(layer, preset) is not None
+    ]
     meant.check([path for path, _ in found], [] if first is None else [first])
     stream = _stream(preset, rngs)
     changes = []
@@ -134,8 +141,8 @@ def _meant(layer: Any, preset: Preset) -> DropIT | str | None:
         return "1 bit" if preset.one_bit else None
     if isinstance(layer, _FLAX_TWINS):
         return "8 bits" if preset.eight_bit else None
-    policy = isinstance(layer, nnx.Conv | nnx.ConvTranspose)
-    return preset.conv if policy else preset.dropit
+    is_conv = isinstance(layer, nnx.Conv | nnx.ConvTranspose)
+    return preset.conv if is_conv else preset.dropit
 
 
 def _residual(layer: Any) -> DropIT | str | None:
@@ -162,26 +169,26 @@ def _convert(layer: Any, residual: Any, stream: nnx.RngStream | None) -> None:
         layer.attention_fn = _FLAX_ATTENTION if residual is None else _ATTENTION
     elif isinstance(layer, _FLAX_TWINS):
         swap = classes.without_ours if residual is None else classes.with_ours
-        layer.__class__ = swap(type(layer), _TWINS)
+        cls: Any = swap(type(layer), _TWINS)
+        layer.__class__ = cls
     else:
         layers.convert(layer, residual, stream)
 
 
 def _stream(preset: Preset, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
     """One stream of keys for all layers, where a policy needs them."""
-    streams = (layers.stream(p, rngs) for p in (preset.dropit, preset.conv))
+    streams = (layers.new_stream(p, rngs) for p in (preset.dropit, preset.conv))
     return next((stream for stream in streams if stream is not None), None)
 
 
 def _layers(
-    node: Any, preset: Preset, path: tuple[str, ...], visited: set[int]
+    node: Any, path: tuple[str, ...], visited: set[int]
 ) -> Iterator[tuple[str, Any]]:
-    """The paths and layers of a model that a preset is about, in the model's order."""
+    """The paths and layers in a model, in the order of its attributes."""
     if id(node) in visited:
         return
     visited.add(id(node))
-    takes_back = preset == Preset(preset.name)
-    if _is_free(node) and (takes_back or _meant(node, preset) is not None):
+    if _is_free(node):
         yield "/".join(path), node
     children: Any = ()
     if isinstance(node, nnx.Pytree):
@@ -191,23 +198,24 @@ def _layers(
     elif isinstance(node, list | tuple):
         children = enumerate(node)
     for name, child in children:
-        yield from _layers(child, preset, (*path, str(name)), visited)
+        yield from _layers(child, (*path, str(name)), visited)
 
 
 def _first_layer(
-    model: nnx.Module, layers: list[tuple[str, Any]], call: Callable[[Any], Any]
+    model: nnx.Module, everything: list[tuple[str, Any]], call: Callable[[Any], Any]
 ) -> str:
-    """The path of the layer that a call of a model comes to first."""
+    """The path of the layer that a call comes to first, of those with a policy."""
+    found = [e for e in everything if isinstance(e[1], layers.FLAX_LAYERS)]
     called: list[str] = []
     # A copy has its attributes in another order, so that a layer with two paths may
     # have the other one there: the copy's classes know the paths of the model.
-    classes = [type(layer) for _, layer in layers]
+    before = [type(layer) for _, layer in found]
     try:
-        for path, layer in layers:
+        for path, layer in found:
             layer.__class__ = _noting_class(type(layer), path, called)
         graph, state = nnx.split(model)
     finally:
-        for (_, layer), cls in zip(layers, classes, strict=True):
+        for (_, layer), cls in zip(found, before, strict=True):
             layer.__class__ = cls
 
     def traced(state: Any) -> None:

@@ -1,4 +1,4 @@
-"""`flax.nnx` layers that cache their input compressed, and any model made of them.
+"""`flax.nnx` layers that cache their input compressed.
 
 Each is a thin subclass of Flax's layer of the same name, with two more attributes:
 `dropit`, what to keep of the input (`None`: the plain Flax layer), and `dropit_rngs`,
@@ -8,19 +8,17 @@ made with.
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dropit_jax import hooks, matching, ops, products, sharing
+from dropit_jax import hooks, ops, products, sharing
+from dropit_jax.nnx import classes
 from dropit_jax.policy import DropIT, check_policy
-
 
 # The layers that hold the product in a field, and what takes its place.
 _HOOKED: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
@@ -43,7 +41,7 @@ class _Caching(nnx.Module):
         flax_init: Any = super().__init__
         flax_init(*args, rngs=rngs, **kwargs)
         self.dropit = dropit
-        self.dropit_rngs = stream(dropit, rngs)
+        self.dropit_rngs = new_stream(dropit, rngs)
 
     def __call__(
         self, inputs: Float[Array, "..."], *args: Any, **kwargs: Any
@@ -97,7 +95,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         self, *args: Any, dropit: DropIT | None = None, rngs: nnx.Rngs, **kwargs: Any
     ):
         super().__init__(*args, rngs=rngs, **kwargs)
-        keys = stream(dropit, rngs)
+        keys = new_stream(dropit, rngs)
         for layer in (self.query, self.key, self.value, self.out):
             convert(layer, dropit, keys)
 
@@ -128,7 +126,7 @@ def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> No
     layer.dropit_rngs = nnx.data(keys) if needed else None
 
 
-def stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
+def new_stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
     """The keys of a policy that needs them.
 
     Raises:

@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from dropit_jax import DropIT, compress, dot_general, memory
 from dropit_jax import linen as dn
+from dropit_jax.memory import devices, scopes
 
 _X = jax.ShapeDtypeStruct((64, 128), jnp.float32)
 _W = jax.ShapeDtypeStruct((128, 128), jnp.float32)
@@ -54,7 +55,7 @@ class CompileReportTest(parameterized.TestCase):
         self.assertEqual(report.aliased_bytes, 4 * 128 * 128)
 
     def test_a_description_may_be_a_file(self):
-        description = (memory._TARGETS / "l4.textproto").read_text()
+        description = (devices._DESCRIPTIONS / "l4.textproto").read_text()
         path = self._file("mine.textproto", description)
         report = memory.compile_report(_step, _W, _X, target=path)
         self.assertEqual(report.target, "mine")
@@ -87,6 +88,182 @@ class CompileReportTest(parameterized.TestCase):
         return path
 
 
+class Layers(nn.Module):
+    """A strided convolution between others."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Conv(64, (3, 3), use_bias=False, name="first")(x))
+        x = jnp.tanh(nn.Conv(48, (3, 3), strides=2, use_bias=False, name="second")(x))
+        x = x.reshape(len(x), -1)
+        return nn.Dense(32, name="head")(x)
+
+
+_IMAGES = jax.ShapeDtypeStruct((32, 16, 16, 32), jnp.float32)
+# Of each layer: two operations for each weight, sample and position.
+_LAYERS_FLOPS = {
+    "first": 2 * (3 * 3 * 32 * 64) * 32 * (16 * 16),
+    "second": 2 * (3 * 3 * 64 * 48) * 32 * (8 * 8),
+    "head": 2 * (8 * 8 * 48 * 32) * 32,
+}
+
+
+@functools.cache
+def _layers_report(target):
+    def loss(params, x):
+        return jnp.sum(Layers().apply(params, x) ** 2)
+
+    params = jax.eval_shape(Layers().init, jax.random.key(0), _IMAGES)
+    step = jax.grad(loss)
+    return memory.compile_report(
+        step, params, _IMAGES, target=target, num_buffers=10**6
+    )
+
+
+def _chain(layer, ws, x):
+    for w in ws:
+        x = layer(w, x)
+    return jnp.sum(x)
+
+
+def _layer(w, x):
+    return jnp.tanh(x @ w)
+
+
+class FlopsTest(parameterized.TestCase):
+    @parameterized.parameters("h100", None)
+    def test_the_products_of_layers_count(self, target):
+        # The result, and the gradients of kernel and input, but of the first's input.
+        expected = 3 * sum(_LAYERS_FLOPS.values()) - _LAYERS_FLOPS["first"]
+        self.assertEqual(_layers_report(target).flops, expected)
+
+    @parameterized.product(target=["h100", None], again=[0, 1])
+    def test_recomputed_products_count_again(self, target, again):
+        layers = 3
+        loss = functools.partial(_chain, _layer)
+        loss = jax.checkpoint(loss) if again else loss
+        ws = layers * [_W]
+        report = memory.compile_report(jax.value_and_grad(loss), ws, _X, target=target)
+        products = (3 + again) * layers - 1
+        self.assertEqual(report.flops, products * 2 * 64 * 128 * 128)
+
+    @parameterized.parameters("h100", None)
+    def test_every_step_of_a_loop_and_one_branch_count(self, target):
+        def fn(ws, x):
+            x, _ = jax.lax.scan(lambda x, w: (_layer(w, x), None), x, ws)
+            branches = [lambda x: x @ ws[0], lambda x: x @ ws[0] @ ws[1]]
+            return jax.lax.cond(x[0, 0] > 0, *branches, x)
+
+        ws = jax.ShapeDtypeStruct((5, 128, 128), jnp.float32)
+        report = memory.compile_report(fn, ws, _X, target=target)
+        self.assertEqual(report.flops, (5 + 2) * 2 * 64 * 128 * 128)
+
+
+class Tower(nn.Module):
+    """Convolutions, and between them a function that keeps its own input."""
+
+    dropit: DropIT | None
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(dn.Conv, use_bias=False, dropit=self.dropit)
+        for _ in range(6):
+            x = jnp.sin(conv(64, (3, 3))(x))
+        return x
+
+
+@functools.cache
+def _tower_report(policy):
+    x = jax.ShapeDtypeStruct((32, 32, 32, 64), jnp.float32)
+    tower = Tower(policy)
+    params = jax.eval_shape(tower.init, jax.random.key(0), x)
+    gradient = jax.grad(lambda p, x: tower.apply(p, x).sum())
+    return memory.compile_report(gradient, params, x, target="h100")
+
+
+class BuffersTest(parameterized.TestCase):
+    @parameterized.parameters(("h100", 0.9), (None, 1.0))
+    def test_add_up_to_the_temporary_memory(self, target, least):
+        report = _layers_report(target)
+        sizes = [buffer.nbytes for buffer in report.buffers]
+        self.assertEqual(sizes, sorted(sizes, reverse=True))
+        self.assertLessEqual(sum(sizes), report.temp_bytes)
+        self.assertGreaterEqual(sum(sizes), least * report.temp_bytes)
+
+    def test_name_what_makes_them(self):
+        # A sine's input is kept for its gradient: the output of each convolution.
+        kept = {
+            buffer.layer
+            for buffer in _tower_report(None).buffers
+            if (buffer.shape, buffer.dtype) == ((32, 32, 32, 64), "float32")
+            and (buffer.operation, buffer.backward) == ("conv_general_dilated", False)
+        }
+        self.assertEqual(kept, {f"Conv_{i}" for i in range(6)})
+
+    def test_tell_forward_from_backward(self):
+        # While a gradient of the head is computed, the hyperbolic tangents are kept.
+        buffers = _layers_report("h100").buffers
+        kept = [each for each in buffers if each.operation == "tanh"]
+        self.assertEqual([each.backward for each in kept], [False, False])
+        self.assertIn("head", [each.layer for each in buffers if each.backward])
+
+    def test_name_workspaces_and_copies_of_arguments(self):
+        operations = {each.operation for each in _layers_report("h100").buffers}
+        copied = "args[0]['params']['second']['kernel']"
+        self.assertContainsSubset({"dot_general workspace", copied}, operations)
+
+    @parameterized.parameters("h100", None)
+    def test_loops_work_in_place(self, target):
+        def loss(ws, x):
+            x, _ = jax.lax.scan(lambda x, w: (_layer(w, x), None), x, ws)
+            return jnp.sum(x)
+
+        ws = jax.ShapeDtypeStruct((64, 128, 128), jnp.float32)
+        report = memory.compile_report(
+            jax.grad(loss), ws, _X, target=target, num_buffers=10**6
+        )
+        total = sum(buffer.nbytes for buffer in report.buffers)
+        self.assertBetween(total, 0.9 * report.temp_bytes, report.temp_bytes)
+
+    def test_only_the_largest(self):
+        both = [
+            memory.compile_report(jax.grad(_layer_sum), _W, _X, num_buffers=number)
+            for number in (1, 10**6)
+        ]
+        self.assertEqual(both[0].buffers, both[1].buffers[:1])
+
+
+def _layer_sum(w, x):
+    return jnp.sum(_layer(w, x))
+
+
+class ScopesTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ("jit(step)/jvp(ResNet)/stage1/conv1/conv_general_dilated", "stage1/conv1"),
+        ("jit(step)/transpose(jvp(ResNet))/stage1/norm/mul", "stage1/norm"),
+        ("jit(call)/call_exported/jit(f)/jvp(Net)/jit(relu)/max", "Net"),
+        ("jit(step)/jvp(Net)/dense/dense/jvp()/dot_general", "dense"),
+        ("jit(f)/jvp(Net)/while/body/closed_call/block/conv/add", "block/conv"),
+        ("jvp(Net)/head/transpose(transpose(jvp(Net)))/head/jvp()/gt", "head"),
+        ("jvp(Net)/Net.encode/cond/branch_1_fun/attention/exp", "attention"),
+        ("jvp(Net)/rematted_computation/attention/ab,bc->ac/dot_general", "attention"),
+        ("jit(step)/reduce_sum", ""),
+        ("jit(step)/jvp()/reduce_sum", ""),
+        ("", ""),
+    )
+    def test_the_layers_of_operations(self, op_name, layer):
+        self.assertEqual(scopes.split(op_name), (layer, op_name.rpartition("/")[2]))
+
+    @parameterized.parameters(
+        ("jvp(Net)/head/add", False),
+        ("transpose(jvp(Net))/head/add", True),
+        ("checkpoint/rematted_computation/head/add", True),
+        ("jvp(Net)/head/transpose", False),
+    )
+    def test_the_pass_of_operations(self, op_name, backward):
+        self.assertEqual(scopes.is_backward(op_name), backward)
+
+
 class CachedBytesTest(parameterized.TestCase):
     @parameterized.parameters(0.0, 0.5, 0.875)
     def test_is_the_residuals_size(self, rate):
@@ -114,33 +291,12 @@ class CachedBytesTest(parameterized.TestCase):
         self.assertEqual(memory.cached_bytes(jax.grad(loss), ws, _X), 3 * once)
 
 
-class Tower(nn.Module):
-    """Convolutions, and between them a function that keeps its own input."""
-
-    dropit: DropIT | None
-
-    @nn.compact
-    def __call__(self, x):
-        conv = functools.partial(dn.Conv, use_bias=False, dropit=self.dropit)
-        for _ in range(6):
-            x = jnp.sin(conv(64, (3, 3))(x))
-        return x
-
-
 class SavingTest(parameterized.TestCase):
     @parameterized.parameters(16, 2**14)
     def test_memory_falls_on_the_gpu(self, chunk_size):
-        x = jax.ShapeDtypeStruct((32, 32, 32, 64), jnp.float32)
-
-        def temp_bytes(policy):
-            tower = Tower(policy)
-            params = jax.eval_shape(tower.init, jax.random.key(0), x)
-            gradient = jax.grad(lambda p, x: tower.apply(p, x).sum())
-            return memory.compile_report(gradient, params, x, target="h100").temp_bytes
-
         # Of a layer's two tensors the sine's input stays, the convolution's goes.
-        dropped = temp_bytes(DropIT(0.9, chunk_size=chunk_size))
-        self.assertLess(dropped, 0.85 * temp_bytes(None))
+        dropped = _tower_report(DropIT(0.9, chunk_size=chunk_size)).temp_bytes
+        self.assertLess(dropped, 0.85 * _tower_report(None).temp_bytes)
 
 
 if __name__ == "__main__":

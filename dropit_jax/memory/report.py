@@ -8,21 +8,19 @@ before JAX starts.
 import dataclasses
 import importlib.machinery
 import json
-import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax import export
-from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 
-from dropit_jax.products import RESIDUAL_NAME
-
-_TARGETS = Path(__file__).parent / "targets"
+from dropit_jax.memory import buffers, devices, flops, gpu_compiler, hlo
+from dropit_jax.memory.buffers import Buffer
 
 # A directory that holds JAX's CUDA plugin where the environment itself does not:
 # installed beside other packages, the plugin reports at every start of JAX on a machine
@@ -45,6 +43,14 @@ class CompileReport:
       argument_bytes: the arguments.
       output_bytes: the results, those in the place of donated arguments included.
       aliased_bytes: results in the place of donated arguments.
+      flops: floating-point operations of the matrix products and convolutions of the
+        compiled program, a multiplication and an addition being two. What is computed
+        twice counts twice; what the compiler left out does not count, nor what it made
+        a sum of (some products with a vector). Convolutions count the padding as if it
+        were data, loops every step if their number is fixed, a choice its dearest
+        branch, and kernels of other kinds (Pallas, cuDNN's attention) nothing.
+      buffers: the largest buffers alive at the peak of `temp_bytes`, largest first. If
+        all are asked for, they add up to it, but for gaps that XLA's packing leaves.
     """
 
     target: str
@@ -52,19 +58,18 @@ class CompileReport:
     argument_bytes: int
     output_bytes: int
     aliased_bytes: int
+    flops: float
+    buffers: tuple[Buffer, ...]
 
-
-class TargetError(ValueError):
-    """There is no description of such a GPU."""
+    @property
+    def peak_bytes(self) -> int:
+        """All the memory that a run takes: arguments, results, and the rest."""
+        results = self.output_bytes - self.aliased_bytes
+        return self.argument_bytes + results + self.temp_bytes
 
 
 class CompilerError(RuntimeError):
     """The GPU compiler is missing or failed."""
-
-
-def targets() -> list[str]:
-    """The names of the GPUs described in this package."""
-    return sorted(path.stem for path in _TARGETS.glob("*.textproto"))
 
 
 def compile_report(
@@ -72,8 +77,9 @@ def compile_report(
     *abstract_args: Any,
     target: str | Path | None = None,
     donate: int | Sequence[int] = (),
+    num_buffers: int = 20,
 ) -> CompileReport:
-    """Compiles a function for a device and reports what it allocates there.
+    """Compiles a function for a device and reports what it takes there.
 
     Args:
       step: a function that `jax.jit` takes.
@@ -82,21 +88,45 @@ def compile_report(
         (XLA's `GpuTargetConfigProto` in text form); it need not be present. `None`:
         the local backend.
       donate: indices of the arguments whose memory the results may take over.
+      num_buffers: how many buffers to list. (None are where a local backend does not
+        say, or JAX's compilation cache had the program.)
 
     Raises:
       TargetError: the target is unknown.
       CompilerError: the CUDA plugin is missing, or the compilation failed.
     """
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
-    if target is None:
-        lowered = jax.jit(step, donate_argnums=donate).lower(*abstract_args)
-        stats = memory_stats(lowered.compile())
-        return CompileReport(target=jax.default_backend(), **stats)
-    description = _find_target(target)
+    with tempfile.TemporaryDirectory() as directory:
+        if target is None:
+            name, names = jax.default_backend(), []
+            lowered = jax.jit(step, donate_argnums=donate).lower(*abstract_args)
+            compiled = gpu_compiler.compile_with_notes(lowered, directory)
+            stats = gpu_compiler.memory_stats(compiled)
+        else:
+            description = devices.find(target)
+            name, names = description.stem, _names(abstract_args)
+            stats = _compile_apart(step, abstract_args, donate, description, directory)
+        program = hlo.parse(Path(directory, gpu_compiler.PROGRAM_FILE).read_text())
+        largest = buffers.at_peak(Path(directory), program, names)[:num_buffers]
+    return CompileReport(
+        target=name, **stats, flops=flops.count(program), buffers=tuple(largest)
+    )
+
+
+def _compile_apart(
+    step: Callable[..., Any],
+    abstract_args: tuple[Any, ...],
+    donate: tuple[int, ...],
+    description: Path,
+    directory: str,
+) -> dict[str, int]:
+    """Compiles in a process, which leaves its notes in the directory."""
     environment = _compiler_environment()
     program, donated = _exported(step, abstract_args, donate)
-    command = [sys.executable, "-m", "dropit_jax.gpu_compiler"]
-    command += [str(description), json.dumps(donated)]
+    # By its path, as the package's own imports would take longer than JAX's; -P, as
+    # the files beside it are no top-level modules.
+    command = [sys.executable, "-P", gpu_compiler.__file__]
+    command += [str(description), json.dumps(donated), directory]
     done = subprocess.run(
         command, input=program, env=environment, capture_output=True, check=False
     )
@@ -105,69 +135,8 @@ def compile_report(
             f"Compiling for {description.stem} failed:\n"
             + done.stderr.decode(errors="replace").strip()
         )
-    return CompileReport(target=description.stem, **json.loads(done.stdout))
-
-
-def memory_stats(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """The byte counts of a `CompileReport`, read off a compiled function."""
-    analysis: Any = compiled.memory_analysis()
-    return {
-        "temp_bytes": analysis.temp_size_in_bytes,
-        "argument_bytes": analysis.argument_size_in_bytes,
-        "output_bytes": analysis.output_size_in_bytes,
-        "aliased_bytes": analysis.alias_size_in_bytes,
-    }
-
-
-def cached_bytes(fn: Callable[..., Any], *abstract_args: Any) -> int:
-    """Bytes that the DropIT operations in `fn` cache for their backward pass.
-
-    Counts every residual in the traced function, in each step of a loop. Nothing runs
-    and nothing is allocated.
-
-    Args:
-      fn: a function that differentiates, such as a training step.
-      *abstract_args: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
-    """
-    jaxpr = jax.make_jaxpr(fn)(*abstract_args).jaxpr
-    return _named_bytes(jaxpr, RESIDUAL_NAME)[0]
-
-
-def _named_bytes(jaxpr: Jaxpr, name: str) -> tuple[int, list[bool]]:
-    """Bytes of the named arrays that something reads, and which inputs are read."""
-    total, read = 0, {v for v in jaxpr.outvars if isinstance(v, Var)}
-    for equation in reversed(jaxpr.eqns):
-        if not (equation.effects or read.intersection(equation.outvars)):
-            continue
-        inputs = [True] * len(equation.invars)
-        if equation.primitive.name == "name" and equation.params["name"] == name:
-            avals: list[Any] = [variable.aval for variable in equation.outvars]
-            total += sum(math.prod(a.shape) * a.dtype.itemsize for a in avals)
-        repeats = equation.params.get("length", 1)  # of a scan's body
-        for inner in jaxprs_in_params(equation.params):
-            nbytes, inputs_read = _named_bytes(inner, name)
-            total += repeats * nbytes
-            if equation.primitive.name == "custom_vjp_call":
-                # It is not differentiated: what only its forward rule reads is not.
-                inputs = inputs_read
-        read |= {
-            variable
-            for variable, is_read in zip(equation.invars, inputs, strict=True)
-            if is_read and isinstance(variable, Var)
-        }
-    return total, [variable in read for variable in jaxpr.invars]
-
-
-def _find_target(target: str | Path) -> Path:
-    path = Path(target)
-    if path.is_file():
-        return path
-    if str(target) in targets():
-        return _TARGETS / f"{target}.textproto"
-    raise TargetError(
-        f"Unknown target {str(target)!r}: give one of {', '.join(targets())}, or the "
-        "path of a GPU description."
-    )
+    stats: dict[str, int] = json.loads(done.stdout)
+    return stats
 
 
 def _compiler_environment() -> dict[str, str]:
@@ -189,6 +158,8 @@ def _compiler_environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": _XLA_FLAGS,
         "PYTHONPATH": os.pathsep.join(path),
+        # What comes from a cache leaves no notes.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     return os.environ | settings
 
@@ -209,3 +180,9 @@ def _exported(
 
     exported = export.export(jax.jit(flat_step), platforms=["cuda"])(*leaves)
     return bytes(exported.serialize()), [i for i, here in enumerate(donated) if here]
+
+
+def _names(abstract_args: tuple[Any, ...]) -> list[str]:
+    """What to call the leaves of the arguments."""
+    paths = jax.tree_util.tree_leaves_with_path(abstract_args)
+    return [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]

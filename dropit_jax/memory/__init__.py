@@ -1,0 +1,38 @@
+"""What a training step really takes: memory, operations, the batch that fits.
+
+`compile_report` asks the compiler of the device, which need not be there, and
+`max_batch` searches with it; `saved_residuals` and `cached_bytes` look at what
+differentiation keeps, before any compiler.
+"""
+
+from dropit_jax.memory.batches import BatchPlan, NoBatchFitsError, max_batch
+from dropit_jax.memory.buffers import Buffer
+from dropit_jax.memory.cached import cached_bytes
+from dropit_jax.memory.devices import TargetError, device_bytes, targets
+from dropit_jax.memory.gpu_compiler import memory_stats
+from dropit_jax.memory.report import (
+    COMPILER_PATH_VARIABLE,
+    CompileReport,
+    CompilerError,
+    compile_report,
+)
+from dropit_jax.memory.residuals import SavedResidual, SavedResiduals, saved_residuals
+
+__all__ = [
+    "COMPILER_PATH_VARIABLE",
+    "BatchPlan",
+    "Buffer",
+    "CompileReport",
+    "CompilerError",
+    "NoBatchFitsError",
+    "SavedResidual",
+    "SavedResiduals",
+    "TargetError",
+    "cached_bytes",
+    "compile_report",
+    "device_bytes",
+    "max_batch",
+    "memory_stats",
+    "saved_residuals",
+    "targets",
+]
