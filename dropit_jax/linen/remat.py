@@ -26,7 +26,7 @@ def remat(
     if preset.remat == "none":
         return block
     if preset.remat == "blocks" and preset.eight_bit:
-        return recomputed(block)
+        return recomputed(block)  # type: ignore[arg-type]  # a class can be hashed
     policy = None
     if preset.remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -318,7 +318,7 @@ class InHelper(nn.Module):
         return self.activate(nn.Dense(16)(x))
 
     def activate(self, x):
-        return jax.jit(lambda x: nn.tanh(x))(x)
+        return jax.jit(lambda x: nn.tanh(x))(x)  # noqa: PLW0108
 
 
 class AsArgument(nn.Module):
@@ -329,14 +329,14 @@ class AsArgument(nn.Module):
 
 # What comes to a function of 8 bits, each in its own way, and its name.
 _WAYS = {
-    "looked up": (Dense(lambda x: jax.nn.gelu(x)), "gelu"),
+    "looked up": (Dense(lambda x: jax.nn.gelu(x)), "gelu"),  # noqa: PLW0108
     "keyword": (Dense(lambda x: nn.gelu(approximate=False, x=x)), "gelu"),
     "field": (Dense(), "gelu"),
     "partial": (Dense(functools.partial(nn.gelu, approximate=False)), "gelu"),
     "sequence": (nn.Sequential([nn.Dense(16), nn.sigmoid]), "sigmoid"),
     "swish": (Dense(jax.nn.swish), "silu"),
     "file": (InTheFile(), "gelu"),
-    "file of a field": (Dense(lambda x: gelu(x)), "gelu"),
+    "file of a field": (Dense(lambda x: gelu(x)), "gelu"),  # noqa: PLW0108
     "other file": (InOtherFile(), "silu"),
     "table": (InTable(), "gelu"),
     "setup": (InSetup(), "gelu"),
@@ -732,11 +732,11 @@ _UNREACHED = {
     "learned slope": (nn.PReLU(), ("", "PReLU", "no compact twin")),
     "no twin": (Dense(nn.softplus), ("", "softplus", "no compact twin")),
     "no twin, looked up": (
-        Dense(lambda x: nn.softmax(x)),
+        Dense(lambda x: nn.softmax(x)),  # noqa: PLW0108
         ("", "softmax", "no compact twin"),
     ),
     "mathematics": (
-        Dense(lambda x: jnp.tanh(x)),
+        Dense(lambda x: jnp.tanh(x)),  # noqa: PLW0108
         ("", "jnp.tanh", "looked up in jax.numpy, not in jax.nn or flax.linen"),
     ),
     "slope": (
@@ -843,10 +843,9 @@ class ThirdPartyTest(PresetTestCase):
 
     def test_models_of_nnx_are_left_alone(self):
         model = FeedForward(nnx.Rngs(0), 16, 32)
-        run = lambda x: model(x)  # noqa: E731
-        before = _residual(run, _X)
+        before = _residual(model, _X)
         with dn.intercept("lean") as report:
-            self.assertEqual(_residual(run, _X), before)
+            self.assertEqual(_residual(model, _X), before)
         self.assertEmpty(report.layers)
 
 
