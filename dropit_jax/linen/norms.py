@@ -5,10 +5,7 @@ output and the running statistics, bit for bit; the gradient is that of
 `dropit_jax.nn.norms`, and as near as is said there.
 """
 
-import contextlib
-import contextvars
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +15,9 @@ from flax.core import meta
 from flax.linen import normalization
 from jaxtyping import Array, Float
 
-from dropit_jax.nn import norms
-from dropit_jax.nn.norms import Across, Norm
+from dropit_jax import norm_layers
+from dropit_jax.nn import norm_gradient
+from dropit_jax.nn.norm_gradient import Norm
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.BatchNorm,
@@ -113,16 +111,18 @@ def compact(
     x = jnp.asarray(x)
     if module.is_initializing() or not jnp.issubdtype(x.dtype, jnp.floating):
         return method(x, **arguments)
-    with statistics_noted(normalization) as noted:
+    with norm_layers.statistics_noted(normalization) as noted:
         y = method(jax.lax.stop_gradient(x), **arguments)
     constant = _uses_running_average(module, use_running_average)
-    norm = describe(module, x, LAYERS, constant)
+    norm = norm_layers.describe(module, x, LAYERS, constant)
     if constant:
         mean, var, mask = *_running_statistics(module, x, norm), None
     elif noted:
-        mean, var = (norms.with_axes(statistic, x, norm) for statistic in noted[0])
+        mean, var = (
+            norm_gradient.with_axes(statistic, x, norm) for statistic in noted[0]
+        )
     else:
-        mean, var = norms.statistics(
+        mean, var = norm_gradient.statistics(
             x,
             norm,
             use_fast_variance=module.use_fast_variance,
@@ -131,82 +131,7 @@ def compact(
         )
     mask = None if mask is None else jnp.asarray(mask, bool)
     scale, bias = (_parameter(module, name) for name in ("scale", "bias"))
-    return norms.with_compact_gradient(y, x, mean, var, scale, bias, norm, mask)
-
-
-def describe(layer: Any, x: Array, kinds: Sequence[type], constant: bool) -> Norm:
-    """What a layer does.
-
-    Args:
-      layer: of `flax.linen` or `flax.nnx`, whose attributes have the same names.
-      x: what it normalises.
-      kinds: the classes that its own is one of, in the order of `LAYERS`.
-      constant: whether it uses running averages.
-    """
-    batch, _, rms, group, instance = (isinstance(layer, kind) for kind in kinds)
-    rest = {
-        "epsilon": layer.epsilon,
-        "across": Across(layer.axis_name, _hashable(layer.axis_index_groups)),
-    }
-    if group:
-        given = layer.reduction_axes
-        axes = _axes((*range(1, x.ndim - 1), -1) if given is None else given, x)
-        return Norm(axes, groups=_groups(layer, x), **rest)
-    features = _axes(layer.axis if batch else layer.feature_axes, x)
-    if batch or instance:
-        first = 0 if batch else 1
-        axes = tuple(axis for axis in range(first, x.ndim) if axis not in features)
-        return Norm(axes, feature_axes=features, constant=constant, **rest)
-    axes = _axes(layer.reduction_axes, x)
-    return Norm(axes, feature_axes=features, use_mean=not rms, **rest)
-
-
-def statistics_noted(
-    flax: Any,
-) -> contextlib.AbstractContextManager[list[tuple[Array, Array]]]:
-    """Takes note of the statistics that Flax's layers compute in the context.
-
-    Computed a second time they would be the same numbers, but on a mesh of devices XLA
-    would also move them a second time. Flax has no public hook for this. Outside of the
-    context its private one does what it did; where a version has none, nothing is
-    noted.
-
-    Args:
-      flax: its module of normalisations.
-    """
-    _let_note(flax)
-    return _noting()
-
-
-# Where statistics are noted.
-_noted: contextvars.ContextVar[list[tuple[Array, Array]] | None]
-_noted = contextvars.ContextVar("noted", default=None)
-
-
-@contextlib.contextmanager
-def _noting() -> Iterator[list[tuple[Array, Array]]]:
-    noted: list[tuple[Array, Array]] = []
-    token = _noted.set(noted)
-    try:
-        yield noted
-    finally:
-        _noted.reset(token)
-
-
-@functools.cache
-def _let_note(flax: Any) -> None:
-    compute = getattr(flax, "_compute_stats", None)
-    if compute is None:
-        return
-
-    @functools.wraps(compute)
-    def compute_and_note(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
-        statistics: tuple[Array, Array] = compute(*args, **kwargs)
-        if (noted := _noted.get()) is not None:
-            noted.append(statistics)
-        return statistics
-
-    flax._compute_stats = compute_and_note
+    return norm_gradient.with_compact_gradient(y, x, mean, var, scale, bias, norm, mask)
 
 
 def _uses_running_average(module: Any, given: bool | None) -> bool:
@@ -214,21 +139,6 @@ def _uses_running_average(module: Any, given: bool | None) -> bool:
         return False
     own = module.use_running_average
     return bool(nn.merge_param("use_running_average", own, given))
-
-
-def _groups(layer: Any, x: Array) -> int:
-    if layer.group_size is None:
-        return layer.num_groups
-    return x.shape[-1] // layer.group_size
-
-
-def _axes(axes: Any, x: Array) -> tuple[int, ...]:
-    listed = axes if isinstance(axes, Iterable) else (axes,)
-    return tuple(sorted({axis % x.ndim for axis in listed}))
-
-
-def _hashable(groups: Any) -> tuple[tuple[int, ...], ...] | None:
-    return None if groups is None else tuple(tuple(group) for group in groups)
 
 
 def _statistics_dtype(module: Any, x: Array) -> Any:

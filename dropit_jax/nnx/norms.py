@@ -15,9 +15,9 @@ from flax import nnx
 from flax.nnx.nn import normalization
 from jaxtyping import Array, Float
 
-from dropit_jax.linen.norms import describe, statistics_noted
-from dropit_jax.nn import norms
-from dropit_jax.nn.norms import Norm
+from dropit_jax import norm_layers
+from dropit_jax.nn import norm_gradient
+from dropit_jax.nn.norm_gradient import Norm
 
 _FLAX = (
     nnx.BatchNorm,
@@ -81,19 +81,21 @@ def _compact(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or _is_scrambled(layer, x):
         return method(x, *args, **kwargs)
-    with statistics_noted(normalization) as noted:
+    with norm_layers.statistics_noted(normalization) as noted:
         y = method(jax.lax.stop_gradient(x), *args, **kwargs)
     mask = given.get("mask")
     constant = _uses_running_average(layer, given.get("use_running_average"))
-    norm = describe(layer, x, _FLAX, constant)
+    norm = norm_layers.describe(layer, x, _FLAX, constant)
     x, mean, var, scale, bias = _promoted(layer, x, norm)
     if constant:
         mask = None
     elif noted:
-        mean, var = (norms.with_axes(statistic, x, norm) for statistic in noted[0])
+        mean, var = (
+            norm_gradient.with_axes(statistic, x, norm) for statistic in noted[0]
+        )
     else:
         dtype = x.dtype if layer.dtype is None else layer.dtype
-        mean, var = norms.statistics(
+        mean, var = norm_gradient.statistics(
             x,
             norm,
             use_fast_variance=layer.use_fast_variance,
@@ -101,14 +103,14 @@ def _compact(
             dtype=jnp.promote_types(dtype, jnp.float32),
         )
     mask = None if mask is None else jnp.asarray(mask, bool)
-    return norms.with_compact_gradient(y, x, mean, var, scale, bias, norm, mask)
+    return norm_gradient.with_compact_gradient(y, x, mean, var, scale, bias, norm, mask)
 
 
 def _is_scrambled(layer: Any, x: Array) -> bool:
     """Whether Flax mixes up the statistics of groups."""
     if not isinstance(layer, nnx.GroupNorm) or layer.reduction_axes is None:
         return False
-    axes = describe(layer, x, _FLAX, constant=False).axes
+    axes = norm_layers.describe(layer, x, _FLAX, constant=False).axes
     return axes != tuple(range(1, x.ndim))
 
 
@@ -124,7 +126,7 @@ def _promoted(
     """Input, running averages, scale and bias, as Flax has them promoted.
 
     All but the input have an axis for each of the input's, or for each of the features,
-    as `norms.with_compact_gradient` takes them.
+    as `norm_gradient.with_compact_gradient` takes them.
     """
     sizes = [x.shape[axis] for axis in norm.feature_axes]
     shape = [n if axis in norm.feature_axes else 1 for axis, n in enumerate(x.shape)]

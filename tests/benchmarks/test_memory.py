@@ -86,7 +86,16 @@ class PrintingTest(parameterized.TestCase):
 
     def test_json_is_a_list_of_objects(self):
         results = [dataclasses.asdict(r) for r in _results(workloads.WORKLOADS[0])]
-        wanted = "model batch dtype variant target temp_bytes ratio flops_ratio".split()
+        wanted = [
+            "model",
+            "batch",
+            "dtype",
+            "variant",
+            "target",
+            "temp_bytes",
+            "ratio",
+            "flops_ratio",
+        ]
         for result in json.loads(json.dumps(results)):
             self.assertContainsSubset(wanted, result)
 

@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from dropit_jax import linen as dn
-from dropit_jax.nn import norms
+from dropit_jax.nn import norm_gradient, norms
 from tests.dropit_jax import reference
 
 _COLLECTIVE = re.compile(
@@ -321,7 +321,9 @@ class TwinTest(parameterized.TestCase):
         for kwargs in ({}, {"mask": x > 0}, options, {"dtype": jnp.float32}):
             given = kwargs if "dtype" in kwargs else {"dtype": None} | kwargs
             expected = normalization._compute_stats(x, (0,), **given)
-            actual = norms.statistics(x, norms.Norm((0,), 1e-5), **kwargs)
+            actual = norm_gradient.statistics(
+                x, norm_gradient.Norm((0,), 1e-5), **kwargs
+            )
             jax.tree.map(
                 reference.assert_same_bits, [a[0] for a in actual], list(expected)
             )
@@ -334,7 +336,7 @@ class TwinTest(parameterized.TestCase):
         given = _variables(layer, x), x, _numbers(1, x.shape)
         nothing = lambda _: contextlib.nullcontext([])  # noqa: E731
         noted = _run(layer, *given, **case.arguments)
-        with mock.patch("dropit_jax.linen.norms.statistics_noted", nothing):
+        with mock.patch("dropit_jax.norm_layers.statistics_noted", nothing):
             again = _run(layer, *given, **case.arguments)
         chex.assert_trees_all_close(noted, again, rtol=1e-5, atol=1e-6)
 
@@ -429,7 +431,9 @@ class CacheTest(parameterized.TestCase):
             return norms.layer_norm(2 * x)
 
         x = _numbers(0, (3, 5, 24))
-        save = jax.checkpoint_policies.save_only_these_names(norms.RESIDUAL_NAME)
+        save = jax.checkpoint_policies.save_only_these_names(
+            norm_gradient.RESIDUAL_NAME
+        )
         saved = jax.checkpoint(scaled, policy=save)
         self.assertEqual(_cached(saved, x), sorted(_residual_bytes(_CASES["layer"])))
 

@@ -1,0 +1,314 @@
+"""The gradient of a normalisation from its normalised input in 8 bits.
+
+`dropit_jax.nn.norms` says which, and how near it is.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from dropit_jax import derivatives, shardings
+from dropit_jax.quantization import Quantized, quantize
+
+# Elements that share a minimum and a scale.
+_GROUP_SIZE = 64
+# The name of what is cached, for `jax.checkpoint_policies` and reports.
+RESIDUAL_NAME = "norm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """Over which devices statistics are taken, where that is said by name.
+
+    Attributes:
+      axis_name: of `jax.pmap`, `jax.shard_map` or `jax.vmap`; `None`: over none.
+      axis_index_groups: as in `jax.lax.pmean`, hashable.
+    """
+
+    axis_name: Any = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+
+    def mean(self, *sums: Array) -> tuple[Array, ...]:
+        """The means over these devices, in one collective."""
+        if self.axis_name is None:
+            return sums
+        groups = self.axis_index_groups
+        stacked = jnp.stack(sums) if len(sums) > 1 else sums[0]
+        means = lax.pmean(stacked, self.axis_name, axis_index_groups=groups)
+        return tuple(means) if len(sums) > 1 else (means,)
+
+
+_LOCAL = Across()
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What a normalisation does, all but its arrays.
+
+    Attributes:
+      axes: over which statistics are taken, counted from the first.
+      epsilon: added to the variance.
+      feature_axes: along which γ and β vary, in the order of their axes.
+      groups: where given, the last axis is cut into so many, whose members share
+        statistics; then it is one of `axes`.
+      use_mean: whether the mean is taken off.
+      constant: whether the statistics are none of x, as running averages are.
+      across: over which devices statistics are taken.
+    """
+
+    axes: tuple[int, ...]
+    epsilon: float
+    feature_axes: tuple[int, ...] = (-1,)
+    groups: int | None = None
+    use_mean: bool = True
+    constant: bool = False
+    across: Across = _LOCAL
+
+
+def statistics(
+    x: Float[Array, "..."],
+    norm: Norm,
+    *,
+    use_fast_variance: bool = True,
+    mask: Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Mean and variance, without a gradient; `norm.axes` stay as axes of size 1.
+
+    Operation for operation what Flax computes, so that XLA computes it once for both.
+
+    Args:
+      x: an array.
+      norm: which normalisation. With groups, the last axis becomes (groups, 1).
+      use_fast_variance: E[x²] - E[x]² rather than E[(x - E[x])²].
+      mask: what of x counts, broadcastable to it; `None`: all.
+      dtype: of the computation; `None`: float32, or x's if that is wider.
+    """
+    if dtype is None:
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+    axes = _stat_axes(x, norm)
+    wide = _cut(lax.stop_gradient(x), norm).astype(dtype)
+    where = None if mask is None else _cut(jnp.asarray(mask, bool), norm)
+
+    def means(*arrays: Array) -> tuple[Array, ...]:
+        return norm.across.mean(*(a.mean(axes, where=where) for a in arrays))
+
+    if not norm.use_mean:
+        (var,) = means(lax.square(wide))
+        mean = jnp.zeros_like(var)
+    elif use_fast_variance:
+        mean, square = means(wide, lax.square(wide))
+        var = jnp.maximum(0.0, square - lax.square(mean))
+    else:
+        (mean,) = means(wide)
+        (var,) = means(lax.square(wide - jnp.expand_dims(mean, axes)))
+    return with_axes(mean, x, norm), with_axes(var, x, norm)
+
+
+def with_axes(
+    statistic: Float[Array, "..."], x: Float[Array, "..."], norm: Norm
+) -> Float[Array, "..."]:
+    """A statistic as Flax has it, without `norm.axes`, as `statistics` gives it."""
+    return jnp.expand_dims(statistic, _stat_axes(x, norm))
+
+
+def with_compact_gradient(
+    y: Float[Array, "*shape"],
+    x: Float[Array, "*shape"],
+    mean: Float[Array, "..."],
+    var: Float[Array, "..."],
+    scale: Float[Array, "..."] | None,
+    bias: Float[Array, "..."] | None,
+    norm: Norm,
+    mask: Array | None = None,
+) -> Float[Array, "*shape"]:
+    """`y`, with the gradient of the normalisation that made it from the rest.
+
+    Args:
+      y: what a normalisation gave. Its own gradient is not used.
+      x: what was normalised.
+      mean: of `statistics`.
+      var: of `statistics`.
+      scale: γ, with an axis for each of `norm.feature_axes`; `None`: 1.
+      bias: β, likewise; `None`: 0.
+      norm: which normalisation.
+      mask: what of x the statistics are of; `None`: all.
+    """
+    y, mean, var = map(lax.stop_gradient, (y, mean, var))
+    x, scale, bias = jax.tree.map(lambda a: _varying(a, y), (x, scale, bias))
+    return _compact(norm, y, x, mean, var, scale, bias, mask)
+
+
+def _varying(x: Array, y: Array) -> Array:
+    """`x`, as what differs from device to device wherever `y` does.
+
+    Within `jax.shard_map`: what a backward rule gives for `x` does then, too.
+    """
+    of_y, of_x = (jax.typeof(a).manual_axis_type.varying for a in (y, x))
+    axes = of_y - of_x
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("x_hat", "inverse", "scale", "mask", "like"),
+    meta_fields=("bias", "group"),
+)
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What the backward pass reads.
+
+    Attributes:
+      x_hat: the normalised input; `None` where no gradient takes it.
+      inverse: 1 / √(σ² + ε).
+      scale: γ.
+      mask: what of x the statistics are of.
+      like: an empty array of x's dtype.
+      bias: the type of β; `None`: there is none.
+      group: what is sharded like x.
+    """
+
+    x_hat: Quantized | None
+    inverse: Array
+    scale: Array | None
+    mask: Array | None
+    like: Array
+    bias: Any
+    group: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _compact(
+    norm: Norm,
+    y: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    scale: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+) -> Array:
+    del norm, x, mean, var, scale, bias, mask
+    return y
+
+
+def _forward(
+    norm: Norm,
+    y: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    scale: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+) -> tuple[Array, _Saved]:
+    group = shardings.new_group()
+    x = shardings.join(derivatives.once(x, "A normalisation"), group)
+    inverse = checkpoint_name(lax.rsqrt(var + norm.epsilon), RESIDUAL_NAME)
+    codes = None
+    if scale is not None or not norm.constant:
+        x_hat = (x - spread(mean, x, norm)) * spread(inverse, x, norm)
+        codes = checkpoint_name(quantize(x_hat, 8, _GROUP_SIZE), RESIDUAL_NAME)
+    saved = _Saved(
+        x_hat=codes,
+        inverse=inverse,
+        scale=scale,
+        mask=mask,
+        like=jnp.empty((0,), x.dtype),
+        bias=None if bias is None else jax.typeof(bias),
+        group=group,
+    )
+    return y, saved
+
+
+def _backward(
+    norm: Norm, saved: _Saved, cotangent: Array
+) -> tuple[None, Array, None, None, Array | None, Array | None, None]:
+    # Without the barrier XLA may decode early and keep what is decoded alive.
+    x_hat, cotangent = lax.optimization_barrier((saved.x_hat, cotangent))
+    dtypes = (saved.inverse.dtype, saved.like.dtype, cotangent.dtype)
+    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    decoded: Any = None
+    if x_hat is not None:
+        decoded = shardings.like(x_hat.dequantize(dtype), cotangent)
+        decoded = shardings.join(decoded, saved.group)
+    g = cotangent.astype(dtype)
+    to_scale = to_bias = None
+    h = g
+    if saved.scale is not None:
+        h = g * along(saved.scale, g, norm).astype(dtype)
+        to_scale = _sum_to(g * decoded, norm, jax.typeof(saved.scale))
+    if saved.bias is not None:
+        to_bias = _sum_to(g, norm, saved.bias)
+    to_x = h
+    if not norm.constant:
+        to_x = h - _through_statistics(h, decoded, saved.mask, norm)
+    to_x = to_x * spread(saved.inverse, to_x, norm)
+    return None, to_x.astype(saved.like.dtype), None, None, to_scale, to_bias, None
+
+
+_compact.defvjp(_forward, _backward)
+
+
+def _through_statistics(
+    h: Array, x_hat: Array, mask: Array | None, norm: Norm
+) -> Array:
+    """mean(h) + x̂ · mean(h x̂), where the mask lets it through."""
+    grouped, axes = _cut(h, norm), _stat_axes(h, norm)
+    total = functools.partial(jnp.sum, axis=axes, keepdims=True)
+    products = total(grouped * _cut(x_hat, norm))
+    sums = norm.across.mean(*((total(grouped),) if norm.use_mean else ()), products)
+    if mask is None:
+        count: Any = math.prod(grouped.shape[axis] for axis in axes)
+    else:
+        weights = jnp.broadcast_to(jnp.asarray(mask, h.dtype), h.shape)
+        count = total(_cut(weights, norm))
+    means = [spread(value / count, h, norm) for value in sums]
+    through = x_hat * means[-1] + (means[0] if norm.use_mean else 0)
+    return through if mask is None else through * weights
+
+
+def _cut(x: Array, norm: Norm) -> Array:
+    """`x` with an axis for the groups before the last, where there are groups."""
+    if norm.groups is None:
+        return x
+    return x.reshape(*x.shape[:-1], norm.groups, x.shape[-1] // norm.groups)
+
+
+def _stat_axes(x: Array, norm: Norm) -> tuple[int, ...]:
+    """The axes of `_cut(x)` over which statistics are taken."""
+    axes = tuple(axis % x.ndim for axis in norm.axes)
+    if norm.groups is None:
+        return axes
+    return tuple(x.ndim if axis == x.ndim - 1 else axis for axis in axes)
+
+
+def spread(statistic: Array, x: Array, norm: Norm) -> Array:
+    """A statistic of `_cut(x)`, in a shape that broadcasts to that of x."""
+    if norm.groups is None:
+        return statistic
+    size = x.shape[-1] // norm.groups
+    spread = jnp.repeat(statistic, size, axis=-1)
+    return spread.reshape(*statistic.shape[:-2], x.shape[-1])
+
+
+def along(parameter: Array, x: Array, norm: Norm) -> Array:
+    """γ or β in a shape that broadcasts to that of x."""
+    axes = {axis % x.ndim for axis in norm.feature_axes}
+    shape = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
+    return parameter.reshape(shape)
+
+
+def _sum_to(x: Array, norm: Norm, parameter: Any) -> Array:
+    """The gradient of γ or β, of this type, from that of what it is broadcast to."""
+    kept = {axis % x.ndim for axis in norm.feature_axes}
+    summed = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    total = jnp.sum(x, axis=summed).astype(parameter.dtype)
+    return shardings.to(total, tuple(parameter.sharding.spec))
