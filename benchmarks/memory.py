@@ -28,6 +28,13 @@ _MAX_BATCH = flags.DEFINE_bool(
 
 # The paper's GPU, and one of today.
 _MAX_BATCH_TARGETS = ("a5000", "h100")
+_MAX_BATCH_VARIANTS = (
+    "baseline",
+    "dropit",
+    "lean",
+    "lean+remat_blocks",
+    "remat_blocks",
+)
 # Batches are multiples of this.
 _MULTIPLE = 8
 # Compilations at a time.
@@ -51,7 +58,8 @@ class Result:
       flops_ratio: of these to the baseline's.
       flops_ratio_with_attention: of these to the baseline's and those of computing the
         attention's scores once more.
-      max_batch: by GPU, the largest batch that fits; `None`: not asked for.
+      max_batch: by GPU, the largest batch that fits, in multiples of 8; `None`: not
+        asked for, or not of this variant.
     """
 
     model: str
@@ -107,6 +115,8 @@ def largest_batch(workload: Workload, variant: str, target: str) -> int:
 
 def with_largest_batch(workload: Workload, result: Result) -> Result:
     """A result, and the largest batches beside it."""
+    if result.variant not in _MAX_BATCH_VARIANTS:
+        return result
     batches = {
         target: largest_batch(workload, result.variant, target)
         for target in _MAX_BATCH_TARGETS
@@ -119,7 +129,7 @@ def markdown(workload: Workload, results: list[Result]) -> str:
     target, mib = results[0].target, 2**-20
     header = ["variant", "temp MiB", "ratio", "FLOPs ratio", "with attention"]
     batches = list(results[0].max_batch or ())
-    header += [f"largest batch, {target}" for target in batches]
+    header += [f"largest batch, {gpu}" for gpu in batches]
     rows = [
         [
             result.variant,
@@ -127,7 +137,7 @@ def markdown(workload: Workload, results: list[Result]) -> str:
             f"{result.ratio:.3f}",
             f"{result.flops_ratio:.3f}",
             f"{result.flops_ratio_with_attention:.3f}",
-            *(f"{batch:,}" for batch in (result.max_batch or {}).values()),
+            *(_batch(result, gpu) for gpu in batches),
         ]
         for result in results
     ]
@@ -145,6 +155,10 @@ def markdown(workload: Workload, results: list[Result]) -> str:
             f"DropIT {dropped:,} MB, ratio {dropped / plain:.3f}.",
         ]
     return "\n".join(lines)
+
+
+def _batch(result: Result, target: str) -> str:
+    return "-" if result.max_batch is None else f"{result.max_batch[target]:,}"
 
 
 def main(argv: list[str]) -> None:

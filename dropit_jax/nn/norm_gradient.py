@@ -36,12 +36,25 @@ class Across:
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
 
     def mean(self, *sums: Array) -> tuple[Array, ...]:
-        """The means over these devices, in one collective."""
+        """The means over these devices, in one collective.
+
+        Raises:
+          NameError: there is no such axis; nor is there in the backward pass of
+            `jax.grad` outside of `jax.vmap`.
+        """
         if self.axis_name is None:
             return sums
         groups = self.axis_index_groups
         stacked = jnp.stack(sums) if len(sums) > 1 else sums[0]
-        means = lax.pmean(stacked, self.axis_name, axis_index_groups=groups)
+        try:
+            means = lax.pmean(stacked, self.axis_name, axis_index_groups=groups)
+        except NameError as error:
+            raise NameError(
+                f"A normalisation over axis_name={self.axis_name!r}: there is no such "
+                "axis here. In the backward rule of an operation JAX has the axes of "
+                "jax.vmap only if the gradient is taken inside of it: take it there, "
+                "use jax.shard_map, or the plain Flax layer."
+            ) from error
         return tuple(means) if len(sums) > 1 else (means,)
 
 

@@ -551,6 +551,22 @@ class DevicesTest(parameterized.TestCase):
         alone = jax.device_get(gradient(variables["params"], x))
         self._assert_same(results[1], alone, results[0])
 
+    def test_a_gradient_outside_of_a_named_vmap_is_explained(self):
+        layer = dn.BatchNorm(use_running_average=False, axis_name="data")
+        x = _numbers(0, (4, 3, 8))
+        variables = nn.BatchNorm(use_running_average=False).init(
+            jax.random.key(0), x[0]
+        )
+
+        def loss(x):
+            def apply(x):
+                return layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+            return jax.vmap(apply, axis_name="data")(x).sum()
+
+        with pytest.raises(NameError, match=r"axis_name='data'.*inside of it"):
+            jax.grad(loss)(x)
+
     @parameterized.parameters(
         ("BatchNorm", _BATCH), ("RMSNorm", {"reduction_axes": (0, -1)})
     )
