@@ -27,14 +27,22 @@ class Toolbox:
 
     Dense: _Layer
     DenseGeneral: _Layer
+    Einsum: _Layer
     Conv: _Layer
+    ConvLocal: _Layer
+    ConvTranspose: _Layer
     MultiHeadDotProductAttention: _Layer
+    MultiHeadAttention: _Layer
+    SelfAttention: _Layer
     BatchNorm: _Layer
     LayerNorm: _Layer
     GroupNorm: _Layer
+    InstanceNorm: _Layer
     RMSNorm: _Layer
     Dropout: _Layer
     relu: _Function
+    relu6: _Function
+    leaky_relu: _Function
     gelu: _Function
     silu: _Function
     tanh: _Function
@@ -46,24 +54,32 @@ class Toolbox:
 
 def toolbox(preset: Preset) -> Toolbox:
     """The layers and functions of a preset."""
-    drop = preset.dropit
     bits = compact if preset.one_bit else nn
     codes = compact if preset.eight_bit else nn
     normal: Any = norms if preset.eight_bit else nn
     attend = attention(preset)
+    dense = functools.partial(functools.partial, dropit=preset.dropit)
+    conv = functools.partial(functools.partial, dropit=preset.conv)
+    attending = functools.partial(dense, attention_fn=attend)
     return Toolbox(
-        Dense=functools.partial(layers.Dense, dropit=drop),
-        DenseGeneral=functools.partial(layers.DenseGeneral, dropit=drop),
-        Conv=functools.partial(layers.Conv, dropit=preset.conv),
-        MultiHeadDotProductAttention=functools.partial(
-            layers.MultiHeadDotProductAttention, dropit=drop, attention_fn=attend
-        ),
+        Dense=dense(layers.Dense),
+        DenseGeneral=dense(layers.DenseGeneral),
+        Einsum=dense(layers.Einsum),
+        Conv=conv(layers.Conv),
+        ConvLocal=conv(layers.ConvLocal),
+        ConvTranspose=conv(layers.ConvTranspose),
+        MultiHeadDotProductAttention=attending(layers.MultiHeadDotProductAttention),
+        MultiHeadAttention=attending(layers.MultiHeadAttention),
+        SelfAttention=attending(layers.SelfAttention),
         BatchNorm=normal.BatchNorm,
         LayerNorm=normal.LayerNorm,
         GroupNorm=normal.GroupNorm,
+        InstanceNorm=normal.InstanceNorm,
         RMSNorm=normal.RMSNorm,
         Dropout=stochastic.Dropout if preset.one_bit else nn.Dropout,
         relu=bits.relu,
+        relu6=bits.relu6,
+        leaky_relu=bits.leaky_relu,
         gelu=codes.gelu,
         silu=codes.silu,
         tanh=codes.tanh,
