@@ -1,6 +1,6 @@
 """`flax.linen` layers that cache their input compressed, and any model made of them."""
 
-from dropit_jax.linen.interception import InterceptedLayer, Interception, intercept
+from dropit_jax.linen.interception import Interception, intercept
 from dropit_jax.linen.layers import (
     Conv,
     ConvLocal,
@@ -19,6 +19,7 @@ from dropit_jax.linen.norms import (
     LayerNorm,
     RMSNorm,
 )
+from dropit_jax.linen.report import InterceptedLayer, Unreached
 from dropit_jax.linen.stochastic import Dropout
 from dropit_jax.linen.toolbox import Toolbox, toolbox
 
@@ -41,6 +42,7 @@ __all__ = [
     "RMSNorm",
     "SelfAttention",
     "Toolbox",
+    "Unreached",
     "intercept",
     "toolbox",
 ]

@@ -1,4 +1,4 @@
-"""One call of a Flax layer, with what it caches compressed.
+"""One call of a Flax layer with a product, with what it caches compressed.
 
 The layer's own code runs. Where Flax has a hook for the product, a caching operation is
 put into it for the time of the call; where it has none, the whole layer is the product.
@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array
 
 from dropit_jax import hooks, ops, products, sharing
-from dropit_jax import nn as compact
-from dropit_jax.linen import functions, norms, stochastic
 from dropit_jax.policy import DropIT, check_policy
 
 # The Flax layers whose product can be replaced, with the field that replaces it.
@@ -37,43 +34,7 @@ CONVOLUTIONS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 
 # The code of their calls, as Flax's interceptors name it. A subclass with another
 # `__call__` is another layer, until it calls Flax's.
-_FLAX_CALLS = {inspect.unwrap(layer.__call__) for layer in LAYERS}
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Layers that cache no input of a product.
-
-    Attributes:
-      kinds: Flax's classes.
-      bits: what their compact twins cache of an element.
-      twins: the classes of these, where there are any.
-    """
-
-    kinds: tuple[type[nn.Module], ...]
-    bits: int
-    twins: tuple[type[nn.Module], ...] = ()
-
-    @functools.cached_property
-    def calls(self) -> frozenset[Any]:
-        """The code of their calls."""
-        return frozenset(inspect.unwrap(kind.__call__) for kind in self.kinds)
-
-
-NORM = Part(norms.LAYERS, 8, tuple(getattr(norms, k.__name__) for k in norms.LAYERS))
-DROPOUT = Part((nn.Dropout,), 1, (stochastic.Dropout,))
-ATTENTION = Part((nn.MultiHeadDotProductAttention,), 8)
-PARTS = (NORM, DROPOUT, ATTENTION)
-
-# Layers of Flax that cache something of their own and have no compact twin, the method
-# in which they do, and who might expect one: those who want so many bits.
-_WITHOUT_TWIN: tuple[tuple[type[nn.Module], str, int], ...] = (
-    (nn.RNNCellBase, "__call__", 8),
-    (nn.WeightNorm, "__call__", 8),
-    (nn.SpectralNorm, "__call__", 8),
-    (nn.Embed, "attend", 8),
-    (nn.PReLU, "__call__", 1),
-)
+FLAX_CALLS = {inspect.unwrap(layer.__call__) for layer in LAYERS}
 
 # Set while a layer is run as the product of a caching operation.
 _is_product = contextvars.ContextVar("is_product", default=False)
@@ -82,6 +43,16 @@ _is_product = contextvars.ContextVar("is_product", default=False)
 def is_product() -> bool:
     """Whether a layer is being run as the product of a caching operation."""
     return _is_product.get()
+
+
+@contextlib.contextmanager
+def as_product() -> Iterator[None]:
+    """Runs a layer in a way that is no call of the model's."""
+    token = _is_product.set(True)
+    try:
+        yield
+    finally:
+        _is_product.reset(token)
 
 
 def is_layer_call(context: Any) -> bool:
@@ -94,57 +65,10 @@ def is_layer_call(context: Any) -> bool:
       context: `flax.linen.module.InterceptorContext`.
     """
     module = context.module
-    if is_product() or context.orig_method.func not in _FLAX_CALLS:
+    if is_product() or context.orig_method.func not in FLAX_CALLS:
         return False
     names = (hook for layer, hook, _ in _HOOKED if isinstance(module, layer))
     return not any(_caches(getattr(module, hook)) for hook in names)
-
-
-def part(context: Any) -> Part | None:
-    """What an interceptor is told the call of, if a plain one of these layers.
-
-    Args:
-      context: as in `is_layer_call`.
-    """
-    call = context.orig_method.func
-    found = next((each for each in PARTS if call in each.calls), None)
-    is_twin = found is not None and isinstance(context.module, found.twins)
-    return None if is_twin else found
-
-
-def without_twin(context: Any) -> int | None:
-    """The bits of the twin that is missing, in a call that caches something itself.
-
-    Args:
-      context: as in `is_layer_call`.
-    """
-    if not str(context.orig_method.func.__module__).startswith("flax."):
-        return None
-    for kind, method, bits in _WITHOUT_TWIN:
-        if isinstance(context.module, kind) and context.method_name == method:
-            return bits
-    return None
-
-
-def with_own_call(context: Any) -> nn.Module | int | None:
-    """What an interceptor is told the call of, if a subclass that has its own.
-
-    Args:
-      context: as in `is_layer_call`.
-
-    Returns:
-      One of `LAYERS`, without a policy of its own, or the bits of another `Part`.
-      Whether the call comes to Flax's nobody knows before.
-    """
-    module, call = context.module, context.orig_method.func
-    if context.method_name != "__call__" or call in _FLAX_CALLS:
-        return None
-    if isinstance(module, LAYERS):
-        return None if has_policy(module) else module
-    for each in PARTS:
-        if isinstance(module, each.kinds) and not isinstance(module, each.twins):
-            return None if call in each.calls else each.bits
-    return None
 
 
 def has_policy(module: nn.Module) -> bool:
@@ -167,24 +91,6 @@ def stateful_product(module: nn.Module) -> str | None:
         made = made.func if isinstance(made, functools.partial) else made
         if isinstance(made, type) and issubclass(made, nn.Module):
             return f"{hook}_cls"
-    return None
-
-
-def other_attention(module: Any, sow_weights: bool) -> str | None:
-    """Why the core of attention is to stay as it is; `None`: it is not.
-
-    It is an empty text where that is compact already.
-    """
-    attend = module.attention_fn
-    if getattr(attend, "func", attend) is compact.dot_product_attention:
-        return ""
-    if attend is not nn.dot_product_attention:
-        return f"its attention_fn is {getattr(attend, '__name__', attend)}"
-    if sow_weights:
-        return "it sows its weights"
-    for name in ("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"):
-        if getattr(module, name) is not None:
-            return f"it has {name}"
     return None
 
 
@@ -303,7 +209,7 @@ def _whole(
 ) -> Array:
     """A layer without a hook, as one product of its inputs and its kernel."""
     layer = next(layer for layer in _WHOLE if isinstance(module, layer))
-    fields = _fields(module, layer)
+    fields = fields_of(module, layer)
     params = meta.unbox(module.variables["params"])
     kernel, mask = params["kernel"], fields.get("mask")
     if mask is not None and mask.shape == kernel.shape:
@@ -314,12 +220,9 @@ def _whole(
 
     def product(inputs: Array, kernel: Array, *bias: Array) -> Array:
         used = {"kernel": kernel, **({"bias": bias[0]} if bias else {})}
-        token = _is_product.set(True)
-        try:
+        with as_product():
             out: Any = plain.apply({"params": used}, inputs, **kwargs)
-            return out
-        finally:
-            _is_product.reset(token)
+        return out
 
     inputs = jnp.asarray(inputs)
     if module.promote_dtype is nn.dtypes.promote_dtype:
@@ -340,94 +243,7 @@ def _whole(
     return hooks.unbatch(cache(flat, kernel, layout=layout), batch)
 
 
-Observe = Callable[[Array, int, int], None]
-
-
-def compacted(
-    part: Part,
-    module: Any,
-    method: Callable[..., Array],
-    attention: Callable[..., Array],
-    observe: Observe,
-    *args: Any,
-    **kwargs: Any,
-) -> Array:
-    """`method(*args, **kwargs)`, with a compact residual.
-
-    Args:
-      part: what the call is one of.
-      module: one of its layers, bound.
-      method: the `__call__` of Flax's layer for it.
-      attention: what computes the core of attention.
-      observe: is told what was compacted, and what plain Flax and this cache, in bytes.
-      *args: the arguments of the call.
-      **kwargs: likewise.
-    """
-    if part is ATTENTION:
-        attend = _observed_attention(attention, observe)
-        with hooks.replaced(module, attention_fn=attend):
-            return method(*args, **kwargs)
-    compact_call: Any = norms.compact if part is NORM else stochastic.compact
-    out: Array = compact_call(module, method, *args, **kwargs)
-    x = jnp.asarray(args[0] if args else kwargs["x" if part is NORM else "inputs"])
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        if part is NORM:
-            observe(x, x.nbytes, _bytes_of_norm(module, *args, **kwargs))
-        elif (after := _bytes_of_dropout(module, x, *args[1:], **kwargs)) is not None:
-            observe(x, x.size, after)
-    return out
-
-
-def _observed_attention(
-    attention: Callable[..., Array], observe: Observe
-) -> Callable[..., Array]:
-    plain = nn.dot_product_attention
-
-    # Flax gives a function what its signature has names for.
-    @functools.wraps(plain)
-    def attend(query: Array, *args: Any, **kwargs: Any) -> Array:
-        before, after = (
-            functions.kept_bytes(each, query, *args, arguments=True, **kwargs)
-            for each in (plain, attention)
-        )
-        observe(query, before, after)
-        return attention(query, *args, **kwargs)
-
-    return attend
-
-
-def _bytes_of_norm(module: Any, *args: Any, **kwargs: Any) -> int:
-    layer = next(layer for layer in norms.LAYERS if isinstance(module, layer))
-    fields = _fields(module, layer) | {"axis_name": None, "axis_index_groups": None}
-    twin: Any = getattr(norms, layer.__name__)(**fields, parent=None)
-
-    def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return twin.apply(variables, *args, mutable=["batch_stats"], **kwargs)[0]
-
-    token = _is_product.set(True)  # it is no call of the model's
-    try:
-        return functions.kept_bytes(run, module.variables, *args, **kwargs)
-    finally:
-        _is_product.reset(token)
-
-
-def _bytes_of_dropout(
-    module: nn.Dropout,
-    x: Array,
-    deterministic: bool | None = None,
-    rng: Any = None,
-    **_: Any,
-) -> int | None:
-    del rng
-    still = nn.merge_param("deterministic", module.deterministic, deterministic)
-    if still or module.rate in (0.0, 1.0):
-        return None
-    dims = tuple(module.broadcast_dims)
-    drop = functools.partial(compact.dropout, rate=module.rate, broadcast_dims=dims)
-    return functions.kept_bytes(drop, x, key=jax.eval_shape(jax.random.key, 0))
-
-
-def _fields(module: Any, layer: type[nn.Module]) -> dict[str, Any]:
+def fields_of(module: Any, layer: type[nn.Module]) -> dict[str, Any]:
     """What a module gives to the constructor of its base class."""
     return {
         field.name: getattr(module, field.name)

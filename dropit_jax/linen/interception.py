@@ -1,90 +1,28 @@
-"""DropIT in models of others: any `flax.linen` model, left as it is."""
+"""DropIT in models of others: any `flax.linen` model, left as it is.
+
+Flax tells an interceptor of each call of a module's method. Ours decides by the path of
+the module what that call is to cache, has `calls` or `parts` run it, and takes note.
+"""
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import Scope
-from flax.linen import transforms
 from jaxtyping import Array
 
 from dropit_jax import matching, presets, products
-from dropit_jax.linen import calls, functions, toolbox
+from dropit_jax.linen import calls, functions, model_call, parts, report, toolbox
+from dropit_jax.linen.model_call import ModelCall
+from dropit_jax.linen.report import InterceptedLayer, Unreached
 from dropit_jax.matching import Matching
 from dropit_jax.policy import DropIT
 from dropit_jax.presets import Preset
-
-
-@dataclasses.dataclass(frozen=True)
-class InterceptedLayer:
-    """What DropIT or a preset does to a layer or a function.
-
-    Attributes:
-      path: the layer's, its names joined by "/"; of a function, that of the module in
-        whose call it is called.
-      kind: the name of its class; of a function, its own.
-      shape: of the input that it caches; of attention, of the query.
-      dtype: of that input.
-      bytes_before: what plain Flax caches in one call, in bytes: the input; of
-        attention all that its core caches, of dropout the mask.
-      bytes_after: what DropIT, or the compact twin, caches of it.
-      shared_with: the path of an earlier layer that reads the same input and caches it
-        for both; then this one's bytes are 0. `None` elsewhere.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    dtype: jax.typing.DTypeLike
-    bytes_before: int
-    bytes_after: int
-    shared_with: str | None = None
-
-
-class Unreached(NamedTuple):
-    """Something that a preset has a compact twin for, or seems to, and left alone.
-
-    Attributes:
-      path: as in `InterceptedLayer`.
-      what: the name of a class or a function.
-      why: what is in the way.
-    """
-
-    path: str
-    what: str
-    why: str
-
-
-@dataclasses.dataclass
-class _Call:
-    """One call of a model, from outside any module.
-
-    Attributes:
-      first: the path of the first layer that it came to.
-      readers: which layer was the first to read an activation.
-    """
-
-    first: str | None = None
-    readers: dict[Any, tuple[weakref.ref[Array], str]] = dataclasses.field(
-        default_factory=dict
-    )
-
-    def first_reader(self, activation: Array, how: Any, path: str) -> str:
-        """The layer that caches an activation in this way: this one, or an earlier."""
-        place = (id(activation), how)
-        known, reader = self.readers.get(place, (lambda: None, path))
-        if known() is not activation:
-            reader = path
-            self.readers[place] = (weakref.ref(activation), path)
-        return reader
 
 
 class Interception:
@@ -134,32 +72,15 @@ class Interception:
     @property
     def bytes_before(self) -> int:
         """What plain Flax caches of the inputs of these layers."""
-        return sum(layer.bytes_before for layer in self.layers)
+        return report.total_bytes(self.layers)[0]
 
     @property
     def bytes_after(self) -> int:
         """What DropIT caches of them."""
-        return sum(layer.bytes_after for layer in self.layers)
+        return report.total_bytes(self.layers)[1]
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "input", "before", "after")]
-        for layer in self.layers:
-            size = f"{jax.numpy.dtype(layer.dtype).name}{list(layer.shape)}"
-            after = f"{layer.bytes_after:,}"
-            if layer.shared_with is not None:
-                after = f"shared with {layer.shared_with}"
-            before = f"{layer.bytes_before:,}"
-            rows.append((layer.path or ".", layer.kind, size, before, after))
-        called = sum(layer.kind in functions.NAMES for layer in self.layers)
-        count = f"{len(self.layers) - called} layers"
-        count += f", {called} functions" if called else ""
-        total = (f"{self.bytes_before:,}", f"{self.bytes_after:,}")
-        rows.append((f"{count}, bytes", "", "", *total))
-        lines = _aligned(rows)
-        if self.unreached:
-            missed = [(m.path or ".", m.what, m.why) for m in self.unreached]
-            lines += ["", *_aligned([("not reached", "", "why"), *missed])]
-        return "\n".join(lines)
+        return report.table(self.layers, self.unreached)
 
     def wants(self, what: nn.Module | int) -> bool:
         """Whether there is something to be done about it.
@@ -217,10 +138,10 @@ class Interception:
         method: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        call: _Call,
+        call: ModelCall,
     ) -> Any:
         """The call of a layer, with DropIT."""
-        path, policy = _path(module), self.policy(module)
+        path, policy = model_call.path(module), self.policy(module)
 
         def observe(lhs: Array, layout: products.Layout, nbytes: int) -> None:
             reader = call.first_reader(lhs, (layout, policy), path)
@@ -241,14 +162,14 @@ class Interception:
 
     def run_part(
         self,
-        part: calls.Part,
+        part: parts.Part,
         module: nn.Module,
         method: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         """The call of another layer, with its compact residual."""
-        path, kind = _path(module), type(module).__name__
+        path, kind = model_call.path(module), type(module).__name__
 
         def observe(x: Array, before: int, after: int) -> None:
             self._layers[path] = InterceptedLayer(
@@ -256,7 +177,7 @@ class Interception:
             )
 
         attention = toolbox.attention(self._preset)
-        return calls.compacted(
+        return parts.compacted(
             part, module, method, attention, observe, *args, **kwargs
         )
 
@@ -277,12 +198,6 @@ _traced_within = jax.make_user_context(default_value=())
 
 _interceptions: contextvars.ContextVar[tuple[Interception, ...]]
 _interceptions = contextvars.ContextVar("interceptions", default=())
-
-_call: contextvars.ContextVar[_Call | None]
-_call = contextvars.ContextVar("call", default=None)
-
-# The calls under way, by the identity of their root scopes.
-_calls: dict[int, tuple[Callable[[], Scope | None], _Call]] = {}
 
 
 def intercept(
@@ -345,7 +260,7 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
     if not interception.acts:
         yield interception
         return
-    _tell_paths_to_jit()
+    model_call.tell_paths_to_jit(_innermost)
     outer = _interceptions.get()
 
     def interceptor(
@@ -357,9 +272,9 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
         module = context.module
         if calls.is_product() or module.scope is None:
             return method(*args, **kwargs)
-        with _in_call(module.scope) as call:
+        with model_call.in_call(module.scope) as call:
             if isinstance(module, calls.LAYERS) and call.first is None:
-                call.first = _path(module)
+                call.first = model_call.path(module)
             if outer or not any(each.tells for each in _interceptions.get()):
                 return _run(interception, method, args, kwargs, context, call)
             with _functions_caught(context):
@@ -388,12 +303,12 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: Any,
-    call: _Call,
+    call: ModelCall,
 ) -> Any:
     """A call of a method, and what one of the interceptions does to it."""
     module = context.module
-    path, kind = _path(module), type(module).__name__
-    is_layer, part = calls.is_layer_call(context), calls.part(context)
+    path, kind = model_call.path(module), type(module).__name__
+    is_layer, part = calls.is_layer_call(context), parts.part(context)
     if is_layer or part is not None:
         for each in _interceptions.get():  # who may not see it, if this runs it
             each.note(path, call.first)
@@ -408,8 +323,8 @@ def _run(
     run = method
     if part is not None and _taker(part.bits, path) is interception:
         why = None
-        if part is calls.ATTENTION:
-            why = calls.other_attention(module, kwargs.get("sow_weights", False))
+        if part is parts.ATTENTION:
+            why = parts.other_attention(module, kwargs.get("sow_weights", False))
         if why is None:
             run = functools.partial(interception.run_part, part, module, method)
         elif why:
@@ -418,6 +333,10 @@ def _run(
     if call.first is not None:
         interception.firsts[path] = call.first
     return out
+
+
+def _innermost() -> Interception:
+    return _interceptions.get()[-1]
 
 
 def _taker(
@@ -439,7 +358,7 @@ def _taker(
 @contextlib.contextmanager
 def _functions_caught(context: Any) -> Iterator[None]:
     """Catches the functions that are called in a call of a method."""
-    path, every = _path(context.module), _interceptions.get()
+    path, every = model_call.path(context.module), _interceptions.get()
 
     def listener(caught: functions.Caught) -> Interception | None:
         for each in every:
@@ -460,11 +379,11 @@ def _functions_caught(context: Any) -> Iterator[None]:
 def _tell_of_unreached(context: Any) -> None:
     """Takes note of what a call of a method came to and could not be compacted."""
     module = context.module
-    path, kind = _path(module), type(module).__name__
+    path, kind = model_call.path(module), type(module).__name__
     found: list[tuple[nn.Module | int, str, str]] = []
-    if (bits := calls.without_twin(context)) is not None:
+    if (bits := parts.without_twin(context)) is not None:
         found.append((bits, kind, "no compact twin"))
-    own = calls.with_own_call(context)
+    own = parts.with_own_call(context)
     if own is not None and not any(each.saw(path) for each in _interceptions.get()):
         found.append((own, kind, "a __call__ of its own"))
     hidden = functions.out_of_reach(module, context.orig_method.func)
@@ -472,74 +391,3 @@ def _tell_of_unreached(context: Any) -> None:
     for what, name, why in found:
         if (taker := _taker(what, path)) is not None:
             taker.missed(path, name, why)
-
-
-def _call_of(root: Scope) -> _Call:
-    place = id(root)
-    known, call = _calls.get(place, (lambda: None, _Call()))
-    if known() is root:
-        return call
-
-    def forget(_: Any) -> None:
-        _calls.pop(place, None)
-
-    _calls[place] = (weakref.ref(root, forget), call := _Call())
-    return call
-
-
-@functools.cache
-def _tell_paths_to_jit() -> None:
-    """Lets `nn.jit` know modules of different paths apart while layers are replaced.
-
-    It keeps a trace for all modules that are alike, and a trace holds what was decided
-    for the path that it was made with. Flax has no public hook for this; outside of
-    `intercept` the private one does what it did.
-    """
-    proxies: Any = transforms._HashableProxy
-    plain = proxies.from_module
-
-    def from_module(module: nn.Module) -> Any:
-        proxy = plain(module)
-        if (call := _call.get()) is None:
-            return proxy
-        interception, path = _interceptions.get()[-1], _path(module)
-        place = (interception, path, call.first is None)
-        if call.first is None:  # a trace that is kept will not say
-            call.first = interception.firsts.get(path)
-        return dataclasses.replace(proxy, hash_key=hash((proxy.hash_key, *place)))
-
-    proxies.from_module = staticmethod(from_module)
-
-
-@contextlib.contextmanager
-def _in_call(scope: Scope) -> Iterator[_Call]:
-    """The call of a model that this is a part of; a new one if of none.
-
-    Where the method that is applied is a function (`model.apply(..., method=f)`), no
-    module's call is around those of the layers; but all have one root scope, which is
-    made for each `init`, `apply` and `bind`. In a loop or another lifted transformation
-    scopes have other roots, and there a module's call is around.
-    """
-    call = _call.get()
-    if call is not None:
-        yield call
-        return
-    token = _call.set(call := _call_of(scope.root))
-    try:
-        yield call
-    finally:
-        _call.reset(token)
-
-
-def _path(module: nn.Module) -> str:
-    return "/".join(module.path)
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines whose cells stand below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return [line.rstrip() for line in lines]

@@ -1,0 +1,94 @@
+import io
+import json
+from unittest import mock
+
+import rich.console
+from absl.testing import absltest, parameterized
+
+from configs import digits_resnet18
+from dropit_jax import memory
+from tests.train import commands
+from train import memory as command
+from train import step as step_lib
+
+
+def _config():
+    config = digits_resnet18.get_config()
+    config.image_size, config.model.width, config.batch_size = 8, 4, 32
+    return config
+
+
+def _shown(*tables):
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(*tables)
+    return console.file.getvalue()
+
+
+class CommandTest(parameterized.TestCase):
+    def test_prints_what_a_preset_takes_beside_plain_flax(self):
+        status, out, errors = commands.run(
+            "train.memory", *commands.TINY, "--target=l4", "--config.memory=lean"
+        )
+        self.assertEqual((status, errors), (0, ""))
+        for text in ("32 images on l4", "baseline", "temporaries", "the peak of lean"):
+            self.assertIn(text, out)
+        self.assertIn("stage1_block1", out)
+
+    def test_json_is_what_the_library_reports(self):
+        arguments = (*commands.TINY, "--target=l4", "--config.memory=baseline")
+        status, out, errors = commands.run("train.memory", *arguments, "--json")
+        self.assertEqual((status, errors), (0, ""))
+        printed = json.loads(out)
+        config = _config()
+        config.memory = "baseline"
+        step, args = step_lib.abstract(config)
+        report = memory.compile_report(step, *args, target="l4", donate=0)
+        self.assertEqual(set(printed), {"baseline"})
+        self.assertEqual(printed["baseline"]["temp_bytes"], report.temp_bytes)
+        self.assertEqual(printed["baseline"]["peak_bytes"], report.peak_bytes)
+        self.assertEqual(printed["baseline"]["flops"], report.flops)
+
+    @parameterized.parameters(
+        (("--target=h1000",), "error: Unknown target 'h1000'"),
+        (("--config.memory=slim",), "error: config.memory: unknown value 'slim'"),
+        (("--workdir=runs/x",), "leave out --workdir"),
+    )
+    def test_errors_are_a_line(self, arguments, message):
+        status, out, errors = commands.run(
+            "train.memory", *commands.TINY, "--target=l4", *arguments
+        )
+        self.assertNotEqual(status, 0)
+        self.assertIn(message, errors + out)
+        self.assertNotIn("Traceback", errors)
+
+
+class LargestBatchTest(parameterized.TestCase):
+    def test_is_searched_beyond_the_dataset(self):
+        with mock.patch.object(memory, "max_batch") as search:
+            command.plan(_config(), "a5000")
+        make_step, target = search.call_args.args
+        self.assertEqual(target, "a5000")
+        _, (_, batch), donate = make_step(10_000)
+        self.assertEqual(batch["image"].shape, (10_000, 8, 8, 1))
+        self.assertEqual(donate, 0)
+
+    def test_is_shown_and_in_the_json(self):
+        report = memory.CompileReport("l4", 2**22, 2**20, 2**20, 2**20, 3e9, ())
+        plan = memory.BatchPlan(1234, report, 2**30)
+        text = _shown(command.table(32, {"lean": report}, {"lean": plan}))
+        rows = {
+            cells[1].strip(): cells[2].strip()
+            for line in text.splitlines()
+            if len(cells := line.split("│")) > 3
+        }
+        self.assertEqual(rows["temporaries, MiB"], "4.0")
+        self.assertEqual(rows["results beside them, MiB"], "0.0")
+        self.assertEqual(rows["all, MiB"], "5.0")
+        self.assertEqual(rows["largest batch"], "1,234")
+        self.assertEqual(rows["of, MiB"], "1,024.0")
+        found = command.as_dict({"lean": report}, {"lean": plan})["lean"]
+        self.assertEqual((found["max_batch"], found["available_bytes"]), (1234, 2**30))
+
+
+if __name__ == "__main__":
+    absltest.main()
