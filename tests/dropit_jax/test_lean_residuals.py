@@ -37,9 +37,7 @@ class LeanResidualsTest(parameterized.TestCase):
         # Shortcuts, too, keep none of what they add.
         lean = _saved(make(preset("lean")), 32)
         smallest = _BATCH * 8 * 4  # elements; statistics and the like are smaller
-        large = [
-            r for r in lean.residuals if r.is_cached and r.nbytes > 4 * smallest
-        ]
+        large = [r for r in lean.residuals if r.is_cached and r.nbytes > 4 * smallest]
         self.assertNotEmpty(large)
         for residual in large:
             self.assertIn(residual.kind, _COMPACT, residual)
