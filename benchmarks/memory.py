@@ -174,7 +174,11 @@ def main(argv: list[str]) -> None:
                 find = functools.partial(with_largest_batch, workload)
                 with ThreadPoolExecutor(_WORKERS) as pool:
                     results = list(pool.map(find, results))
-        except (memory.CompilerError, memory.TargetError) as error:
+        except (
+            memory.CompilerError,
+            memory.NoBatchFitsError,
+            memory.TargetError,
+        ) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         every += results

@@ -24,7 +24,8 @@ class Preset:
         attention recomputes its scores.
       remat: what `jax.checkpoint` does on top: `"none"`, `"blocks"` (every block of the
         model is recomputed in the backward pass), or `"dots"` (the same, but for the
-        outputs of matrix products, which are kept).
+        outputs of dense layers, which are kept: the policy
+        `dots_with_no_batch_dims_saveable`).
 
     Raises:
       TypeError: `dropit` is not a policy.
@@ -85,7 +86,7 @@ def preset(name: str, *, remat: Remat = "none", **dropit: Any) -> Preset:
       ValueError: there is no such preset, it has no policy to change, or a field's
         value is out of range.
     """
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(map(repr, PRESETS))
@@ -93,6 +94,14 @@ def preset(name: str, *, remat: Remat = "none", **dropit: Any) -> Preset:
     chosen = dataclasses.replace(_PRESETS[name], remat=remat)
     if not dropit:
         return chosen
+    names = [field.name for field in dataclasses.fields(DropIT)]
+    for field in dropit:
+        if field not in names:
+            near = difflib.get_close_matches(field, names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(
+                f"DropIT has no field {field!r}; it has {', '.join(names)}.{hint}"
+            )
     if chosen.dropit is None or chosen.conv is None:
         raise ValueError(
             f"The preset {name!r} has no policy, so {', '.join(dropit)} cannot be set."

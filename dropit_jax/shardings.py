@@ -53,6 +53,35 @@ def to(x: Array, wanted: Spec) -> Array:
     return jax.sharding.reshard(x, PartitionSpec(*wanted))
 
 
+def varying_alike(arrays: Any, like: Any) -> Any:
+    """Arrays, as what differs from device to device wherever others do.
+
+    Within `jax.shard_map`: what a backward rule gives for them does then, too.
+
+    Args:
+      arrays: a pytree; what is no floating-point array in it stays as it is.
+      like: a pytree.
+    """
+    axes: frozenset[str] = frozenset().union(*map(_varying_axes, jax.tree.leaves(like)))
+
+    def vary(x: Any) -> Any:
+        more = axes - _varying_axes(x)
+        if not more or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            return x
+        return jax.lax.pcast(x, tuple(more), to="varying")
+
+    return jax.tree.map(vary, arrays)
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+    aval = jax.typeof(x)
+    return (
+        aval.manual_axis_type.varying
+        if hasattr(aval, "manual_axis_type")
+        else frozenset()
+    )
+
+
 def whole_rows(x: Array) -> Array:
     """`x` with its last axis on every device, where XLA would choose how to shard it.
 

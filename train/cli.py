@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dropit_jax.memory import CompilerError, TargetError
+from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
 from train.config import ConfigError
 from train.interrupts import Interrupted
 
@@ -19,7 +19,13 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 # What a user can mend, and is told without a trace.
-_USER_ERRORS = (ConfigError, CompilerError, FloatingPointError, TargetError)
+_USER_ERRORS = (
+    ConfigError,
+    CompilerError,
+    FloatingPointError,
+    NoBatchFitsError,
+    TargetError,
+)
 # What a config file, or a value for one of its fields, can go wrong with.
 _CONFIG_FILE_ERRORS = (
     AttributeError,

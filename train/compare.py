@@ -54,7 +54,7 @@ class Measurements:
 def main(config: ConfigDict, workdir: Path) -> None:
     """Compiles, times and trains both variants, and writes the comparison."""
     target, terminal = _TARGET.value, Terminal()
-    variants = {_FLAX: _plain(config), _DROPIT: _compact(config)}
+    variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
     terminal.say(f"Compiling a step for {target} ...")
     temp = {name: _temp_bytes(variant, target) for name, variant in variants.items()}
     rows = {
@@ -116,14 +116,6 @@ def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
             times[name].append(time.perf_counter() - start)
     # The first step of each compiles.
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
-
-
-def _plain(config: ConfigDict) -> ConfigDict:
-    """The config with plain Flax layers, and nothing recomputed."""
-    variant = copy.deepcopy(config)
-    variant.memory, variant.remat = "baseline", "none"
-    variant.dropit = config_lib.dropit_section()
-    return variant
 
 
 def _compact(config: ConfigDict) -> ConfigDict:

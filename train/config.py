@@ -1,5 +1,6 @@
 """What a config may say, and the check that it says that and nothing else."""
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -116,6 +117,14 @@ def memory(config: ConfigDict) -> Preset:
         return preset(config.memory, remat=config.remat, **changed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.dropit: {error}") from error
+
+
+def plain(config: ConfigDict) -> ConfigDict:
+    """The config with plain Flax layers, and nothing recomputed."""
+    variant = copy.deepcopy(config)
+    variant.memory, variant.remat = "baseline", "none"
+    variant.dropit = dropit_section()
+    return variant
 
 
 def validate(config: ConfigDict, num_devices: int = 1) -> None:

@@ -3,7 +3,6 @@
 `python -m train.memory --config=configs/FILE.py --target=a5000 [--max_batch] [--json]`
 """
 
-import copy
 import dataclasses
 import functools
 import json
@@ -33,9 +32,9 @@ def main(config: ConfigDict, _: Path) -> None:
     """Compiles the step, and the same with plain Flax, and prints what they take."""
     variants = {name_of(config): config}
     if config.memory != _BASELINE or config.remat != "none":
-        variants = {_BASELINE: plain(config)} | variants
+        variants = {_BASELINE: config_lib.plain(config)} | variants
     reports = {name: report(each, _TARGET.value) for name, each in variants.items()}
-    plans: dict[str, memory.BatchPlan] = {}
+    plans: dict[str, memory.BatchPlan | None] = {}
     if _MAX_BATCH.value:
         plans = {name: plan(each, _TARGET.value) for name, each in variants.items()}
     if _JSON.value:
@@ -52,30 +51,25 @@ def name_of(config: ConfigDict) -> str:
     return f"{config.memory}{remat}"
 
 
-def plain(config: ConfigDict) -> ConfigDict:
-    """The config with plain Flax layers, and nothing recomputed."""
-    variant = copy.deepcopy(config)
-    variant.memory, variant.remat = _BASELINE, "none"
-    variant.dropit = config_lib.dropit_section()
-    return variant
-
-
 def report(config: ConfigDict, target: str) -> memory.CompileReport:
     """What the step of a config takes."""
     step, args = step_lib.abstract(config)
     return memory.compile_report(step, *args, target=target, donate=0)
 
 
-def plan(config: ConfigDict, target: str) -> memory.BatchPlan:
-    """The largest batch of a config that fits."""
+def plan(config: ConfigDict, target: str) -> memory.BatchPlan | None:
+    """The largest batch of a config that fits; `None`: not even one image does."""
     abstract = functools.partial(step_lib.abstract, config)
-    return memory.max_batch(lambda batch: (*abstract(batch), 0), target)
+    try:
+        return memory.max_batch(lambda batch: (*abstract(batch), 0), target)
+    except memory.NoBatchFitsError:
+        return None
 
 
 def table(
     batch: int,
     reports: dict[str, memory.CompileReport],
-    plans: dict[str, memory.BatchPlan],
+    plans: dict[str, memory.BatchPlan | None],
 ) -> rich.table.Table:
     """The reports side by side."""
     target = next(iter(reports.values())).target
@@ -95,21 +89,20 @@ def table(
     flops = (f"{each.flops * 1e-9:,.1f}" for each in reports.values())
     shown.add_row("GFLOPs of products", *flops)
     if plans:
-        batches = (f"{plans[name].batch:,}" for name in reports)
+        found = [plans[name] for name in reports]
+        batches = ("none" if each is None else f"{each.batch:,}" for each in found)
         shown.add_row("largest batch", *batches)
-        available = (f"{plans[name].available_bytes * 2**-20:,.1f}" for name in reports)
-        shown.add_row("of, MiB", *available)
     return shown
 
 
 def buffers(name: str, each: memory.CompileReport) -> rich.table.Table:
     """The largest buffers alive at the peak."""
-    shown = rich.table.Table(
-        "MiB", "array", "layer", "operation", "pass", title=f"At the peak of {name}"
-    )
+    shown = rich.table.Table("MiB", "array", title=f"At the peak of {name}")
+    for column in ("layer", "operation", "pass"):
+        shown.add_column(column, overflow="fold")
     for buffer in each.buffers:
         shown.add_row(
-            f"{buffer.nbytes * 2**-20:,.1f}",
+            f"{buffer.nbytes * 2**-20:,.2f}",
             f"{buffer.dtype}{list(buffer.shape)}",
             buffer.layer,
             buffer.operation,
@@ -119,7 +112,7 @@ def buffers(name: str, each: memory.CompileReport) -> rich.table.Table:
 
 
 def as_dict(
-    reports: dict[str, memory.CompileReport], plans: dict[str, memory.BatchPlan]
+    reports: dict[str, memory.CompileReport], plans: dict[str, memory.BatchPlan | None]
 ) -> dict[str, Any]:
     """Everything, by variant."""
     every: dict[str, Any] = {
@@ -127,8 +120,7 @@ def as_dict(
         for name, each in reports.items()
     }
     for name, found in plans.items():
-        every[name]["max_batch"] = found.batch
-        every[name]["available_bytes"] = found.available_bytes
+        every[name]["max_batch"] = None if found is None else found.batch
     return every
 
 

@@ -273,7 +273,9 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
         if calls.is_product() or module.scope is None:
             return method(*args, **kwargs)
         with model_call.in_call(module.scope) as call:
-            if isinstance(module, calls.LAYERS) and call.first is None:
+            # (Flax's wrappers first call other methods, under other paths.)
+            is_layer = isinstance(module, calls.LAYERS)
+            if is_layer and context.method_name == "__call__" and call.first is None:
                 call.first = model_call.path(module)
             if outer or not any(each.tells for each in _interceptions.get()):
                 return _run(interception, method, args, kwargs, context, call)

@@ -53,7 +53,15 @@ class Toolbox:
 
 
 def toolbox(preset: Preset) -> Toolbox:
-    """The layers and functions of a preset."""
+    """The layers and functions of a preset.
+
+    Raises:
+      TypeError: it is none.
+    """
+    if not isinstance(preset, Preset):
+        raise TypeError(
+            f'toolbox takes a preset, such as preset("lean"); got {preset!r}.'
+        )
     bits = compact if preset.one_bit else nn
     codes = compact if preset.eight_bit else nn
     normal: Any = norms if preset.eight_bit else nn

@@ -92,10 +92,11 @@ def compile_report(
         say, or JAX's compilation cache had the program.)
 
     Raises:
+      ValueError: `donate` names an argument that there is not.
       TargetError: the target is unknown.
       CompilerError: the CUDA plugin is missing, or the compilation failed.
     """
-    donate = (donate,) if isinstance(donate, int) else tuple(donate)
+    donate = _donated_arguments(donate, len(abstract_args))
     with tempfile.TemporaryDirectory() as directory:
         if target is None:
             name, names = jax.default_backend(), []
@@ -111,6 +112,15 @@ def compile_report(
     return CompileReport(
         target=name, **stats, flops=flops.count(program), buffers=tuple(largest)
     )
+
+
+def _donated_arguments(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """The indices of donated arguments, counted from the first."""
+    listed = (donate,) if isinstance(donate, int) else tuple(donate)
+    for index in listed:
+        if not -count <= index < count:
+            raise ValueError(f"donate={donate!r}: there are {count} arguments.")
+    return tuple(index % count for index in listed)
 
 
 def _compile_apart(

@@ -62,9 +62,9 @@ def leaky_relu(
       negative_slope: a number, not an array: it has no gradient here.
 
     Raises:
-      TypeError: the slope is an array.
+      TypeError: the slope is no number of Python's.
     """
-    if isinstance(negative_slope, jax.Array):
+    if type(negative_slope) not in (int, float):  # NumPy's decide the result's type
         raise TypeError(
             "dropit_jax.nn.leaky_relu takes a number as negative_slope, got "
             f"{negative_slope!r}; a slope that is learned needs jax.nn.leaky_relu."
@@ -76,7 +76,8 @@ def leaky_relu(
 def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*shape"]:
     """Gaussian error linear unit, `x Φ(x)`, that caches one byte an element.
 
-    The derivative is off by 1/400 at most, and exact where it is 0 or 1.
+    The derivative is off by 1/400 at most, before it is rounded to the type of `x`,
+    and exact where it is 0 or 1.
 
     Args:
       x: any real floating dtype.
@@ -88,7 +89,8 @@ def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Sigmoid linear unit, `x · sigmoid(x)`, that caches one byte an element.
 
-    The derivative is off by 1/400 at most, and exact where it is 0 or 1.
+    The derivative is off by 1/400 at most, before it is rounded to the type of `x`,
+    and exact where it is 0 or 1.
 
     Args:
       x: any real floating dtype.
@@ -102,7 +104,8 @@ swish = silu
 def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Hyperbolic tangent, that caches one byte an element.
 
-    The derivative is off by 1/508 at most, and exact where it is 0 or 1.
+    The derivative is off by 1/508 at most, before it is rounded to the type of `x`,
+    and exact where it is 0 or 1.
 
     Args:
       x: any real floating dtype.
@@ -113,7 +116,8 @@ def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Logistic function, `1 / (1 + exp(-x))`, that caches one byte an element.
 
-    The derivative is off by 1/2032 at most, and exact where it is 0 or 1/4.
+    The derivative is off by 1/2032 at most, before it is rounded to the type of `x`,
+    and exact where it is 0 or 1/4.
 
     Args:
       x: any real floating dtype.

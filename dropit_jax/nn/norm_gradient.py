@@ -155,18 +155,8 @@ def with_compact_gradient(
       mask: what of x the statistics are of; `None`: all.
     """
     y, mean, var = map(lax.stop_gradient, (y, mean, var))
-    x, scale, bias = jax.tree.map(lambda a: _varying(a, y), (x, scale, bias))
+    x, scale, bias = shardings.varying_alike((x, scale, bias), like=y)
     return _compact(norm, y, x, mean, var, scale, bias, mask)
-
-
-def _varying(x: Array, y: Array) -> Array:
-    """`x`, as what differs from device to device wherever `y` does.
-
-    Within `jax.shard_map`: what a backward rule gives for `x` does then, too.
-    """
-    of_y, of_x = (jax.typeof(a).manual_axis_type.varying for a in (y, x))
-    axes = of_y - of_x
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 @functools.partial(

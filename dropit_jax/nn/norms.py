@@ -131,6 +131,7 @@ def batch_norm(
       What is normalised, and the mean and variance, which have no gradient, for
       running averages.
     """
+    x = jnp.asarray(x)
     norm = Norm(tuple(range(x.ndim - 1)), epsilon, across=Across(axis_name))
     mean, var = statistics(x, norm)
     y = _affine(x, mean, var, scale, bias, norm)
@@ -139,6 +140,7 @@ def batch_norm(
 
 
 def _normalized(x: Array, scale: Array | None, bias: Array | None, norm: Norm) -> Array:
+    x = jnp.asarray(x)
     mean, var = statistics(x, norm)
     y = _affine(x, mean, var, scale, bias, norm)
     return with_compact_gradient(y, x, mean, var, scale, bias, norm)

@@ -40,7 +40,7 @@ def recompute(
       compact: which of them are cached in 8 bits: arrays, or pytrees of them. Of these
         it is the floating-point arrays; all others are cached as they are.
     """
-    leaves, structure = jax.tree.flatten(args)
+    leaves, structure = jax.tree.flatten(shardings.varying_alike(args, like=args))
     owners = [i for i, tree in enumerate(args) for _ in jax.tree.leaves(tree)]
     rounded = tuple(
         owner in compact and _is_floating(leaf)

@@ -849,5 +849,23 @@ class ThirdPartyTest(PresetTestCase):
         self.assertEmpty(report.layers)
 
 
+class Wrapped(nn.Module):
+    """Layers whose kernels are normalised."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(4, name="first"))(x)
+        return nn.WeightNorm(nn.Dense(3, name="second"))(x)
+
+
+class WrappedTest(parameterized.TestCase):
+    def test_the_first_layer_is_skipped_under_a_wrapper(self):
+        model, x = Wrapped(), jnp.ones((2, 16))
+        variables = model.init(jax.random.key(0), x)
+        with dn.intercept(DropIT()) as report:
+            jax.make_jaxpr(model.apply)(variables, x)
+        self.assertEqual([layer.path for layer in report.layers], ["second"])
+
+
 if __name__ == "__main__":
     absltest.main()

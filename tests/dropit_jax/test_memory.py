@@ -23,6 +23,10 @@ def _step(w, x):
     return w - jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(w)
 
 
+def _other_step(x, w):
+    return _step(w, x)
+
+
 class CompileReportTest(parameterized.TestCase):
     def test_the_local_backends_report_is_memory_analysis(self):
         report = memory.compile_report(_step, _W, _X, donate=0)
@@ -44,6 +48,17 @@ class CompileReportTest(parameterized.TestCase):
         self.assertGreaterEqual(kept.temp_bytes, 4 * 64 * 128)
         self.assertEqual(kept.aliased_bytes, 0)
         self.assertEqual(donated.aliased_bytes, 4 * 128 * 128)
+
+    @parameterized.parameters(None, "h100")
+    def test_donated_arguments_count_from_either_end(self, target):
+        last, same = (
+            memory.compile_report(_other_step, _X, _W, target=target, donate=index)
+            for index in (-1, (1,))
+        )
+        self.assertEqual(last.aliased_bytes, 4 * 128 * 128)
+        self.assertEqual(same.aliased_bytes, 4 * 128 * 128)
+        with pytest.raises(ValueError, match=r"donate=2: there are 2 arguments"):
+            memory.compile_report(_other_step, _X, _W, target=target, donate=2)
 
     def test_pytrees_and_keys_are_arguments_too(self):
         def step(state, key):

@@ -44,8 +44,12 @@ class PresetTest(parameterized.TestCase):
             preset("baseline", rate=0.5)
         with pytest.raises(ValueError, match=r"rate must be in"):
             preset("lean", rate=2)
-        with pytest.raises(TypeError, match=r"ratio"):
+        with pytest.raises(ValueError, match=r"Unknown preset \['lean'\]"):
+            preset(["lean"])
+        with pytest.raises(TypeError, match=r"no field 'ratio'; .* mean rate\?"):
             preset("lean", ratio=0.5)
+        with pytest.raises(TypeError, match=r"takes a preset.*got 'lean'"):
+            toolbox("lean")
         with pytest.raises(TypeError, match=r"takes a policy"):
             Preset("mine", dropit=0.5)
 

@@ -95,6 +95,26 @@ class RecomputeTest(parameterized.TestCase):
         chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+class ShardMapTest(parameterized.TestCase):
+    def test_parameters_that_devices_share(self):
+        random = np.random.default_rng(0)
+        x = jnp.asarray(random.normal(size=(16, 64)), jnp.float32)
+        w = jnp.asarray(random.normal(size=(64, 3)) / 8, jnp.float32)
+
+        def loss(w, x):
+            return recompute(lambda x, w: jnp.sin(x @ w), x, w).sum()
+
+        expected = jax.grad(loss)(w, x)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        specs = (PartitionSpec(), PartitionSpec("data"))
+        mapped = jax.shard_map(
+            jax.grad(loss), mesh=mesh, in_specs=specs, out_specs=PartitionSpec()
+        )
+        chex.assert_trees_all_close(
+            jax.jit(mapped)(w, x), expected, rtol=1e-4, atol=1e-5
+        )
+
+
 class Block(nn.Module):
     """Parameters, running statistics, random numbers, a flag and a mask."""
 
@@ -201,6 +221,91 @@ class RecomputedBlockTest(parameterized.TestCase):
 
         size = self.x.size
         self.assertEqual(cached(recomputed(Block)), 2 * (size + 4 * size // 64))
+
+
+class Drop(nn.Module):
+    """Nothing but random numbers."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(x)
+
+
+class Twice(nn.Module):
+    """A block that is called twice."""
+
+    block: type
+
+    @nn.compact
+    def __call__(self, x):
+        block = self.block(name="block")
+        return block(block(x))
+
+
+class Holder(nn.Module):
+    """A block that is given a module."""
+
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.inner(x)
+
+
+class Given(nn.Module):
+    """Gives a module to a block."""
+
+    @nn.compact
+    def __call__(self, x):
+        return recomputed(Holder)(nn.Dense(4, name="inner"), name="holder")(x)
+
+
+class RandomNumbersTest(parameterized.TestCase):
+    def _run(self, model):
+        x = jnp.ones((4, 64))
+        return model.apply({}, x, rngs={"dropout": jax.random.key(0)})
+
+    def test_a_block_that_is_called_twice_draws_twice(self):
+        chex.assert_trees_all_equal(
+            self._run(Twice(recomputed(Drop))), self._run(Twice(Drop))
+        )
+
+    def test_a_block_in_a_loop(self):
+        def model(block):
+            def body(mdl, x, _):
+                return block(name="block")(x), None
+
+            class Loop(nn.Module):
+                @nn.compact
+                def __call__(self, x):
+                    scan = nn.scan(
+                        body, split_rngs={"dropout": True}, length=3, variable_axes={}
+                    )
+                    return scan(self, x, None)[0]
+
+            return Loop()
+
+        chex.assert_trees_all_equal(
+            self._run(model(recomputed(Drop))), self._run(model(Drop))
+        )
+
+    def test_blocks_keep_their_names(self):
+        x = jnp.ones((2, 64))
+        names = set(Model(Block).init(jax.random.key(0), x, False)["params"])
+        for memory in (
+            preset("baseline", remat="blocks"),
+            preset("lean", remat="dots"),
+            preset("lean", remat="blocks"),
+        ):
+            block = remat(Block, memory, static_argnums=(2,))
+            variables = Model(block).init(jax.random.key(0), x, False)
+            self.assertEqual(set(variables["params"]), names)
+
+    def test_a_module_in_a_field_is_refused(self):
+        x = jnp.ones((2, 4))
+        variables = Given().init(jax.random.key(0), x)
+        with pytest.raises(ValueError, match=r"Holder\.inner holds a module"):
+            Given().apply(variables, x)
 
 
 def _with_names(block):

@@ -85,9 +85,16 @@ class LargestBatchTest(parameterized.TestCase):
         self.assertEqual(rows["results beside them, MiB"], "0.0")
         self.assertEqual(rows["all, MiB"], "5.0")
         self.assertEqual(rows["largest batch"], "1,234")
-        self.assertEqual(rows["of, MiB"], "1,024.0")
         found = command.as_dict({"lean": report}, {"lean": plan})["lean"]
-        self.assertEqual((found["max_batch"], found["available_bytes"]), (1234, 2**30))
+        self.assertEqual(found["max_batch"], 1234)
+        self.assertIn(
+            "none", _shown(command.table(32, {"lean": report}, {"lean": None}))
+        )
+
+    def test_where_nothing_fits_there_is_none(self):
+        error = memory.NoBatchFitsError("nothing fits")
+        with mock.patch.object(memory, "max_batch", side_effect=error):
+            self.assertIsNone(command.plan(_config(), "a5000"))
 
 
 if __name__ == "__main__":
