@@ -23,7 +23,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print a list of objects, not tables.")
 _MAX_BATCH = flags.DEFINE_bool(
     "max_batch",
     False,
-    "Also find the largest batches. It takes hundreds of compilations: an hour or two.",
+    "Also find the largest batches, which takes hundreds of compilations.",
 )
 
 # The paper's GPU, and one of today.
