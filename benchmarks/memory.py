@@ -6,25 +6,16 @@ The GPU need not be there: XLA's own compiler for it is asked. Every row of the 
 compiled in this run, with the same flags.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from absl import app, flags
-
 from benchmarks import workloads
 from benchmarks.workloads import Workload
 from dropit_jax import memory
-
-_TARGET = flags.DEFINE_string("target", "h100", "The GPU that is compiled for.")
-_JSON = flags.DEFINE_bool("json", False, "Print a list of objects, not tables.")
-_MAX_BATCH = flags.DEFINE_bool(
-    "max_batch",
-    False,
-    "Also find the largest batches, which takes hundreds of compilations.",
-)
 
 # The paper's GPU, and one of today.
 _MAX_BATCH_TARGETS = ("a5000", "h100")
@@ -161,16 +152,25 @@ def _batch(result: Result, target: str) -> str:
     return "-" if result.max_batch is None else f"{result.max_batch[target]:,}"
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints what was asked for."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Not an argument: {argv[1]!r}")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.memory", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+    )
+    parser.add_argument("--target", default="h100", help="the GPU to compile for")
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument(
+        "--max_batch",
+        action="store_true",
+        help="also find the largest batches, which takes hundreds of compilations",
+    )
+    flags = parser.parse_args()
     every: list[Result] = []
     for workload in workloads.WORKLOADS:
         try:
             names = tuple(workloads.variants(workload))
-            results = measure(workload, _TARGET.value, names)
-            if _MAX_BATCH.value:
+            results = measure(workload, flags.target, names)
+            if flags.max_batch:
                 find = functools.partial(with_largest_batch, workload)
                 with ThreadPoolExecutor(_WORKERS) as pool:
                     results = list(pool.map(find, results))
@@ -182,12 +182,12 @@ def main(argv: list[str]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         every += results
-        if not _JSON.value:
+        if not flags.json:
             print(markdown(workload, results), flush=True)
             print(flush=True)
-    if _JSON.value:
+    if flags.json:
         print(json.dumps([dataclasses.asdict(result) for result in every], indent=2))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import rich.console
 import rich.table
-from absl import flags
 from ml_collections import ConfigDict
 
 from dropit_jax import memory
@@ -22,11 +21,8 @@ from train import config as config_lib
 from train import mesh as mesh_lib
 from train import step as step_lib
 from train.files import write_atomically
+from train.target import TARGET
 from train.terminal import Terminal
-
-_TARGET = flags.DEFINE_string(
-    "target", "h100", "The GPU that the memory of a step is compiled for."
-)
 
 # The first is what the others are measured against.
 _FLAX, _DROPIT = "flax", "dropit"
@@ -53,7 +49,7 @@ class Measurements:
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Compiles, times and trains both variants, and writes the comparison."""
-    target, terminal = _TARGET.value, Terminal()
+    target, terminal = TARGET.value, Terminal()
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
     terminal.say(f"Compiling a step for {target} ...")
     temp = {name: _temp_bytes(variant, target) for name, variant in variants.items()}

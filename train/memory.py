@@ -18,10 +18,8 @@ from dropit_jax import memory
 from train import cli
 from train import config as config_lib
 from train import step as step_lib
+from train.target import TARGET
 
-_TARGET = flags.DEFINE_string(
-    "target", "h100", "The GPU: a name that the library knows, or a description's path."
-)
 _MAX_BATCH = flags.DEFINE_bool("max_batch", False, "Also find the largest batch.")
 _JSON = flags.DEFINE_bool("json", False, "Print an object, not tables.")
 
@@ -33,10 +31,10 @@ def main(config: ConfigDict, _: Path) -> None:
     variants = {name_of(config): config}
     if config.memory != _BASELINE or config.remat != "none":
         variants = {_BASELINE: config_lib.plain(config)} | variants
-    reports = {name: report(each, _TARGET.value) for name, each in variants.items()}
+    reports = {name: report(each, TARGET.value) for name, each in variants.items()}
     plans: dict[str, memory.BatchPlan | None] = {}
     if _MAX_BATCH.value:
-        plans = {name: plan(each, _TARGET.value) for name, each in variants.items()}
+        plans = {name: plan(each, TARGET.value) for name, each in variants.items()}
     if _JSON.value:
         print(json.dumps(as_dict(reports, plans), indent=2))
         return

@@ -1,11 +1,10 @@
+import csv
 import tempfile
 from pathlib import Path
 
 from absl.testing import absltest, parameterized
 
-from configs import digits_resnet18
-from train import loop
-from train.terminal import Terminal
+from tests.train import commands
 
 # Of how many last epochs the accuracy is taken: one alone is off by some of the 360
 # test images.
@@ -29,12 +28,21 @@ class PresetsTest(parameterized.TestCase):
             self.assertGreaterEqual(reached, baseline - 0.01, name)
 
     def _accuracy(self, memory, remat):
-        config = digits_resnet18.get_config()
-        config.image_size = 8  # in which scikit-learn has them
-        config.memory, config.remat = memory, remat
-        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        rows = loop.run(config, directory, Terminal())
-        return sum(row["test_accuracy"] for row in rows[-_LAST:]) / _LAST
+        workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        # In a process of its own, compiled as for users.
+        status, _, errors = commands.run(
+            "train.main",
+            "--config=configs/digits_resnet18.py",
+            "--config.image_size=8",  # in which scikit-learn has them
+            f"--config.memory={memory}",
+            f"--config.remat={remat}",
+            f"--workdir={workdir}",
+        )
+        self.assertEqual((status, errors), (0, ""))
+        with (workdir / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        reached = [float(row["test_accuracy"]) for row in rows if row["test_accuracy"]]
+        return sum(reached[-_LAST:]) / _LAST
 
 
 if __name__ == "__main__":
