@@ -114,8 +114,7 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> SavedResiduals:
     for variable, origin in zip(read, origins.find(read, jaxpr), strict=True):
         if origin.name or origin.key not in found:  # a name may be on one use only
             found[origin.key] = _residual(variable, origin)
-    some = (each for each in found.values() if each.nbytes)
-    ordered = sorted(some, key=lambda each: each.nbytes, reverse=True)
+    ordered = sorted(found.values(), key=lambda each: each.nbytes, reverse=True)
     return SavedResiduals(tuple(ordered))
 
 

@@ -15,10 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dropit_jax import derivatives, shardings
-from dropit_jax.quantization import Quantized, quantize
+from dropit_jax.nn import eight_bits
+from dropit_jax.nn.eight_bits import EightBits
 
-# Elements that share a minimum and a scale.
-_GROUP_SIZE = 64
 # The name of what is cached, for `jax.checkpoint_policies` and reports.
 RESIDUAL_NAME = "norm"
 
@@ -161,8 +160,8 @@ def with_compact_gradient(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("x_hat", "inverse", "scale", "mask", "like"),
-    meta_fields=("bias", "group"),
+    data_fields=("x_hat", "inverse", "scale", "mask"),
+    meta_fields=("dtype", "bias"),
 )
 @dataclasses.dataclass(frozen=True)
 class _Saved:
@@ -173,18 +172,16 @@ class _Saved:
       inverse: 1 / √(σ² + ε).
       scale: γ.
       mask: what of x the statistics are of.
-      like: an empty array of x's dtype.
+      dtype: of x.
       bias: the type of β; `None`: there is none.
-      group: what is sharded like x.
     """
 
-    x_hat: Quantized | None
+    x_hat: EightBits | None
     inverse: Array
     scale: Array | None
     mask: Array | None
-    like: Array
+    dtype: Any
     bias: Any
-    group: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -212,21 +209,19 @@ def _forward(
     bias: Array | None,
     mask: Array | None,
 ) -> tuple[Array, _Saved]:
-    group = shardings.new_group()
-    x = shardings.join(derivatives.once(x, "A normalisation"), group)
+    x = derivatives.once(x, "A normalisation")
     inverse = checkpoint_name(lax.rsqrt(var + norm.epsilon), RESIDUAL_NAME)
-    codes = None
+    stored = None
     if scale is not None or not norm.constant:
         x_hat = (x - spread(mean, x, norm)) * spread(inverse, x, norm)
-        codes = checkpoint_name(quantize(x_hat, 8, _GROUP_SIZE), RESIDUAL_NAME)
+        _, stored = eight_bits.store(x_hat, RESIDUAL_NAME)
     saved = _Saved(
-        x_hat=codes,
+        x_hat=stored,
         inverse=inverse,
         scale=scale,
         mask=mask,
-        like=jnp.empty((0,), x.dtype),
+        dtype=x.dtype,
         bias=None if bias is None else jax.typeof(bias),
-        group=group,
     )
     return y, saved
 
@@ -236,12 +231,11 @@ def _backward(
 ) -> tuple[None, Array, None, None, Array | None, Array | None, None]:
     # Without the barrier XLA may decode early and keep what is decoded alive.
     x_hat, cotangent = lax.optimization_barrier((saved.x_hat, cotangent))
-    dtypes = (saved.inverse.dtype, saved.like.dtype, cotangent.dtype)
+    dtypes = (saved.inverse.dtype, saved.dtype, cotangent.dtype)
     dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
     decoded: Any = None
     if x_hat is not None:
-        decoded = shardings.like(x_hat.dequantize(dtype), cotangent)
-        decoded = shardings.join(decoded, saved.group)
+        decoded = shardings.like(eight_bits.load(x_hat).astype(dtype), cotangent)
     g = cotangent.astype(dtype)
     to_scale = to_bias = None
     h = g
@@ -254,7 +248,7 @@ def _backward(
     if not norm.constant:
         to_x = h - _through_statistics(h, decoded, saved.mask, norm)
     to_x = to_x * spread(saved.inverse, to_x, norm)
-    return None, to_x.astype(saved.like.dtype), None, None, to_scale, to_bias, None
+    return None, to_x.astype(saved.dtype), None, None, to_scale, to_bias, None
 
 
 _compact.defvjp(_forward, _backward)

@@ -7,15 +7,10 @@ With the mean μ and variance σ² over some axes, N elements each, and a cotang
     ∇γ = Σ g x̂                      ∇β = Σ g
 
 so that of x the backward pass needs x̂ alone, and that only inside of means and as a
-factor of one: it is cached in 8-bit codes with a minimum and a scale for every 64
-elements (`dropit_jax.quantization`), 8.5 bits an element. Autodiff keeps x itself, and
-x - μ, in the type of the computation.
+factor of one: it is cached in 8.5 bits an element (`dropit_jax.nn.eight_bits`).
+Autodiff keeps x itself, and x - μ, in the type of the computation.
 
-Bounds. Each x̂ is off by at most half a step of its code,
-
-    δ = (range + 0.8 % of |minimum|) / 506,    of the 64 elements that share a scale
-
-so that, with the largest of these δ,
+Bounds. With the largest δ that `dropit_jax.nn.eight_bits` gives for an x̂,
 
     |error of ∇γ| ≤ δ Σ |g|
     |error of ∇x| ≤ δ (|mean(h x̂)| + (|x̂| + δ) · mean|h|) / √(σ² + ε)

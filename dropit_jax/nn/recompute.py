@@ -4,11 +4,9 @@
     backward   ∇x, ∇θ = vjp of f at (x̃, θ)
 
 The output is exact. The gradient is the exact one of a point nearby: every element of
-x̃ is within 1/510 of the range of its 64 neighbours of that of x, and 1 % of that for
-the rounding of the scale (`dropit_jax.quantization`). It takes 8.5 bits an element.
+x̃ is as near to that of x as `dropit_jax.nn.eight_bits` says.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dropit_jax import derivatives, shardings
-from dropit_jax.quantization import Quantized, quantize
+from dropit_jax.nn import eight_bits
 
-# Elements that share a minimum and a scale.
-_GROUP_SIZE = 64
 # The name of what is cached, for `jax.checkpoint_policies` and reports.
 RESIDUAL_NAME = "recompute"
 
@@ -71,7 +66,7 @@ def _forward(
         kept = leaf
         if is_rounded:
             once = derivatives.once(leaf, "What is recomputed from 8 bits")
-            leaf, kept = _store(once)  # noqa: PLW2901
+            leaf, kept = eight_bits.store(once, RESIDUAL_NAME)  # noqa: PLW2901
         used.append(leaf)
         saved.append(kept)
     out = function(*jax.tree.unflatten(structure, used))
@@ -88,7 +83,7 @@ def _backward(
     # Without the barrier XLA may merge this with the forward pass, and keep that.
     saved, cotangent = lax.optimization_barrier((saved, cotangent))
     leaves = [
-        _load(kept) if is_rounded else kept
+        eight_bits.load(kept) if is_rounded else kept
         for kept, is_rounded in zip(saved, rounded, strict=True)
     ]
     places = [i for i, leaf in enumerate(leaves) if _is_floating(leaf)]
@@ -106,41 +101,6 @@ def _backward(
 
 
 _recomputed.defvjp(_forward, _backward)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("codes", "like"),
-    meta_fields=("spec", "group"),
-)
-@dataclasses.dataclass(frozen=True)
-class _Rounded:
-    """An array in 8 bits.
-
-    Attributes:
-      codes: of the array.
-      like: an empty array of its type.
-      spec: its explicit sharding.
-      group: what is sharded like it.
-    """
-
-    codes: Quantized
-    like: Array
-    spec: shardings.Spec
-    group: int
-
-
-def _store(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], _Rounded]:
-    """The array to go on with, and what is cached of it."""
-    group = shardings.new_group()
-    x = shardings.join(x, group)
-    codes = checkpoint_name(quantize(x, 8, _GROUP_SIZE), RESIDUAL_NAME)
-    return x, _Rounded(codes, jnp.empty((0,), x.dtype), shardings.spec(x), group)
-
-
-def _load(rounded: _Rounded) -> Array:
-    x = rounded.codes.dequantize(rounded.like.dtype)
-    return shardings.join(shardings.to(x, rounded.spec), rounded.group)
 
 
 def _is_floating(leaf: Any) -> bool:
