@@ -21,7 +21,7 @@ from dropit_jax.linen.norms import (
 )
 from dropit_jax.linen.report import InterceptedLayer, Unreached
 from dropit_jax.linen.stochastic import Dropout
-from dropit_jax.linen.toolbox import Toolbox, toolbox
+from dropit_jax.linen.tools import Toolbox, toolbox
 
 __all__ = [
     "BatchNorm",

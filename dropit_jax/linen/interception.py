@@ -17,7 +17,7 @@ import jax
 from jaxtyping import Array
 
 from dropit_jax import matching, presets, products
-from dropit_jax.linen import calls, functions, model_call, parts, report, toolbox
+from dropit_jax.linen import calls, functions, model_call, parts, report, tools
 from dropit_jax.linen.model_call import ModelCall
 from dropit_jax.linen.report import InterceptedLayer, Unreached
 from dropit_jax.matching import Matching
@@ -176,7 +176,7 @@ class Interception:
                 path, kind, x.shape, x.dtype, before, after
             )
 
-        attention = toolbox.attention(self._preset)
+        attention = tools.attention(self._preset)
         return parts.compacted(
             part, module, method, attention, observe, *args, **kwargs
         )

@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
-from tests.dropit_jax import reference
+from tests.dropit_jax import pullbacks, reference
 
 _SHAPES = ((), (7,), (3, 10), (2, 3, 16), (2, 5, 5, 3), (4, 0))
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -39,17 +39,8 @@ _NEAR = {
 }
 
 
-def _value_and_pullback(fn, x, cotangent):
-    @jax.jit
-    def run(x, cotangent):
-        y, pullback = jax.vjp(fn, x)
-        return y, *pullback(cotangent)
-
-    return run(x, cotangent)
-
-
 def _derivative(fn, x):
-    return _value_and_pullback(fn, x, jnp.ones_like(x))[1]
+    return pullbacks.value_and_pullback(fn, x, jnp.ones_like(x))[1]
 
 
 class ExactTest(parameterized.TestCase):
@@ -60,8 +51,8 @@ class ExactTest(parameterized.TestCase):
         if x.size > 8:
             x.flat[:3] = [0, 6, 7]
         cotangent = reference.activation(1, shape, dtype)
-        actual = _value_and_pullback(ours, x, cotangent)
-        expected = _value_and_pullback(theirs, x, cotangent)
+        actual = pullbacks.value_and_pullback(ours, x, cotangent)
+        expected = pullbacks.value_and_pullback(theirs, x, cotangent)
         for a, b in zip(actual, expected, strict=True):
             reference.assert_same_bits(a, b)
 
@@ -93,8 +84,8 @@ class NearTest(parameterized.TestCase):
     def test_gradient_is_within_its_bound(self, name, shape, dtype):
         ours, theirs, bound = _NEAR[name]
         x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
-        value, gradient = _value_and_pullback(ours, x, jnp.ones_like(x))
-        expected = _value_and_pullback(theirs, x, jnp.ones_like(x))
+        value, gradient = pullbacks.value_and_pullback(ours, x, jnp.ones_like(x))
+        expected = pullbacks.value_and_pullback(theirs, x, jnp.ones_like(x))
         chex.assert_trees_all_equal_shapes_and_dtypes((value, gradient), expected)
         rounding = 4 * float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(value, expected[0], rtol=rounding, atol=rounding)

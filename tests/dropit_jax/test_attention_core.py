@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
-from tests.dropit_jax import reference
+from tests.dropit_jax import pullbacks, reference
 
 _OURS = dropit_jax.nn.dot_product_attention
 _KEY = jax.random.key(7)
@@ -29,19 +29,9 @@ def _qkv(dtype="float32", kv_heads=_HEADS, batch=(_BATCH,)):
     return [jnp.asarray(rng.normal(size=shapes[i > 0]), dtype) for i in range(3)]
 
 
-def _value_and_pullback(fn, *args):
-    @jax.jit
-    def run(args):
-        value, pullback = jax.vjp(fn, *args)
-        cotangent = jnp.cos(jnp.arange(value.size)).reshape(value.shape)
-        return value, pullback(cotangent.astype(value.dtype))
-
-    return run(args)
-
-
 def _assert_same(ours, theirs, *args):
-    value, gradients = _value_and_pullback(ours, *args)
-    expected, expected_gradients = _value_and_pullback(theirs, *args)
+    value, gradients = pullbacks.value_and_gradients(ours, *args)
+    expected, expected_gradients = pullbacks.value_and_gradients(theirs, *args)
     reference.assert_same_bits(value, expected)
     rounding = 4 * float(jnp.finfo(value.dtype).eps)
     chex.assert_trees_all_close(

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
-from tests.dropit_jax import reference
+from tests.dropit_jax import pullbacks, reference
 
 _KEY = jax.random.key(3)
 
@@ -19,15 +19,6 @@ _KEY = jax.random.key(3)
 def _flax(x, rate, key, broadcast_dims=()):
     layer = nn.Dropout(rate, broadcast_dims, deterministic=False)
     return layer.apply({}, x, rng=key)
-
-
-def _value_and_pullback(fn, x, cotangent):
-    @jax.jit
-    def run(x, cotangent):
-        y, pullback = jax.vjp(fn, x)
-        return y, *pullback(cotangent)
-
-    return run(x, cotangent)
 
 
 def _cached(fn, *args):
@@ -55,18 +46,18 @@ class DropoutTest(parameterized.TestCase):
             args = {"rate": rate, "key": _KEY, "broadcast_dims": dims}
             ours = functools.partial(dropit_jax.nn.dropout, **args)
             theirs = functools.partial(_flax, **args)
-            actual = _value_and_pullback(ours, x, cotangent)
-            expected = _value_and_pullback(theirs, x, cotangent)
+            actual = pullbacks.value_and_pullback(ours, x, cotangent)
+            expected = pullbacks.value_and_pullback(theirs, x, cotangent)
             for a, b in zip(actual, expected, strict=True):
                 reference.assert_same_bits(a, b)
 
     @parameterized.parameters(0.0, 1.0)
     def test_rates_that_draw_nothing(self, rate):
         x = jnp.asarray([1.0, jnp.nan, -2.0])
-        actual = _value_and_pullback(
+        actual = pullbacks.value_and_pullback(
             lambda x: dropit_jax.nn.dropout(x, rate, _KEY), x, x
         )
-        expected = _value_and_pullback(lambda x: _flax(x, rate, _KEY), x, x)
+        expected = pullbacks.value_and_pullback(lambda x: _flax(x, rate, _KEY), x, x)
         for a, b in zip(actual, expected, strict=True):
             reference.assert_same_bits(a, b)
         self.assertEqual(_cached(lambda x: dropit_jax.nn.dropout(x, rate, _KEY), x), [])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
-from tests.dropit_jax import reference
+from tests.dropit_jax import pullbacks, reference
 
 _HARD = (
     dropit_jax.nn.softmax_cross_entropy_with_integer_labels,
@@ -45,16 +45,6 @@ def _arguments(kind, shape, dtype="float32", scale=1.0):
     return _logits(shape, dtype, scale), labels
 
 
-def _value_and_pullback(fn, *args):
-    @jax.jit
-    def run(args):
-        value, pullback = jax.vjp(fn, *args)
-        cotangent = jnp.cos(jnp.arange(value.size)).reshape(value.shape)
-        return value, pullback(cotangent.astype(value.dtype))
-
-    return run(args)
-
-
 def _float64(tree):
     floats = (x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0)
     return [np.asarray(x, np.float64) for x in floats]
@@ -68,8 +58,8 @@ class LossesTest(parameterized.TestCase):
         shape, scale = case
         ours, theirs = _BOTH[kind]
         args = _arguments(kind, shape, scale=scale)
-        value, gradients = _value_and_pullback(ours, *args)
-        expected, expected_gradients = _value_and_pullback(theirs, *args)
+        value, gradients = pullbacks.value_and_gradients(ours, *args)
+        expected, expected_gradients = pullbacks.value_and_gradients(theirs, *args)
         reference.assert_same_bits(value, expected)
         chex.assert_trees_all_equal_shapes_and_dtypes(gradients, expected_gradients)
         for a, b in zip(*map(_float64, (gradients, expected_gradients)), strict=True):
@@ -81,8 +71,8 @@ class LossesTest(parameterized.TestCase):
     def test_half_precision_is_rounded_once(self, kind, dtype, scale):
         ours, theirs = _BOTH[kind]
         args = _arguments(kind, (4, 100), dtype, scale)
-        value, gradients = _value_and_pullback(ours, *args)
-        expected, like = _value_and_pullback(theirs, *args)
+        value, gradients = pullbacks.value_and_gradients(ours, *args)
+        expected, like = pullbacks.value_and_gradients(theirs, *args)
         chex.assert_trees_all_equal_shapes_and_dtypes(
             (value, gradients), (expected, like)
         )
@@ -97,7 +87,7 @@ class LossesTest(parameterized.TestCase):
             ),
             args,
         )
-        _, exact = _value_and_pullback(wide, *widened)
+        _, exact = pullbacks.value_and_gradients(wide, *widened)
         rounding = float(jnp.finfo(dtype).eps)
         for a, b in zip(*map(_float64, (gradients, exact)), strict=True):
             np.testing.assert_allclose(a, b, rtol=rounding, atol=1e-6)
@@ -135,7 +125,9 @@ class LossesTest(parameterized.TestCase):
             self._assert_is_optaxs(_HARD, logits, jnp.full(6, label))
 
     def _assert_is_optaxs(self, pair, logits, labels):
-        ours, theirs = (_value_and_pullback(fn, logits, labels) for fn in pair)
+        ours, theirs = (
+            pullbacks.value_and_gradients(fn, logits, labels) for fn in pair
+        )
         for a, b in zip(_float64(ours), _float64(theirs), strict=True):
             np.testing.assert_allclose(a, b, rtol=4e-7, atol=1e-7)
         return ours[0]
@@ -163,7 +155,8 @@ class LossesTest(parameterized.TestCase):
     def test_labels_of_another_type(self, dtype, labels_dtype, expected):
         labels = jax.nn.one_hot(_labels((4, 7)), 7, dtype=labels_dtype)
         ours, theirs = (
-            _value_and_pullback(fn, _logits((4, 7), dtype), labels) for fn in _SOFT
+            pullbacks.value_and_gradients(fn, _logits((4, 7), dtype), labels)
+            for fn in _SOFT
         )
         self.assertEqual(ours[0].dtype, expected)
         chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
-from tests.dropit_jax import reference
+from tests.dropit_jax import pullbacks, reference
 
 # (inputs, window, strides, padding)
 _CASES = (
@@ -33,15 +33,6 @@ _CASES = (
 )
 
 
-def _value_and_pullback(fn, x, cotangent):
-    @jax.jit
-    def run(x, cotangent):
-        y, pullback = jax.vjp(fn, x)
-        return y, *pullback(cotangent)
-
-    return run(x, cotangent)
-
-
 def _assert_is_flaxs(x, *args, seed=1):
     ours, theirs = (
         functools.partial(lambda fn, x: fn(x, *args), fn)
@@ -49,8 +40,8 @@ def _assert_is_flaxs(x, *args, seed=1):
     )
     shape = jax.eval_shape(theirs, x).shape
     cotangent = jnp.nan_to_num(reference.activation(seed, shape, x.dtype), posinf=9)
-    actual = _value_and_pullback(ours, x, cotangent)
-    expected = _value_and_pullback(theirs, x, cotangent)
+    actual = pullbacks.value_and_pullback(ours, x, cotangent)
+    expected = pullbacks.value_and_pullback(theirs, x, cotangent)
     for a, b in zip(actual, expected, strict=True):
         reference.assert_same_bits(a, b)
 
