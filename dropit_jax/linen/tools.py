@@ -66,9 +66,16 @@ def toolbox(preset: Preset) -> Toolbox:
     codes = compact if preset.eight_bit else nn
     normal: Any = norms if preset.eight_bit else nn
     attend = attention(preset)
-    dense = functools.partial(functools.partial, dropit=preset.dropit)
-    conv = functools.partial(functools.partial, dropit=preset.conv)
-    attending = functools.partial(dense, attention_fn=attend)
+
+    def dense(layer: _Layer, **fields: Any) -> _Layer:
+        return functools.partial(layer, dropit=preset.dropit, **fields)
+
+    def conv(layer: _Layer) -> _Layer:
+        return functools.partial(layer, dropit=preset.conv)
+
+    def attending(layer: _Layer) -> _Layer:
+        return dense(layer, attention_fn=attend)
+
     return Toolbox(
         Dense=dense(layers.Dense),
         DenseGeneral=dense(layers.DenseGeneral),
