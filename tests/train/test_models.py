@@ -1,195 +1,108 @@
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import dropit_jax.nn
 from dropit_jax import linen as dn
 from dropit_jax import preset
-from tests.dropit_jax import reference
 from train import models
-from train.models.resnet import ResNet
+from train.models.resnet import BottleneckBlock, ResNet
 from train.models.vit import ViT
 
 
-def _variables(model, shape):
-    return jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, False), jnp.zeros(shape)
-    )
-
-
-def _count(params):
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-class ResNet18Test(parameterized.TestCase):
-    def test_has_the_published_number_of_parameters(self):
-        # torchvision's resnet18 has 11,689,512.
-        model = ResNet(1000, stem="imagenet")
-        params = _variables(model, (1, 224, 224, 3))["params"]
-        self.assertEqual(_count(params), 11_689_512)
-
-    def test_cifars_stem_differs_in_the_first_kernel_alone(self):
-        params = {
-            stem: _variables(ResNet(1000, stem=stem), (1, 64, 64, 3))["params"]
-            for stem in ("cifar", "imagenet")
-        }
+class CreateTest(parameterized.TestCase):
+    def test_the_names_of_what_there_is(self):
         self.assertEqual(
-            _count(params["imagenet"]) - _count(params["cifar"]), (49 - 9) * 3 * 64
-        )
-
-    @parameterized.parameters(("cifar", 32, (4, 4)), ("imagenet", 64, (2, 2)))
-    def test_downsamples_as_published(self, stem, size, final):
-        model = ResNet(10, width=4, stem=stem)
-        _, state = jax.eval_shape(
-            lambda x: model.init_with_output(
-                jax.random.key(0), x, False, capture_intermediates=True
+            models.MODELS,
+            (
+                *("resnet18", "resnet34", "resnet50"),
+                *("vit_mu", "vit_ti", "vit_s", "vit_b", "vit_l"),
             ),
-            jnp.zeros((2, size, size, 3)),
         )
-        last = state["intermediates"]["stage4_block2"]["__call__"][0]
-        self.assertEqual(last.shape, (2, *final, 32))
+        self.assertEqual(models.STEMS, ("cifar", "imagenet"))
+        self.assertEqual(models.POOLS, ("cls", "gap"))
+        self.assertEqual(models.POSITIONS, ("learned", "sincos"))
 
-    @parameterized.parameters("cifar", "imagenet")
-    def test_dropit_changes_neither_parameters_nor_output(self, stem):
-        x = jnp.asarray(
-            np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32
-        )
-        plain = ResNet(10, width=8, stem=stem)
-        dropped = ResNet(10, width=8, stem=stem, memory=preset("dropit"))
-        variables = jax.jit(lambda: plain.init(jax.random.key(0), x, False))()
-        chex.assert_trees_all_equal_shapes_and_dtypes(
-            variables, _variables(dropped, x.shape)
-        )
-        outputs = [
-            jax.jit(lambda v, m=m: m.apply(v, x, False))(variables)
-            for m in (plain, dropped)
-        ]
-        reference.assert_same_bits(*outputs)
+    @parameterized.parameters(*models.MODELS)
+    def test_fields_are_those_of_the_class(self, name):
+        expected = ("patch_size", "pool", "positions", "dropout", "drop_path", "scan")
+        if name.startswith("resnet"):
+            expected = ("width", "stem")
+        self.assertEqual(models.fields(name), expected)
 
-    def test_all_layers_drop_but_the_first_convolution(self):
-        seen = {}
-
-        def record(call, args, kwargs, context):
-            if isinstance(context.module, nn.Conv | nn.Dense):
-                seen[context.module.name] = getattr(context.module, "dropit", None)
-            return call(*args, **kwargs)
-
-        model = ResNet(10, width=4, memory=preset("dropit"))
-        with nn.intercept_methods(record):
-            _variables(model, (1, 16, 16, 3))
-        exempt = [name for name, dropit in seen.items() if dropit is None]
-        self.assertEqual(exempt, ["stem_conv"])
-        self.assertEqual(
-            set(seen), {"stem_conv", "conv1", "conv2", "shortcut_conv", "head"}
-        )
-
-    def test_create_makes_it(self):
+    def test_values_that_are_not_given_are_the_classes(self):
         memory = preset("dropit")
-        model = models.create("resnet18", 10, memory, width=4, stem="cifar")
-        self.assertEqual(model, ResNet(10, width=4, stem="cifar", memory=memory))
+        self.assertEqual(
+            models.create("resnet18", 10, memory), ResNet(10, memory=memory)
+        )
+        self.assertEqual(models.create("vit_b", 10, memory), ViT(10, memory=memory))
 
-
-class ViTTest(parameterized.TestCase):
-    def test_has_the_published_number_of_parameters(self):
-        # Dosovitskiy et al., 2021, Table 1: 86 M and 307 M. To the last one as in
-        # Google's implementation, whose ViT-B/16 has 86,567,656 for 1000 classes.
-        shape = (1, 224, 224, 3)
-        counts = {
-            name: _count(
-                _variables(
-                    models.create(name, 1000, preset("baseline"), patch_size=16), shape
-                )["params"]
-            )
-            for name in ("vit_b", "vit_l")
+    def test_values_are_handed_on(self):
+        memory = preset("lean")
+        model = models.create("resnet50", 10, memory, width=4, stem="imagenet")
+        sizes = {"block": BottleneckBlock, "stage_sizes": (3, 4, 6, 3)}
+        self.assertEqual(
+            model, ResNet(10, width=4, stem="imagenet", memory=memory, **sizes)
+        )
+        values = {
+            **{"patch_size": 8, "pool": "gap", "positions": "sincos"},
+            **{"dropout": 0.1, "drop_path": 0.2, "scan": True},
         }
-        self.assertEqual(counts["vit_b"], 86_567_656)
-        self.assertEqual(round(counts["vit_l"] / 1e6), 304)
+        model = models.create("vit_mu", 10, memory, **values)
+        sizes = {"width": 32, "num_layers": 1, "num_heads": 2}
+        self.assertEqual(model, ViT(10, memory=memory, **sizes, **values))
 
-    def test_parameters_have_the_names_of_googles_checkpoints(self):
-        params = _variables(_tiny_vit("baseline"), (1, 8, 8, 3))["params"]
-        self.assertEqual(set(params), {"cls", "embedding", "head", "Transformer"})
-        encoder = params["Transformer"]
-        self.assertIn("pos_embedding", encoder["posembed_input"])
-        self.assertIn("scale", encoder["encoder_norm"])
-        block = encoder["encoderblock_1"]
-        self.assertEqual(
-            set(block),
-            {
-                "LayerNorm_0",
-                "MultiHeadDotProductAttention_1",
-                "LayerNorm_2",
-                "MlpBlock_3",
-            },
-        )
-        self.assertEqual(
-            jax.tree.map(jnp.shape, block["MultiHeadDotProductAttention_1"]["out"]),
-            {"kernel": (2, 8, 16), "bias": (16,)},
-        )
-        self.assertEqual(set(block["MlpBlock_3"]), {"Dense_0", "Dense_1"})
+    @parameterized.parameters("resnet34", "vit_ti")
+    def test_dtype(self, name):
+        memory = preset("baseline")
+        plain = models.create(name, 10, memory)
+        self.assertIsNone(plain.dtype)
+        self.assertEqual(models.create(name, 10, memory, "float32"), plain)
+        half = models.create(name, 10, memory, "bfloat16")
+        self.assertEqual(half.dtype, jnp.bfloat16)
 
-    def test_its_tokens_are_the_patches(self):
-        # The embedding by hand, with one layer's worth of nothing else.
-        model = _tiny_vit("baseline")
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
-        variables = model.init(jax.random.key(0), x, False)
-        _, state = model.apply(variables, x, False, capture_intermediates=True)
-        tokens = state["intermediates"]["Transformer"]["posembed_input"]["__call__"][0]
-        embedding = variables["params"]["embedding"]
-        patches = x.reshape(2, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5)
-        expected = patches.reshape(2, 4, 48) @ embedding["kernel"].reshape(48, 16)
-        position = variables["params"]["Transformer"]["posembed_input"]["pos_embedding"]
-        np.testing.assert_allclose(
-            tokens[:, 1:],
-            expected + embedding["bias"] + position[:, 1:],
-            rtol=1e-4,
-            atol=1e-5,
-        )
+    @parameterized.parameters("int32", "bfloat61")
+    def test_other_dtypes_are_refused(self, dtype):
+        with pytest.raises(ValueError, match=f"dtype: .*floating.*'{dtype}'"):
+            models.create("vit_mu", 10, preset("baseline"), dtype)
 
-    @parameterized.product(
-        name=("dropit", "lean"), remat=("none", "blocks"), dtype=(None, "bfloat16")
-    )
-    def test_presets_change_neither_parameters_nor_output(self, name, remat, dtype):
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
-        plain = _tiny_vit("baseline", dtype=dtype)
-        other = _tiny_vit(name, remat, dtype=dtype)
-        variables = jax.jit(lambda: plain.init(jax.random.key(0), x, False))()
-        # The head starts at 0, and would hide what comes before it.
-        variables["params"]["head"]["kernel"] += 1.0
-        chex.assert_trees_all_equal_shapes_and_dtypes(
-            variables, _variables(other, x.shape)
-        )
-        outputs = [
-            jax.jit(lambda v, m=m: m.apply(v, x, False))(variables)
-            for m in (plain, other)
-        ]
-        reference.assert_same_bits(*outputs)
-
-
-def _tiny_vit(name, remat="none", dtype=None):
-    sizes = {"patch_size": 4, "width": 16, "num_layers": 2, "num_heads": 2}
-    return ViT(10, dtype=dtype, memory=preset(name, remat=remat), **sizes)
+    def test_other_names_and_fields_are_refused(self):
+        with pytest.raises(ValueError, match=r"model: unknown value 'vit_x'.*vit_mu"):
+            models.create("vit_x", 10, preset("baseline"))
+        with pytest.raises(ValueError, match="model: unknown value 'vit_x'"):
+            models.fields("vit_x")
+        with pytest.raises(TypeError, match="vit_mu has no field 'stem'; it has pa"):
+            models.create("vit_mu", 10, preset("baseline"), stem="cifar")
+        # That the name says it, and it is no field, must not be overruled.
+        with pytest.raises(TypeError, match="vit_mu has no field 'width'"):
+            models.create("vit_mu", 10, preset("baseline"), width=64)
 
 
 class PlainTest(parameterized.TestCase):
-    def test_the_baseline_is_plain_flax(self):
+    @parameterized.parameters(
+        (ResNet(10, width=4),),
+        (ResNet(10, (1, 1), width=4, block=BottleneckBlock),),
+        (ViT(10, 4, 16, num_layers=1, num_heads=2, dropout=0.1, drop_path=0.1),),
+    )
+    def test_the_baseline_is_plain_flax(self, model):
         seen = set()
 
         def record(call, args, kwargs, context):
             seen.add((context.module.name, getattr(context.module, "dropit", None)))
             return call(*args, **kwargs)
 
-        model = ResNet(10, width=4)
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
         with nn.intercept_methods(record):
             text = str(
-                jax.make_jaxpr(lambda x: model.init(jax.random.key(0), x, True))(
+                jax.make_jaxpr(lambda x: model.init(rngs, x, True))(
                     jnp.zeros((1, 16, 16, 3))
                 )
             )
         self.assertEqual({dropit for _, dropit in seen}, {None})
         self.assertNotIn(dropit_jax.nn.relu.__name__ + "_backward", text)
+        # `nn.gelu` and `nn.relu` of the baseline are Flax's.
         self.assertNotIn("custom_vjp_call", text)
         self.assertTrue(issubclass(dn.Conv, nn.Conv))
 

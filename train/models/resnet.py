@@ -1,7 +1,9 @@
-"""ResNet-18 (He et al., 2016, "Deep residual learning for image recognition")."""
+"""Residual networks.
 
-import functools
-from typing import Literal, get_args
+He et al., 2016, "Deep residual learning for image recognition".
+"""
+
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float
 
 from dropit_jax import Preset, preset
 from dropit_jax.linen import toolbox
+from train.models.checks import check_choice
 
 Stem = Literal["cifar", "imagenet"]
 STEMS: tuple[Stem, ...] = get_args(Stem)
@@ -16,54 +19,109 @@ STEMS: tuple[Stem, ...] = get_args(Stem)
 _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al., 2016, Figure 2).
+class ResidualBlock(nn.Module):
+    """What the blocks share: their fields, layers and shortcut.
 
     Attributes:
-      features: channels of the output.
-      strides: stride of the first convolution; the shortcut follows it with a 1x1
+      features: channels of the 3x3 convolutions.
+      strides: stride of the first of them; the shortcut follows it with a 1x1
         convolution where the shape changes.
+      dtype: of the computation.
       memory: what the block caches.
     """
 
     features: int
     strides: int = 1
+    dtype: Any = None
     memory: Preset = preset("baseline")
+
+    # Channels of the output, in those of the 3x3 convolutions.
+    expansion: ClassVar[int] = 1
+
+    def _conv(self, features: int, size: int, name: str, strides: int = 1) -> nn.Module:
+        return toolbox(self.memory).Conv(
+            features,
+            (size, size),
+            strides,
+            padding=size // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=_kernel_init,
+            name=name,
+        )
+
+    def _norm(self, name: str, train: bool) -> nn.Module:
+        return _batch_norm(self.memory, self.dtype, name, train)
+
+    def _shortcut(self, x: Array, train: bool) -> Array:
+        features = self.expansion * self.features
+        if x.shape[-1] == features and self.strides == 1:
+            return x
+        x = self._conv(features, 1, "shortcut_conv", self.strides)(x)
+        return self._norm("shortcut_norm", train)(x)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions and a shortcut (He et al., 2016, Figure 2).
+
+    Attributes:
+      features: as in `ResidualBlock`, like all others.
+    """
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width in"], train: bool
     ) -> Float[Array, "batch height_out width_out out"]:
         """The block's output; `train` normalises by the batch's own statistics."""
-        tools = toolbox(self.memory)
-        conv = functools.partial(tools.Conv, use_bias=False, kernel_init=_kernel_init)
-        norm = functools.partial(
-            tools.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5
-        )
+        relu = toolbox(self.memory).relu
+        shortcut = self._shortcut(x, train)
+        y = self._conv(self.features, 3, "conv1", self.strides)(x)
+        y = relu(self._norm("norm1", train)(y))
+        y = self._conv(self.features, 3, "conv2")(y)
+        y = self._norm("norm2", train)(y)
+        return relu(y + shortcut)
 
-        shortcut = x
-        if x.shape[-1] != self.features or self.strides != 1:
-            shortcut = conv(
-                self.features, (1, 1), self.strides, padding=0, name="shortcut_conv"
-            )(x)
-            shortcut = norm(name="shortcut_norm")(shortcut)
 
-        y = conv(self.features, (3, 3), self.strides, padding=1, name="conv1")(x)
-        y = tools.relu(norm(name="norm1")(y))
-        y = conv(self.features, (3, 3), padding=1, name="conv2")(y)
-        y = norm(name="norm2")(y)
-        return tools.relu(y + shortcut)
+class BottleneckBlock(ResidualBlock):
+    """A 3x3 convolution between two 1x1, and a shortcut (ibid., Figure 5, right).
+
+    The stride is that of the 3x3 convolution, as in torchvision, and not of the first,
+    as in the paper.
+
+    Attributes:
+      features: as in `ResidualBlock`, like all others.
+    """
+
+    expansion: ClassVar[int] = 4
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width in"], train: bool
+    ) -> Float[Array, "batch height_out width_out out"]:
+        """The block's output; `train` normalises by the batch's own statistics."""
+        relu = toolbox(self.memory).relu
+        shortcut = self._shortcut(x, train)
+        y = self._conv(self.features, 1, "conv1")(x)
+        y = relu(self._norm("norm1", train)(y))
+        y = self._conv(self.features, 3, "conv2", self.strides)(y)
+        y = relu(self._norm("norm2", train)(y))
+        y = self._conv(self.expansion * self.features, 1, "conv3")(y)
+        y = self._norm("norm3", train)(y)
+        return relu(y + shortcut)
 
 
 class ResNet(nn.Module):
-    """A residual network of basic blocks.
+    """A residual network (ibid., Table 1).
 
     Attributes:
       num_classes: size of the output.
       stage_sizes: blocks in each stage.
-      width: channels of the first stage; every further stage doubles them.
+      width: features of the first stage's blocks; every further stage doubles them.
       stem: `"cifar"`, one 3x3 convolution, for small images; `"imagenet"`, a 7x7
         convolution of stride 2 and a max-pool of stride 2.
+      block: `BasicBlock` or `BottleneckBlock`.
+      dtype: of the computation; `None`: that of image and parameters. Parameters,
+        running statistics and logits are float32.
       memory: what the model caches. The first convolution is left as it is: its input
         is the image itself (DropIT paper, §3.4).
     """
@@ -72,27 +130,35 @@ class ResNet(nn.Module):
     stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
     width: int = 64
     stem: Stem = "cifar"
+    block: type[ResidualBlock] = BasicBlock
+    dtype: Any = None
     memory: Preset = preset("baseline")
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
-        """The logits of a batch of images."""
+        """The logits of a batch of images.
+
+        Raises:
+          ValueError: there is no such stem.
+        """
+        check_choice("ResNet.stem", self.stem, STEMS)
         tools, stem = toolbox(self.memory), ResNet._stem
         if self.memory.remat == "blocks":
             stem = nn.remat(stem, static_argnums=(2,))
         x = stem(self, x, train)
-        block = tools.remat(BasicBlock, static_argnums=(2,))
+        block = tools.remat(self.block, static_argnums=(2,))
         for stage, blocks in enumerate(self.stage_sizes):
             for number in range(blocks):
                 x = block(
                     features=self.width * 2**stage,
                     strides=2 if stage > 0 and number == 0 else 1,
+                    dtype=self.dtype,
                     memory=self.memory,
                     name=f"stage{stage + 1}_block{number + 1}",
                 )(x, train)
-        x = jnp.mean(x, axis=(1, 2))
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return tools.Dense(self.num_classes, name="head")(x)
 
     def _stem(self, x: Array, train: bool) -> Array:
@@ -104,13 +170,21 @@ class ResNet(nn.Module):
             strides,
             padding=size // 2,
             use_bias=False,
+            dtype=self.dtype,
             kernel_init=_kernel_init,
             name="stem_conv",
         )(x)
-        norm = tools.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="stem_norm"
-        )
-        x = tools.relu(norm(x))
+        x = tools.relu(_batch_norm(self.memory, self.dtype, "stem_norm", train)(x))
         if self.stem == "cifar":
             return x
         return tools.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def _batch_norm(memory: Preset, dtype: Any, name: str, train: bool) -> nn.Module:
+    return toolbox(memory).BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        name=name,
+    )

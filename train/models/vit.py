@@ -3,8 +3,7 @@
 Modules and parameters have the names of Google's public Flax implementation.
 """
 
-import functools
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,118 +11,19 @@ from jaxtyping import Array, Float
 
 from dropit_jax import Preset, preset
 from dropit_jax.linen import toolbox
+from train.models.checks import check_choice, check_rate
+from train.models.encoder import Encoder
+from train.models.positions import POSITIONS, Positions
 
-_Tokens = Float[Array, "batch length width"]
-
-
-class MlpBlock(nn.Module):
-    """Two dense layers with a GELU between them (Dosovitskiy et al., 2021, §3.1).
-
-    Attributes:
-      features: of the hidden layer.
-      dtype: of the computation.
-      memory: what the block caches.
-    """
-
-    features: int
-    dtype: Any = None
-    memory: Preset = preset("baseline")
-
-    @nn.compact
-    def __call__(self, x: _Tokens) -> _Tokens:
-        """The block's output, as wide as its input."""
-        tools = toolbox(self.memory)
-        dense = functools.partial(
-            tools.Dense,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            bias_init=nn.initializers.normal(1e-6),
-        )
-        hidden = tools.gelu(dense(self.features, name="Dense_0")(x))
-        return dense(x.shape[-1], name="Dense_1")(hidden)
-
-
-class EncoderBlock(nn.Module):
-    """Attention and MLP, each after a norm and beside a shortcut (ibid., Eq. 2, 3).
-
-    Attributes:
-      num_heads: of the attention.
-      mlp_features: of the MLP's hidden layer.
-      dtype: of the computation.
-      memory: what the block caches.
-    """
-
-    num_heads: int
-    mlp_features: int
-    dtype: Any = None
-    memory: Preset = preset("baseline")
-
-    @nn.compact
-    def __call__(self, x: _Tokens) -> _Tokens:
-        """The block's output, of the shape of its input."""
-        tools = toolbox(self.memory)
-        norm = functools.partial(tools.LayerNorm, dtype=self.dtype)
-        y = norm(name="LayerNorm_0")(x)
-        x = x + tools.MultiHeadDotProductAttention(
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            deterministic=True,
-            name="MultiHeadDotProductAttention_1",
-        )(y)
-        y = norm(name="LayerNorm_2")(x)
-        return x + MlpBlock(
-            self.mlp_features, self.dtype, self.memory, name="MlpBlock_3"
-        )(y)
-
-
-class Encoder(nn.Module):
-    """Position embeddings, blocks, and a last norm (ibid., Eq. 1 to 4).
-
-    Attributes:
-      num_layers: how many blocks.
-      num_heads: of the attention.
-      mlp_features: of the MLPs' hidden layers.
-      dtype: of the computation.
-      memory: what the encoder caches.
-    """
-
-    num_layers: int
-    num_heads: int
-    mlp_features: int
-    dtype: Any = None
-    memory: Preset = preset("baseline")
-
-    @nn.compact
-    def __call__(self, x: _Tokens) -> _Tokens:
-        """The encoded tokens."""
-        tools = toolbox(self.memory)
-        x = AddPositionEmbeddings(name="posembed_input")(x)
-        block = tools.remat(EncoderBlock)
-        for number in range(self.num_layers):
-            x = block(
-                num_heads=self.num_heads,
-                mlp_features=self.mlp_features,
-                dtype=self.dtype,
-                memory=self.memory,
-                name=f"encoderblock_{number}",
-            )(x)
-        return tools.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
-
-
-class AddPositionEmbeddings(nn.Module):
-    """Adds a learned vector to every position (ibid., Eq. 1)."""
-
-    @nn.compact
-    def __call__(self, x: _Tokens) -> _Tokens:
-        """The tokens that know where they are."""
-        shape = (1, *x.shape[1:])
-        embedding = self.param("pos_embedding", nn.initializers.normal(0.02), shape)
-        return x + embedding.astype(x.dtype)
+Pool = Literal["cls", "gap"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class ViT(nn.Module):
-    """A vision transformer that classifies by a token of its own.
+    """A vision transformer that classifies.
+
+    With `train`, dropout and stochastic depth take their random numbers from the stream
+    `"dropout"`; where both rates are 0 it is the same in training.
 
     Attributes:
       num_classes: size of the output.
@@ -131,6 +31,16 @@ class ViT(nn.Module):
       width: of the tokens.
       num_layers: how many blocks.
       num_heads: of the attention.
+      pool: what the logits are read from: `"cls"`, a token of its own; `"gap"`, the
+        mean over all tokens (Dosovitskiy et al., 2021, App. D.3), with no such token.
+      positions: how tokens are told where they are: `"learned"`, by a parameter;
+        `"sincos"`, by sines and cosines of row and column.
+      dropout: rate (ibid., App. B.1).
+      drop_path: rate of stochastic depth in the last block, which grows to that from 0
+        in the first (Touvron et al., 2021, Table 9).
+      scan: whether the blocks are one in a loop of the compiled program, which then
+        takes as long to compile for any depth. Their parameters are stacked along a
+        first axis.
       dtype: of the computation; `None`: that of image and parameters.
       memory: what the model caches. The embedding of the patches is left as it is: its
         input is the image itself (DropIT paper, §3.4).
@@ -141,6 +51,11 @@ class ViT(nn.Module):
     width: int = 768
     num_layers: int = 12
     num_heads: int = 12
+    pool: Pool = "cls"
+    positions: Positions = "learned"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    scan: bool = False
     dtype: Any = None
     memory: Preset = preset("baseline")
 
@@ -148,29 +63,63 @@ class ViT(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
-        """The logits of a batch of images; it is the same in training."""
-        del train
-        x = nn.Conv(
-            self.width,
-            (self.patch_size, self.patch_size),
-            strides=(self.patch_size, self.patch_size),
-            padding="VALID",
-            dtype=self.dtype,
-            name="embedding",
-        )(x)
+        """The logits of a batch of images.
+
+        Raises:
+          ValueError: a field has a value that it cannot have, or one that does not fit
+            the size of the images.
+        """
+        self._check(x)
+        x = self._patches(x)
+        _, rows, columns, _ = x.shape
         x = x.reshape(x.shape[0], -1, self.width)
-        token = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-        token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
-        x = jnp.concatenate([token, x], axis=1)
+        if self.pool == "cls":
+            token = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+            token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
+            x = jnp.concatenate([token, x], axis=1)
         x = Encoder(
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             mlp_features=4 * self.width,
+            grid=(rows, columns),
+            positions=self.positions,
+            dropout=self.dropout,
+            drop_path=self.drop_path,
+            scan=self.scan,
             dtype=self.dtype,
             memory=self.memory,
             name="Transformer",
-        )(x)
+        )(x, train)
+        x = x[:, 0] if self.pool == "cls" else jnp.mean(x, axis=1, dtype=jnp.float32)
         head = toolbox(self.memory).Dense(
             self.num_classes, kernel_init=nn.initializers.zeros, name="head"
         )
-        return head(x[:, 0].astype(jnp.float32))
+        return head(x.astype(jnp.float32))
+
+    def _patches(self, x: Array) -> Float[Array, "batch rows columns width"]:
+        patch = (self.patch_size, self.patch_size)
+        return nn.Conv(
+            self.width,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            name="embedding",
+        )(x)
+
+    def _check(self, x: Array) -> None:
+        check_choice("ViT.pool", self.pool, POOLS)
+        check_choice("ViT.positions", self.positions, POSITIONS)
+        check_rate("ViT.dropout", self.dropout)
+        check_rate("ViT.drop_path", self.drop_path)
+        _, height, width, _ = x.shape
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"ViT.patch_size: {self.patch_size} does not divide the image size, "
+                f"{height}x{width}."
+            )
+        if self.positions == "sincos" and self.width % 4:
+            raise ValueError(
+                f'ViT.width: must be a multiple of 4 for positions="sincos", got '
+                f"{self.width}."
+            )

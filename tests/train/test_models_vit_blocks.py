@@ -1,0 +1,300 @@
+"""What is random in the blocks of a ViT, and the blocks in a loop of the program."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dropit_jax import Preset, preset
+from train.models.drop_path import DropPath, linear_rates
+from train.models.vit import ViT
+
+_LAYERS = 2
+_X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), jnp.float32)
+_RANDOM = {"dropout": 0.3, "drop_path": 0.5}
+# All that is as exact as the baseline, dropping nothing of what dense layers cache.
+_EXACT = {"rate": 0.0, "value_dtype": None}
+
+
+def _vit(memory="baseline", remat="none", **fields):
+    if isinstance(memory, str):
+        memory = preset(memory, remat=remat)
+    sizes = {"patch_size": 4, "width": 16, "num_layers": _LAYERS, "num_heads": 2}
+    return ViT(5, memory=memory, **(sizes | fields))
+
+
+def _params(model):
+    """Parameters none of which is 0, as the head's are at first."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), _X, False))["params"]
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), shapes
+    )
+
+
+def _stacked(params):
+    encoder = dict(params["Transformer"])
+    names = sorted(name for name in encoder if name.startswith("encoderblock_"))
+    blocks = [encoder.pop(name) for name in names]
+    encoder["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return params | {"Transformer": encoder}
+
+
+def _run(model, params, seed=0):
+    """Logits and gradients of a training step."""
+    dropout, dropit = jax.random.split(jax.random.key(seed))
+    gradients, logits = _step(model)(params, {"dropout": dropout, "dropit": dropit})
+    return logits, gradients
+
+
+@functools.cache
+def _step(model):
+    def loss_fn(params, rngs):
+        logits = model.apply({"params": params}, _X, True, rngs=rngs)
+        return jnp.sin(logits).sum(), logits
+
+    return jax.jit(jax.grad(loss_fn, has_aux=True))
+
+
+@functools.cache
+def _baseline(scan, seed=0):
+    """Parameters, logits and gradients of the baseline that is random."""
+    model = _vit(scan=scan, **_RANDOM)
+    params = _params(model)
+    return params, *_run(model, params, seed)
+
+
+def _distance(actual, expected):
+    actual, expected = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (actual, expected)
+    )
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+class DropPathTest(parameterized.TestCase):
+    def test_rates_grow_linearly(self):
+        np.testing.assert_allclose(
+            linear_rates(0.3, 4), [0.0, 0.1, 0.2, 0.3], rtol=1e-6
+        )
+        np.testing.assert_array_equal(linear_rates(0.3, 1), [0.0])
+
+    def test_drops_whole_samples_and_keeps_the_expectation(self):
+        rate, samples = 0.3, 4096
+        x = np.random.default_rng(0).normal(size=(samples, 2, 3)).astype(np.float32)
+        rngs = {"dropout": jax.random.key(0)}
+        y = np.asarray(DropPath().apply({}, x, jnp.float32(rate), True, rngs=rngs))
+        dropped = (y == 0).all(axis=(1, 2))
+        np.testing.assert_allclose(y[~dropped], x[~dropped] / (1 - rate), rtol=1e-6)
+        # Four standard deviations of a binomial.
+        bound = 4 * np.sqrt(rate * (1 - rate) / samples)
+        self.assertAlmostEqual(dropped.mean(), rate, delta=bound)
+        self.assertAlmostEqual((y / x).mean(), 1, delta=bound / (1 - rate))
+
+    def test_is_off(self):
+        x = jnp.ones((4, 2))
+        for rate, train in ((None, True), (jnp.float32(0.5), False)):
+            np.testing.assert_array_equal(DropPath().apply({}, x, rate, train), x)
+
+    @parameterized.parameters(False, True)
+    def test_every_block_draws_for_itself_at_its_rate(self, scan):
+        # Nothing but the MLP's last bias says anything: in block i it is the i-th unit
+        # vector, so that this element of a sample's tokens is the scale of its branch.
+        samples, layers = 1024, 3
+        model = _vit(num_layers=layers, drop_path=0.5, pool="gap")
+        model = model.clone(num_classes=model.width)
+        params = jax.tree.map(jnp.zeros_like, _params(model))
+        encoder = params["Transformer"]
+        encoder["encoder_norm"]["scale"] += 1
+        params["head"]["kernel"] += jnp.eye(model.width)
+        for i in range(layers):
+            mlp = encoder[f"encoderblock_{i}"]["MlpBlock_3"]
+            mlp["Dense_1"]["bias"] = jnp.eye(model.width)[i]
+        params = _stacked(params) if scan else params
+        logits = jax.jit(
+            lambda p: model.clone(scan=scan).apply(
+                {"params": p},
+                jnp.zeros((samples, 8, 8, 3)),
+                True,
+                rngs={"dropout": jax.random.key(0)},
+            )
+        )(params)
+        # Relative to the first, which is never dropped; the last is the norm's shift.
+        scales = np.asarray(logits - logits[:, -1:])[:, :layers]
+        scales = scales / scales[:, :1]
+        for i, expected in enumerate((0.0, 0.25, 0.5)):
+            dropped = np.abs(scales[:, i]) < 1e-3
+            self.assertAlmostEqual(dropped.mean(), expected, delta=0.06, msg=i)
+            np.testing.assert_allclose(
+                scales[~dropped, i], 1 / (1 - expected), rtol=1e-3
+            )
+        both = (np.abs(scales[:, 1:]) < 1e-3).all(axis=1).mean()
+        self.assertAlmostEqual(both, 0.25 * 0.5, delta=0.05)
+
+
+class DropoutTest(parameterized.TestCase):
+    def test_has_googles_places(self):
+        model = _vit(num_layers=1, dropout=0.25, drop_path=0.1)
+        params = _params(model)
+        calls = []
+
+        def record(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            # Not the same call again, by the layer of Flax's that a layer derives from.
+            again = calls and calls[-1][0] == context.module.name
+            if context.method_name == "__call__" and not again:
+                calls.append((context.module.name, args[0], out))
+            return out
+
+        with nn.intercept_methods(record):
+            rngs = {"dropout": jax.random.key(0)}
+            model.apply({"params": params}, _X, True, rngs=rngs)
+        names = [name for name, _, _ in calls if name not in ("query", "key", "value")]
+        self.assertEqual(
+            names,
+            [
+                *("embedding", "posembed_input", "Dropout_0", "LayerNorm_0", "out"),
+                *("MultiHeadDotProductAttention_1", "Dropout_0", "DropPath_0"),
+                *("LayerNorm_2", "Dense_0", "Dropout_0", "Dense_1", "Dropout_1"),
+                *("MlpBlock_3", "DropPath_1", "encoderblock_0", "encoder_norm"),
+                *("Transformer", "head", None),
+            ],
+        )
+        hidden = next(out for name, _, out in calls if name == "Dense_0")
+        _, after_gelu, _ = [call for call in calls if call[0] == "Dropout_0"][2]
+        np.testing.assert_allclose(after_gelu, nn.gelu(hidden), rtol=1e-5, atol=1e-6)
+        for name, x, out in calls:
+            if name in ("Dropout_0", "Dropout_1"):
+                kept = np.asarray(out) != 0
+                self.assertAlmostEqual(1 - kept.mean(), 0.25, delta=0.1)
+                np.testing.assert_allclose(
+                    np.asarray(out)[kept], np.asarray(x)[kept] / 0.75, rtol=1e-6
+                )
+
+    @parameterized.product(scan=(False, True), memory=("baseline", "lean"))
+    def test_evaluation_is_not_random(self, scan, memory):
+        params = _params(_vit(scan=scan))
+        actual, expected = (
+            jax.jit(lambda p, m=m: m.apply({"params": p}, _X, False))(params)
+            for m in (_vit(memory, scan=scan, **_RANDOM), _vit(memory, scan=scan))
+        )
+        np.testing.assert_array_equal(actual, expected)
+
+    @parameterized.parameters(False, True)
+    def test_at_a_rate_of_0_no_random_numbers_are_needed(self, scan):
+        model = _vit("lean", "blocks", scan=scan)
+        params = _params(model)
+        actual, expected = (
+            jax.jit(lambda p, t=train: model.apply({"params": p}, _X, t))(params)
+            for train in (True, False)
+        )
+        np.testing.assert_array_equal(actual, expected)
+
+    @parameterized.parameters({"dropout": 0.3}, {"drop_path": 0.5})
+    def test_each_of_them_is_random_in_training(self, **fields):
+        model = _vit(**fields)
+        logits = [
+            jax.jit(lambda p, i=i: model.apply(p, _X, True, rngs={"dropout": i}))(
+                {"params": _params(model)}
+            )
+            for i in (jax.random.key(0), jax.random.key(1))
+        ]
+        self.assertGreater(_distance(*logits), 0.01)
+
+
+class GradientTest(parameterized.TestCase):
+    """Of what is random, against the baseline with the same key."""
+
+    @parameterized.product(
+        scan=(False, True),
+        memory=(("baseline", "dots"), ("dropit", "blocks")),
+    )
+    def test_is_the_baselines_where_nothing_is_dropped(self, scan, memory):
+        name, remat = memory
+        params, same, expected = _baseline(scan)
+        memory = preset(name, remat=remat, **(_EXACT if name == "dropit" else {}))
+        logits, gradients = _run(_vit(memory, scan=scan, **_RANDOM), params)
+        np.testing.assert_array_equal(logits, same)
+        chex.assert_trees_all_close(gradients, expected, rtol=1e-5, atol=1e-5)
+
+    @parameterized.parameters(False, True)
+    def test_of_blocks_recomputed_from_8_bits_is_near(self, scan):
+        params, same, expected = _baseline(scan)
+        memory = Preset("bits", one_bit=True, eight_bit=True, remat="blocks")
+        logits, gradients = _run(_vit(memory, scan=scan, **_RANDOM), params)
+        np.testing.assert_array_equal(logits, same)
+        # With other masks than the forward pass's it would be off by more than itself.
+        self.assertBetween(_distance(gradients, expected), 1e-5, 0.06)
+        _, _, others = _baseline(scan, seed=1)
+        self.assertGreater(_distance(others, expected), 0.5)
+
+
+class ScanTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ("baseline", "none"),
+        ("baseline", "blocks"),
+        ("dropit", "dots"),
+        ("lean", "none"),
+        ("lean", "blocks"),
+    )
+    def test_is_the_loop(self, memory, remat):
+        fields = {"pool": "gap", "positions": "sincos"}
+        loop = _vit(memory, remat, **fields)
+        params = _params(loop)
+        logits, gradients = _run(loop, params)
+        actual, in_scan = _run(loop.clone(scan=True), _stacked(params))
+        np.testing.assert_allclose(actual, logits, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(in_scan, _stacked(gradients), rtol=1e-4, atol=1e-5)
+
+    def test_its_blocks_start_differently(self):
+        model = _vit(scan=True)
+        params = jax.jit(lambda: model.init(jax.random.key(0), _X, False))()["params"]
+        kernel = params["Transformer"]["encoderblock"]["MlpBlock_3"]["Dense_0"][
+            "kernel"
+        ]
+        self.assertEqual(kernel.shape, (_LAYERS, 16, 64))
+        self.assertGreater(np.abs(kernel[0] - kernel[1]).max(), 0.01)
+        # As each would alone: Glorot and Bengio's bound, of one layer's sizes.
+        bound = np.sqrt(6 / (16 + 64))
+        self.assertBetween(np.abs(kernel).max(), 0.95 * bound, bound)
+
+    def test_the_program_is_as_long_for_any_depth(self):
+        def length(num_layers):
+            model = _vit("lean", "blocks", scan=True, num_layers=num_layers, **_RANDOM)
+            params = jax.eval_shape(lambda: model.init(jax.random.key(0), _X, False))
+            rngs = {"dropout": jax.random.key(0)}
+            gradient = jax.grad(lambda v: model.apply(v, _X, True, rngs=rngs).sum())
+            return len(str(jax.make_jaxpr(gradient)(params)).splitlines())
+
+        self.assertEqual(length(2), length(5))
+
+    def test_what_is_dropped_at_random_is_drawn_in_it(self):
+        memory = preset("dropit", strategy="random", remat="blocks")
+        model = _vit(memory, scan=True)
+        params = _params(model)
+        (logits, first), (same, second) = _run(model, params), _run(model, params, 1)
+        np.testing.assert_array_equal(logits, same)
+        self.assertGreater(_distance(first, second), 0.01)
+
+    def test_blocks_are_not_told_apart_by_preset(self):
+        # A checkpoint of one preset is one of all.
+        trees = [
+            jax.eval_shape(
+                lambda m=memory: _vit(m, scan=True).init(jax.random.key(0), _X, False)
+            )
+            for memory in (
+                preset(name, remat=remat)
+                for name in ("baseline", "lean")
+                for remat in ("none", "blocks")
+            )
+        ]
+        for tree in trees[1:]:
+            chex.assert_trees_all_equal_shapes_and_dtypes(tree, trees[0])
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,172 @@
+"""The encoder of a vision transformer (Dosovitskiy et al., 2021, §3.1).
+
+Modules and parameters have the names of Google's public Flax implementation, and
+dropout has the places that it has there.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from dropit_jax import Preset, preset
+from dropit_jax.linen import toolbox
+from train.models.drop_path import DropPath, linear_rates
+from train.models.positions import AddPositionEmbeddings, Positions
+
+_Tokens = Float[Array, "batch length width"]
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a GELU between them (Dosovitskiy et al., 2021, §3.1).
+
+    Attributes:
+      features: of the hidden layer.
+      dropout: rate, after each of the layers.
+      dtype: of the computation.
+      memory: what the block caches.
+    """
+
+    features: int
+    dropout: float = 0.0
+    dtype: Any = None
+    memory: Preset = preset("baseline")
+
+    @nn.compact
+    def __call__(self, x: _Tokens, train: bool) -> _Tokens:
+        """The block's output, as wide as its input."""
+        tools = toolbox(self.memory)
+        dense = functools.partial(
+            tools.Dense,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(1e-6),
+        )
+        dropout = functools.partial(
+            tools.Dropout, self.dropout, deterministic=not train
+        )
+        hidden = dropout()(tools.gelu(dense(self.features, name="Dense_0")(x)))
+        return dropout()(dense(x.shape[-1], name="Dense_1")(hidden))
+
+
+class EncoderBlock(nn.Module):
+    """Attention and MLP, each after a norm and beside a shortcut (ibid., Eq. 2, 3).
+
+    Attributes:
+      num_heads: of the attention.
+      mlp_features: of the MLP's hidden layer.
+      dropout: rate, after the attention and in the MLP.
+      dtype: of the computation.
+      memory: what the block caches.
+    """
+
+    num_heads: int
+    mlp_features: int
+    dropout: float = 0.0
+    dtype: Any = None
+    memory: Preset = preset("baseline")
+
+    @nn.compact
+    def __call__(
+        self, x: _Tokens, train: bool, drop_path: Float[Array, ""] | None = None
+    ) -> _Tokens:
+        """The block's output, of the shape of its input.
+
+        Args:
+          x: the tokens.
+          train: whether anything is random.
+          drop_path: rate at which each of the two branches is dropped.
+        """
+        tools = toolbox(self.memory)
+        norm = functools.partial(tools.LayerNorm, dtype=self.dtype)
+        y = norm(name="LayerNorm_0")(x)
+        y = tools.MultiHeadDotProductAttention(
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            deterministic=True,
+            name="MultiHeadDotProductAttention_1",
+        )(y)
+        y = tools.Dropout(self.dropout, deterministic=not train)(y)
+        x = x + DropPath()(y, drop_path, train)
+        y = norm(name="LayerNorm_2")(x)
+        y = MlpBlock(
+            self.mlp_features, self.dropout, self.dtype, self.memory, name="MlpBlock_3"
+        )(y, train)
+        return x + DropPath()(y, drop_path, train)
+
+
+class Encoder(nn.Module):
+    """Position embeddings, blocks, and a last norm (ibid., Eq. 1 to 4).
+
+    Attributes:
+      num_layers: how many blocks.
+      num_heads: of the attention.
+      mlp_features: of the MLPs' hidden layers.
+      grid: rows and columns of the patches.
+      positions: as in `AddPositionEmbeddings`.
+      dropout: rate, after the position embeddings and in the blocks.
+      drop_path: rate at which the last block's branches are dropped; it grows to that
+        from 0 in the first block.
+      scan: whether the blocks are one, `encoderblock`, in a loop of the compiled
+        program. Their parameters are stacked along a first axis.
+      dtype: of the computation.
+      memory: what the encoder caches.
+    """
+
+    num_layers: int
+    num_heads: int
+    mlp_features: int
+    grid: tuple[int, int]
+    positions: Positions = "learned"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    scan: bool = False
+    dtype: Any = None
+    memory: Preset = preset("baseline")
+
+    @nn.compact
+    def __call__(self, x: _Tokens, train: bool) -> _Tokens:
+        """The encoded tokens."""
+        tools = toolbox(self.memory)
+        x = AddPositionEmbeddings(self.grid, self.positions, name="posembed_input")(x)
+        x = tools.Dropout(self.dropout, deterministic=not train)(x)
+        x = self._scanned(x, train) if self.scan else self._looped(x, train)
+        return tools.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
+
+    def _looped(self, x: _Tokens, train: bool) -> _Tokens:
+        rates = self._rates()
+        for number in range(self.num_layers):
+            rate = None if rates is None else rates[number]
+            x = self._block(f"encoderblock_{number}")(x, train, rate)
+        return x
+
+    def _scanned(self, x: _Tokens, train: bool) -> _Tokens:
+        def body(block: nn.Module, x: _Tokens, rate: Any) -> tuple[_Tokens, None]:
+            return block(x, train, rate), None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True, "dropit": True},
+            length=self.num_layers,
+        )
+        x, _ = scan(self._block("encoderblock"), x, self._rates())
+        return x
+
+    def _rates(self) -> Float[Any, "layers"] | None:
+        if self.drop_path == 0:
+            return None
+        return linear_rates(self.drop_path, self.num_layers)
+
+    def _block(self, name: str) -> nn.Module:
+        block = toolbox(self.memory).remat(EncoderBlock, static_argnums=(2,))
+        return block(
+            num_heads=self.num_heads,
+            mlp_features=self.mlp_features,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            memory=self.memory,
+            name=name,
+        )
