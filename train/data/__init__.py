@@ -1,11 +1,15 @@
 """Datasets by name, and batches of them."""
 
+from train.data.augment import AUGMENTATIONS
 from train.data.datasets import DATASETS, Dataset, Info, info, load
+from train.data.errors import DataError
 from train.data.pipeline import Batch, evaluation_batches, training_batches
 
 __all__ = [
+    "AUGMENTATIONS",
     "DATASETS",
     "Batch",
+    "DataError",
     "Dataset",
     "Info",
     "evaluation_batches",

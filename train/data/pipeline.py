@@ -1,22 +1,41 @@
-"""Batches of a dataset: shuffled, augmented and endless, or in order and once."""
+"""Batches of a dataset: shuffled, augmented and endless, or in order and once.
 
-from collections.abc import Iterator
+Batches are global. Each of several processes gets its own rows of every batch, and the
+rows do not depend on how many processes, worker processes and threads read them.
+"""
+
+import atexit
+import dataclasses
+import functools
+import gc
+import os
+import threading
+import weakref
+from multiprocessing import parent_process
+from signal import SIG_IGN, SIGINT, SIGTERM, signal
 from typing import Any, TypedDict
 
 import grain
 import numpy as np
+from absl import flags
 
+from train.data.arrays import Examples, Source
 from train.data.datasets import Dataset
+from train.data.errors import DataError
 
-_EVALUATION = grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
-_TRAINING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+# Batches that a worker process has made before they are asked for.
+_AHEAD_OF_WORKER = 2
+# Batches that a thread has made before they are asked for.
+_AHEAD_OF_THREAD = 2
+# Pillow lets go of the interpreter while it decodes and resizes.
+_DECODING_THREADS = min(os.cpu_count() or 1, 16)
 
 
 class Batch(TypedDict):
     """A batch, of NumPy or JAX arrays, or of their shapes.
 
     Attributes:
-      image: float32 of shape (batch, height, width, channels).
+      image: uint8 of shape (batch, height, width, channels).
       label: int32 of shape (batch,).
       mask: float32 of shape (batch,): 1 for an example, 0 for padding.
     """
@@ -27,60 +46,183 @@ class Batch(TypedDict):
 
 
 def training_batches(
-    dataset: Dataset, batch_size: int, seed: int
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """Endless batches, every epoch in an order of its own.
 
     An epoch has `len(dataset.train) // batch_size` batches: what does not fill a batch
     is left out, and is other examples in every epoch. The n-th batch depends on the
-    seed and n alone, and `get_state` and `set_state` of the iterator move it.
+    dataset, the batch size, the seed and n alone.
+
+    Args:
+      dataset: what to read.
+      batch_size: examples in a batch of all processes together.
+      seed: decides the order and the random changes of images.
+      start: the number of the first batch; resuming is starting later.
+      workers: processes that make batches; without any, threads do.
+      process_index: which of the processes this is.
+      process_count: how many processes share a batch; this one gets
+        `batch_size // process_count` rows, which follow those of the process before.
+
+    Returns:
+      An iterator; its `close` ends the workers, as does its deletion.
+
+    Raises:
+      DataError: the dataset cannot fill a batch, or the processes cannot share one.
     """
-
-    def example(raw: Any, rng: np.random.Generator) -> dict[str, Any]:
-        return _example(dataset, dataset.augment(raw["image"], rng), raw["label"])
-
-    return iter(
+    rows = _rows(batch_size, process_count)
+    steps = len(dataset.train) // batch_size
+    if not steps:
+        raise DataError(
+            f"{len(dataset.train)} training examples do not fill a batch of "
+            f"{batch_size}: take a smaller one."
+        )
+    # A slice of a `MapDataset` goes on into the next epochs of what it is a slice of,
+    # with their own order and random state.
+    parts = (
         grain.MapDataset.source(dataset.train)
         .seed(seed)
         .shuffle()
-        .random_map(example)
-        .batch(batch_size, drop_remainder=True)
+        .random_map(_TrainingExample(dataset))
+        .batch(rows, drop_remainder=True)[: steps * process_count]
         .repeat()
-        .to_iter_dataset(_TRAINING)
     )
+    mine = parts[process_index::process_count][start:]
+    return _iterator(mine, _threads(dataset.train), workers)
 
 
-def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
-    """Every test example once, in order; the last batch is padded."""
+def evaluation_batches(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Every test example once, in order; the last batch is padded with zeros.
 
-    def example(raw: Any) -> dict[str, Any]:
-        return _example(dataset, raw["image"], raw["label"])
+    Batch n has the examples `n * batch_size` to `(n + 1) * batch_size - 1`. All
+    processes get the same number of batches.
 
-    batches = (
-        grain.MapDataset.source(dataset.test)
-        .map(example)
-        .batch(batch_size)
-        .to_iter_dataset(_EVALUATION)
-    )
-    return (_padded(batch, batch_size) for batch in batches)
+    Args:
+      dataset: what to read.
+      batch_size: examples in a batch of all processes together.
+      workers: processes that make batches; without any, threads do.
+      process_index: which of the processes this is.
+      process_count: how many processes share a batch.
+
+    Returns:
+      An iterator; its `close` ends the workers, as does its deletion.
+
+    Raises:
+      DataError: the processes cannot share a batch.
+    """
+    rows = _rows(batch_size, process_count)
+    padded = _PaddedTest(dataset, -(-len(dataset.test) // batch_size) * batch_size)
+    parts = grain.MapDataset.source(padded).batch(rows)
+    mine = parts[process_index::process_count]
+    return _iterator(mine, _threads(dataset.test), workers)
 
 
-def _example(dataset: Dataset, image: np.ndarray, label: int) -> dict[str, Any]:
-    return {
-        "image": dataset.prepare(image),
-        "label": np.int32(label),
-        "mask": np.float32(1),
-    }
+@dataclasses.dataclass(frozen=True)
+class _TrainingExample:
+    """Makes a row of a batch of an example."""
+
+    dataset: Dataset
+
+    def __call__(self, raw: Any, rng: np.random.Generator) -> Batch:
+        return _row(self.dataset.train_image(raw, rng), raw["label"], 1)
 
 
-def _padded(batch: Batch, batch_size: int) -> Batch:
-    missing = batch_size - len(batch["label"])
-    if not missing:
-        return batch
+@dataclasses.dataclass(frozen=True)
+class _PaddedTest(Source):
+    """The rows of all test examples, and after them rows of zeros.
 
-    def pad(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+    Attributes:
+      dataset: has the examples.
+      length: of the rows together.
+    """
 
-    return Batch(
-        image=pad(batch["image"]), label=pad(batch["label"]), mask=pad(batch["mask"])
-    )
+    dataset: Dataset
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int, /) -> Batch:
+        if index >= len(self.dataset.test):
+            return self._padding
+        raw = self.dataset.test[index]
+        return _row(self.dataset.test_image(raw), raw["label"], 1)
+
+    @functools.cached_property
+    def _padding(self) -> Batch:
+        return _row(np.zeros_like(self[0]["image"]), 0, 0)
+
+
+def _row(image: np.ndarray, label: int, mask: int) -> Batch:
+    return Batch(image=image, label=np.int32(label), mask=np.float32(mask))
+
+
+def _rows(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise DataError(
+            f"A batch of {batch_size} cannot be split evenly over {process_count} "
+            f"processes: make it a multiple of {process_count}."
+        )
+    return batch_size // process_count
+
+
+def _threads(source: Source) -> int:
+    # Without decoding, threads would take turns and be slower together than one alone.
+    return 1 if isinstance(source, Examples) else _DECODING_THREADS
+
+
+def _iterator(batches: Any, threads: int, workers: int) -> grain.DatasetIterator[Batch]:
+    """Reads batches ahead, in order, in so many threads or in worker processes."""
+    if not workers:
+        ahead = grain.ReadOptions(threads, _AHEAD_OF_THREAD * threads)
+        return iter(batches.to_iter_dataset(ahead))
+    if not flags.FLAGS.is_parsed():  # in another program than those of this package
+        flags.FLAGS.mark_as_parsed()  # Grain reads its flags
+    one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    processes = grain.MultiprocessingOptions(workers, _AHEAD_OF_WORKER)
+    dataset = batches.to_iter_dataset(one_by_one).mp_prefetch(processes, _start_worker)
+    iterator = iter(dataset)
+    _with_workers.add(iterator)
+    return iterator
+
+
+# Iterators that may have workers: while the interpreter is taken down, Grain can no
+# longer end them.
+_with_workers: weakref.WeakSet[grain.DatasetIterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for iterator in list(_with_workers):
+        iterator.close()
+    gc.collect()  # closed twice, without harm as long as modules are there
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Makes a process one that lives as long as its parent, and needs no device."""
+    del index, count
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # A signal to the whole group is for the parent, which may want to finish a step.
+    signal(SIGINT, SIG_IGN)
+    signal(SIGTERM, SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,194 @@
+"""Datasets that TFDS has prepared: where they are, how large, and their records.
+
+Nothing here downloads, or writes. TFDS is imported where it is used: it takes a while,
+which those who need no prepared dataset are spared.
+"""
+
+import functools
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+from train.data.errors import DataError
+
+FILE_FORMAT = "array_record"
+
+# Shards that are opened at once: they may be on a remote file system.
+_THREADS = 32
+
+
+class Records:
+    """Examples of a prepared dataset, read when they are asked for.
+
+    An example is a dictionary of what the dataset has; images are left encoded.
+    Only the place of the files is pickled, so that every process opens its own.
+
+    Args:
+      directory: of the dataset and version.
+      split: TFDS's name of the part.
+    """
+
+    def __init__(self, directory: Path, split: str):
+        self._directory, self._split = directory, split
+        self._length = _split_info(directory, split).num_examples
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= self._length:
+            raise IndexError(index)
+        try:
+            return self._source[index]
+        except RuntimeError as error:  # what ArrayRecord's reader raises
+            raise self._damaged(index, error) from error
+
+    def many(self, indices: Sequence[int]) -> Sequence[Any]:
+        """Several examples, in less time than one after the other; one takes more."""
+        try:
+            return self._source.__getitems__(indices)
+        except RuntimeError as error:
+            raise self._damaged(indices[0], error) from error
+
+    def _damaged(self, index: int, error: Exception) -> DataError:
+        return DataError(
+            f"Example {index} of split {self._split!r} in {self._directory}, or one "
+            f"soon after, cannot be read: {error}. {_remedy(self._directory)}"
+        )
+
+    def __reduce__(self) -> tuple[type["Records"], tuple[Path, str]]:
+        return Records, (self._directory, self._split)
+
+    @functools.cached_property
+    def _source(self) -> Any:
+        import tensorflow_datasets as tfds  # noqa: PLC0415
+
+        return _builder(self._directory).as_data_source(
+            self._split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+
+
+def root(data_dir: str) -> Path:
+    """The directory that holds prepared datasets: the given one, or TFDS's default."""
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(data_dir or default).expanduser()
+
+
+def command(name: str, directory: Path | str) -> str:
+    """The command line that prepares a dataset."""
+    return f"python -m train.prepare {name} --data_dir={shlex.quote(str(directory))}"
+
+
+def find(name: str, data_dir: str) -> Path | None:
+    """The directory of the newest version of a dataset, if there is any."""
+    versions = {
+        tuple(map(int, path.parent.name.split("."))): path.parent
+        for path in (root(data_dir) / name).glob("*/dataset_info.json")
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
+    }
+    return versions[max(versions)] if versions else None
+
+
+def count(directory: Path, split: str) -> int:
+    """How many examples a split has.
+
+    Raises:
+      DataError: the description of the dataset is damaged or has no such split.
+    """
+    return _split_info(directory, split).num_examples
+
+
+def locate(name: str, data_dir: str, splits: Iterable[str]) -> Path:
+    """The directory of a dataset of which all files are there and can be read.
+
+    Raises:
+      DataError: there is no such dataset, it is in a format without random access, or
+        files are missing or damaged.
+    """
+    directory = find(name, data_dir)
+    if directory is None:
+        where = root(data_dir)
+        raise DataError(
+            f"There is no prepared {name!r} in {where}. Prepare it with\n  "
+            f"{command(name, where)}\nor set the directory that it is in."
+        )
+    _check_format(directory)
+    for split in splits:
+        _check_files(directory, split)
+    return directory
+
+
+def _check_format(directory: Path) -> None:
+    formats = sorted(
+        format_.value for format_ in _builder(directory).info.available_file_formats()
+    )
+    if FILE_FORMAT not in formats:
+        raise DataError(
+            f"The dataset in {directory} is in the format {' and '.join(formats)}, "
+            f"which has no random access; needed is {FILE_FORMAT}. "
+            f"{_remedy(directory)}"
+        )
+
+
+def _check_files(directory: Path, split: str) -> None:
+    """Checks that every file of a split has the examples that it should have."""
+    from array_record.python import (  # type: ignore[import-untyped]  # noqa: PLC0415
+        array_record_module,
+    )
+
+    def problem(shard: Any) -> str | None:
+        path = Path(shard.filename)
+        if not path.exists():
+            return f"{path.name} is missing"
+        try:
+            reader = array_record_module.ArrayRecordReader(str(path))
+            found = reader.num_records()
+            reader.close()
+        except RuntimeError as error:
+            return f"{path.name} is damaged: {error}"
+        if found == shard.examples_in_shard:
+            return None
+        return f"{path.name} has {found} of {shard.examples_in_shard} examples"
+
+    shards = _split_info(directory, split).file_instructions
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        problems = [text for text in pool.map(problem, shards) if text]
+    if problems:
+        more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+        raise DataError(
+            f"The dataset in {directory} is damaged or incomplete: {problems[0]}"
+            f"{more}. {_remedy(directory)}"
+        )
+
+
+def _split_info(directory: Path, split: str) -> Any:
+    splits = _builder(directory).info.splits
+    if split not in splits:
+        raise DataError(
+            f"The dataset in {directory} has no split {split!r}, but "
+            f"{', '.join(map(repr, splits)) or 'none'}. {_remedy(directory)}"
+        )
+    return splits[split]
+
+
+@functools.cache
+def _builder(directory: Path) -> Any:
+    """TFDS's description of a dataset, read from the files in its directory."""
+    import tensorflow_datasets as tfds  # noqa: PLC0415
+
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # of many types, for files that are not what they should
+        raise DataError(
+            f"The description of the dataset in {directory} cannot be read: {error}. "
+            f"{_remedy(directory)}"
+        ) from error
+
+
+def _remedy(directory: Path) -> str:
+    name, where = directory.parent.name, directory.parent.parent
+    return f"Remove that directory and run\n  {command(name, where)}"

@@ -1,0 +1,118 @@
+"""Prepares a dataset for training: `python -m train.prepare NAME --data_dir=DIR`.
+
+TFDS downloads it and writes it in a format that can be read in any order.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from train import data
+from train.data import datasets, prepared
+from train.data_dir import DATA_DIR
+
+# What TFDS needs to prepare datasets, and not to read them.
+_NEEDED = ("tensorflow", "importlib_resources")
+_MANUAL = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+
+
+def prepare(name: str, data_dir: str) -> str:
+    """Prepares a dataset, unless it is there.
+
+    Args:
+      name: one of `data.DATASETS`.
+      data_dir: where datasets are; TFDS's default directory if empty.
+
+    Returns:
+      What to tell the user.
+
+    Raises:
+      DataError: there is no such dataset, the user has to do something first, TFDS
+        failed, or what is there is damaged or of another format.
+    """
+    if name not in data.DATASETS:
+        known = ", ".join(map(repr, data.DATASETS))
+        raise data.DataError(f"There is no dataset {name!r}; known are {known}.")
+    splits = datasets.splits(name)
+    if not splits:
+        return f"{name} comes with a package: there is nothing to prepare."
+    if prepared.find(name, data_dir):
+        return f"{name} is already in {prepared.locate(name, data_dir, splits)}."
+    where = prepared.root(data_dir)
+    if name == "imagenet2012":
+        _check_manual_files(where / "downloads" / "manual")
+    _check_packages()
+    _download_and_prepare(name, where)
+    return f"{name} is in {prepared.locate(name, data_dir, splits)}."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepares the dataset that the command line names, and says where it is.
+
+    Returns:
+      The exit status: 0, or 2 after an error that the user can mend.
+    """
+    logging.set_verbosity(logging.ERROR)
+    try:
+        if len(argv) != 2:
+            raise data.DataError(
+                f"Name one dataset: {', '.join(data.DATASETS)}. "
+                f"Got {' '.join(argv[1:]) or 'none'}."
+            )
+        print(prepare(argv[1], DATA_DIR.value))
+    except data.DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _check_manual_files(directory: Path) -> None:
+    missing = [name for name in _MANUAL if not (directory / name).exists()]
+    if missing:
+        raise data.DataError(
+            "ImageNet has to be fetched by hand: register at "
+            "https://image-net.org/download-images, download "
+            f"{' and '.join(_MANUAL)}, and put them into\n  {directory}\n"
+            f"Missing there: {', '.join(missing)}."
+        )
+
+
+def _check_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise data.DataError(
+            f"Preparing datasets needs {' and '.join(missing)}, which training does "
+            'not: pip install -e ".[prepare]"'
+        )
+
+
+def _download_and_prepare(name: str, where: Path) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
+    import tensorflow_datasets as tfds  # noqa: PLC0415
+
+    try:
+        builder = tfds.builder(name, data_dir=where)
+        builder.download_and_prepare(file_format=prepared.FILE_FORMAT)
+    except Exception as error:  # of many types: network, disk, checksums
+        raise data.DataError(
+            f"TFDS cannot prepare {name}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _parse_flags(argv: list[str]) -> Any:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)
