@@ -1,0 +1,164 @@
+"""A model's variables from a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from train.weights import files, layers, layouts
+from train.weights.errors import WeightsError
+from train.weights.positions import resize
+from train.weights.tensors import CLS, HEAD, POSITIONS, Specs, Tensor, Tensors
+
+# Differences that an error lists.
+_LISTED = 20
+
+
+def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables with the values of a file.
+
+    The file is .npz or .safetensors; its names say which of three layouts it has:
+
+    * Google's ViT (github.com/google-research/vision_transformer), such as
+      "Transformer/encoderblock_0/LayerNorm_0/scale".
+    * Hugging Face's ViT (`ViTForImageClassification` or `ViTModel` of transformers),
+      such as "vit.encoder.layer.0.layernorm_before.weight". Two things are not the
+      weights', and this program's models have them as Google's do: GELU is the tanh
+      approximation, where Hugging Face's "gelu" is exact, by erf; and the norms'
+      epsilon is 1e-6, where it is 1e-12. So logits differ a little. How many heads
+      there are is the model's to say.
+    * What `save` writes, of any model.
+
+    Each variable takes the array of its name, in the variable's dtype, with these
+    exceptions:
+
+    * The head stays as it is where the file's has another number of classes, or where
+      the file has none. That of a Google file with `pre_logits` counts as none, since
+      it reads that layer, which this program's models do not have, and which Google's
+      fine-tuning drops as well.
+    * Hugging Face's `pooler` and `mask_token` are left out.
+    * The class token and its position are left out for a model without one.
+    * Position embeddings of another square grid are interpolated, as in `resize`. Those
+      of as many positions are taken as they are.
+    * Scanned blocks, which are stacked, take those of a file in which they are apart,
+      and the other way round.
+
+    Args:
+      path: of the file.
+      variables: the model's, nested dicts of arrays or `jax.ShapeDtypeStruct`s:
+        "params", and "batch_stats" if it has them.
+
+    Returns:
+      Nested dicts of the same structure. What comes from the file is a NumPy array of
+      the variable's shape and dtype; what stays is the leaf that was given.
+
+    Raises:
+      WeightsError: the file does not exist, cannot be read or has an unknown layout; or
+        a name or a shape, of the file or of the model, has no counterpart, or one is
+        of integers where the other is not, and then the message lists them.
+    """
+    flat = traverse_util.flatten_dict(variables, keep_empty_nodes=True, sep="/")
+    specs = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in flat.items()
+        if leaf is not traverse_util.empty_node
+    }
+    arrays = _arrays(Path(path), layers.unstack_specs(specs))
+    return traverse_util.unflatten_dict(flat | layers.stack(arrays, specs), sep="/")
+
+
+def _arrays(path: Path, specs: Specs) -> dict[str, np.ndarray]:
+    content = files.read(path)
+    try:
+        return _taken(layouts.translate(content, specs), specs)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _taken(tensors: Tensors, specs: Specs) -> dict[str, np.ndarray]:
+    """What the file has for the model, all but a head that stays."""
+    if _head_stays(tensors, specs):
+        tensors = {k: v for k, v in tensors.items() if k not in HEAD}
+        specs = {k: v for k, v in specs.items() if k not in HEAD}
+    tensors = _fit_tokens(tensors, specs)
+    lines = [
+        line
+        for name in tensors | specs
+        if (line := _difference(name, tensors.get(name), specs.get(name)))
+    ]
+    if lines:
+        raise WeightsError(_summary(lines))
+    return {
+        name: np.asarray(tensors[name].array, spec.dtype)
+        for name, spec in specs.items()
+    }
+
+
+def _head_stays(tensors: Tensors, specs: Specs) -> bool:
+    """Whether the file has no head, or one of another number of classes."""
+    if not all(name in specs for name in HEAD):
+        return False
+    found = [tensors[name].array.shape for name in HEAD if name in tensors]
+    if len(found) < len(HEAD):
+        return not found
+    wanted = [specs[name].shape for name in HEAD]
+    return all(
+        len(a) == len(b) and a[:-1] == b[:-1] and a[-1] != b[-1]
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _fit_tokens(tensors: Tensors, specs: Specs) -> Tensors:
+    """With no class token where the model has none, and with its positions."""
+    dropped = CLS in tensors and CLS not in specs
+    tensors = {k: v for k, v in tensors.items() if not dropped or k != CLS}
+    positions, wanted = tensors.get(POSITIONS), specs.get(POSITIONS)
+    if positions is None or wanted is None:
+        return tensors
+    array = positions.array
+    if array.ndim != 3 or array.shape[::2] != wanted.shape[::2]:
+        return tensors
+    if dropped:
+        array = array[:, 1:]
+    if array.shape != wanted.shape:
+        resized = resize(array, wanted.shape[1], int(CLS in tensors))
+        array = array if resized is None else resized
+    return tensors | {POSITIONS: Tensor(positions.source, array)}
+
+
+def _difference(
+    name: str, tensor: Tensor | None, spec: jax.ShapeDtypeStruct | None
+) -> str | None:
+    if spec is None:
+        assert tensor is not None
+        return f"{tensor.source} {tensor.array.shape}: in the file alone"
+    if tensor is None:
+        return f"{name} {spec.shape}: in the model alone"
+    where = name if tensor.source == name else f"{tensor.source} ({name})"
+    array = tensor.array
+    if array.shape != spec.shape:
+        hint = "; only square grids are interpolated" if name == POSITIONS else ""
+        return f"{where}: {array.shape} in the file, {spec.shape} in the model{hint}"
+    if not _converts(array.dtype, spec.dtype):
+        return f"{where}: {array.dtype} in the file, {spec.dtype} in the model"
+    return None
+
+
+def _converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    """Whether they are the same, or both floating-point."""
+    both = (jnp.issubdtype(dtype, jnp.floating) for dtype in (source, target))
+    return source == target or all(both)
+
+
+def _summary(lines: list[str]) -> str:
+    rest = len(lines) - _LISTED
+    more = [f"and {rest} more"] if rest > 0 else []
+    listed = "".join(f"\n  {line}" for line in [*lines[:_LISTED], *more])
+    return (
+        f"{len(lines)} arrays do not fit. Configure the model that the file is of, or "
+        f"name another file.{listed}"
+    )

@@ -1,0 +1,35 @@
+"""Position embeddings of another grid."""
+
+import math
+
+import numpy as np
+import scipy.ndimage  # type: ignore[import-untyped]
+from jaxtyping import Float
+
+
+def resize(
+    embeddings: Float[np.ndarray, "1 length width"], length: int, tokens: int
+) -> Float[np.ndarray, "1 new_length width"] | None:
+    """Position embeddings, interpolated bilinearly to another grid.
+
+    As `interpolate_posembed` in vit_jax/checkpoint.py of Google's public implementation
+    (Dosovitskiy et al., 2021, §3.2): the corners of the two grids lie on each other.
+
+    Args:
+      embeddings: those of the tokens, then of a square grid.
+      length: how many are wanted, those of the tokens included.
+      tokens: how many come before the grid; they stay as they are.
+
+    Returns:
+      The embeddings in float64, or `None` where one of the grids is not square.
+    """
+    first, grid = np.split(np.asarray(embeddings[0], np.float64), [tokens])
+    old, new = math.isqrt(len(grid)), math.isqrt(max(0, length - tokens))
+    if not old or not new or old**2 != len(grid) or new**2 != length - tokens:
+        return None
+    square = grid.reshape(old, old, -1)
+    # By default the last row is 0 where its place is rounded to outside the grid, as
+    # from 24 rows to 22.
+    zoom = (new / old, new / old, 1)
+    square = scipy.ndimage.zoom(square, zoom, order=1, mode="nearest")
+    return np.concatenate([first, square.reshape(new**2, -1)])[None]
