@@ -1,72 +1,178 @@
 """Checkpoints of a run: its state on the devices, and its place in the data."""
 
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from train.step import State
+from train.distributed import is_first, synchronise
+
+# How many of the newest are kept, beside the best.
+_LATEST = 2
+# How Orbax calls what is not written to its end.
+_HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
+# The field of the position with the accuracy on the test examples, if it is known.
+_ACCURACY = "test_accuracy"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read, and what to do."""
 
 
 class Checkpoints:
-    """The checkpoints in a directory; the last two are kept.
+    """The checkpoints in a directory: the last two, and the best of test accuracy.
 
-    Orbax writes each beside its place and moves it there when it is whole, so that a
-    run killed at any time leaves the checkpoint before.
+    Orbax writes each beside its place and moves it there when it is whole, and deletes
+    an old one after that: a run killed at any time leaves the checkpoint before. All
+    processes of a run make the same calls.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Opens the directory, and makes it if need be."""
+    def __init__(
+        self, directory: Path, say: Callable[[str], None], *, read_only: bool = False
+    ) -> None:
+        """Opens the directory.
+
+        Args:
+          directory: of the checkpoints; it is made if need be.
+          say: is told what was found that is not as it should be.
+          read_only: whether nothing on disk may change.
+        """
+        self._directory, self._say = directory.absolute(), say
+        self._accuracies: dict[int, float] = {}
+        if not read_only:
+            for path in sorted(self._directory.glob(_HALF_WRITTEN)):
+                say(f"{path} was not written to its end: it is skipped and removed.")
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            self._directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, cleanup_tmp_directories=True
+                preservation_policy=_Keep(self._accuracies),
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
             ),
-            item_names=("state", "position"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
         )
+        for step in self.steps():
+            self._accuracies |= self._read_accuracy(step)
 
-    def latest_step(self) -> int | None:
-        """The step of the last whole checkpoint; `None` if there is none."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints, in order."""
+        return sorted(self._manager.all_steps())
 
-    def restore(
-        self, step: int, abstract_state: State, sharding: jax.sharding.Sharding
-    ) -> tuple[State, dict[str, Any]]:
-        """The state, with its arrays in that sharding, and the position of a step."""
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding
-            ),
-            abstract_state,
-        )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(placed),
-                position=ocp.args.JsonRestore(),
-            ),
-        )
-        return restored["state"], restored["position"]
+    def best_step(self) -> int | None:
+        """That of the highest test accuracy, the last of equal ones."""
+        return _best({step: self._accuracies.get(step) for step in self.steps()})
 
-    def save(self, step: int, state: State, position: dict[str, Any]) -> None:
-        """Saves a step, once; writing goes on in the background.
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The state and the position of a step.
+
+        Args:
+          step: one of `steps`.
+          abstract: the state's shapes, dtypes and shardings.
+
+        Raises:
+          CheckpointError: it cannot be read, or is of another model.
+        """
+        try:
+            self._check_structure(step, abstract)
+            return self._read(step, abstract)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of many types: Orbax's, TensorStore's, JSON's
+            raise CheckpointError(
+                f"The checkpoint {self._directory / str(step)} cannot be read: "
+                f"{_first_line(error)}"
+            ) from error
+
+    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The last step that can be read, its state and its position.
+
+        Later ones, which cannot, are moved into `damaged/` beside the directory.
+
+        Args:
+          abstract: the state's shapes, dtypes and shardings.
+
+        Returns:
+          `None` if there is no checkpoint.
+
+        Raises:
+          CheckpointError: none can be read, or one is of another model.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                self._check_structure(step, abstract)
+                state, position = self._read(step, abstract)
+                problem = ""
+            except CheckpointError:
+                raise
+            except Exception as error:  # of many types, as above
+                problem = _first_line(error)
+            if not _any_process(bool(problem)):
+                self._put_aside(damaged, step)
+                return step, state, position
+            damaged[step] = problem or "another process cannot read it"
+        if damaged:
+            reasons = "".join(f"\n  {step}: {why}" for step, why in damaged.items())
+            raise CheckpointError(
+                f"None of the checkpoints in {self._directory} can be read. Delete it "
+                f"to start over.{reasons}"
+            )
+        return None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: dict[str, Any],
+        test_accuracy: float | None,
+    ) -> None:
+        """Saves a step, unless it is there; writing goes on in the background.
 
         Args:
           step: how many steps have been done.
           state: the state after them.
           position: what else it takes to go on from there; it must be fit for JSON.
+          test_accuracy: of the state, if it was evaluated.
+
+        Raises:
+          CheckpointError: this one, or the one before, cannot be written.
         """
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                position=ocp.args.JsonSave(position),
-            ),
-        )
+        if test_accuracy is not None:
+            self._accuracies[step] = test_accuracy
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    position=ocp.args.JsonSave(position | {_ACCURACY: test_accuracy}),
+                ),
+            )
+        except Exception as error:  # of many types: OSError, TensorStore's ValueError
+            raise self._unwritable(error) from error
+
+    def wait(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+          CheckpointError: it cannot be.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # of many types, as above
+            raise self._unwritable(error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +183,130 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits until all is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        except CheckpointError:
+            if error is None:  # else there is one to be told already
+                raise
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:  # of the writing, which `wait` has told
+            del error
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                position=ocp.args.JsonRestore(),
+            ),
+        )
+        return restored["state"], restored["position"]
+
+    def _read_accuracy(self, step: int) -> dict[int, float]:
+        try:
+            args = ocp.args.Composite(position=ocp.args.JsonRestore())
+            accuracy = self._manager.restore(step, args=args)["position"][_ACCURACY]
+        except Exception:  # it is damaged, which `restore` will tell
+            return {}
+        return {} if accuracy is None else {step: accuracy}
+
+    def _check_structure(self, step: int, abstract: Any) -> None:
+        """Checks that a checkpoint has the arrays that are wanted.
+
+        Raises:
+          CheckpointError: it has others.
+        """
+        found = _shapes(self._manager.item_metadata(step)["state"])
+        wanted = _shapes(abstract)
+        lines = [
+            f"{name}: {found.get(name, 'absent')} in the checkpoint, "
+            f"{wanted.get(name, 'absent')} in the model"
+            for name in sorted(found | wanted)
+            if found.get(name) != wanted.get(name)
+        ]
+        if lines:
+            listed = "".join(f"\n  {line}" for line in lines[:10])
+            raise CheckpointError(
+                f"The checkpoint {self._directory / str(step)} is of another model: "
+                f"{len(lines)} arrays differ.{listed}"
+            )
+
+    def _put_aside(self, damaged: dict[int, str], step: int) -> None:
+        for number, why in damaged.items():
+            source = self._directory / str(number)
+            target = self._directory.parent / "damaged" / str(number)
+            while target.exists():
+                target = target.with_name(f"{target.name}-again")
+            if is_first():
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
+            self._accuracies.pop(number, None)
+            self._say(
+                f"The checkpoint of step {number} is damaged ({why}). It is put aside "
+                f"as {target}, and that of step {step} used."
+            )
+        if damaged:
+            synchronise("put_aside")
+            self._manager.reload()
+
+    def _unwritable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"A checkpoint cannot be written into {self._directory}: "
+            f"{_first_line(error)} Those before are as they were; the same command "
+            "goes on from the last when there is room."
+        )
+
+
+@dataclasses.dataclass
+class _Keep:
+    """Orbax's `PreservationPolicy` that keeps the newest checkpoints and the best one.
+
+    Attributes:
+      accuracies: by step; of some steps there is none.
+    """
+
+    accuracies: dict[int, float]
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        """Whether each of the checkpoints, the oldest first, is kept."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-_LATEST:]}
+        kept.add(_best({step: self.accuracies.get(step) for step in steps}))
+        return [step in kept for step in steps]
+
+
+def _best(accuracies: dict[int, float | None]) -> int | None:
+    known = [
+        (accuracy, step)
+        for step, accuracy in accuracies.items()
+        if accuracy is not None and not math.isnan(accuracy)
+    ]
+    return max(known)[1] if known else None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in flat
+    }
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether it is true in one process or in more."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

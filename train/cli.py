@@ -8,8 +8,12 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
+from train.checkpoint import CheckpointError
 from train.config import ConfigError
+from train.data import DataError
 from train.interrupts import Interrupted
+from train.meter import NonFiniteLossError
+from train.weights import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train; its fields are flags too: --config.seed=1."
@@ -20,11 +24,14 @@ _WORKDIR = flags.DEFINE_string(
 
 # What a user can mend, and is told without a trace.
 _USER_ERRORS = (
+    CheckpointError,
     ConfigError,
     CompilerError,
-    FloatingPointError,
+    DataError,
     NoBatchFitsError,
+    NonFiniteLossError,
     TargetError,
+    WeightsError,
 )
 # What a config file, or a value for one of its fields, can go wrong with.
 _CONFIG_FILE_ERRORS = (
@@ -47,14 +54,35 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
     number of the signal that stopped the job.
     """
 
+    def checked() -> None:
+        if _WORKDIR.value and not needs_workdir:
+            raise app.UsageError("This command writes nothing: leave out --workdir.")
+        job(_CONFIG.value, Path(_WORKDIR.value or ""))
+
+    _run(checked, ["config", *(["workdir"] if needs_workdir else [])])
+
+
+def launch_on_run(job: Callable[[Path], None]) -> None:
+    """Parses the flags, runs the job on a workdir that holds a run, and exits.
+
+    The exit status is as that of `launch`.
+    """
+
+    def checked() -> None:
+        if _CONFIG.value is not None:
+            raise app.UsageError("The config is that in --workdir: leave out --config.")
+        job(Path(_WORKDIR.value or ""))
+
+    _run(checked, ["workdir"])
+
+
+def _run(job: Callable[[], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
         if len(argv) > 1:
             raise app.UsageError(f"Not an argument: {argv[1]!r}")
-        if _WORKDIR.value and not needs_workdir:
-            raise app.UsageError("This command writes nothing: leave out --workdir.")
         logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
         try:
-            job(_CONFIG.value, Path(_WORKDIR.value or ""))
+            job()
         except _USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -63,7 +91,7 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
             return 128 + interrupted.signum
         return 0
 
-    flags.mark_flags_as_required(["config", *(["workdir"] if needs_workdir else [])])
+    flags.mark_flags_as_required(required)
     app.run(main, flags_parser=_parse_flags)
 
 

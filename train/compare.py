@@ -3,6 +3,7 @@
 `python -m train.compare --config=configs/FILE.py --workdir=DIR [--target=h100]`
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -94,15 +95,14 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
 
 def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
     """The median time of a training step of each variant, taken in turns."""
-    mesh = mesh_lib.create()
     states, steps, batches = {}, {}, {}
     for name, config in variants.items():
-        states[name] = step_lib.initialise(config, mesh_lib.replicated(mesh))
+        mesh = mesh_lib.create(config)
+        shardings = mesh_lib.state_sharded(mesh, step_lib.abstract_state(config))
+        states[name] = step_lib.initialise(config, shardings)
         step = step_lib.train_step(config)
-        steps[name] = mesh_lib.parallel(step, mesh, donate_state=True)
-        dataset = data.load(config.dataset, config.data_dir, config.image_size)
-        batch = next(data.training_batches(dataset, config.batch_size, config.seed))
-        batches[name] = jax.device_put(batch, mesh_lib.batch_sharded(mesh))
+        steps[name] = mesh_lib.compile_training(step, mesh, shardings)
+        batches[name] = mesh_lib.placer(mesh)(_first_batch(config))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(1 + _TIMED_STEPS):
         for name in variants:
@@ -112,6 +112,15 @@ def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
             times[name].append(time.perf_counter() - start)
     # The first step of each compiles.
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def _first_batch(config: ConfigDict) -> data.Batch:
+    dataset = data.load(
+        config.dataset, config.data_dir, config.image_size, config.augmentation
+    )
+    batches = data.training_batches(dataset, config.batch_size, config.seed)
+    with contextlib.closing(batches):
+        return next(batches)
 
 
 def _compact(config: ConfigDict) -> ConfigDict:

@@ -22,7 +22,11 @@ _FIELDS: dict[str, Any] = {
     "dataset": str,
     "data_dir": str,
     "image_size": _COUNT,
+    "augmentation": str,
+    "normalise": str,
+    "workers": _COUNT,
     "batch_size": _COUNT,
+    "accumulate_steps": _COUNT,
     "num_epochs": _COUNT,
     "num_steps": _COUNT,
     "seed": _COUNT,
@@ -30,6 +34,13 @@ _FIELDS: dict[str, Any] = {
     "model.width": _COUNT,
     "model.stem": str,
     "model.patch_size": _COUNT,
+    "model.pool": str,
+    "model.positions": str,
+    "model.dropout": _NUMBER,
+    "model.drop_path": _NUMBER,
+    "model.scan": bool,
+    "init_from": str,
+    "dtype": str,
     "memory": str,
     "remat": str,
     **{f"dropit.{field.name}": object for field in dataclasses.fields(DropIT)},
@@ -37,24 +48,45 @@ _FIELDS: dict[str, Any] = {
     "optimizer.momentum": _NUMBER,
     "optimizer.nesterov": bool,
     "optimizer.weight_decay": _NUMBER,
+    "optimizer.clip_norm": _NUMBER,
     "schedule.name": str,
     "schedule.warmup_epochs": _NUMBER,
     "schedule.decay_epochs": tuple,
     "schedule.decay_factor": _NUMBER,
+    "label_smoothing": _NUMBER,
+    "mixup": _NUMBER,
+    "ema_decay": _NUMBER,
+    "evaluate_every": _NUMBER,
+    "checkpoint_steps": _COUNT,
+    "profile_steps": tuple,
+    "mesh.data": _COUNT,
+    "mesh.fsdp": _COUNT,
 }
 # How long to train is said in one of two units; of both, the second counts.
 _EITHER = ("num_epochs", "num_steps")
 # What only some models read.
-_OF_MODELS = ("model.width", "model.stem", "model.patch_size")
+_OF_MODELS = tuple(
+    f"model.{field}"
+    for field in dict.fromkeys(
+        field for name in models.MODELS for field in models.fields(name)
+    )
+)
 # What only one kind of schedule reads.
 _OPTIONAL = ("schedule.decay_epochs", "schedule.decay_factor")
+# What does not change the result of a run, and may change when it is resumed.
+_FREE = ("data_dir", "workers", "checkpoint_steps", "profile_steps")
 # JAX makes a PRNG key of what fits into this type.
 _LARGEST_SEED = 2**63 - 1
 
 _CHOICES = {
     "dataset": data.DATASETS,
+    "augmentation": data.AUGMENTATIONS,
+    "normalise": ("dataset", "unit"),
     "model.name": models.MODELS,
     "model.stem": models.STEMS,
+    "model.pool": models.POOLS,
+    "model.positions": models.POSITIONS,
+    "dtype": ("float32", "bfloat16"),
     "memory": PRESETS,
     "remat": REMATS,
     "schedule.name": ("cosine", "step"),
@@ -62,18 +94,30 @@ _CHOICES = {
 _POSITIVE = (
     "image_size",
     "batch_size",
+    "accumulate_steps",
     "num_epochs",
     "num_steps",
     "model.width",
     "model.patch_size",
     "optimizer.learning_rate",
     "schedule.decay_factor",
+    "evaluate_every",
 )
 _NOT_NEGATIVE = (
+    "workers",
     "seed",
     "optimizer.momentum",
     "optimizer.weight_decay",
+    "optimizer.clip_norm",
     "schedule.warmup_epochs",
+    "mixup",
+    "checkpoint_steps",
+)
+_BELOW_ONE = (
+    "model.dropout",
+    "model.drop_path",
+    "label_smoothing",
+    "ema_decay",
 )
 
 
@@ -104,6 +148,25 @@ def dropit_section(**fields: Any) -> ConfigDict:
     return ConfigDict(
         {name: FieldReference(value, object) for name, value in values.items()}
     )
+
+
+def model_section(name: str, **fields: Any) -> ConfigDict:
+    """The `model` section: all that a config says of a model.
+
+    Fields that are not given have the value that is the model's own.
+
+    Raises:
+      ValueError: there is no such model.
+      TypeError: it has no such field.
+    """
+    values = models.defaults(name)
+    for field in fields:
+        if field not in values:
+            raise TypeError(
+                f"config.model of {name!r} has no field {field!r}, but "
+                f"{', '.join(values)}."
+            )
+    return ConfigDict({"name": name} | values | fields)
 
 
 def memory(config: ConfigDict) -> Preset:
@@ -145,23 +208,15 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
             _check_value(name, value)
     _check_model(values)
     _check_decay(values)
+    _check_profile(values["profile_steps"])
     memory(config)
-    if values["batch_size"] % num_devices:
-        raise ConfigError(
-            f"config.batch_size={values['batch_size']} cannot be split evenly over "
-            f"{num_devices} devices: make it a multiple of {num_devices}."
-        )
-    examples = data.info(values["dataset"]).train_examples
-    if values["batch_size"] > examples:
-        raise ConfigError(
-            f"config.batch_size={values['batch_size']} is more than the {examples} "
-            f"training examples of {values['dataset']!r}."
-        )
+    _check_mesh(values, num_devices)
+    _check_batch(values, num_devices)
 
 
 def steps(config: ConfigDict) -> tuple[int, int]:
     """Steps in an epoch, and in the whole run."""
-    examples = data.info(config.dataset).train_examples
+    examples = data.info(config.dataset, config.data_dir).train_examples
     steps_per_epoch = examples // config.batch_size
     if config.get("num_steps") is not None:
         return steps_per_epoch, config.num_steps
@@ -173,16 +228,42 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote.
+
+    Raises:
+      ConfigError: the text is no JSON object.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"It is no JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError("It is no JSON object.")
+    return ConfigDict(_with_tuples(content))
+
+
 def differences(old: str, new: str) -> list[str]:
-    """The fields that differ between two configs in JSON, a line each."""
+    """The fields that differ between two configs in JSON, a line each.
+
+    Those that change nothing in the result of a run are left out.
+    """
     before, after = (_flat(json.loads(text)) for text in (old, new))
     pairs = {
         name: (before.get(name, "absent"), after.get(name, "absent"))
         for name in sorted(before | after)
+        if name not in _FREE
     }
     return [
         f"config.{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if a != b
     ]
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has lists alone; a config, which does not change, has tuples."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -226,6 +307,8 @@ def _check_value(name: str, value: Any) -> None:
         raise ConfigError(f"config.{name} must be above 0, got {value!r}.")
     if name in _NOT_NEGATIVE and not value >= 0:
         raise ConfigError(f"config.{name} must not be negative, got {value!r}.")
+    if name in _BELOW_ONE and not 0 <= value < 1:
+        raise ConfigError(f"config.{name} must be in [0, 1), got {value!r}.")
 
 
 def _check_model(values: dict[str, Any]) -> None:
@@ -267,3 +350,70 @@ def _check_decay(values: dict[str, Any]) -> None:
     for name in _OPTIONAL:
         if not values.get(name):
             raise ConfigError(f"config.{name} is missing: the step schedule needs it.")
+
+
+def _check_profile(steps: tuple[Any, ...]) -> None:
+    """Checks which steps are traced: none, or those from a first to before a last."""
+    if not steps:
+        return
+    if not (
+        len(steps) == 2
+        and all(isinstance(step, int) for step in steps)
+        and 0 <= steps[0] < steps[1]
+    ):
+        raise ConfigError(
+            "config.profile_steps takes the first step and the one after the last, "
+            f"such as (10, 13), got {steps!r}."
+        )
+
+
+def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
+    """Checks that the axes of the mesh take all devices."""
+    data_axis, fsdp_axis = values["mesh.data"], values["mesh.fsdp"]
+    for name, size in (("data", data_axis), ("fsdp", fsdp_axis)):
+        if size != -1 and size < 1:
+            raise ConfigError(
+                f"config.mesh.{name} must be above 0, or -1 for all devices that are "
+                f"left, got {size!r}."
+            )
+    try:
+        mesh_shape(data_axis, fsdp_axis, num_devices)
+    except ValueError as error:
+        raise ConfigError(
+            f"config.mesh: {data_axis} x {fsdp_axis} devices are not the {num_devices} "
+            "that there are. Set config.mesh.data=-1 for all that are left."
+        ) from error
+
+
+def mesh_shape(data_axis: int, fsdp_axis: int, num_devices: int) -> tuple[int, int]:
+    """The sizes of the mesh's axes, of which one may be -1, "all that are left".
+
+    Raises:
+      ValueError: they do not take all devices.
+    """
+    if data_axis == -1:
+        data_axis = num_devices // abs(fsdp_axis)
+    if fsdp_axis == -1:
+        fsdp_axis = num_devices // data_axis
+    if data_axis * fsdp_axis != num_devices:
+        raise ValueError(f"{data_axis} x {fsdp_axis} is not {num_devices}.")
+    return data_axis, fsdp_axis
+
+
+def _check_batch(values: dict[str, Any], num_devices: int) -> None:
+    """Checks that a batch can be split, and that the dataset fills one."""
+    size, parts = values["batch_size"], values["accumulate_steps"]
+    if size % (parts * num_devices):
+        split = f"{num_devices} devices"
+        if parts > 1:
+            split = f"config.accumulate_steps={parts} steps of {split}"
+        raise ConfigError(
+            f"config.batch_size={size} cannot be split evenly over {split}: make it a "
+            f"multiple of {parts * num_devices}."
+        )
+    examples = data.info(values["dataset"], values["data_dir"]).train_examples
+    if size > examples:
+        raise ConfigError(
+            f"config.batch_size={size} is more than the {examples} training examples "
+            f"of {values['dataset']!r}."
+        )

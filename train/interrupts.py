@@ -21,13 +21,19 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Remembers the signal that asks the run to stop; a second one stops it at once."""
+    """Remembers the signal that asks the run to stop; a second one stops it at once.
 
-    def __init__(self) -> None:
+    Of several processes that train together, JAX tells all if one of them gets SIGTERM
+    (`distributed.must_stop`). It must then be left to JAX.
+    """
+
+    def __init__(self, *, several: bool = False) -> None:
+        """Says whether several processes train together."""
         self.signum: int | None = None
+        self._signals = () if several else _SIGNALS
 
     def __enter__(self) -> Self:
-        self._before = {s: signal.signal(s, self._remember) for s in _SIGNALS}
+        self._before = {s: signal.signal(s, self._remember) for s in self._signals}
         return self
 
     def __exit__(

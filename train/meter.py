@@ -1,6 +1,7 @@
 """Running sums of what the steps return, without waiting for them."""
 
 import collections
+import dataclasses
 import math
 import time
 from typing import Any
@@ -12,6 +13,26 @@ from train.step import Sums
 # The host may run so many steps ahead of the device. One keeps the device busy; without
 # a limit the batches of all the steps ahead would pile up in its memory.
 _MAX_PENDING = 2
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Sums))
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss that is infinite or not a number.
+
+    Attributes:
+      step: the step of which it is the loss, counted from 1.
+      loss: its sum over the batch.
+    """
+
+    def __init__(self, step: int, loss: float) -> None:
+        """Says which step it is, and what may help."""
+        super().__init__(
+            f"The loss became {loss} at step {step}. Try a lower "
+            "config.optimizer.learning_rate, a longer config.schedule.warmup_epochs or "
+            "config.optimizer.clip_norm=1."
+        )
+        self.step, self.loss = step, loss
 
 
 class Meter:
@@ -34,7 +55,7 @@ class Meter:
 
     def reset(self) -> None:
         """Starts over."""
-        self.restore({"loss": 0.0, "correct": 0.0, "count": 0.0})
+        self.restore(dict.fromkeys(_FIELDS, 0.0))
 
     def add(self, step: int, sums: Sums) -> None:
         """Adds the sums of one step, once the device has them."""
@@ -52,47 +73,55 @@ class Meter:
     @property
     def count(self) -> float:
         """Examples so far."""
-        return self._count
+        return self._sums["count"]
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy so far, in nats; NaN before the first example."""
-        return self._loss / self._count if self._count else math.nan
+        """Mean loss so far, in nats; NaN before the first example."""
+        return self._mean("loss")
 
     @property
     def accuracy(self) -> float:
         """Fraction so far classified correctly; NaN before the first example."""
-        return self._correct / self._count if self._count else math.nan
+        return self._mean("correct")
+
+    @property
+    def top5_accuracy(self) -> float:
+        """Fraction so far whose class is among the five likeliest, likewise."""
+        return self._mean("correct_top5")
+
+    @property
+    def seconds(self) -> float:
+        """Since the last reset or restoration."""
+        return time.monotonic() - self._started
 
     @property
     def rate(self) -> float:
         """Examples a second, since the last reset or restoration."""
-        return (self._count - self._restored) / (time.monotonic() - self._started)
+        return (self.count - self._restored) / self.seconds
 
     def state(self) -> dict[str, float]:
         """The sums so far, of all steps added."""
         self.finish()
-        return {"loss": self._loss, "correct": self._correct, "count": self._count}
+        return dict(self._sums)
 
     def restore(self, state: dict[str, float]) -> None:
         """Goes on from sums that `state` gave."""
         self._pending.clear()
-        self._loss, self._correct = state["loss"], state["correct"]
-        self._count = self._restored = state["count"]
+        self._sums = {name: state[name] for name in _FIELDS}
+        self._restored = self.count
         self._started = time.monotonic()
+
+    def _mean(self, name: str) -> float:
+        return self._sums[name] / self.count if self.count else math.nan
 
     def _fetch(self) -> None:
         step, sums = self._pending.popleft()
         host = jax.device_get(sums)
         if not (self._may_diverge or math.isfinite(host.loss)):
-            raise FloatingPointError(
-                f"The loss became {host.loss} at step {step}. Try a lower "
-                "config.optimizer.learning_rate or a longer config.schedule."
-                "warmup_epochs."
-            )
-        self._loss += float(host.loss)
-        self._correct += float(host.correct)
-        self._count += float(host.count)
+            raise NonFiniteLossError(step, float(host.loss))
+        for name in _FIELDS:
+            self._sums[name] += float(getattr(host, name))
 
 
 def _is_ready(array: Any) -> bool:

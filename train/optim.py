@@ -1,7 +1,6 @@
 """The optimiser and its learning rate, as a config describes them."""
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -43,13 +42,24 @@ def optimizer(
     """SGD with momentum, and weight decay on kernels (not on biases and norms).
 
     The decay joins the gradient before the momentum, as in the paper's PyTorch code.
+    Before that, gradients whose norm, of all together, is above `clip_norm` are scaled
+    to it; 0 leaves them as they are.
     """
     section = config.optimizer
+    clip = (
+        optax.clip_by_global_norm(section.clip_norm)
+        if section.clip_norm
+        else optax.identity()
+    )
     return optax.chain(
+        clip,
         optax.add_decayed_weights(section.weight_decay, mask=_kernels),
         optax.sgd(learning_rate, section.momentum, nesterov=section.nesterov),
     )
 
 
 def _kernels(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda param: jnp.ndim(param) > 1, params)
+    # By name: of blocks that are scanned, biases have two axes as well.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "kernel", params
+    )

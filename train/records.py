@@ -18,7 +18,9 @@ COLUMNS = (
     "train_accuracy",
     "test_loss",
     "test_accuracy",
+    "test_top5_accuracy",
     "images_per_second",
+    "data_wait",
 )
 
 Row = dict[str, float]
@@ -27,17 +29,27 @@ Row = dict[str, float]
 class Records:
     """The rows so far, in the workdir's `metrics.csv` and `tensorboard/`."""
 
-    def __init__(self, workdir: Path, step: int) -> None:
-        """Goes on from a step: later rows, of a run that was cut off, are dropped."""
+    def __init__(self, workdir: Path, step: int, *, write: bool = True) -> None:
+        """Goes on from a step: later rows, of a run that was cut off, are dropped.
+
+        Args:
+          workdir: of the run.
+          step: how many steps have been done.
+          write: whether to write; one of several processes does.
+        """
         self._path = workdir / "metrics.csv"
         self.rows = [row for row in read(self._path) if row["step"] <= step]
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1
-        )
+        self._events = None
+        if write:
+            self._events = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=step + 1
+            )
 
     def append(self, row: Row) -> None:
         """Adds a row, of the values for `COLUMNS`."""
         self.rows.append(row)
+        if self._events is None:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -56,7 +68,8 @@ class Records:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read(path: Path) -> list[Row]:

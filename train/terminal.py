@@ -15,9 +15,11 @@ _PLAIN_INTERVAL = 30.0
 class Terminal:
     """Shows the progress of one run at a time."""
 
-    def __init__(self, console: rich.console.Console | None = None) -> None:
-        """Writes to a console, by default standard output."""
-        self._console = console or rich.console.Console(highlight=False)
+    def __init__(
+        self, console: rich.console.Console | None = None, *, quiet: bool = False
+    ) -> None:
+        """Writes to a console, by default standard output, or shows nothing."""
+        self._console = console or rich.console.Console(highlight=False, quiet=quiet)
         self._bar: rich.progress.Progress | None = None
 
     def say(self, text: str) -> None:

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from train import records
 
 _ROOT = Path(__file__).parents[2]
 
@@ -44,3 +47,26 @@ def run(module, *arguments, devices=1):
     process = start(module, *arguments, devices=devices)
     out, errors = process.communicate()
     return process.returncode, out, errors
+
+
+def wait_for(condition, process):
+    """Waits until a condition holds, which it does before the process ends."""
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"It ended too early: {process.communicate()}")
+        time.sleep(0.01)
+
+
+def metrics(workdir):
+    """The rows of a run, but for what depends on the clock."""
+    clocked = ("images_per_second", "data_wait")
+    return [
+        {name: value for name, value in row.items() if name not in clocked}
+        for row in records.read(workdir / "metrics.csv")
+    ]
+
+
+def steps(workdir):
+    """The steps of a run's whole checkpoints."""
+    paths = (workdir / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in paths if path.name.isdigit())

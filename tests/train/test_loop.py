@@ -1,7 +1,6 @@
 import json
 import signal
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +13,8 @@ _EPOCHS = 6
 _STEPS_PER_EPOCH = 1437 // 32
 
 
-def _metrics(workdir):
-    """The rows, but for what depends on the clock."""
-    rows = records.read(workdir / "metrics.csv")
-    return [
-        {name: value for name, value in row.items() if name != "images_per_second"}
-        for row in rows
-    ]
-
-
-def _steps(workdir):
-    """The steps of the whole checkpoints."""
-    paths = (workdir / "checkpoints").glob("*")
-    return sorted(int(path.name) for path in paths if path.name.isdigit())
-
-
-def _wait_for(condition, process):
-    while not condition():
-        if process.poll() is not None:
-            raise AssertionError(f"The run ended too early: {process.communicate()}")
-        time.sleep(0.01)
+def _config(workdir):
+    return json.loads((workdir / "config.json").read_text())
 
 
 class LoopTest(parameterized.TestCase):
@@ -54,19 +35,29 @@ class LoopTest(parameterized.TestCase):
         self.assertEqual((status, errors), (0, ""))
         lines = [line for line in out.splitlines() if "epoch" in line]
         self.assertLen(lines, _EPOCHS)
-        rows = _metrics(self.whole)
+        rows = commands.metrics(self.whole)
         self.assertEqual([row["epoch"] for row in rows], list(range(1, _EPOCHS + 1)))
         self.assertEqual(rows[-1]["step"], _EPOCHS * _STEPS_PER_EPOCH)
         self.assertLess(rows[-1]["train_loss"], rows[0]["train_loss"])
         self.assertGreater(rows[-1]["test_accuracy"], 0.5)
-        config = json.loads((self.whole / "config.json").read_text())
+        config = _config(self.whole)
         self.assertEqual(
             config["model"], {"name": "resnet18", "stem": "cifar", "width": 4}
         )
         self.assertEqual((config["memory"], config["remat"]), ("dropit", "none"))
         self.assertNotEmpty(list((self.whole / "tensorboard").glob("events.*")))
-        ends = [_STEPS_PER_EPOCH * epoch for epoch in (_EPOCHS - 1, _EPOCHS)]
-        self.assertEqual(_steps(self.whole), ends)
+
+    def test_the_last_two_checkpoints_and_the_best_are_kept(self):
+        rows = commands.metrics(self.whole)
+        best = max(rows, key=lambda row: (row["test_accuracy"], row["step"]))
+        kept = {best["step"], *(row["step"] for row in rows[-2:])}
+        self.assertEqual(commands.steps(self.whole), sorted(kept))
+
+    def test_the_wait_for_data_is_told(self):
+        _, out, _ = self.result
+        self.assertRegex(out, r"epoch 6 .* waited for data \d+\.\d%")
+        shares = [row["data_wait"] for row in records.read(self.whole / "metrics.csv")]
+        self.assertLen([share for share in shares if 0 <= share < 1], _EPOCHS)
 
     def test_a_finished_run_stays_as_it_is(self):
         before = (self.whole / "metrics.csv").read_bytes()
@@ -78,40 +69,58 @@ class LoopTest(parameterized.TestCase):
     def test_sigkill_between_two_checkpoints_costs_nothing_but_time(self):
         workdir = self.directory / "killed"
         process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
-        _wait_for(lambda: 2 * _STEPS_PER_EPOCH in _steps(workdir), process)
+        commands.wait_for(
+            lambda: 2 * _STEPS_PER_EPOCH in commands.steps(workdir), process
+        )
         process.send_signal(signal.SIGKILL)
         process.communicate()
         self.assertEqual(process.returncode, -signal.SIGKILL)
-        self.assertLess(_steps(workdir)[-1], _EPOCHS * _STEPS_PER_EPOCH)
+        self.assertLess(commands.steps(workdir)[-1], _EPOCHS * _STEPS_PER_EPOCH)
         status, out, _ = self._train(workdir)
         self.assertEqual(status, 0)
         self.assertIn("goes on after step", out)
-        self.assertEqual(_metrics(workdir), _metrics(self.whole))
+        self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
 
     @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
     def test_a_signal_saves_the_step_that_runs(self, signum):
         workdir = self.directory / signum.name
         process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
-        _wait_for(lambda: _steps(workdir), process)
+        commands.wait_for(lambda: commands.steps(workdir), process)
         process.send_signal(signum)
         _, errors = process.communicate()
         self.assertEqual(process.returncode, 128 + signum)
-        saved = _steps(workdir)[-1]
+        saved = commands.steps(workdir)[-1]
         self.assertLess(saved, _EPOCHS * _STEPS_PER_EPOCH)
         self.assertIn(f"Stopped by {signum.name} after step {saved}", errors)
         self.assertNotIn("Traceback", errors)
         status, out, _ = self._train(workdir)
         self.assertEqual(status, 0)
         self.assertIn(f"goes on after step {saved} of", out)
-        self.assertEqual(_metrics(workdir), _metrics(self.whole))
+        self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
 
     def test_another_config_does_not_touch_the_run(self):
         before = (self.whole / "metrics.csv").read_bytes()
-        status, _, errors = self._train(self.whole, "--config.dropit.rate=0.5")
+        changes = ("--config.dropit.rate=0.5", "--config.augmentation=shift")
+        status, _, errors = self._train(self.whole, *changes)
         self.assertEqual(status, 2)
         self.assertIn("config.dropit.rate: 'preset' -> 0.5", errors)
+        self.assertIn("config.augmentation: 'none' -> 'shift'", errors)
         self.assertNotIn("Traceback", errors)
         self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
+
+    def test_what_changes_no_result_may_change(self):
+        free = ("--config.workers=1", "--config.checkpoint_steps=7")
+        status, out, errors = self._train(self.whole, *free)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn("after step 264 of 264", out)
+
+    def test_a_run_without_a_checkpoint_may_change(self):
+        workdir = self.directory / "corrected"
+        workdir.mkdir()
+        (workdir / "config.json").write_text('{"dataset": "cifar10"}')
+        status, _, errors = self._train(workdir, "--config.num_steps=2")
+        self.assertEqual((status, errors), (0, ""))
+        self.assertEqual(_config(workdir)["dataset"], "digits")
 
     def test_several_devices_share_a_batch(self):
         results = {}
@@ -120,7 +129,7 @@ class LoopTest(parameterized.TestCase):
             short = ("--config.num_epochs=1", "--config.batch_size=360")
             status, _, errors = self._train(workdir, *short, devices=devices)
             self.assertEqual((status, errors), (0, ""))
-            (results[devices],) = _metrics(workdir)
+            (results[devices],) = commands.metrics(workdir)
         # The same sums in another order.
         np.testing.assert_allclose(
             list(results[4].values()), list(results[1].values()), rtol=1e-3
@@ -142,7 +151,7 @@ class LoopTest(parameterized.TestCase):
             "--config.schedule.decay_epochs=(1,)",
         )
         self.assertEqual((status, errors), (0, ""))
-        rows = _metrics(workdir)
+        rows = commands.metrics(workdir)
         self.assertEqual([row["step"] for row in rows], [44, 50])
         rates = [row["learning_rate"] for row in rows]
         np.testing.assert_allclose(rates, [0.05 * 43 / 44, 0.005], rtol=1e-5)
@@ -168,7 +177,7 @@ class LoopTest(parameterized.TestCase):
         arguments = ("--config.dropit.chunk_size=None", "--config.num_epochs=1")
         status, _, errors = self._train(workdir, *arguments)
         self.assertEqual((status, errors), (0, ""))
-        config = json.loads((workdir / "config.json").read_text())
+        config = _config(workdir)
         self.assertIsNone(config["dropit"]["chunk_size"])
 
 

@@ -1,0 +1,29 @@
+"""ResNet-18 on CIFAR-10: small enough for a laptop's GPU.
+
+`--config.model.width=16` makes it small enough for a CPU.
+"""
+
+from ml_collections import ConfigDict
+
+from train import variants
+from train.config import model_section
+from train.defaults import get_defaults
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; every field can be overridden on the command line."""
+    config = get_defaults()
+    config.dataset = "cifar10"
+    config.image_size = 32
+    config.augmentation = "shift_flip"  # padded by 4, cropped, flipped
+    config.batch_size = 128
+    config.num_epochs = 30
+    config.seed = 42  # as in the paper, §4.1
+
+    config.model = model_section("resnet18", width=64, stem="cifar")
+    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
+
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.warmup_epochs = 0.2
+    return variants.apply(config, variant, paper_rate=0.8)

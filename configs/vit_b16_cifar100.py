@@ -1,0 +1,37 @@
+"""ViT-B/16, pretrained on ImageNet-21k, on CIFAR-100, as in the paper (§4.1).
+
+`config.init_from` names Google's checkpoint: README.md of
+github.com/google-research/vision_transformer says where it is.
+"""
+
+from ml_collections import ConfigDict
+
+from train import variants
+from train.config import model_section
+from train.defaults import get_defaults
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; every field can be overridden on the command line."""
+    config = get_defaults()
+    config.dataset = "cifar100"
+    config.image_size = 224  # §1
+    config.augmentation = "resized_crop"
+    config.normalise = "unit"  # as the checkpoint was trained
+    config.workers = 8  # processes that scale images
+    config.batch_size = 512  # §4.1
+    config.num_steps = 10_000  # §4.1
+    config.seed = 42  # §4.1
+
+    config.model = model_section("vit_b", patch_size=16)
+    config.init_from = "ViT-B_16.npz"
+    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
+
+    config.optimizer.learning_rate = 0.03  # §4.1
+    # Not in the paper; Dosovitskiy et al., 2021, App. B.1.1 and their code.
+    config.optimizer.clip_norm = 1.0
+    config.schedule.name = "cosine"  # §4.1
+    config.schedule.warmup_epochs = 500 * 512 / 50_000  # 500 steps
+    config.evaluate_every = 5.0
+    config.checkpoint_steps = 500
+    return variants.apply(config, variant, paper_rate=0.9)

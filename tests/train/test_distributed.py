@@ -1,0 +1,100 @@
+"""Two processes, on one machine, that train one model."""
+
+import signal
+import socket
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from tests.train import commands
+
+_SHORT = ("--config.num_epochs=3", "--config.batch_size=64", "--config.workers=0")
+_STEPS_PER_EPOCH = 1437 // 64
+
+
+def _start_two(workdir, *more):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        commands.start(
+            "train.main",
+            *commands.TINY,
+            *_SHORT,
+            f"--workdir={workdir}",
+            f"--coordinator_address=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={number}",
+            *more,
+        )
+        for number in range(2)
+    ]
+
+
+def _finish(processes):
+    results = [process.communicate() for process in processes]
+    return [
+        (process.returncode, *result)
+        for process, result in zip(processes, results, strict=True)
+    ]
+
+
+class DistributedTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.one = cls.directory / "one"
+        flag = f"--workdir={cls.one}"
+        arguments = (*commands.TINY, *_SHORT, flag)
+        status, _, errors = commands.run("train.main", *arguments, devices=2)
+        assert (status, errors) == (0, "")
+
+    def _assert_same(self, workdir):
+        rows, expected = commands.metrics(workdir), commands.metrics(self.one)
+        self.assertLen(rows, 3)
+        for row, other in zip(rows, expected, strict=True):
+            np.testing.assert_allclose(
+                list(row.values()), list(other.values()), rtol=1e-6
+            )
+
+    @parameterized.parameters(1, 2)
+    def test_two_processes_do_what_two_devices_of_one_do(self, fsdp):
+        workdir = self.directory / f"fsdp_{fsdp}"
+        results = _finish(_start_two(workdir, f"--config.mesh.fsdp={fsdp}"))
+        self.assertEqual([result[0] for result in results], [0, 0], results)
+        self.assertIn("epoch 3", results[0][1])
+        self.assertNotIn("epoch", results[1][1])  # one of them tells
+        self._assert_same(workdir)
+
+    def test_sigterm_to_one_stops_both_after_the_same_step(self):
+        workdir = self.directory / "stopped"
+        processes = _start_two(workdir)
+        commands.wait_for(lambda: commands.steps(workdir), processes[0])
+        processes[1].send_signal(signal.SIGTERM)
+        results = _finish(processes)
+        self.assertEqual([result[0] for result in results], [143, 143], results)
+        saved = commands.steps(workdir)[-1]
+        self.assertLess(saved, 3 * _STEPS_PER_EPOCH)
+        for _, _, errors in results:
+            self.assertIn(f"Stopped by SIGTERM after step {saved}", errors)
+        results = _finish(_start_two(workdir))
+        self.assertEqual([result[0] for result in results], [0, 0], results)
+        self.assertIn(f"goes on after step {saved} of", results[0][1])
+        self._assert_same(workdir)
+
+    def test_incomplete_flags_are_told(self):
+        status, _, errors = commands.run(
+            "train.main",
+            *commands.TINY,
+            f"--workdir={self.directory / 'incomplete'}",
+            "--num_processes=2",
+        )
+        self.assertEqual(status, 2)
+        self.assertIn("missing: --coordinator_address, --process_id", errors)
+
+
+if __name__ == "__main__":
+    absltest.main()

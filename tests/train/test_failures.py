@@ -1,0 +1,131 @@
+"""What a run leaves behind when it cannot go on."""
+
+import json
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from tests.train import commands
+from train import data
+
+_SHORT = ("--config.num_epochs=2",)
+
+
+class FailuresTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.whole = cls.directory / "whole"
+        status, _, errors = cls._train(cls.whole, *_SHORT)
+        assert (status, errors) == (0, "")
+
+    @classmethod
+    def _train(cls, workdir, *more):
+        flag = f"--workdir={workdir}"
+        return commands.run("train.main", *commands.TINY, flag, *more)
+
+    def _copy(self, name):
+        """The run, as if it had been stopped before its last row was written."""
+        workdir = self.directory / name
+        shutil.copytree(self.whole, workdir)
+        return workdir
+
+    def test_a_half_written_checkpoint_is_skipped(self):
+        workdir = self._copy("half")
+        whole = workdir / "checkpoints" / "88"
+        whole.rename(workdir / "checkpoints" / "88.orbax-checkpoint-tmp-1")
+        (workdir / "metrics.csv").unlink()
+        shutil.copy(self.whole / "metrics.csv", workdir)
+        status, out, errors = self._train(workdir, *_SHORT)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertRegex(out, r"88.*was not written to its end")
+        self.assertIn("goes on after step 44 of 88", out)
+        self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
+
+    def test_a_damaged_checkpoint_is_put_aside(self):
+        workdir = self._copy("damaged")
+        newest = workdir / "checkpoints" / "88" / "state"
+        for path in newest.rglob("*"):
+            if path.is_file():
+                os.truncate(path, path.stat().st_size // 2)
+        status, out, errors = self._train(workdir, *_SHORT)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn("goes on after step 44 of 88", out)
+        self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
+        self.assertEqual(commands.steps(workdir), commands.steps(self.whole))
+
+    def test_a_full_disk_costs_no_checkpoint(self):
+        workdir = self.directory / "full"
+        process = commands.start(
+            "train.main", *commands.TINY, f"--workdir={workdir}", *_SHORT
+        )
+        commands.wait_for(lambda: commands.steps(workdir), process)
+        # No file may grow from here on: as good as a full disk.
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+        _, errors = process.communicate()
+        self.assertEqual(process.returncode, 2, errors)
+        self.assertIn("cannot be written", errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertEqual(commands.steps(workdir), [44])
+        status, out, errors = self._train(workdir, *_SHORT)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn("goes on after step 44 of 88", out)
+        self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
+
+    def test_a_workdir_that_cannot_be_written_is_told_first(self):
+        file = self.directory / "file"
+        file.touch()
+        status, out, errors = self._train(file / "workdir", *_SHORT)
+        self.assertEqual(status, 2)
+        self.assertIn(str(file), errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertNotIn("epoch", out)
+
+    def test_a_loss_that_is_not_finite_leaves_what_shows_it_again(self):
+        workdir = self.directory / "diverged"
+        steep = ("--config.optimizer.learning_rate=1e30", "--config.checkpoint_steps=1")
+        messages = []
+        for _ in range(2):
+            status, out, errors = self._train(workdir, *_SHORT, *steep)
+            self.assertEqual(status, 2)
+            self.assertNotIn("Traceback", errors)
+            messages.append(errors)
+        self.assertEqual(*messages)  # the second run went on from a checkpoint
+        self.assertIn("goes on after step", out)
+        record = json.loads((workdir / "failure" / "failure.json").read_text())
+        step = record["step"]
+        self.assertIn(f"at step {step}.", messages[0])
+        self.assertEqual(record["checkpoint"], commands.steps(workdir)[-1])
+        self.assertLess(record["checkpoint"], step)
+        self.assertEqual(record["config"]["optimizer"]["learning_rate"], 1e30)
+        config = record["config"]
+        dataset = data.load("digits", "", config["image_size"], config["augmentation"])
+        batches = data.training_batches(dataset, config["batch_size"], config["seed"])
+        expected = [next(batches) for _ in range(step)][-1]
+        with np.load(workdir / "failure" / f"batch-{step}-process-0.npz") as saved:
+            np.testing.assert_array_equal(saved["image"], expected["image"])
+            np.testing.assert_array_equal(saved["label"], expected["label"])
+
+    @parameterized.parameters(
+        (["--config.init_from=ViT-B_16.npz"], "imagenet21k/ViT-B_16.npz"),
+        (["--config.dataset=cifar10", "--config.data_dir=/nowhere"], "train.prepare"),
+        (["--config.mesh.fsdp=3"], "are not the 1 that there are"),
+        (["--config=configs/digits_resnet18.py:lean"], "There is no variant 'lean'"),
+    )
+    def test_what_cannot_be_run_is_told_and_leaves_no_claim(self, arguments, message):
+        workdir = self.directory / "refused"
+        status, out, errors = self._train(workdir, *arguments)
+        self.assertEqual(status, 2)
+        self.assertIn(message, errors)
+        self.assertNotIn("Traceback", out + errors)
+        self.assertFalse((workdir / "config.json").exists())
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,34 @@
+"""Writes a checkpoint's weights for other programs.
+
+`python -m train.export --workdir=DIR --output=FILE.safetensors [--step=last]`
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from train import cli, selection, weights
+from train import config as config_lib
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train.terminal import Terminal
+
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The .safetensors file to write.", required=True
+)
+
+
+def main(workdir: Path) -> None:
+    """Writes parameters, averaged ones if the run has them, and batch statistics."""
+    config, terminal = selection.config_of(workdir), Terminal()
+    config_lib.validate(config, jax.device_count())
+    abstract = job_lib.abstract_state(config, mesh_lib.create(config))
+    step, state = selection.restore(abstract, workdir, terminal.say)
+    metadata = {"step": str(step), "config": config_lib.to_json(config)}
+    weights.save(_OUTPUT.value, jax.device_get(state.variables), metadata)
+    terminal.say(f"Weights: {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    cli.launch_on_run(main)

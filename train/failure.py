@@ -1,0 +1,69 @@
+"""What it takes to see a failure again."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from train import config as config_lib
+from train import data
+from train.files import write_atomically
+from train.job import Job
+from train.meter import NonFiniteLossError
+
+
+def write(directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
+    """Writes the step, the config and the batches of a loss that is not finite.
+
+    Args:
+      directory: is made.
+      job: what was trained.
+      error: which step it was.
+      checkpoint: the step of the last checkpoint, or 0.
+
+    Returns:
+      What to tell the user.
+    """
+    directory.mkdir(exist_ok=True)
+    # A step that spoils the parameters shows in the loss of the next one.
+    steps = range(max(1, error.step - 1), error.step + 1)
+    rank = jax.process_index()
+    for step in steps:
+        content = io.BytesIO()
+        np.savez(content, **_batch(job, step))
+        name = f"batch-{step}-process-{rank}.npz"
+        write_atomically(directory / name, content.getvalue())
+    record = {
+        "step": error.step,
+        "loss": str(error.loss),  # JSON has no infinities
+        "checkpoint": checkpoint,
+        "batches": list(steps),
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "config": json.loads(config_lib.to_json(job.config)),
+    }
+    if rank == 0:
+        text = json.dumps(record, indent=2) + "\n"
+        write_atomically(directory / "failure.json", text)
+    return (
+        f"{directory} has the config and the last batches. The same command takes the "
+        f"same steps again, from step {checkpoint}, and fails at the same one."
+    )
+
+
+def _batch(job: Job, step: int) -> data.Batch:
+    """This process's rows of the batch of a step, counted from 1."""
+    batches = data.training_batches(
+        job.dataset,
+        job.config.batch_size,
+        job.config.seed,
+        start=step - 1,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        return next(batches)

@@ -1,0 +1,37 @@
+"""Pixels as models take them."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from train import data
+
+Normalise = Callable[
+    [UInt8[Array, "batch height width channels"]],
+    Float[Array, "batch height width channels"],
+]
+
+# To [-1, 1], as Google's vision transformers were trained.
+_UNIT = 127.5
+
+
+def normaliser(config: ConfigDict) -> Normalise:
+    """The function that makes float32 of pixels in [0, 255], in the step itself.
+
+    It subtracts a mean and divides by a deviation for each channel: those of the
+    dataset (`config.normalise="dataset"`), or 127.5 both (`"unit"`). Images so cross to
+    the device, and wait there, in a quarter of the bytes.
+    """
+    mean: tuple[float, ...] | float = _UNIT
+    std: tuple[float, ...] | float = _UNIT
+    if config.normalise == "dataset":
+        info = data.info(config.dataset)
+        mean, std = info.mean, info.std
+
+    def normalise(images: UInt8[Array, "..."]) -> Float[Array, "..."]:
+        mean_, std_ = (jnp.asarray(value, jnp.float32) for value in (mean, std))
+        return (images.astype(jnp.float32) - mean_) / std_
+
+    return normalise

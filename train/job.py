@@ -1,0 +1,62 @@
+"""What a config asks for, made ready for the devices that there are."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from train import config as config_lib
+from train import data
+from train import mesh as mesh_lib
+from train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config, and what follows from it.
+
+    Attributes:
+      config: what is trained.
+      dataset: what it is trained on.
+      mesh: of all devices of all processes.
+      abstract: the state's shapes, dtypes and shardings.
+    """
+
+    config: ConfigDict
+    dataset: data.Dataset
+    mesh: Mesh
+    abstract: step_lib.State
+
+    @property
+    def shardings(self) -> step_lib.State:
+        """Where each array of the state is."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of one copy of the state."""
+        return sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract)
+        )
+
+
+def prepare(config: ConfigDict) -> Job:
+    """Checks a config and opens its dataset; nothing is computed yet.
+
+    Raises:
+      ConfigError: the config cannot be run.
+      DataError: the dataset is not there, or damaged.
+    """
+    config_lib.validate(config, jax.device_count())
+    dataset = data.load(
+        config.dataset, config.data_dir, config.image_size, config.augmentation
+    )
+    mesh = mesh_lib.create(config)
+    return Job(config, dataset, mesh, abstract_state(config, mesh))
+
+
+def abstract_state(config: ConfigDict, mesh: Mesh) -> step_lib.State:
+    """The shapes, dtypes and shardings of a config's state on a mesh."""
+    abstract = step_lib.abstract_state(config)
+    return mesh_lib.placed(abstract, mesh_lib.state_sharded(mesh, abstract))

@@ -1,0 +1,56 @@
+"""The directory of a run, and the config in it."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from train import config as config_lib
+from train import distributed
+from train.config import ConfigError
+from train.files import write_atomically
+
+_CONFIG_FILE = "config.json"
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    try:
+        return config_lib.from_json((workdir / _CONFIG_FILE).read_text())
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(
+            f"{workdir} holds no run that can be read: {error}"
+        ) from error
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Checks that the workdir holds a run of this config, or no checkpoint of any.
+
+    Raises:
+      ConfigError: it holds a run of another config.
+    """
+    if not any((workdir / "checkpoints").glob("[0-9]*")):
+        return
+    before = config_lib.to_json(read_config(workdir))
+    if changed := config_lib.differences(before, config_lib.to_json(config)):
+        raise ConfigError(
+            f"{workdir} holds a run of another config. Take another --workdir, or "
+            "delete it to start over. Changed:\n  " + "\n  ".join(changed)
+        )
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config into the workdir.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    if distributed.is_first():
+        try:
+            write_atomically(workdir / _CONFIG_FILE, config_lib.to_json(config))
+        except OSError as error:
+            raise ConfigError(f"Cannot write to {workdir}: {error}") from error
+    distributed.synchronise("claim")
