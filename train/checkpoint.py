@@ -12,18 +12,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from train import checksums
+from train.disk import CheckpointError, check_room
 from train.distributed import is_first, synchronise
 
 # How many of the newest are kept, beside the best.
 _LATEST = 2
 # How Orbax calls what is not written to its end.
-_HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
+_HALF_WRITTEN = ".orbax-checkpoint-tmp*"
+# Characters of a message of Orbax's that are shown.
+_LONGEST = 300
+_ITEMS = ("state", "position")
 # The field of the position with the accuracy on the test examples, if it is known.
 _ACCURACY = "test_accuracy"
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read, and what to do."""
 
 
 class Checkpoints:
@@ -47,15 +48,19 @@ class Checkpoints:
         self._directory, self._say = directory.absolute(), say
         self._accuracies: dict[int, float] = {}
         if not read_only:
-            for path in sorted(self._directory.glob(_HALF_WRITTEN)):
+            for path in sorted(self._directory.glob(f"*{_HALF_WRITTEN}")):
                 say(f"{path} was not written to its end: it is skipped and removed.")
+        self._saving: int | None = None
+        # Not Orbax's `read_only`, which warns of itself.
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Keep(self._accuracies),
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
-                read_only=read_only,
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._write_checksums
+                ),
             ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -83,16 +88,13 @@ class Checkpoints:
         Raises:
           CheckpointError: it cannot be read, or is of another model.
         """
-        try:
-            self._check_structure(step, abstract)
-            return self._read(step, abstract)
-        except CheckpointError:
-            raise
-        except Exception as error:  # of many types: Orbax's, TensorStore's, JSON's
+        result = self._read(step, abstract)
+        if isinstance(result, str):
             raise CheckpointError(
-                f"The checkpoint {self._directory / str(step)} cannot be read: "
-                f"{_first_line(error)}"
-            ) from error
+                f"The checkpoint {self._path(step)} is damaged ({result}). Take "
+                "another --step."
+            )
+        return result
 
     def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The last step that can be read, its state and its position.
@@ -110,18 +112,11 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            try:
-                self._check_structure(step, abstract)
-                state, position = self._read(step, abstract)
-                problem = ""
-            except CheckpointError:
-                raise
-            except Exception as error:  # of many types, as above
-                problem = _first_line(error)
-            if not _any_process(bool(problem)):
+            result = self._read(step, abstract)
+            if not isinstance(result, str):
                 self._put_aside(damaged, step)
-                return step, state, position
-            damaged[step] = problem or "another process cannot read it"
+                return step, *result
+            damaged[step] = result
         if damaged:
             reasons = "".join(f"\n  {step}: {why}" for step, why in damaged.items())
             raise CheckpointError(
@@ -152,6 +147,10 @@ class Checkpoints:
             return
         if test_accuracy is not None:
             self._accuracies[step] = test_accuracy
+        self.wait()  # for the one before, whose step `_write_checksums` needs
+        # Before Orbax sees it, whose threads write of their own what they fail at.
+        check_room(self._directory, sum(x.nbytes for x in jax.tree.leaves(state)))
+        self._saving = step
         try:
             self._manager.save(
                 step,
@@ -191,21 +190,48 @@ class Checkpoints:
         finally:
             self._close()
 
+    def _write_checksums(self) -> None:
+        # Orbax calls it when all is written, and then gives the directory its name.
+        if is_first():
+            (path,) = self._directory.glob(f"{self._saving}{_HALF_WRITTEN}")
+            checksums.write(path, _ITEMS)
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
+
     def _close(self) -> None:
         try:
             self._manager.close()
         except Exception as error:  # of the writing, which `wait` has told
             del error
 
-    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
-                position=ocp.args.JsonRestore(),
-            ),
-        )
-        return restored["state"], restored["position"]
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]] | str:
+        """The state and the position, or what is damaged; the same in all processes.
+
+        Raises:
+          CheckpointError: it is of another model.
+        """
+        # Before Orbax sees it, whose threads write of their own what they fail at.
+        problem = checksums.problem(self._path(step)) if is_first() else ""
+        if _any_process(bool(problem)):
+            return problem or "a file has changed"
+        result: Any = None
+        try:
+            self._check_structure(step, abstract)
+            result = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:  # of many types: Orbax's, TensorStore's, JSON's
+            problem = _first_line(error)
+        if _any_process(bool(problem)):
+            return problem or "another process cannot read it"
+        return result["state"], result["position"]
 
     def _read_accuracy(self, step: int) -> dict[int, float]:
         try:
@@ -232,13 +258,13 @@ class Checkpoints:
         if lines:
             listed = "".join(f"\n  {line}" for line in lines[:10])
             raise CheckpointError(
-                f"The checkpoint {self._directory / str(step)} is of another model: "
+                f"The checkpoint {self._path(step)} is of another model: "
                 f"{len(lines)} arrays differ.{listed}"
             )
 
     def _put_aside(self, damaged: dict[int, str], step: int) -> None:
         for number, why in damaged.items():
-            source = self._directory / str(number)
+            source = self._path(number)
             target = self._directory.parent / "damaged" / str(number)
             while target.exists():
                 target = target.with_name(f"{target.name}-again")
@@ -309,4 +335,7 @@ def _any_process(flag: bool) -> bool:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    line = lines[0]
+    if len(line) > _LONGEST:  # file names and, at the end, the reason
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return f"{type(error).__name__}: {line}"

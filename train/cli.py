@@ -8,9 +8,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
-from train.checkpoint import CheckpointError
 from train.config import ConfigError
 from train.data import DataError
+from train.disk import CheckpointError
 from train.interrupts import Interrupted
 from train.meter import NonFiniteLossError
 from train.weights import WeightsError
@@ -97,11 +97,16 @@ def _run(job: Callable[[], None], required: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
             _CONFIG.value.keys()  # a file that failed to load says so only when used
         return rest
+    except flags.Error as error:
+        # Of a config file that raises an error, a whole trace; its last line says why.
+        message = str(error).strip().splitlines()
+        reason = message[0] if len(message) == 1 else f"--config: {message[-1].strip()}"
     except _CONFIG_FILE_ERRORS as error:
-        reason = " ".join(str(error).replace("\\n", " ").split())
-        print(f"error: --config: {reason}", file=sys.stderr)
-        sys.exit(2)
+        words = str(error).replace("\\n", " ").split()
+        reason = f"--config: {' '.join(words)}"
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)

@@ -1,17 +1,19 @@
-"""Room for what a run will write."""
+"""Room for what a run writes."""
 
 import shutil
 import tempfile
 from pathlib import Path
 
-from train.checkpoint import CheckpointError
-
 # Two latest checkpoints, the best, and the one being written.
 _COPIES = 4
 
 
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read, and what to do."""
+
+
 def check_writable(directory: Path, state_bytes: int) -> None:
-    """Checks that checkpoints of a run can be written into a directory.
+    """Checks that the checkpoints of a run can be written into a directory.
 
     Args:
       directory: of the checkpoints, which may be there already; it is made if need be.
@@ -26,13 +28,21 @@ def check_writable(directory: Path, state_bytes: int) -> None:
             file.write(bytes(4096))
             file.flush()
         there = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-        free = shutil.disk_usage(directory).free
     except OSError as error:
         raise CheckpointError(f"Cannot write to {directory}: {error}") from error
-    needed = _COPIES * state_bytes - there
+    check_room(directory, _COPIES * state_bytes - there)
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Checks that so many bytes can be written into a directory.
+
+    Raises:
+      CheckpointError: there is too little room.
+    """
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise CheckpointError(
-            f"{directory} has {free * 2**-20:,.0f} MiB free, and checkpoints will take "
-            f"{needed * 2**-20:,.0f} MiB ({_COPIES} of {state_bytes * 2**-20:,.1f} MiB "
-            "each). Make room, or take a --workdir on another disk."
+            f"{directory} has room for {free * 2**-20:,.0f} MiB, and checkpoints will "
+            f"take {needed * 2**-20:,.0f} MiB. Make room, or take a --workdir on "
+            "another disk. What is there stays, and the same command goes on from it."
         )

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from train import step as step_lib
 from train import workdir as workdir_lib
-from train.checkpoint import CheckpointError, Checkpoints
+from train.checkpoint import Checkpoints
+from train.disk import CheckpointError
 
 _STEP = flags.DEFINE_string(
     "step", "best", "Which checkpoint: best, of test accuracy; last; or its step."
