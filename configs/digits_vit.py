@@ -1,4 +1,4 @@
-"""A small vision transformer on scikit-learn's handwritten digits, in minutes on a CPU.
+"""A small vision transformer on scikit-learn's handwritten digits: a minute on a CPU.
 
 It reads the 8x8 images as 16 patches of 2x2.
 """
@@ -15,15 +15,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config = get_defaults()
     config.dataset = "digits"
     config.image_size = 8
-    config.augmentation = "shift"
     config.batch_size = 64
-    config.num_epochs = 20
+    config.num_epochs = 60
     config.seed = 42  # as in the paper, §4.1
 
-    config.model = model_section("vit_ti", patch_size=2, pool="gap", scan=True)
+    config.model = model_section("vit_mu", patch_size=2, pool="gap")
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
 
-    config.optimizer.learning_rate = 0.03
+    config.optimizer.learning_rate = 0.3
     config.optimizer.clip_norm = 1.0
     config.schedule.warmup_epochs = 2.0
     return variants.apply(config, variant, paper_rate=0.9)

@@ -37,6 +37,7 @@ _USER_ERRORS = (
 _CONFIG_FILE_ERRORS = (
     AttributeError,
     ImportError,
+    KeyError,
     NameError,
     OSError,
     SyntaxError,
@@ -106,7 +107,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         message = str(error).strip().splitlines()
         reason = message[0] if len(message) == 1 else f"--config: {message[-1].strip()}"
     except _CONFIG_FILE_ERRORS as error:
-        words = str(error).replace("\\n", " ").split()
+        # ml_collections hands on the representation of a text, of which this is left.
+        text = error.args[0] if isinstance(error, KeyError) else str(error)
+        if text.startswith("'\\'"):
+            text = text[1:-1]
+        words = text.replace("\\'", "'").replace("\\n", " ").split()
         reason = f"--config: {' '.join(words)}"
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)

@@ -115,7 +115,6 @@ class FailuresTest(parameterized.TestCase):
         (["--config.init_from=ViT-B_16.npz"], "imagenet21k/ViT-B_16.npz"),
         (["--config.dataset=cifar10", "--config.data_dir=/nowhere"], "train.prepare"),
         (["--config.mesh.fsdp=3"], "are not the 1 that there are"),
-        (["--config=configs/digits_resnet18.py:lean"], "There is no variant 'lean'"),
     )
     def test_what_cannot_be_run_is_told_and_leaves_no_claim(self, arguments, message):
         workdir = self.directory / "refused"

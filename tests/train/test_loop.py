@@ -158,6 +158,10 @@ class LoopTest(parameterized.TestCase):
 
     @parameterized.parameters(
         (["--config.dropit.rat=0.5"], 'Did you mean "rate"'),
+        (["--config.modle.width=8"], 'Did you mean "model" instead of "modle"?'),
+        (["--config.seed=a"], "invalid literal for int() with base 10: 'a'"),
+        (["--config=configs/digits_resnet18.py:x"], "There is no variant 'x'"),
+        (["--wrkdir=x"], "Did you mean: workdir ?"),
         (["--config.dropit.rate=2"], r"config.dropit: DropIT.rate must be in [0, 1)"),
         (["--config.model.name=resnet1"], "config.model.name: unknown value 'resnet1'"),
         (["--config=nothing.py"], "No such file or directory: 'nothing.py'"),
