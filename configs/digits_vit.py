@@ -22,7 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = model_section("vit_mu", patch_size=2, pool="gap")
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
 
-    config.optimizer.learning_rate = 0.3
+    config.optimizer.learning_rate = 0.2
     config.optimizer.clip_norm = 1.0
     config.schedule.warmup_epochs = 2.0
+    config.label_smoothing = 0.1
     return variants.apply(config, variant, paper_rate=0.9)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -44,19 +45,23 @@ class Checkpoints:
           directory: of the checkpoints; it is made if need be.
           say: is told what was found that is not as it should be.
           read_only: whether nothing on disk may change.
+
+        Raises:
+          CheckpointError: what is half-written cannot be removed.
         """
         self._directory, self._say = directory.absolute(), say
         self._accuracies: dict[int, float] = {}
         if not read_only:
             for path in sorted(self._directory.glob(f"*{_HALF_WRITTEN}")):
                 say(f"{path} was not written to its end: it is skipped and removed.")
+                _remove(path)
+            synchronise("half_written")
         self._saving: int | None = None
         # Not Orbax's `read_only`, which warns of itself.
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Keep(self._accuracies),
-                cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 async_options=ocp.options.AsyncOptions(
                     post_finalization_callback=self._write_checksums
@@ -148,8 +153,7 @@ class Checkpoints:
         if test_accuracy is not None:
             self._accuracies[step] = test_accuracy
         self.wait()  # for the one before, whose step `_write_checksums` needs
-        # Before Orbax sees it, whose threads write of their own what they fail at.
-        check_room(self._directory, sum(x.nbytes for x in jax.tree.leaves(state)))
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         self._saving = step
         try:
             self._manager.save(
@@ -189,6 +193,19 @@ class Checkpoints:
                 raise
         finally:
             self._close()
+
+    def _check_room(self, needed: int) -> None:
+        # Before Orbax sees it, whose threads write of their own what they fail at; and
+        # in all processes, which would wait for the one that fails.
+        try:
+            check_room(self._directory, needed)
+            problem = None
+        except CheckpointError as error:
+            problem = error
+        if _any_process(problem is not None):
+            raise problem or CheckpointError(
+                f"Another process cannot write to {self._directory}."
+            )
 
     def _write_checksums(self) -> None:
         # Orbax calls it when all is written, and then gives the directory its name.
@@ -242,7 +259,7 @@ class Checkpoints:
         return {} if accuracy is None else {step: accuracy}
 
     def _check_structure(self, step: int, abstract: Any) -> None:
-        """Checks that a checkpoint has the arrays that are wanted.
+        """Checks that a checkpoint has the arrays, and empty parts, that are wanted.
 
         Raises:
           CheckpointError: it has others.
@@ -269,8 +286,7 @@ class Checkpoints:
             while target.exists():
                 target = target.with_name(f"{target.name}-again")
             if is_first():
-                target.parent.mkdir(exist_ok=True)
-                source.rename(target)
+                _move(source, target)
             self._accuracies.pop(number, None)
             self._say(
                 f"The checkpoint of step {number} is damaged ({why}). It is put aside "
@@ -309,6 +325,23 @@ class _Keep:
         return [step in kept for step in steps]
 
 
+def _remove(path: Path) -> None:
+    # Orbax would do so in the background, and may not be done when the run ends.
+    if is_first():
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise CheckpointError(f"Cannot remove {path}: {error}") from error
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"Cannot move {source} to {target}: {error}") from error
+
+
 def _best(accuracies: dict[int, float | None]) -> int | None:
     known = [
         (accuracy, step)
@@ -318,11 +351,19 @@ def _best(accuracies: dict[int, float | None]) -> int | None:
     return max(known)[1] if known else None
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
+    # Orbax wants the same empty dicts and tuples, too; of which type does not matter.
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree,
+        is_leaf=lambda node: (
+            not jax.tree_util.treedef_children(jax.tree.structure(node))
+        ),
+    )
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in flat
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            tuple(node.shape) if jax.tree.leaves(node) else "empty"
+        )
+        for path, node in flat
     }
 
 

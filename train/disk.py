@@ -37,9 +37,13 @@ def check_room(directory: Path, needed: int) -> None:
     """Checks that so many bytes can be written into a directory.
 
     Raises:
-      CheckpointError: there is too little room.
+      CheckpointError: nothing can be written there, or there is too little room.
     """
-    free = shutil.disk_usage(directory).free
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise CheckpointError(f"Cannot write to {directory}: {error}") from error
     if free < needed:
         raise CheckpointError(
             f"{directory} has room for {free * 2**-20:,.0f} MiB, and checkpoints will "

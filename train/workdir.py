@@ -32,7 +32,8 @@ def check(workdir: Path, config: ConfigDict) -> None:
     Raises:
       ConfigError: it holds a run of another config.
     """
-    if not any((workdir / "checkpoints").glob("[0-9]*")):
+    # Those that are not written to their end have another ending.
+    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         return
     before = config_lib.to_json(read_config(workdir))
     if changed := config_lib.differences(before, config_lib.to_json(config)):

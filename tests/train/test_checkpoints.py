@@ -1,0 +1,845 @@
+"""Checkpoints and what guards them: a twin, every file damaged, failing disks."""
+
+import collections
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import absltest, parameterized
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from train import checksums
+from train.checkpoint import Checkpoints
+from train.disk import CheckpointError, check_room, check_writable
+
+_MIB = 2**20
+_POSITION = {"meter": {"loss": 0.1 + 0.2, "count": 3, "since": None}, "names": ["a"]}
+# A payload that arithmetic would lose, both zeros, a subnormal, both infinities.
+_FLOATS = np.array(
+    [0x7FC12345, 0xFFC00001, 0, 0x80000000, 1, 0x7F800000, 0xFF800000, 0x3F800001],
+    np.uint32,
+).view(np.float32)
+
+Empty = collections.namedtuple("Empty", [])
+Pair = collections.namedtuple("Pair", ["first", "second"])
+
+
+def _state(step=0):
+    kernel = np.concatenate([_FLOATS, np.arange(24, dtype=np.float32) + step])
+    return {
+        "kernel": jnp.asarray(kernel.reshape(8, 4)),
+        "half": jnp.asarray(_FLOATS, jnp.bfloat16) + jnp.bfloat16(step),
+        "rng": jnp.array([step, 2**32 - 1], jnp.uint32),
+        "step": jnp.array(step, jnp.int32),
+        "averages": {},
+        "optimizer": (Pair(jnp.array(step, jnp.int32), Empty()), None, Empty()),
+    }
+
+
+def _abstract(state, sharding=None):
+    def of(leaf):
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding or leaf.sharding
+        )
+
+    return jax.tree.map(of, state)
+
+
+def _snapshot(directory):
+    """All below a directory: bytes of files, modes and times of change."""
+    return {
+        str(path.relative_to(directory)): (
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else None,
+        )
+        for path in [directory, *directory.rglob("*")]
+    }
+
+
+def _files(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def _assert_same_bits(actual, expected):
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for one, other in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+class _TestCase(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.directory = self.root / "checkpoints"
+        self.said = []
+
+    def _open(self, directory=None, **kwargs):
+        return Checkpoints(directory or self.directory, self.said.append, **kwargs)
+
+    def _save(self, checkpoints, step, accuracy=None):
+        checkpoints.save(step, _state(step), _POSITION, accuracy)
+
+    def _assert_restores(self, result, step, accuracy=None):
+        state, position = result
+        _assert_same_bits(state, _state(step))
+        self.assertEqual(position, _POSITION | {"test_accuracy": accuracy})
+
+    def _assert_intact(self, *steps):
+        """The steps, and no others, are found and can be read."""
+        with self._open(read_only=True) as checkpoints:
+            self.assertEqual(checkpoints.steps(), [*steps])
+            for step in steps:
+                self._assert_restores(
+                    checkpoints.restore(step, _abstract(_state())), step
+                )
+
+
+class _SavedTestCase(_TestCase):
+    """Tests that begin with the checkpoints of the steps 1 and 2."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.saved = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        with Checkpoints(cls.saved / "checkpoints", print) as checkpoints:
+            for step in (1, 2):
+                checkpoints.save(step, _state(step), _POSITION, None)
+
+    def setUp(self):
+        super().setUp()
+        shutil.copytree(self.saved / "checkpoints", self.directory)
+
+
+class RoundTripTest(_TestCase):
+    @parameterized.parameters(None, 0.1 + 0.2, 0.0, 1.0)
+    def test_all_bits_and_the_position_come_back(self, accuracy):
+        with self._open() as checkpoints:
+            self._save(checkpoints, 5, accuracy)
+        with self._open() as checkpoints:
+            abstract = _abstract(_state())
+            self._assert_restores(checkpoints.restore(5, abstract), 5, accuracy)
+            step, *result = checkpoints.restore_latest(abstract)
+        self.assertEqual(step, 5)
+        self._assert_restores(result, 5, accuracy)
+        self.assertEmpty(self.said)
+
+    def test_an_accuracy_of_nan_comes_back(self):
+        with self._open() as checkpoints:
+            self._save(checkpoints, 5, math.nan)
+        with self._open() as checkpoints:
+            _, position = checkpoints.restore(5, _abstract(_state()))
+            self.assertIsNone(checkpoints.best_step())
+        self.assertTrue(math.isnan(position["test_accuracy"]))
+
+    def test_no_checkpoint_is_none(self):
+        with self._open() as checkpoints:
+            self.assertIsNone(checkpoints.restore_latest(_abstract(_state())))
+            self.assertIsNone(checkpoints.best_step())
+            self.assertEqual(checkpoints.steps(), [])
+
+    def test_a_dtype_that_is_asked_for_is_converted_to(self):
+        state = {"w": jnp.array([1.0, 1.00390625, 3.0]), "n": jnp.array(7, jnp.int32)}
+        wanted = {"w": state["w"].astype(jnp.bfloat16), "n": jnp.array(7.0)}
+        with self._open() as checkpoints:
+            checkpoints.save(1, state, {}, None)
+            checkpoints.wait()
+            restored, _ = checkpoints.restore(1, _abstract(wanted))
+        _assert_same_bits(restored, wanted)
+
+    @parameterized.named_parameters(
+        ("sgd", optax.sgd(0.1)),
+        ("adamw", optax.adamw(0.1, mask={"kernel": True, "bias": False})),
+        (
+            "chain",
+            optax.chain(
+                optax.clip_by_global_norm(1.0),
+                optax.masked(optax.trace(0.9), {"kernel": True, "bias": False}),
+                optax.identity(),
+                optax.scale_by_schedule(optax.constant_schedule(0.1)),
+            ),
+        ),
+        ("accumulating", optax.MultiSteps(optax.lamb(0.1), 2)),
+    )
+    def test_empty_parts_of_an_optimizer_come_back(self, optimizer):
+        params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        state = {"params": params, "optimizer": optimizer.init(params)}
+        with self._open() as checkpoints:
+            checkpoints.save(1, state, {}, None)
+            checkpoints.wait()
+            restored, _ = checkpoints.restore(1, _abstract(state))
+        _assert_same_bits(restored, state)
+
+
+class ShardingTest(_TestCase):
+    @parameterized.named_parameters(
+        ("halves", (2, 4), P("x", "y")),
+        ("other_axis", (8, 1), P(None, "x")),
+        ("replicated", (8, 1), P()),
+        ("some_devices", (4, 1), P("x")),
+        ("one_device", None, None),
+    )
+    def test_of_eight_devices_onto(self, shape, spec):
+        chex.assert_devices_available(8, "cpu", backend="cpu")
+        eight = Mesh(np.array(jax.devices()[:8]).reshape(8), ("x",))
+        state = {
+            "kernel": jnp.asarray(np.resize(_FLOATS, (8, 8))),
+            "half": jnp.arange(64, dtype=jnp.bfloat16).reshape(8, 8),
+            "rng": jnp.arange(64, dtype=jnp.uint32).reshape(8, 8),
+        }
+        sharded = jax.device_put(state, NamedSharding(eight, P("x")))
+        sharded["step"] = jax.device_put(jnp.int32(3), NamedSharding(eight, P()))
+        if shape is None:
+            target = of_scalar = SingleDeviceSharding(jax.devices()[3])
+        else:
+            devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+            mesh = Mesh(devices, ("x", "y"))
+            target, of_scalar = NamedSharding(mesh, spec), NamedSharding(mesh, P())
+        abstract = _abstract(state, target)
+        abstract["step"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=of_scalar)
+        with self._open() as checkpoints:
+            checkpoints.save(3, sharded, {}, None)
+        with self._open(read_only=True) as checkpoints:
+            restored, _ = checkpoints.restore(3, abstract)
+        _assert_same_bits(restored, state | {"step": jnp.int32(3)})
+        for name, leaf in restored.items():
+            self.assertEqual(leaf.sharding, of_scalar if name == "step" else target)
+
+
+def _kept_by_twin(accuracies):
+    """What is kept, and the best, when steps 0, 1, ... have these accuracies."""
+    best = None
+    for step, accuracy in enumerate(accuracies):
+        if accuracy is None or math.isnan(accuracy):
+            continue
+        if best is None or accuracy >= accuracies[best]:
+            best = step
+    last = range(len(accuracies))[-2:]
+    return sorted({*last} | ({best} - {None})), best
+
+
+class KeptTest(parameterized.TestCase):
+    @hypothesis.settings(max_examples=8)
+    @hypothesis.given(
+        st.lists(
+            st.tuples(
+                st.sampled_from([None, math.nan, 0.0, 0.25, 0.5, 0.5, 1.0]),
+                st.booleans(),
+            ),
+            min_size=4,
+            max_size=7,
+        )
+    )
+    def test_as_of_a_twin(self, saves):
+        state, said, numbers = {"w": jnp.ones(2)}, [], []
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            checkpoints = Checkpoints(directory, said.append)
+            for step, (accuracy, reopen) in enumerate(saves):
+                if reopen:
+                    checkpoints.__exit__(None, None, None)
+                    checkpoints = Checkpoints(directory, said.append)
+                numbers.append(accuracy)
+                checkpoints.save(step * 10, state, {}, accuracy)
+                checkpoints.wait()
+                kept, best = _kept_by_twin(numbers)
+                best = None if best is None else best * 10
+                there = sorted(int(path.name) for path in directory.iterdir())
+                self.assertEqual(there, [step * 10 for step in kept])
+                self.assertEqual(checkpoints.steps(), there)
+                self.assertEqual(checkpoints.best_step(), best)
+            checkpoints.__exit__(None, None, None)
+            with Checkpoints(directory, said.append, read_only=True) as reader:
+                self.assertEqual(reader.steps(), there)
+                self.assertEqual(reader.best_step(), best)
+        self.assertEmpty(said)
+
+    @parameterized.parameters(
+        ([0.9, 0.9, 0.1, 0.2], [1, 2, 3], 1),
+        ([0.9, math.nan, None, 0.2], [0, 2, 3], 0),
+        ([None, math.nan, None, math.nan], [2, 3], None),
+        ([0.1, 0.2, 0.3, 0.4], [2, 3], 3),
+        ([0.0, None, None, None], [0, 2, 3], 0),
+    )
+    def test_the_twin(self, accuracies, kept, best):
+        self.assertEqual(_kept_by_twin(accuracies), (kept, best))
+
+
+class NoChangeTest(_SavedTestCase):
+    @parameterized.parameters(1, 2)
+    def test_a_step_that_is_there_is_not_saved_again(self, step):
+        before = _snapshot(self.root)
+        with self._open() as checkpoints:
+            checkpoints.save(step, _state(7), {"other": 1}, 0.5)
+            self.assertIsNone(checkpoints.best_step())
+        self.assertEqual(_snapshot(self.root), before)
+
+    def test_a_step_under_way_is_not_saved_again(self):
+        with self._open() as checkpoints:
+            self._save(checkpoints, 3)
+            checkpoints.save(3, _state(7), {"other": 1}, 0.5)
+        self._assert_intact(2, 3)
+
+    def test_reading_changes_nothing(self):
+        for name in ("7.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp-1"):
+            shutil.copytree(self.directory / "2", self.directory / name)
+        before = _snapshot(self.root)
+        with self._open(read_only=True) as checkpoints:
+            self.assertEqual(checkpoints.steps(), [1, 2])
+            self.assertIsNone(checkpoints.best_step())
+            self._assert_restores(checkpoints.restore(1, _abstract(_state())), 1)
+            step, *result = checkpoints.restore_latest(_abstract(_state()))
+            self.assertEqual(step, 2)
+            self._assert_restores(result, 2)
+        self.assertEqual(_snapshot(self.root), before)
+        self.assertEmpty(self.said)
+
+    def test_a_reader_makes_no_directory(self):
+        directory = self.root / "a" / "b"
+        with self._open(directory, read_only=True) as checkpoints:
+            self.assertEqual(checkpoints.steps(), [])
+            self.assertIsNone(checkpoints.best_step())
+            self.assertIsNone(checkpoints.restore_latest(_abstract(_state())))
+        self.assertFalse(directory.parent.exists())
+
+    def test_a_writer_makes_it(self):
+        directory = self.root / "a" / "b"
+        with self._open(directory):
+            self.assertTrue(directory.is_dir())
+        self.assertEmpty(list(directory.iterdir()))
+
+    def test_half_written_ones_are_told_and_removed(self):
+        before = _snapshot(self.directory)
+        halves = []
+        for name in ("7.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp-1"):
+            halves.append(self.directory / name)
+            shutil.copytree(self.directory / "2", halves[-1])
+        with self._open() as checkpoints:
+            self.assertEqual(checkpoints.steps(), [1, 2])
+        self.assertLen(self.said, 2)
+        for line, path in zip(self.said, halves, strict=True):
+            self.assertIn(f"{path} was not written to its end", line)
+        after = _snapshot(self.directory)
+        self.assertEqual(after.pop(".")[0], before.pop(".")[0])
+        self.assertEqual(after, before)
+
+    def test_a_half_written_one_that_cannot_be_removed_is_told(self):
+        half = self.directory / "7.orbax-checkpoint-tmp"
+        half.mkdir()
+        with (
+            mock.patch.object(shutil, "rmtree", side_effect=PermissionError(13, "no")),
+            pytest.raises(CheckpointError, match=f"Cannot remove {half}"),
+        ):
+            self._open()
+        self._assert_intact(1, 2)
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def _truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _empty(path):
+    os.truncate(path, 0)
+
+
+_DAMAGES = {
+    "flip": _flip,
+    "truncate": _truncate,
+    "empty": _empty,
+    "delete": Path.unlink,
+}
+
+
+class DamagedTest(_SavedTestCase):
+    def _names(self):
+        """The files that a checkpoint needs; Orbax adds its mark when all is there."""
+        step = self.directory / "2"
+        names = [
+            str(path.relative_to(step))
+            for item in ("state", "position")
+            for path in sorted((step / item).rglob("*"))
+            if path.is_file() and path.name != "commit_success.txt"
+        ]
+        self.assertGreater(len(names), 8)
+        return names
+
+    @parameterized.parameters(*_DAMAGES)
+    def test_the_one_before_any_damaged_file_is_used(self, damage):
+        first = _snapshot(self.directory / "1")
+        for name in self._names():
+            with self.subTest(name), tempfile.TemporaryDirectory() as root:
+                self.said.clear()
+                directory = Path(root) / "checkpoints"
+                shutil.copytree(self.directory, directory)
+                _DAMAGES[damage](directory / "2" / name)
+                second = _snapshot(directory / "2")
+                with self._open(directory) as checkpoints:
+                    with pytest.raises(CheckpointError, match="2 is damaged"):
+                        checkpoints.restore(2, _abstract(_state()))
+                    self.assertEmpty(self.said)
+                    self.assertEqual(_snapshot(directory / "2"), second)
+                    step, *result = checkpoints.restore_latest(_abstract(_state()))
+                    self.assertEqual(step, 1)
+                    self._assert_restores(result, 1)
+                    self.assertEqual(checkpoints.steps(), [1])
+                (line,) = self.said
+                aside = Path(root) / "damaged" / "2"
+                for part in ("step 2 is damaged", name, str(aside), "of step 1 used"):
+                    self.assertIn(part, line)
+                self.assertEqual(_snapshot(aside), second)
+                self.assertEqual(_snapshot(directory / "1"), first)
+                self.assertEqual([p.name for p in directory.iterdir()], ["1"])
+                self.assertLen(list(Path(root).iterdir()), 2)
+
+    def test_a_reader_only_tells(self):
+        _flip(self.directory / "2" / self._names()[0])
+        before = _snapshot(self.root)
+        with self._open(read_only=True) as checkpoints:
+            with pytest.raises(CheckpointError, match=r"2 is damaged.*--step"):
+                checkpoints.restore(2, _abstract(_state()))
+            self._assert_restores(checkpoints.restore(1, _abstract(_state())), 1)
+        self.assertEqual(_snapshot(self.root), before)
+
+    @parameterized.parameters(*_DAMAGES)
+    def test_all_damaged_is_an_error(self, damage):
+        for name in ("1/position/metadata", "2/state/_METADATA"):
+            _DAMAGES[damage](self.directory / name)
+        before = _snapshot(self.root)
+        with self._open() as checkpoints:
+            self.assertEqual(checkpoints.steps(), [1, 2])
+            with pytest.raises(CheckpointError) as raised:
+                checkpoints.restore_latest(_abstract(_state()))
+            self.assertEqual(checkpoints.steps(), [1, 2])
+        for part in (str(self.directory), "2: state/_METADATA", "1: position/metadata"):
+            self.assertIn(part, str(raised.value))
+        self.assertEqual(_snapshot(self.root), before)
+        self.assertEmpty(self.said)
+
+    def test_several_damaged_ones_are_put_aside(self):
+        with self._open() as checkpoints:
+            self._save(checkpoints, 3, 0.9)
+        with self._open() as checkpoints:
+            self._save(checkpoints, 4)
+        with self._open() as checkpoints:
+            self._save(checkpoints, 5)
+            self.assertEqual(checkpoints.steps(), [3, 4, 5])
+        for step in (4, 5):
+            _flip(self.directory / f"{step}" / "position" / "metadata")
+        with self._open() as checkpoints:
+            step, *result = checkpoints.restore_latest(_abstract(_state()))
+            self.assertEqual((step, checkpoints.steps()), (3, [3]))
+            self._assert_restores(result, 3, 0.9)
+            self.assertEqual(checkpoints.best_step(), 3)
+        self.assertLen(self.said, 2)
+        names = sorted(path.name for path in (self.root / "damaged").iterdir())
+        self.assertEqual(names, ["4", "5"])
+
+    def test_the_same_step_again_gets_another_name(self):
+        asides = {}
+        for turn in range(3):
+            with self._open() as checkpoints:
+                self._save(checkpoints, 2)
+            (self.directory / "2" / "position" / "metadata").write_text(f"{turn}")
+            content = _snapshot(self.directory / "2")
+            with self._open() as checkpoints:
+                step, *_ = checkpoints.restore_latest(_abstract(_state()))
+            self.assertEqual(step, 1)
+            there = sorted((self.root / "damaged").iterdir())
+            (new,) = (path for path in there if path not in asides)
+            self.assertIn(f"put aside as {new},", self.said[-1])
+            asides[new] = content
+            for path, expected in asides.items():
+                self.assertEqual(_snapshot(path), expected)
+        self._assert_intact(1)
+
+    def test_a_run_goes_on_with_the_step_that_was_damaged(self):
+        _flip(self.directory / "2" / "state" / "_METADATA")
+        with self._open() as checkpoints:
+            checkpoints.restore_latest(_abstract(_state()))
+            self._save(checkpoints, 2)
+        self._assert_intact(1, 2)
+
+    def test_without_checksums_what_can_be_read_is_used(self):
+        (self.directory / "2" / "checksums.json").unlink()
+        with self._open() as checkpoints:
+            step, *result = checkpoints.restore_latest(_abstract(_state()))
+        self.assertEqual(step, 2)
+        self._assert_restores(result, 2)
+
+    def test_without_checksums_what_cannot_be_read_is_damaged(self):
+        (self.directory / "2" / "checksums.json").unlink()
+        (self.directory / "2" / "position" / "metadata").write_text("{")
+        with self._open() as checkpoints:
+            step, *result = checkpoints.restore_latest(_abstract(_state()))
+        self.assertEqual(step, 1)
+        self._assert_restores(result, 1)
+        self.assertTrue((self.root / "damaged" / "2").is_dir())
+
+    def test_damaged_checksums_are_damage(self):
+        os.truncate(self.directory / "2" / "checksums.json", 20)
+        with self._open() as checkpoints:
+            step, *_ = checkpoints.restore_latest(_abstract(_state()))
+        self.assertEqual(step, 1)
+
+
+class AnotherModelTest(_SavedTestCase):
+    def _errors(self, abstract):
+        """What both ways to restore say; nothing is moved."""
+        before = _snapshot(self.root)
+        with self._open() as checkpoints:
+            for restore in (
+                lambda: checkpoints.restore(2, abstract),
+                lambda: checkpoints.restore_latest(abstract),
+            ):
+                with pytest.raises(CheckpointError, match="another model") as raised:
+                    restore()
+                self.assertIn(str(self.directory / "2"), str(raised.value))
+                yield str(raised.value)
+            self.assertEqual(checkpoints.steps(), [1, 2])
+        self.assertEqual(_snapshot(self.root), before)
+        self.assertEmpty(self.said)
+
+    @parameterized.named_parameters(
+        (
+            "shape",
+            {"kernel": jnp.zeros((8, 5))},
+            ["kernel: (8, 4) in the checkpoint, (8, 5) in the model"],
+        ),
+        (
+            "rank",
+            {"step": jnp.zeros(1, jnp.int32)},
+            ["step: () in the checkpoint, (1,) in the model"],
+        ),
+        (
+            "missing",
+            {"extra": jnp.zeros(3)},
+            ["extra: absent in the checkpoint, (3,) in the model"],
+        ),
+        (
+            "nested",
+            {"averages": {"kernel": jnp.zeros((8, 4))}},
+            ["averages/kernel: absent in the checkpoint, (8, 4) in the model"],
+        ),
+        (
+            "two",
+            {"kernel": jnp.zeros((4, 8)), "half": jnp.zeros(4, jnp.bfloat16)},
+            [
+                "2 arrays differ",
+                "half: (8,) in the checkpoint, (4,) in the model",
+                "kernel: (8, 4) in the checkpoint, (4, 8) in the model",
+            ],
+        ),
+    )
+    def test_arrays_are_named(self, changes, parts):
+        for message in self._errors(_abstract(_state() | changes)):
+            for part in parts:
+                self.assertIn(part, message)
+
+    def test_an_array_too_many_is_named(self):
+        abstract = _abstract(_state())
+        del abstract["rng"]
+        for message in self._errors(abstract):
+            self.assertIn("rng: (2,) in the checkpoint, absent in the model", message)
+
+    def test_many_arrays_are_not_all_listed(self):
+        many = {f"a{number:02}": jnp.zeros(2) for number in range(30)}
+        for message in self._errors(_abstract(_state() | many)):
+            self.assertIn("30 arrays differ", message)
+            self.assertLen(message.splitlines(), 11)
+
+    @parameterized.named_parameters(
+        ("more", {"others": {}}, "others"),
+        ("deeper", {"averages": {"kernel": {}}}, "averages/kernel"),
+        ("fewer", {"optimizer": (Pair(jnp.int32(0), Empty()), None)}, "optimizer/2"),
+    )
+    def test_empty_parts_are_no_damage(self, changes, name):
+        for message in self._errors(_abstract(_state() | changes)):
+            self.assertIn(f"\n  {name}: ", message)
+
+    def test_the_kind_of_an_empty_part_does_not_matter(self):
+        for empty in ({}, (), None, Empty()):
+            abstract = _abstract(_state() | {"averages": empty})
+            with self._open(read_only=True) as checkpoints:
+                state, _ = checkpoints.restore(2, abstract)
+            _assert_same_bits(state, _state(2) | {"averages": empty})
+
+
+def _disk(free):
+    return mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=free))
+
+
+class WritingFailsTest(_SavedTestCase):
+    def test_too_little_room(self):
+        state = {"w": jnp.zeros(3 * _MIB // 4, jnp.float32)}
+        with self._open() as checkpoints:
+            before = _files(self.root)
+            with (
+                _disk(3 * _MIB - 1),
+                pytest.raises(CheckpointError, match=r"3 MiB.*3 MiB"),
+            ):
+                checkpoints.save(3, state, {}, 0.9)
+            self.assertEqual(checkpoints.steps(), [1, 2])
+            self.assertIsNone(checkpoints.best_step())
+        self.assertEqual(_files(self.root), before)
+        self._assert_intact(1, 2)
+
+    def test_room_that_is_made_is_used(self):
+        with self._open() as checkpoints:
+            with _disk(10), pytest.raises(CheckpointError):
+                self._save(checkpoints, 3)
+            self._save(checkpoints, 3)
+        self._assert_intact(2, 3)
+
+    def test_just_enough_room(self):
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(_state()))
+        with self._open() as checkpoints, _disk(size):
+            self._save(checkpoints, 3)
+        self._assert_intact(2, 3)
+
+    def test_a_directory_that_has_gone(self):
+        aside = self.directory.rename(self.root / "aside")
+        with self._open(aside) as checkpoints:
+            aside.rename(self.directory)
+            with pytest.raises(CheckpointError, match=str(aside)):
+                self._save(checkpoints, 3)
+        self._assert_intact(1, 2)
+
+    def test_a_directory_that_has_become_a_file(self):
+        aside = self.directory.rename(self.root / "aside")
+        with self._open(aside) as checkpoints:
+            aside.rename(self.directory)
+            aside.touch()
+            with pytest.raises(CheckpointError, match=str(aside)):
+                self._save(checkpoints, 3)
+        self.assertEqual(aside.read_bytes(), b"")
+        self._assert_intact(1, 2)
+
+    def _run(self, by):
+        """Saves, and does what is to tell of it if that fails."""
+        with self._open() as checkpoints:
+            self._save(checkpoints, 3)
+            if by == "wait":
+                checkpoints.wait()
+            if by == "save":
+                self._save(checkpoints, 4)
+            if by == "another":
+                raise ZeroDivisionError("of the run")
+
+    @parameterized.parameters("wait", "save", "exit")
+    def test_an_error_in_the_background_is_told_by_the_next(self, by):
+        reason = OSError(28, "No space left on device")
+        with (
+            mock.patch.object(checksums, "write", side_effect=reason),
+            pytest.raises(CheckpointError, match="No space left") as raised,
+        ):
+            self._run(by)
+        self.assertIn(str(self.directory), str(raised.value))
+        self._assert_intact(1, 2)
+        with self._open() as checkpoints:
+            self.assertEqual(checkpoints.steps(), [1, 2])
+            self._save(checkpoints, 3)
+        (line,) = self.said
+        self.assertIn("was not written to its end", line)
+        self._assert_intact(2, 3)
+
+    def test_another_error_is_not_hidden(self):
+        with (
+            mock.patch.object(checksums, "write", side_effect=OSError(28, "")),
+            pytest.raises(ZeroDivisionError, match="of the run") as raised,
+        ):
+            self._run("another")
+        self.assertIsNone(raised.value.__cause__)
+        self._assert_intact(1, 2)
+
+    def test_another_error_lets_the_writing_end(self):
+        with pytest.raises(ZeroDivisionError, match="of the run"):
+            self._run("another")
+        self._assert_intact(2, 3)
+
+
+class DiskTest(_TestCase):
+    def test_the_directory_is_made_and_left_empty(self):
+        directory = self.root / "a" / "b"
+        for _ in range(2):
+            check_writable(directory, 1000)
+            self.assertEmpty(list(directory.iterdir()))
+        self.assertEqual([path.name for path in self.root.iterdir()], ["a"])
+
+    def test_what_is_there_is_left_alone(self):
+        (self.directory / "1").mkdir(parents=True)
+        (self.directory / "1" / "file").write_bytes(b"content")
+        before = _files(self.root)
+        check_writable(self.directory, 1000)
+        self.assertEqual(_files(self.root), before)
+
+    @parameterized.parameters("file", "file/checkpoints", "file/a/b")
+    def test_below_a_file(self, name):
+        (self.root / "file").write_text("content")
+        directory = self.root / name
+        with pytest.raises(CheckpointError, match=f"Cannot write to {directory}:"):
+            check_writable(directory, 0)
+        self.assertEqual(_files(self.root), {"file": b"content"})
+
+    def test_a_disk_that_cannot_be_written(self):
+        with (
+            mock.patch.object(
+                tempfile, "TemporaryFile", side_effect=PermissionError(13, "denied")
+            ),
+            pytest.raises(CheckpointError, match="denied"),
+        ):
+            check_writable(self.directory, 0)
+
+    @parameterized.parameters(0, 1, 3 * _MIB, 40 * _MIB + 1)
+    def test_four_less_what_is_there(self, there):
+        size = 10 * _MIB
+        (self.directory / "1" / "state").mkdir(parents=True)
+        with (self.directory / "1" / "state" / "file").open("wb") as file:
+            file.truncate(there)
+        needed = max(0, 4 * size - there)
+        with _disk(needed):
+            check_writable(self.directory, size)
+        if needed:
+            message = (
+                f"room for {(needed - 1) / _MIB:,.0f} MiB.*{needed / _MIB:,.0f} MiB"
+            )
+            with _disk(needed - 1), pytest.raises(CheckpointError, match=message):
+                check_writable(self.directory, size)
+
+    def test_room_is_told_in_mib(self):
+        with _disk(5 * _MIB):
+            check_room(self.root, 5 * _MIB)
+            with pytest.raises(CheckpointError) as raised:
+                check_room(self.root, 1234 * _MIB)
+        for part in (f"{self.root} ", "room for 5 MiB", "1,234 MiB", "--workdir"):
+            self.assertIn(part, str(raised.value))
+
+    def test_room_where_nothing_is(self):
+        with pytest.raises(CheckpointError, match=str(self.directory)):
+            check_room(self.directory, 0)
+
+
+class ChecksumsTest(_TestCase):
+    def setUp(self):
+        super().setUp()
+        generator = np.random.default_rng(0)
+        self.content = {
+            "a/empty": b"",
+            "a/small": b"content",
+            "a/block": generator.bytes(_MIB),
+            "a/b/blocks": generator.bytes(2 * _MIB + 3),
+            "c/of another part": b"not told",
+            "beside": b"not told either",
+        }
+        for name, content in self.content.items():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        self.file = self.root / "checksums.json"
+
+    def _write(self):
+        checksums.write(self.root, ("a", "absent"))
+
+    def test_of_the_whole_content(self):
+        self._write()
+        expected = {
+            name: zlib.crc32(content)
+            for name, content in self.content.items()
+            if name.startswith("a/")
+        }
+        self.assertEqual(json.loads(self.file.read_text()), expected)
+        self.assertEqual(checksums.problem(self.root), "")
+        self.assertEqual({*_files(self.root)}, {*self.content, "checksums.json"})
+
+    @parameterized.product(
+        name=["a/small", "a/block", "a/b/blocks"], place=["first", "middle", "last"]
+    )
+    def test_any_byte_counts(self, name, place):
+        self._write()
+        content = bytearray(self.content[name])
+        index = {"first": 0, "middle": len(content) // 2, "last": -1}[place]
+        content[index] ^= 1
+        (self.root / name).write_bytes(content)
+        self.assertEqual(
+            checksums.problem(self.root), f"{name} has changed since it was written"
+        )
+
+    @parameterized.parameters("a/empty", "a/b/blocks")
+    def test_a_file_that_is_missing(self, name):
+        self._write()
+        (self.root / name).unlink()
+        self.assertEqual(checksums.problem(self.root), f"{name} is missing")
+
+    def test_a_file_that_grew_and_one_that_shrank(self):
+        for content in (b"content\0", b"conten", b""):
+            self._write()
+            (self.root / "a/small").write_bytes(content)
+            self.assertIn("a/small has changed", checksums.problem(self.root))
+            (self.root / "a/small").write_bytes(b"content")
+
+    def test_a_file_that_became_a_directory(self):
+        self._write()
+        (self.root / "a/small").unlink()
+        (self.root / "a/small").mkdir()
+        self.assertIn("a/small", checksums.problem(self.root))
+
+    def test_other_files_do_not_count(self):
+        self._write()
+        (self.root / "beside").unlink()
+        (self.root / "c/of another part").write_bytes(b"")
+        (self.root / "a/new").write_bytes(b"new")
+        self.assertEqual(checksums.problem(self.root), "")
+
+    def test_where_there_are_none_nothing_is_known(self):
+        self.assertEqual(checksums.problem(self.root), "")
+        self.assertEqual(checksums.problem(self.root / "absent"), "")
+
+    @parameterized.parameters(
+        b"", b"{", b'{"a/small": 1', b"[]", b"1", b'"text"', b"null", b"\xff", b"[1]"
+    )
+    def test_what_is_no_table_is_a_problem(self, content):
+        self.file.write_bytes(content)
+        problem = checksums.problem(self.root)
+        self.assertNotEqual(problem, "")
+        self.assertLen(problem.splitlines(), 1)
+
+    @parameterized.parameters("null", '"1"', "[]", "1.5", "-1")
+    def test_what_is_no_checksum_is_a_problem(self, value):
+        self.file.write_text(f'{{"a/small": {value}}}')
+        self.assertIn("a/small has changed", checksums.problem(self.root))
+
+    def test_writing_again_replaces_them(self):
+        self._write()
+        (self.root / "a/small").write_bytes(b"other")
+        self._write()
+        self.assertEqual(checksums.problem(self.root), "")
+
+
+if __name__ == "__main__":
+    absltest.main()

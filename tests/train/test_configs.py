@@ -1,0 +1,277 @@
+"""The configs: each trains on images of its dataset's kind, and fits what it is for."""
+
+import importlib
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from absl.testing import absltest, parameterized
+
+from dropit_jax import memory
+from tests.train import commands, vit_reference
+from train import records
+from train import step as step_lib
+
+_ROOT = Path(__file__).parents[2]
+_DATA = _ROOT / "tests" / "data" / "tensorflow_datasets"
+_NAMES = tuple(sorted(path.stem for path in (_ROOT / "configs").glob("*.py")))
+
+# Batches of 8, of 48 images: these are steps of one epoch.
+_STEPS = 3
+# What makes a step cheap and leaves what the config is about. Images of 32x32 are four
+# patches, and 8x8 where an ImageNet ResNet's blocks begin.
+_CHEAP = {
+    "digits_resnet18": ("--config.model.width=4",),
+    "digits_vit": (),
+    "resnet18_cifar10": ("--config.model.width=4",),
+    "resnet18_cifar100": ("--config.model.width=4",),
+    "resnet18_imagenet": (
+        "--config.model.width=4",
+        "--config.image_size=32",
+        "--config.workers=2",
+    ),
+    "vit_b16_cifar100": ("--config.image_size=32", "--config.workers=2"),
+    "vit_b16_imagenet": ("--config.image_size=32", "--config.workers=2"),
+    "vit_ti16_cifar10": ("--config.image_size=32",),
+}
+_PRETRAINED = ("vit_b16_cifar100", "vit_b16_imagenet")
+# Of the class token in the file of weights, and far from what training makes of 0.
+_CLS = 5.0
+
+
+def _google_file(path):
+    """A file of ViT-B/16 as Google publishes it after training on ImageNet-21k."""
+    positions = 1 + (224 // 16) ** 2
+    shapes = vit_reference.google_shapes(
+        21843, 16, 768, 12, 12, positions, pre_logits=True
+    )
+    rng = np.random.default_rng(0)
+    # It is only in the head, which no config takes, that there are so many.
+    arrays = {
+        name: np.zeros(shape, np.float32)
+        if name.startswith("head/")
+        else 0.02 * rng.standard_normal(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+    arrays["cls"] += np.float32(_CLS)
+    np.savez(path, **arrays)
+
+
+class RunTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.pretrained = cls.directory / "ViT-B_16.npz"
+
+    def _run(self, file, workdir, *more):
+        self.addCleanup(shutil.rmtree, workdir, ignore_errors=True)  # may be large
+        name = file.partition(":")[0]
+        return commands.run(
+            "train.main",
+            f"--config=configs/{name}.py{file.removeprefix(name)}",
+            f"--workdir={workdir}",
+            f"--config.data_dir={_DATA}",
+            "--config.batch_size=8",
+            f"--config.num_steps={_STEPS}",
+            *_CHEAP[name],
+            *more,
+        )
+
+    def _check(self, file, *more):
+        """Runs a config: what it was resolved to."""
+        workdir = self.directory / file.replace(":", "_")
+        status, out, errors = self._run(file, workdir, *more)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn(f"step {_STEPS}", out)
+        (row,) = records.read(workdir / "metrics.csv")
+        self.assertEqual((row["step"], row["epoch"]), (_STEPS, 1))
+        for name, value in row.items():
+            self.assertTrue(math.isfinite(value), name)
+        self.assertGreater(row["train_loss"], 0)
+        self.assertEqual(commands.steps(workdir), [_STEPS])
+        return workdir, json.loads((workdir / "config.json").read_text())
+
+    def test_every_config_is_tested(self):
+        self.assertEqual(_NAMES, tuple(sorted(_CHEAP)))
+        self.assertEqual(_NAMES, tuple(sorted(_PUBLISHED)))
+
+    @parameterized.parameters(*sorted(set(_CHEAP) - set(_PRETRAINED)))
+    def test_trains(self, name):
+        _, config = self._check(name)
+        self.assertEqual(config["dropit"]["rate"], "preset")
+
+    @parameterized.parameters(*_PRETRAINED)
+    def test_trains_from_googles_weights(self, name):
+        if not self.pretrained.exists():
+            _google_file(self.pretrained)
+        workdir, _ = self._check(name, f"--config.init_from={self.pretrained}")
+        if name != _PRETRAINED[0]:
+            return
+        output = workdir / "model.safetensors"
+        status, _, errors = commands.run(
+            "train.export", f"--workdir={workdir}", f"--output={output}"
+        )
+        self.assertEqual((status, errors), (0, ""))
+        with safetensors.safe_open(output, "numpy") as file:
+            cls = file.get_tensor("params/cls")
+        np.testing.assert_allclose(cls, _CLS, atol=0.2)
+
+    def test_says_where_the_weights_are(self):
+        workdir = self.directory / "without"
+        status, _, errors = self._run("vit_b16_cifar100", workdir)
+        self.assertEqual(status, 2)
+        self.assertIn("vit_models/imagenet21k/ViT-B_16.npz", errors)
+        self.assertNotIn("Traceback", errors)
+
+    @parameterized.parameters(
+        ("digits_resnet18", 0.8),
+        ("resnet18_imagenet", 0.8),
+        ("digits_vit", 0.9),
+    )
+    def test_trains_as_the_paper_does(self, name, rate):
+        _, config = self._check(f"{name}:paper")
+        self.assertEqual(config["memory"], "dropit")
+        policy = {k: v for k, v in config["dropit"].items() if v != "preset"}
+        expected = {
+            "rate": rate,
+            "chunk_size": 2**14,
+            "selection": "top_k",
+            "value_dtype": None,
+        }
+        self.assertEqual(policy, expected)
+
+
+class _Counts:
+    """What there is to a model, counted by hand.
+
+    Attributes:
+      params: how many parameters.
+      stats: how many running means and variances.
+      macs: multiplications with an addition, for an image, in the forward pass.
+      first_macs: of these, those of the layer that reads the image.
+    """
+
+    def __init__(self, params, stats, macs, first_macs):
+        self.params, self.stats = params, stats
+        self.macs, self.first_macs = macs, first_macs
+
+    @property
+    def step_flops(self):
+        """For an image: forward, gradients of kernels, gradients of inputs.
+
+        No gradient is wanted of the image.
+        """
+        return 2 * (3 * self.macs - self.first_macs)
+
+
+def _resnet18(size, width, classes, stem, channels=3):
+    kernel, shrinks, pool = {"cifar": (3, 1, 1), "imagenet": (7, 2, 2)}[stem]
+    side = size // shrinks
+    kernels, norms = kernel**2 * channels * width, width
+    macs = first_macs = side**2 * kernels
+    side //= pool
+    features = width
+    for stage in range(4):
+        out = width * 2**stage
+        side //= 1 if stage == 0 else 2
+        layers = [9 * features * out, 9 * out * out, 9 * out * out, 9 * out * out]
+        norms += 4 * out
+        if stage > 0:
+            layers.append(features * out)
+            norms += out
+        kernels += sum(layers)
+        macs += side**2 * sum(layers)
+        features = out
+    params = kernels + 2 * norms + (features + 1) * classes
+    return _Counts(params, 2 * norms, macs + features * classes, first_macs)
+
+
+def _vit(size, patch, width, classes, token=True, positions=True, channels=3):
+    layers = 12
+    patches = (size // patch) ** 2
+    tokens = patches + token
+    pixels = patch**2 * channels
+    # Four kernels of the attention, and two of four times the size.
+    kernels = layers * 12 * width**2
+    # Their biases, and two norms.
+    vectors = layers * (4 + 5 + 4) * width
+    params = (pixels + 1) * width + kernels + vectors + 2 * width
+    params += (token + positions * tokens) * width + (width + 1) * classes
+    macs = tokens * kernels + layers * 2 * tokens**2 * width + width * classes
+    first_macs = patches * pixels * width
+    return _Counts(params, 0, macs + first_macs, first_macs)
+
+
+_LAPTOP = 4 * 2**30  # bytes
+_H100 = memory.device_bytes("h100")
+
+# The batch, the side of the images and their channels, the model, and the memory that
+# it has to do with.
+_PUBLISHED = {
+    "digits_resnet18": (
+        (64, 32, 1),
+        _resnet18(32, 16, 10, "cifar", channels=1),
+        _LAPTOP,
+    ),
+    "digits_vit": (
+        (64, 8, 1),
+        _vit(8, 2, 192, 10, token=False, channels=1),
+        _LAPTOP,
+    ),
+    "resnet18_cifar10": ((128, 32, 3), _resnet18(32, 64, 10, "cifar"), _LAPTOP),
+    "resnet18_cifar100": ((128, 32, 3), _resnet18(32, 64, 100, "cifar"), _LAPTOP),
+    "resnet18_imagenet": ((256, 224, 3), _resnet18(224, 64, 1000, "imagenet"), _H100),
+    "vit_b16_cifar100": ((512, 224, 3), _vit(224, 16, 768, 100), _H100),
+    "vit_b16_imagenet": ((512, 224, 3), _vit(224, 16, 768, 1000), _H100),
+    "vit_ti16_cifar10": (
+        (128, 128, 3),
+        _vit(128, 16, 192, 10, token=False, positions=False),
+        _LAPTOP,
+    ),
+}
+
+
+class CompileTest(parameterized.TestCase):
+    @parameterized.parameters(
+        (_resnet18(224, 64, 1000, "imagenet"), 11_689_512, 1.814e9),  # torchvision
+        (_resnet18(32, 64, 10, "cifar"), 11_173_962, 0.556e9),  # pytorch-cifar
+        (_vit(224, 16, 768, 1000), 86_567_656, 17.56e9),  # torchvision
+        (_vit(224, 16, 192, 1000), 5_717_416, 1.26e9),  # timm
+    )
+    def test_what_is_counted_by_hand_is_what_others_count(self, model, params, macs):
+        self.assertEqual(model.params, params)
+        self.assertAlmostEqual(model.macs / macs, 1, delta=0.01)
+
+    # The others of the paper take a minute each to compile.
+    @parameterized.parameters(*_NAMES, "resnet18_cifar100:paper", "digits_vit:paper")
+    def test_the_whole_step_is_what_it_is_said_to_be(self, file):
+        name, _, variant = file.partition(":")
+        config = importlib.import_module(f"configs.{name}").get_config(variant)
+        (batch, side, channels), model, available = _PUBLISHED[name]
+        step, args = step_lib.abstract(config)
+        images = [leaf for leaf in jax.tree.leaves(args) if leaf.dtype == jnp.uint8]
+        self.assertEqual(
+            [leaf.shape for leaf in images], [(batch, side, side, channels)]
+        )
+        report = memory.compile_report(step, *args, target="h100", donate=0)
+        # Parameters and momentum; two counts of steps and two words of random state.
+        state = 4 * (2 * model.params + model.stats) + 4 * (2 + 2)
+        # A label and a mask beside every image.
+        arguments = state + batch * (side**2 * channels + 4 + 4)
+        self.assertEqual(report.argument_bytes, arguments)
+        self.assertEqual(report.aliased_bytes, state)
+        self.assertGreater(report.temp_bytes, 0)
+        self.assertLess(report.peak_bytes, available)
+        expected = batch * model.step_flops
+        self.assertAlmostEqual(report.flops / expected, 1, delta=0.01)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,323 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from train import accumulation, data
+from train import config as config_lib
+from train import mesh as mesh_lib
+from train import step as step_lib
+from train.config import model_section
+from train.defaults import get_defaults
+
+_DEVICES = 8
+_BATCH = 16
+# Sizes of the mesh's axes.
+_MESHES = ((8, 1), (4, 2), (1, 8))
+
+_MODELS = {
+    "vit": model_section("vit_mu", patch_size=2, dropout=0.1),
+    "vit_scanned": model_section("vit_mu", patch_size=2, scan=True),
+    "resnet": model_section("resnet18", width=8, stem="cifar"),
+}
+# Of the presets, and with chunks that are longer than a sample of some layers.
+_POLICIES = {
+    "baseline": ("baseline", {}),
+    "dropit": ("dropit", {}),
+    "long_chunks": ("dropit", {"chunk_size": 2**14, "value_dtype": None}),
+    "exact": ("dropit", {"rate": 0.0, "value_dtype": None}),
+    "lean": ("lean", {}),
+}
+
+
+def _config(model="vit", policy="baseline", **fields):
+    config = get_defaults()
+    config.dataset, config.image_size = "digits", 8
+    config.batch_size, config.num_steps = _BATCH, 10
+    config.model = _MODELS[model]
+    config.memory, changes = _POLICIES[policy]
+    config.dropit.update(changes)
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0
+    with config.unlocked():
+        config.update(fields)
+    config_lib.validate(config, _DEVICES)
+    return config
+
+
+def _mesh(shape):
+    config = ConfigDict({"mesh": {"data": shape[0], "fsdp": shape[1]}})
+    return mesh_lib.create(config)
+
+
+def _batch(size=_BATCH):
+    rng = np.random.default_rng(0)
+    return data.Batch(
+        image=rng.integers(0, 256, (size, 8, 8, 1), dtype=np.uint8),
+        label=rng.integers(0, 10, size, dtype=np.int32),
+        # The last two are padding.
+        mask=np.float32(np.arange(size) < size - 2),
+    )
+
+
+@functools.cache
+def _state(**fields):
+    """A state of NumPy arrays, its floating-point numbers in float64.
+
+    The head is not zero, as that of an untrained ViT is, so that all gradients differ
+    from zero; nor is the momentum.
+    """
+    config, rng = _config(**fields), np.random.default_rng(1)
+
+    def wide(leaf):
+        leaf = np.asarray(leaf)
+        return leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf
+
+    def moved(leaf):
+        return leaf + 0.1 * rng.normal(size=leaf.shape)
+
+    state = jax.tree.map(wide, step_lib.initialise(config))
+    return state.replace(
+        params=jax.tree.map(moved, state.params),
+        opt_state=jax.tree.map(
+            lambda leaf: moved(leaf) if leaf.dtype == np.float64 else leaf,
+            state.opt_state,
+        ),
+    )
+
+
+@functools.cache
+def _one_step_on_one_device(**fields):
+    step = jax.jit(step_lib.train_step(_config(**fields)))
+    return jax.device_get(step(_state(**fields), _batch()))
+
+
+@functools.cache
+def _one_step_on_mesh(shape, **fields):
+    """The shardings of the state; the state and the batch; and what the step gives."""
+    mesh, shardings, state, batch = _on_mesh(shape, **fields)
+    step = step_lib.train_step(_config(**fields))
+    step = mesh_lib.compile_training(step, mesh, shardings)
+    return shardings, state, batch, step(state, batch)
+
+
+def _on_mesh(shape, **fields):
+    """The mesh, the shardings of the state, the state and the batch on it."""
+    mesh, state = _mesh(shape), _state(**fields)
+    shardings = mesh_lib.state_sharded(mesh, state)
+    placed = jax.device_put(state, shardings)
+    return mesh, shardings, placed, mesh_lib.placer(mesh)(_batch())
+
+
+class CreateTest(parameterized.TestCase):
+    @parameterized.parameters(
+        (-1, 1, (8, 1)),
+        (-1, 2, (4, 2)),
+        (2, -1, (2, 4)),
+        (1, 8, (1, 8)),
+        (-1, 8, (1, 8)),
+    )
+    def test_takes_all_devices(self, data_axis, fsdp_axis, expected):
+        mesh = _mesh((data_axis, fsdp_axis))
+        self.assertEqual(mesh.axis_names, ("data", "fsdp"))
+        self.assertEqual(mesh.devices.shape, expected)
+        self.assertEqual(mesh.devices.ravel().tolist(), jax.devices())
+
+    @parameterized.parameters((3, 1), (8, 2), (-1, 3), (2, 2), (16, -1))
+    def test_refuses_what_does_not_take_all(self, data_axis, fsdp_axis):
+        with pytest.raises(ValueError, match=r"is not 8\."):
+            _mesh((data_axis, fsdp_axis))
+
+
+class StateShardedTest(parameterized.TestCase):
+    def _specs(self, shape, **shapes):
+        state = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for name, shape in shapes.items()
+        }
+        shardings = mesh_lib.state_sharded(_mesh(shape), state)
+        return {name: sharding.spec for name, sharding in shardings.items()}
+
+    def test_the_largest_axis_that_can_be_split_evenly(self):
+        specs = self._specs(
+            (2, 4),
+            first=(16, 8),
+            last=(8, 16),
+            middle=(3, 12, 5),
+            not_the_odd_one=(8, 1001),
+            equal=(8, 8),
+            vector=(4,),
+        )
+        expected = {
+            "first": P("fsdp"),
+            "last": P(None, "fsdp"),
+            "middle": P(None, "fsdp"),
+            "not_the_odd_one": P("fsdp"),
+            "equal": P("fsdp"),
+            "vector": P("fsdp"),
+        }
+        self.assertEqual(specs, expected)
+
+    def test_what_cannot_be_split_is_on_every_device(self):
+        specs = self._specs((2, 4), odd=(3, 7), small=(2,), scalar=())
+        self.assertEqual(specs, dict.fromkeys(specs, P()))
+
+    def test_without_fsdp_all_of_it_is_on_every_device(self):
+        specs = self._specs((8, 1), kernel=(16, 8), scalar=())
+        self.assertEqual(specs, dict.fromkeys(specs, P()))
+
+    def test_shardings_are_placed_with_shapes_and_dtypes(self):
+        config = _config()
+        mesh, abstract = _mesh((2, 4)), step_lib.abstract_state(config)
+        shardings = mesh_lib.state_sharded(mesh, abstract)
+        placed = mesh_lib.placed(abstract, shardings)
+        chex.assert_trees_all_equal_shapes_and_dtypes(placed, abstract)
+        found = jax.tree.map(lambda leaf: leaf.sharding, placed)
+        self.assertEqual(jax.tree.leaves(found), jax.tree.leaves(shardings))
+        state = step_lib.initialise(config, shardings)
+        for leaf, sharding in zip(
+            jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+        ):
+            self.assertEqual(leaf.sharding, sharding)
+        # The same numbers, wherever they are computed.
+        expected = step_lib.initialise(config)
+        chex.assert_trees_all_close(
+            jax.device_get(state), jax.device_get(expected), rtol=1e-6, atol=1e-7
+        )
+
+
+class PlacerTest(parameterized.TestCase):
+    @parameterized.parameters(*_MESHES)
+    def test_rows_stay_in_order_and_each_device_has_its_own(self, *shape):
+        mesh, rows = _mesh(shape), _batch()
+        batch = mesh_lib.placer(mesh)(rows)
+        share = _BATCH // _DEVICES
+        for name, expected in rows.items():
+            placed = batch[name]
+            self.assertEqual(placed.dtype, expected.dtype)
+            self.assertEqual(placed.shape, expected.shape)
+            np.testing.assert_array_equal(placed, expected)
+            on = {shard.device: shard.data for shard in placed.addressable_shards}
+            for number, device in enumerate(mesh.devices.ravel()):
+                mine = expected[number * share : (number + 1) * share]
+                np.testing.assert_array_equal(on[device], mine)
+
+
+class TrainStepTest(parameterized.TestCase):
+    # In float64, up to the head, activations differ by so little that all meshes keep
+    # the same elements of them.
+    def setUp(self):
+        super().setUp()
+        self.enterContext(jax.enable_x64(True))
+
+    @parameterized.product(
+        shape=_MESHES,
+        fields=(
+            {"model": "vit"},
+            {"model": "vit", "policy": "dropit"},
+            {"model": "resnet"},
+            {"model": "resnet", "policy": "dropit"},
+        ),
+    )
+    def test_is_that_of_one_device(self, shape, fields):
+        self._check(shape, fields)
+
+    @parameterized.parameters(
+        {"policy": "long_chunks"},
+        {"policy": "exact"},
+        {"policy": "dropit", "model": "vit_scanned"},
+        {"policy": "dropit", "ema_decay": 0.9, "accumulate_steps": 2},
+        {"policy": "lean", "mixup": 0.2, "label_smoothing": 0.1, "remat": "blocks"},
+    )
+    def test_whatever_else_the_config_asks_for(self, **fields):
+        self._check((4, 2), fields)
+
+    def _check(self, shape, fields):
+        _, _, _, (new, sums) = _one_step_on_mesh(shape, **fields)
+        expected, expected_sums = _one_step_on_one_device(**fields)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, expected)
+        new, sums = jax.device_get((new, sums))
+        chex.assert_trees_all_close(sums, expected_sums, rtol=1e-6)
+        chex.assert_trees_all_close(new, expected, rtol=1e-6, atol=1e-7)
+
+    @parameterized.parameters(*_MESHES)
+    def test_each_device_keeps_its_part_of_the_state(self, *shape):
+        fields = {"model": "resnet", "policy": "dropit"}
+        shardings, _, _, (state, sums) = _one_step_on_mesh(shape, **fields)
+        not_there = 0
+        for leaf, sharding in zip(
+            jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+        ):
+            self.assertTrue(leaf.sharding.is_equivalent_to(sharding, leaf.ndim))
+            even = any(n % shape[1] == 0 for n in leaf.shape)
+            part = leaf.size // shape[1] if even else leaf.size
+            sizes = [shard.data.size for shard in leaf.addressable_shards]
+            self.assertEqual(sizes, [part] * _DEVICES)
+            not_there += leaf.size - part
+        # Next to nothing is on all devices.
+        total = sum(leaf.size for leaf in jax.tree.leaves(state))
+        self.assertAlmostEqual(not_there / total, 1 - 1 / shape[1], delta=1e-3)
+        for leaf in jax.tree.leaves(sums):
+            self.assertTrue(leaf.sharding.is_fully_replicated)
+
+    @parameterized.parameters(*_MESHES)
+    def test_the_state_is_donated_and_the_batch_is_not(self, *shape):
+        fields = {"model": "resnet", "policy": "dropit"}
+        _, state, batch, _ = _one_step_on_mesh(shape, **fields)
+        kept = [leaf.shape for leaf in jax.tree.leaves(state) if not leaf.is_deleted()]
+        self.assertEmpty(kept)
+        self.assertFalse(batch["image"].is_deleted())
+
+    @parameterized.parameters(*_MESHES)
+    def test_a_part_of_a_batch_is_spread_over_all_devices(self, *shape):
+        def gradient(params, stats, part, rng):
+            jax.debug.inspect_array_sharding(part, callback=found.append)
+            return params, (jnp.sum(part) + params, stats)
+
+        found = []
+        mesh = _mesh(shape)
+        step = jax.jit(
+            accumulation.accumulate(gradient, 2),
+            in_shardings=(None, None, mesh_lib.batch_sharded(mesh), None),
+        )
+        rows = mesh_lib.placer(mesh)(np.arange(float(_BATCH)))
+        _, (sums, _) = step(jnp.zeros(()), {}, rows, jax.random.key(0))
+        self.assertEqual(sums, np.arange(_BATCH).sum())
+        self.assertNotEmpty(found)
+        for sharding in found:
+            self.assertEqual(sharding.shard_shape((_BATCH // 2,)), (1,))
+
+
+class EvaluationStepTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.enterContext(jax.enable_x64(True))
+
+    @parameterized.product(
+        shape=_MESHES,
+        fields=({"model": "vit", "ema_decay": 0.9}, {"model": "resnet"}),
+    )
+    def test_is_that_of_one_device(self, shape, fields):
+        mesh, shardings, state, batch = _on_mesh(shape, **fields)
+        evaluate = step_lib.evaluation_step(_config(**fields))
+        sums = mesh_lib.compile_evaluation(evaluate, mesh, shardings)(state, batch)
+        expected = jax.jit(evaluate)(_state(**fields), _batch())
+        chex.assert_trees_all_close(
+            jax.device_get(sums), jax.device_get(expected), rtol=1e-6
+        )
+        self.assertEqual(sums.count, _BATCH - 2)
+        for leaf in (*jax.tree.leaves(state), *jax.tree.leaves(batch)):
+            self.assertFalse(leaf.is_deleted())
+        for leaf in jax.tree.leaves(sums):
+            self.assertTrue(leaf.sharding.is_fully_replicated)
+
+
+if __name__ == "__main__":
+    absltest.main()
