@@ -232,7 +232,7 @@ def from_json(text: str) -> ConfigDict:
     """The config that `to_json` wrote.
 
     Raises:
-      ConfigError: the text is no JSON object.
+      ConfigError: the text is no JSON object, or one that no config can be.
     """
     try:
         content = json.loads(text)
@@ -240,7 +240,10 @@ def from_json(text: str) -> ConfigDict:
         raise ConfigError(f"It is no JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError("It is no JSON object.")
-    return ConfigDict(_with_tuples(content))
+    try:
+        return ConfigDict(_with_tuples(content))
+    except ValueError as error:  # of names that no field can have
+        raise ConfigError(f"It is no config: {error}") from error
 
 
 def differences(old: str, new: str) -> list[str]:
@@ -358,7 +361,7 @@ def _check_profile(steps: tuple[Any, ...]) -> None:
         return
     if not (
         len(steps) == 2
-        and all(isinstance(step, int) for step in steps)
+        and all(type(step) is int for step in steps)  # which a bool is not
         and 0 <= steps[0] < steps[1]
     ):
         raise ConfigError(
@@ -386,18 +389,22 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
 
 
 def mesh_shape(data_axis: int, fsdp_axis: int, num_devices: int) -> tuple[int, int]:
-    """The sizes of the mesh's axes, of which one may be -1, "all that are left".
+    """The sizes of the mesh's axes, where -1 is all devices that are left.
+
+    Of two that are -1, the first takes all.
 
     Raises:
       ValueError: they do not take all devices.
     """
-    if data_axis == -1:
-        data_axis = num_devices // abs(fsdp_axis)
-    if fsdp_axis == -1:
-        fsdp_axis = num_devices // data_axis
-    if data_axis * fsdp_axis != num_devices:
-        raise ValueError(f"{data_axis} x {fsdp_axis} is not {num_devices}.")
-    return data_axis, fsdp_axis
+    shape = data_axis, fsdp_axis
+    if all(size == -1 or size > 0 for size in shape):
+        if data_axis == -1:
+            data_axis = num_devices // abs(fsdp_axis)
+        if fsdp_axis == -1:
+            fsdp_axis = num_devices // data_axis
+        if data_axis * fsdp_axis == num_devices:
+            return data_axis, fsdp_axis
+    raise ValueError(f"{shape[0]} x {shape[1]} is not {num_devices}.")
 
 
 def _check_batch(values: dict[str, Any], num_devices: int) -> None:

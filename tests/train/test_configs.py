@@ -34,10 +34,10 @@ _CHEAP = {
     "resnet18_imagenet": (
         "--config.model.width=4",
         "--config.image_size=32",
-        "--config.workers=2",
+        "--config.workers=1",
     ),
-    "vit_b16_cifar100": ("--config.image_size=32", "--config.workers=2"),
-    "vit_b16_imagenet": ("--config.image_size=32", "--config.workers=2"),
+    "vit_b16_cifar100": ("--config.image_size=32", "--config.workers=1"),
+    "vit_b16_imagenet": ("--config.image_size=32", "--config.workers=1"),
     "vit_ti16_cifar10": ("--config.image_size=32",),
 }
 _PRETRAINED = ("vit_b16_cifar100", "vit_b16_imagenet")
@@ -193,8 +193,9 @@ def _resnet18(size, width, classes, stem, channels=3):
     return _Counts(params, 2 * norms, macs + features * classes, first_macs)
 
 
-def _vit(size, patch, width, classes, token=True, positions=True, channels=3):
-    layers = 12
+def _vit(
+    size, patch, width, classes, layers=12, token=True, positions=True, channels=3
+):
     patches = (size // patch) ** 2
     tokens = patches + token
     pixels = patch**2 * channels
@@ -222,7 +223,7 @@ _PUBLISHED = {
     ),
     "digits_vit": (
         (64, 8, 1),
-        _vit(8, 2, 192, 10, token=False, channels=1),
+        _vit(8, 2, 32, 10, layers=1, token=False, channels=1),
         _LAPTOP,
     ),
     "resnet18_cifar10": ((128, 32, 3), _resnet18(32, 64, 10, "cifar"), _LAPTOP),

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gc
 import os
+import sys
 import threading
 import weakref
 from multiprocessing import parent_process
@@ -29,6 +30,10 @@ _AHEAD_OF_WORKER = 2
 _AHEAD_OF_THREAD = 2
 # Pillow lets go of the interpreter while it decodes and resizes.
 _DECODING_THREADS = min(os.cpu_count() or 1, 16)
+# A worker that is ended while it makes a batch leaves parts of it in shared memory.
+# Python's resource tracker, a process that takes over these options, removes them; it
+# need not warn of it.
+_TRACKER = "ignore:resource_tracker:UserWarning"
 
 
 class Batch(TypedDict):
@@ -192,6 +197,8 @@ def _iterator(batches: Any, threads: int, workers: int) -> grain.DatasetIterator
         return iter(batches.to_iter_dataset(ahead))
     if not flags.FLAGS.is_parsed():  # in another program than those of this package
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags
+    if _TRACKER not in sys.warnoptions:
+        sys.warnoptions.append(_TRACKER)
     one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     processes = grain.MultiprocessingOptions(workers, _AHEAD_OF_WORKER)
     dataset = batches.to_iter_dataset(one_by_one).mp_prefetch(processes, _start_worker)
