@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
 
     # Not in the paper; Zagoruyko and Komodakis, 2016, §3, whose epochs and steps of the
-    # learning rate these are.
+    # learning rate these are. The decay is of kernels alone, theirs of all parameters.
     config.optimizer.learning_rate = 0.1
     config.optimizer.nesterov = True
     config.optimizer.weight_decay = 5e-4

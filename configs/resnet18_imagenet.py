@@ -22,7 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
 
     config.optimizer.learning_rate = 0.1  # §4.1
-    config.optimizer.weight_decay = 1e-4  # not in the paper; He et al., 2016, §3.4
+    # Not in the paper; He et al., 2016, §3.4. Here of kernels alone.
+    config.optimizer.weight_decay = 1e-4
     config.schedule.name = "step"
     config.schedule.decay_epochs = (30, 60)  # §4.1
     config.schedule.decay_factor = 1 / 10  # §4.1

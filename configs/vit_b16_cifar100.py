@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Not in the paper; Dosovitskiy et al., 2021, App. B.1.1 and their code.
     config.optimizer.clip_norm = 1.0
     config.schedule.name = "cosine"  # §4.1
-    config.schedule.warmup_epochs = 500 / (50_000 // 512)  # 500 steps
+    config.schedule.warmup_epochs = 500 / (50_000 // 512)  # 500 steps of this batch
     config.evaluate_every = 5.0
     config.checkpoint_steps = 500
     return variants.apply(config, variant, paper_rate=0.9)

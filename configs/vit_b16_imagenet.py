@@ -31,6 +31,6 @@ def get_config(variant: str = "") -> ConfigDict:
     # Not in the paper; Dosovitskiy et al., 2021, App. B.1.1 and their code.
     config.optimizer.clip_norm = 1.0
     config.schedule.name = "cosine"  # §4.1
-    config.schedule.warmup_epochs = 500 * 512 / 1_281_167  # 500 steps
+    config.schedule.warmup_epochs = 500 * 512 / 1_281_167  # 500 steps of this batch
     config.checkpoint_steps = 500
     return variants.apply(config, variant, paper_rate=0.9)

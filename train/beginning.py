@@ -15,14 +15,15 @@ def initial_state(job: Job) -> step_lib.State:
     Raises:
       WeightsError: the file cannot be read, or does not fit the model.
     """
-    state, path = step_lib.initialise(job.config, job.shardings), job.config.init_from
+    path, abstract = job.config.init_from, job.abstract
     if not path:
-        return state
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    loaded = weights.load(path, variables)
+        return step_lib.initialise(job.config, job.shardings)
+    wanted = {"params": abstract.params, "batch_stats": abstract.batch_stats}
+    loaded = weights.load(path, wanted)  # first: it may fail, and the rest takes longer
+    state = step_lib.initialise(job.config, job.shardings)
     state = state.replace(
-        params=_placed(loaded["params"], job.shardings.params),
-        batch_stats=_placed(loaded["batch_stats"], job.shardings.batch_stats),
+        params=jax.tree.map(_placed, loaded["params"], state.params),
+        batch_stats=jax.tree.map(_placed, loaded["batch_stats"], state.batch_stats),
     )
     if not job.config.ema_decay:
         return state
@@ -31,12 +32,10 @@ def initial_state(job: Job) -> step_lib.State:
     return state.replace(ema_params=copy(state.params))
 
 
-def _placed(arrays: Any, shardings: Any) -> Any:
-    """NumPy arrays, which every process has whole, on the devices."""
-
-    def put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-        if isinstance(array, jax.Array):  # is there: the file had none for it
-            return array
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-    return jax.tree.map(put, arrays, shardings)
+def _placed(loaded: Any, initial: jax.Array) -> jax.Array:
+    """An array of the file, which every process has whole, where the first one is."""
+    if isinstance(loaded, jax.ShapeDtypeStruct):  # the file had none
+        return initial
+    return jax.make_array_from_callback(
+        initial.shape, initial.sharding, loaded.__getitem__
+    )

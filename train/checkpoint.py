@@ -9,13 +9,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from train import checksums
 from train.disk import CheckpointError, check_room
-from train.distributed import is_first, synchronise
+from train.processes import any_of, is_first, synchronise
 
 # How many of the newest are kept, beside the best.
 _LATEST = 2
@@ -202,7 +200,7 @@ class Checkpoints:
             problem = None
         except CheckpointError as error:
             problem = error
-        if _any_process(problem is not None):
+        if any_of(problem is not None):
             raise problem or CheckpointError(
                 f"Another process cannot write to {self._directory}."
             )
@@ -230,7 +228,7 @@ class Checkpoints:
         """
         # Before Orbax sees it, whose threads write of their own what they fail at.
         problem = checksums.problem(self._path(step)) if is_first() else ""
-        if _any_process(bool(problem)):
+        if any_of(bool(problem)):
             return problem or "a file has changed"
         result: Any = None
         try:
@@ -246,7 +244,7 @@ class Checkpoints:
             raise
         except Exception as error:  # of many types: Orbax's, TensorStore's, JSON's
             problem = _first_line(error)
-        if _any_process(bool(problem)):
+        if any_of(bool(problem)):
             return problem or "another process cannot read it"
         return result["state"], result["position"]
 
@@ -365,13 +363,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
         )
         for path, node in flat
     }
-
-
-def _any_process(flag: bool) -> bool:
-    """Whether it is true in one process or in more."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def _first_line(error: Exception) -> str:

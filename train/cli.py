@@ -13,6 +13,7 @@ from train.data import DataError
 from train.disk import CheckpointError
 from train.interrupts import Interrupted
 from train.meter import NonFiniteLossError
+from train.records import RecordsError
 from train.weights import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,6 +31,7 @@ _USER_ERRORS = (
     DataError,
     NoBatchFitsError,
     NonFiniteLossError,
+    RecordsError,
     TargetError,
     WeightsError,
 )
@@ -58,7 +60,7 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
     def checked() -> None:
         if _WORKDIR.value and not needs_workdir:
             raise app.UsageError("This command writes nothing: leave out --workdir.")
-        job(_CONFIG.value, Path(_WORKDIR.value or ""))
+        job(_CONFIG.value, _workdir() if needs_workdir else Path())
 
     _run(checked, ["config", *(["workdir"] if needs_workdir else [])])
 
@@ -72,9 +74,15 @@ def launch_on_run(job: Callable[[Path], None]) -> None:
     def checked() -> None:
         if _CONFIG.value is not None:
             raise app.UsageError("The config is that in --workdir: leave out --config.")
-        job(Path(_WORKDIR.value or ""))
+        job(_workdir())
 
     _run(checked, ["workdir"])
+
+
+def _workdir() -> Path:
+    if not _WORKDIR.value:
+        raise ConfigError("--workdir= is empty: name a directory.")
+    return Path(_WORKDIR.value)
 
 
 def _run(job: Callable[[], None], required: list[str]) -> None:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from dropit_jax import memory
 from train import cli, data, loop, plots
 from train import config as config_lib
+from train import job as job_lib
 from train import mesh as mesh_lib
 from train import step as step_lib
 from train.files import write_atomically
@@ -52,6 +53,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Compiles, times and trains both variants, and writes the comparison."""
     target, terminal = TARGET.value, Terminal()
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
+    job_lib.prepare(config)  # which may be told that it cannot be run
     terminal.say(f"Compiling a step for {target} ...")
     temp = {name: _temp_bytes(variant, target) for name, variant in variants.items()}
     rows = {

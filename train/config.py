@@ -106,7 +106,6 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "workers",
     "seed",
-    "optimizer.momentum",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "schedule.warmup_epochs",
@@ -114,6 +113,7 @@ _NOT_NEGATIVE = (
     "checkpoint_steps",
 )
 _BELOW_ONE = (
+    "optimizer.momentum",
     "model.dropout",
     "model.drop_path",
     "label_smoothing",

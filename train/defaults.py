@@ -59,7 +59,9 @@ def get_defaults() -> ConfigDict:
     )
     config.label_smoothing = 0.0
     config.mixup = 0.0  # alpha of its beta distribution; 0: not mixed
-    config.ema_decay = 0.0  # of averaged parameters, which are evaluated; 0: none
+    # Of the average of parameters, from the first ones on, which is evaluated; batch
+    # statistics are not averaged. 0: none.
+    config.ema_decay = 0.0
 
     # What is kept.
     config.evaluate_every = 1.0  # epochs

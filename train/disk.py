@@ -27,7 +27,7 @@ def check_writable(directory: Path, state_bytes: int) -> None:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
             file.flush()
-        there = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+        there = _bytes_in(directory)
     except OSError as error:
         raise CheckpointError(f"Cannot write to {directory}: {error}") from error
     check_room(directory, _COPIES * state_bytes - there)
@@ -50,3 +50,10 @@ def check_room(directory: Path, needed: int) -> None:
             f"take {needed * 2**-20:,.0f} MiB. Make room, or take a --workdir on "
             "another disk. What is there stays, and the same command goes on from it."
         )
+
+
+def _bytes_in(directory: Path) -> int:
+    try:
+        return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    except FileNotFoundError:  # another process removes what is half-written
+        return 0

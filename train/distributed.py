@@ -2,15 +2,14 @@
 
 import jax
 from absl import flags
-from jax.experimental import multihost_utils
 
 from train.config import ConfigError
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Train with other processes. Under Slurm, Open MPI, Kubernetes and on Cloud TPUs "
-    "they find each other; elsewhere the next three flags say where they are.",
+    "Train with other processes. Under Slurm, Open MPI and Kubernetes they find each "
+    "other; elsewhere the next three flags say where they are.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, for all processes the same."
@@ -45,7 +44,12 @@ def initialise() -> None:
         )
     try:
         jax.distributed.initialize(
-            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            # Else Slurm and Open MPI, where there are any, would have the last word,
+            # and give each process one GPU.
+            cluster_detection_method="deactivate" if all(given.values()) else None,
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -53,24 +57,3 @@ def initialise() -> None:
             "and Kubernetes, give --coordinator_address, --num_processes and "
             "--process_id."
         ) from error
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes files and shows progress."""
-    return jax.process_index() == 0
-
-
-def synchronise(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def must_stop(step: int) -> bool:
-    """Whether one of several processes got SIGTERM, and this is the step to save.
-
-    All processes call it after every step, and get the same answer.
-    """
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
-        step
-    )

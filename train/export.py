@@ -21,8 +21,8 @@ _OUTPUT = flags.DEFINE_string(
 
 def main(workdir: Path) -> None:
     """Writes parameters, averaged ones if the run has them, and batch statistics."""
+    weights.check_path(_OUTPUT.value)
     config, terminal = selection.config_of(workdir), Terminal()
-    config_lib.validate(config, jax.device_count())
     abstract = job_lib.abstract_state(config, mesh_lib.create(config))
     step, state = selection.restore(abstract, workdir, terminal.say)
     metadata = {"step": str(step), "config": config_lib.to_json(config)}

@@ -27,6 +27,19 @@ def write(directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int)
     Returns:
       What to tell the user.
     """
+    try:
+        _write(directory, job, error, checkpoint)
+    except (OSError, data.DataError) as problem:
+        return f"{directory} cannot be written: {problem}"
+    return (
+        f"{directory} has the config and the last batches. The same command takes the "
+        f"same steps again, from step {checkpoint}, and fails at the same one."
+    )
+
+
+def _write(
+    directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int
+) -> None:
     directory.mkdir(exist_ok=True)
     # A step that spoils the parameters shows in the loss of the next one.
     steps = range(max(1, error.step - 1), error.step + 1)
@@ -49,10 +62,6 @@ def write(directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int)
     if rank == 0:
         text = json.dumps(record, indent=2) + "\n"
         write_atomically(directory / "failure.json", text)
-    return (
-        f"{directory} has the config and the last batches. The same command takes the "
-        f"same steps again, from step {checkpoint}, and fails at the same one."
-    )
 
 
 def _batch(job: Job, step: int) -> data.Batch:

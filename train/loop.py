@@ -4,11 +4,12 @@ import contextlib
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from train import beginning, data, distributed, failure, optim
+from train import beginning, data, failure, optim, processes
 from train import config as config_lib
 from train import job as job_lib
 from train import mesh as mesh_lib
@@ -24,6 +25,9 @@ from train.prefetch import Prefetch
 from train.profiler import Profiler
 from train.records import Records, Row
 from train.terminal import Terminal
+
+# The field of a checkpoint's position that says how large the dataset is.
+_EXAMPLES = "train_examples"
 
 
 def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
@@ -48,9 +52,15 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
       DataError: the dataset is not there, or damaged.
       WeightsError: `config.init_from` does not fit the model.
       NonFiniteLossError: the loss became infinite or NaN; `failure/` is written.
+      RecordsError: metrics cannot be written.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     job = job_lib.prepare(config)
+    if config.num_steps is not None and config.num_epochs is not None:
+        terminal.say(
+            f"config.num_steps={config.num_steps} says how long to train, not "
+            f"config.num_epochs={config.num_epochs}."
+        )
     workdir_lib.check(workdir, config)
     check_writable(workdir / "checkpoints", job.state_bytes)
     with Checkpoints(workdir / "checkpoints", terminal.say) as checkpoints:
@@ -77,6 +87,7 @@ def _train(
     meter = Meter()
     if restored := checkpoints.restore_latest(job.abstract):
         done, state, position = restored
+        _check_data(job, position)
         meter.restore(position["meter"])
         terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
     else:
@@ -84,19 +95,21 @@ def _train(
     workdir_lib.claim(workdir, config)
 
     def save(test_accuracy: float | None = None) -> None:
-        checkpoints.save(done, state, {"meter": meter.state()}, test_accuracy)
+        position = {"meter": meter.state(), _EXAMPLES: len(job.dataset.train)}
+        checkpoints.save(done, state, position, test_accuracy)
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         interrupts = enter(Interrupts(several=jax.process_count() > 1))
         batches = enter(_batches(job, done))
-        records = enter(Records(workdir, done, write=distributed.is_first()))
+        records = enter(Records(workdir, done, write=processes.is_first()))
         profiler = enter(Profiler(config.profile_steps, workdir / "profile"))
         bar = enter(terminal.start(workdir.name, done, total_steps))
         while done < total_steps:
             profiler.before(done, state)
             state, sums = train_step(state, next(batches))
             done += 1
+            profiler.after(done, state)
             meter.add(done, sums)
             bar.update(done, meter.loss, meter.accuracy, meter.rate)
             if done % evaluate_every == 0 or done == total_steps:
@@ -122,13 +135,28 @@ def _train(
                 save(test.accuracy)
             elif config.checkpoint_steps and done % config.checkpoint_steps == 0:
                 save()
-            if distributed.must_stop(done):
+            if processes.must_stop(done):
                 interrupts.signum = signal.SIGTERM
             if interrupts.signum is not None:
                 save()
                 checkpoints.wait()
                 raise Interrupted(interrupts.signum, done)
     return records.rows
+
+
+def _check_data(job: Job, position: dict[str, Any]) -> None:
+    """Checks that the dataset is that of the checkpoint, wherever it lies.
+
+    Raises:
+      ConfigError: it has another number of examples.
+    """
+    before, now = position[_EXAMPLES], len(job.dataset.train)
+    if before != now:
+        raise config_lib.ConfigError(
+            f"The run began with {before} training examples of "
+            f"{job.config.dataset!r}, and config.data_dir={job.config.data_dir!r} has "
+            f"{now}: name the directory that it began with."
+        )
 
 
 def _batches(job: Job, start: int) -> Prefetch:

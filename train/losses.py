@@ -30,14 +30,16 @@ def cross_entropy(
 def is_among_largest(
     logits: Float[Array, "batch classes"], labels: Int[Array, "batch"], count: int
 ) -> Array:
-    """Whether fewer than `count` classes have a larger logit than the right one.
+    """Whether fewer than `count` classes come before the right one.
 
+    Those of larger logits do and, as for `argmax`, the earlier ones of equal logits.
     NaN is not among the largest.
     """
     right = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
     # Not `logits > right`, which NaN never is.
-    larger = jnp.sum(~(logits <= right), axis=-1)
-    return (larger < count) & ~jnp.isnan(right[:, 0])
+    before = ~(logits <= right) | ((logits == right) & earlier)
+    return (jnp.sum(before, axis=-1) < count) & ~jnp.isnan(right[:, 0])
 
 
 def mix_weight(key: Array, alpha: float) -> Float[Array, ""]:

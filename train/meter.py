@@ -28,7 +28,7 @@ class NonFiniteLossError(FloatingPointError):
     def __init__(self, step: int, loss: float) -> None:
         """Says which step it is, and what may help."""
         super().__init__(
-            f"The loss became {loss} at step {step}. Try a lower "
+            f"The loss became {loss} at step {step}. In another --workdir, try a lower "
             "config.optimizer.learning_rate, a longer config.schedule.warmup_epochs or "
             "config.optimizer.clip_norm=1."
         )

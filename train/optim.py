@@ -41,7 +41,7 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """SGD with momentum, and weight decay on kernels (not on biases and norms).
 
-    The decay joins the gradient before the momentum, as in the paper's PyTorch code.
+    The decay joins the gradient before the momentum, as in PyTorch.
     Before that, gradients whose norm, of all together, is above `clip_norm` are scaled
     to it; 0 leaves them as they are.
     """

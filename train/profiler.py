@@ -11,26 +11,30 @@ class Profiler:
     """Traces the steps from a first to before a last; to be used as a context."""
 
     def __init__(self, steps: tuple[int, ...], directory: Path) -> None:
-        """Takes the two numbers, or none, and where the trace goes."""
+        """Takes the two numbers, or none, and where the trace goes.
+
+        Each process writes into a directory of its own there.
+        """
         self._first, self._last = steps or (0, 0)
-        self._directory = directory
+        self._directory = directory / f"process-{jax.process_index()}"
         self._running = False
 
     def before(self, step: int, state: Any) -> None:
-        """To be called before each step, with what the step before is still computing.
+        """To be called before each step, with how many have been done and their state.
 
-        The trace has the steps `first + 1` to `last`, counted from 1, and nothing else:
-        the device is waited for at both ends.
+        The device is waited for at both ends: the trace has the chosen steps, and of
+        the device nothing else.
         """
-        wanted = self._first <= step < self._last
-        if wanted == self._running:
-            return
-        jax.block_until_ready(state)
-        if wanted:
+        if self._first <= step < self._last and not self._running:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(self._directory)
-        else:
-            jax.profiler.stop_trace()
-        self._running = wanted
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        """To be called after each step, likewise."""
+        if step >= self._last and self._running:
+            jax.block_until_ready(state)
+            self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -42,5 +46,8 @@ class Profiler:
         trace: TracebackType | None,
     ) -> None:
         if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._running = False

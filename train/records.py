@@ -26,6 +26,10 @@ COLUMNS = (
 Row = dict[str, float]
 
 
+class RecordsError(Exception):
+    """Metrics that cannot be written or read."""
+
+
 class Records:
     """The rows so far, in the workdir's `metrics.csv` and `tensorboard/`."""
 
@@ -36,17 +40,28 @@ class Records:
           workdir: of the run.
           step: how many steps have been done.
           write: whether to write; one of several processes does.
+
+        Raises:
+          RecordsError: nothing can be written there, or what is there is damaged.
         """
         self._path = workdir / "metrics.csv"
         self.rows = [row for row in read(self._path) if row["step"] <= step]
         self._events = None
-        if write:
+        if not write:
+            return
+        try:
             self._events = tensorboardX.SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=step + 1
             )
+        except OSError as error:
+            raise RecordsError(f"Cannot write to {workdir}: {error}") from error
 
     def append(self, row: Row) -> None:
-        """Adds a row, of the values for `COLUMNS`."""
+        """Adds a row, of the values for `COLUMNS`.
+
+        Raises:
+          RecordsError: it cannot be written.
+        """
         self.rows.append(row)
         if self._events is None:
             return
@@ -54,10 +69,13 @@ class Records:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_atomically(self._path, text.getvalue())
-        for name in COLUMNS[2:]:
-            self._events.add_scalar(name, row[name], int(row["step"]))
-        self._events.flush()
+        try:
+            write_atomically(self._path, text.getvalue())
+            for name in COLUMNS[2:]:
+                self._events.add_scalar(name, row[name], int(row["step"]))
+            self._events.flush()
+        except OSError as error:
+            raise RecordsError(f"Cannot write {self._path}: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -73,11 +91,18 @@ class Records:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a `metrics.csv`; none if there is no such file."""
+    """The rows of a `metrics.csv`; none if there is no such file.
+
+    Raises:
+      RecordsError: it cannot be read.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [_numbers(row) for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="") as file:
+            return [_numbers(row) for row in csv.DictReader(file)]
+    except (OSError, TypeError, ValueError) as error:
+        raise RecordsError(f"{path} cannot be read: {error}") from error
 
 
 def _numbers(row: dict[str, str]) -> Row:

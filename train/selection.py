@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from train import config as config_lib
 from train import step as step_lib
 from train import workdir as workdir_lib
 from train.checkpoint import Checkpoints
@@ -19,11 +21,18 @@ _STEP = flags.DEFINE_string(
 def config_of(workdir: Path) -> ConfigDict:
     """The config of the run in a workdir, for the devices of this machine.
 
+    The batch is rounded up to a multiple of the devices, and not split further.
+
     Raises:
-      ConfigError: there is no run.
+      ConfigError: there is no run, or its config cannot be run.
     """
     config = workdir_lib.read_config(workdir)
-    config.mesh.update(data=-1, fsdp=1)
+    devices = jax.device_count()
+    with config.unlocked(), config.ignore_type():
+        config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    config_lib.validate(config)
+    config.accumulate_steps = 1
+    config.batch_size = -(-config.batch_size // devices) * devices
     return config
 
 

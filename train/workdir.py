@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import distributed
+from train import processes
 from train.config import ConfigError
 from train.files import write_atomically
 
@@ -49,9 +49,9 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     Raises:
       ConfigError: it cannot be written.
     """
-    if distributed.is_first():
+    if processes.is_first():
         try:
             write_atomically(workdir / _CONFIG_FILE, config_lib.to_json(config))
         except OSError as error:
             raise ConfigError(f"Cannot write to {workdir}: {error}") from error
-    distributed.synchronise("claim")
+    processes.synchronise("claim")

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from multiprocessing import parent_process
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
 from typing import Any, TypedDict
@@ -30,9 +31,8 @@ _AHEAD_OF_WORKER = 2
 _AHEAD_OF_THREAD = 2
 # Pillow lets go of the interpreter while it decodes and resizes.
 _DECODING_THREADS = min(os.cpu_count() or 1, 16)
-# A worker that is ended while it makes a batch leaves parts of it in shared memory.
-# Python's resource tracker, a process that takes over these options, removes them; it
-# need not warn of it.
+# Batches cross in shared memory. Python's resource tracker, a process that takes over
+# these options, removes what is left of it at the end; it need not warn of it.
 _TRACKER = "ignore:resource_tracker:UserWarning"
 
 
@@ -95,7 +95,7 @@ def training_batches(
         grain.MapDataset.source(dataset.train)
         .seed(seed)
         .shuffle()
-        .random_map(_TrainingExample(dataset))
+        .random_map(_TrainingExample(dataset.train_image))
         .batch(rows, drop_remainder=True)[: steps * process_count]
         .repeat()
     )
@@ -130,7 +130,9 @@ def evaluation_batches(
       DataError: the processes cannot share a batch.
     """
     rows = _rows(batch_size, process_count)
-    padded = _PaddedTest(dataset, -(-len(dataset.test) // batch_size) * batch_size)
+    # Without the training examples, which would go to every worker as well.
+    length = -(-len(dataset.test) // batch_size) * batch_size
+    padded = _PaddedTest(dataset.test, dataset.test_image, length)
     parts = grain.MapDataset.source(padded).batch(rows)
     mine = parts[process_index::process_count]
     return _iterator(mine, _threads(dataset.test), workers)
@@ -140,10 +142,10 @@ def evaluation_batches(
 class _TrainingExample:
     """Makes a row of a batch of an example."""
 
-    dataset: Dataset
+    image: Callable[[Any, np.random.Generator], np.ndarray]
 
     def __call__(self, raw: Any, rng: np.random.Generator) -> Batch:
-        return _row(self.dataset.train_image(raw, rng), raw["label"], 1)
+        return _row(self.image(raw, rng), raw["label"], 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,21 +153,23 @@ class _PaddedTest(Source):
     """The rows of all test examples, and after them rows of zeros.
 
     Attributes:
-      dataset: has the examples.
+      examples: the examples.
+      image: makes an image of one.
       length: of the rows together.
     """
 
-    dataset: Dataset
+    examples: Source
+    image: Callable[[Any], np.ndarray]
     length: int
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int, /) -> Batch:
-        if index >= len(self.dataset.test):
+        if index >= len(self.examples):
             return self._padding
-        raw = self.dataset.test[index]
-        return _row(self.dataset.test_image(raw), raw["label"], 1)
+        raw = self.examples[index]
+        return _row(self.image(raw), raw["label"], 1)
 
     @functools.cached_property
     def _padding(self) -> Batch:

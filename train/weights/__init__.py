@@ -5,7 +5,7 @@ the model's variables, and neither knows the model.
 """
 
 from train.weights.errors import WeightsError
-from train.weights.files import save
+from train.weights.files import check_path, save
 from train.weights.loading import load
 
-__all__ = ["WeightsError", "load", "save"]
+__all__ = ["WeightsError", "check_path", "load", "save"]

@@ -88,10 +88,7 @@ def save(
       WeightsError: the name does not end in ".safetensors", or nothing can be written.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise WeightsError(
-            f"{path} must end in .safetensors, which is what it will be."
-        )
+    check_path(path)
     arrays = {
         # It is the memory as it lies there that safetensors writes.
         name: np.asarray(leaf, order="C")
@@ -102,6 +99,18 @@ def save(
         write_atomically(path, safetensors.numpy.save(arrays, metadata=metadata))
     except OSError as error:
         raise WeightsError(f"{path} cannot be written: {error}") from error
+
+
+def check_path(path: str | Path) -> None:
+    """Checks the name of a file that is to be written.
+
+    Raises:
+      WeightsError: it does not end in ".safetensors".
+    """
+    if Path(path).suffix != ".safetensors":
+        raise WeightsError(
+            f"{path} must end in .safetensors, which is what it will be."
+        )
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
