@@ -86,8 +86,13 @@ class Records:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._events is not None:
+        if self._events is None:
+            return
+        try:
             self._events.close()
+        except OSError as problem:
+            if error is None:  # else there is one to be told already
+                raise RecordsError(f"Cannot write {self._path}: {problem}") from problem
 
 
 def read(path: Path) -> list[Row]:

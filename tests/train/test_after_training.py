@@ -59,16 +59,21 @@ class AfterTrainingTest(parameterized.TestCase):
         self.assertLen(traces, 1)
         self.assertGreater(traces[0].stat().st_size, 0)
 
-    @parameterized.parameters("best", "last", "number")
-    def test_evaluates_as_in_training(self, which):
+    @parameterized.parameters(("best", 1), ("last", 3), ("number", 1))
+    def test_evaluates_as_in_training(self, which, devices):
         row = self._best() if which == "best" else self.rows[-1]
         step = str(row["step"]) if which == "number" else which
         before = sorted(self.workdir.rglob("*"))
         status, out, errors = commands.run(
-            "train.evaluate", f"--workdir={self.workdir}", f"--step={step}"
+            "train.evaluate",
+            f"--workdir={self.workdir}",
+            f"--step={step}",
+            devices=devices,
         )
         self.assertEqual((status, errors), (0, ""))
-        self.assertIn(f"step {row['step']}  test loss {row['test_loss']:.4f}", out)
+        if devices == 1:  # else the batch is another one, and rounds in another order
+            self.assertIn(f"test loss {row['test_loss']:.4f}", out)
+        self.assertIn(f"step {row['step']}  test loss", out)
         self.assertIn(f"  accuracy {row['test_accuracy']:.2%}", out)
         self.assertIn("of 360 images", out)
         self.assertEqual(sorted(self.workdir.rglob("*")), before)
@@ -116,6 +121,8 @@ class AfterTrainingTest(parameterized.TestCase):
     @parameterized.parameters(
         ("train.evaluate", ["--step=7"], "has best, last and"),
         ("train.evaluate", ["--workdir=nothing"], "nothing holds no run"),
+        ("train.evaluate", ["--workdir="], "--workdir= is empty"),
+        ("train.evaluate", ["--num_processes=2"], "Unknown command line flag"),
         ("train.export", ["--output=weights.npz"], "must end in .safetensors"),
     )
     def test_errors_are_told_in_a_line(self, command, arguments, message):

@@ -158,7 +158,7 @@ class ValidateTest(parameterized.TestCase):
         ("optimizer.clip_norm", None, r"clip_norm must be of type real, got None"),
         ("optimizer.clip_norm", float("inf"), r"clip_norm must be finite, got inf"),
         ("optimizer.weight_decay", -1e-4, r"weight_decay must not be negative"),
-        ("optimizer.momentum", -0.9, r"optimizer\.momentum must not be negative"),
+        ("optimizer.momentum", -0.9, r"optimizer\.momentum must be in \[0, 1\)"),
         ("schedule.warmup_epochs", -1.0, r"warmup_epochs must not be negative"),
         ("schedule.decay_epochs", [3], r"decay_epochs must be of type tuple, got \[3"),
         ("schedule.decay_factor", 0.0, r"decay_factor must be above 0, got 0\.0"),

@@ -38,8 +38,13 @@ _CHEAP = {
         "--config.workers=1",
     ),
     "vit_b16_cifar100": ("--config.image_size=32", "--config.workers=1"),
-    "vit_b16_imagenet": ("--config.image_size=32", "--config.workers=1"),
-    "vit_ti16_cifar10": ("--config.image_size=32",),
+    # Blocks in a loop, of which one is compiled.
+    "vit_b16_imagenet": (
+        "--config.image_size=32",
+        "--config.workers=1",
+        "--config.model.scan=true",
+    ),
+    "vit_ti16_cifar10": ("--config.image_size=32", "--config.model.scan=true"),
 }
 _PRETRAINED = ("vit_b16_cifar100", "vit_b16_imagenet")
 # Of the class token in the file of weights, and far from what training makes of 0.
@@ -132,7 +137,7 @@ class RunTest(parameterized.TestCase):
     @parameterized.parameters(*_PRETRAINED)
     def test_says_where_googles_weights_are(self, name):
         path = _config(name).init_from
-        with pytest.raises(weights.WeightsError, match="imagenet21k/ViT-B_16.npz :"):
+        with pytest.raises(weights.WeightsError, match=r"imagenet21k/ViT-B_16\.npz :"):
             weights.load(path, {})
 
     @parameterized.parameters(("digits_resnet18", 0.8), ("digits_vit", 0.9))

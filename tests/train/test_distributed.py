@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from tests.train import commands
 
-_SHORT = ("--config.num_epochs=3", "--config.batch_size=64", "--config.workers=0")
+_SHORT = ("--config=configs/digits_vit.py", "--config.num_epochs=3")
 _STEPS_PER_EPOCH = 1437 // 64
 
 
@@ -21,7 +21,6 @@ def _start_two(workdir, *more):
     return [
         commands.start(
             "train.main",
-            *commands.TINY,
             *_SHORT,
             f"--workdir={workdir}",
             f"--coordinator_address=localhost:{port}",
@@ -46,28 +45,27 @@ class DistributedTest(parameterized.TestCase):
     def setUpClass(cls):
         super().setUpClass()
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        cls.one = cls.directory / "one"
-        flag = f"--workdir={cls.one}"
-        arguments = (*commands.TINY, *_SHORT, flag)
-        status, _, errors = commands.run("train.main", *arguments, devices=2)
-        assert (status, errors) == (0, "")
 
-    def _assert_same(self, workdir):
-        rows, expected = commands.metrics(workdir), commands.metrics(self.one)
+    def _assert_same(self, workdir, *more):
+        """Checks the metrics against those of one process with two devices."""
+        one = workdir.with_name(f"{workdir.name}_one")
+        arguments = (*_SHORT, *more, f"--workdir={one}")
+        status, _, errors = commands.run("train.main", *arguments, devices=2)
+        self.assertEqual((status, errors), (0, ""))
+        rows, expected = commands.metrics(workdir), commands.metrics(one)
         self.assertLen(rows, 3)
         for row, other in zip(rows, expected, strict=True):
             np.testing.assert_allclose(
                 list(row.values()), list(other.values()), rtol=1e-6
             )
 
-    @parameterized.parameters(1, 2)
-    def test_two_processes_do_what_two_devices_of_one_do(self, fsdp):
-        workdir = self.directory / f"fsdp_{fsdp}"
-        results = _finish(_start_two(workdir, f"--config.mesh.fsdp={fsdp}"))
+    def test_two_processes_do_what_two_devices_of_one_do(self):
+        workdir, fsdp = self.directory / "fsdp", "--config.mesh.fsdp=2"
+        results = _finish(_start_two(workdir, fsdp))
         self.assertEqual([result[0] for result in results], [0, 0], results)
         self.assertIn("epoch 3", results[0][1])
         self.assertNotIn("epoch", results[1][1])  # one of them tells
-        self._assert_same(workdir)
+        self._assert_same(workdir, fsdp)
 
     def test_sigterm_to_one_stops_both_after_the_same_step(self):
         workdir = self.directory / "stopped"
@@ -88,7 +86,7 @@ class DistributedTest(parameterized.TestCase):
     def test_incomplete_flags_are_told(self):
         status, _, errors = commands.run(
             "train.main",
-            *commands.TINY,
+            *_SHORT,
             f"--workdir={self.directory / 'incomplete'}",
             "--num_processes=2",
         )

@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 from tests.train import commands
 from train import data
 
+_DATA = Path(__file__).parents[1] / "data" / "tensorflow_datasets"
 _SHORT = ("--config.num_epochs=2",)
 
 
@@ -60,22 +61,46 @@ class FailuresTest(parameterized.TestCase):
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
         self.assertEqual(commands.steps(workdir), commands.steps(self.whole))
 
-    def test_a_full_disk_costs_no_checkpoint(self):
-        workdir = self.directory / "full"
+    @parameterized.parameters(
+        (2000, "error: A checkpoint cannot be written"),
+        (100, "metrics.csv: [Errno 27] File too large\n"),
+    )
+    def test_a_full_disk_costs_no_checkpoint(self, limit, message):
+        workdir = self.directory / f"full_{limit}"
         process = commands.start(
             "train.main", *commands.TINY, f"--workdir={workdir}", *_SHORT
         )
         commands.wait_for(lambda: commands.steps(workdir), process)
         # No file may grow from here on: as good as a full disk.
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         _, errors = process.communicate()
         self.assertEqual(process.returncode, 2, errors)
-        self.assertIn("error: A checkpoint cannot be written", errors)
+        self.assertIn(message, errors)
         self.assertEqual(commands.steps(workdir), [44])
         status, out, errors = self._train(workdir, *_SHORT)
         self.assertEqual((status, errors), (0, ""))
         self.assertIn("goes on after step 44 of 88", out)
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
+
+    def test_another_dataset_in_the_same_place_is_noticed(self):
+        data_dir = self.directory / "data"
+        shutil.copytree(_DATA / "cifar10", data_dir / "cifar10")
+        flags = (
+            "--config.dataset=cifar10",
+            f"--config.data_dir={data_dir}",
+            "--config.num_epochs=1",
+            f"--workdir={self.directory / 'moved'}",
+        )
+        status, _, errors = commands.run("train.main", *commands.TINY, *flags)
+        self.assertEqual((status, errors), (0, ""))
+        for path in data_dir.rglob("dataset_info.json"):
+            content = json.loads(path.read_text())
+            for split in content["splits"]:
+                split["shardLengths"] = ["40" for _ in split["shardLengths"]]
+            path.write_text(json.dumps(content))
+        status, _, errors = commands.run("train.main", *commands.TINY, *flags)
+        self.assertEqual(status, 2)
+        self.assertNotIn("Traceback", errors)
 
     def test_a_workdir_that_cannot_be_written_is_told_first(self):
         file = self.directory / "file"

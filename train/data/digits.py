@@ -5,8 +5,6 @@ They are the test set of the UCI data set "Optical Recognition of Handwritten Di
 """
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 
 from train.data.arrays import Examples
 
@@ -19,6 +17,10 @@ def split() -> tuple[Examples, Examples]:
 
     Images are of shape (8, 8, 1), scaled from 17 levels to [0, 255].
     """
+    # A third of the start of every command, and of no use to other datasets.
+    import sklearn.datasets  # noqa: PLC0415
+    import sklearn.model_selection  # noqa: PLC0415
+
     digits = sklearn.datasets.load_digits()
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     parts = sklearn.model_selection.train_test_split(
