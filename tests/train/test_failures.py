@@ -6,14 +6,15 @@ import resource
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from tests.data import write_tiny_datasets as tiny
 from tests.train import commands
 from train import data
 
-_DATA = Path(__file__).parents[1] / "data" / "tensorflow_datasets"
 _SHORT = ("--config.num_epochs=2",)
 
 
@@ -84,7 +85,7 @@ class FailuresTest(parameterized.TestCase):
 
     def test_another_dataset_in_the_same_place_is_noticed(self):
         data_dir = self.directory / "data"
-        shutil.copytree(_DATA / "cifar10", data_dir / "cifar10")
+        tiny.write(data_dir)
         flags = (
             "--config.dataset=cifar10",
             f"--config.data_dir={data_dir}",
@@ -93,13 +94,12 @@ class FailuresTest(parameterized.TestCase):
         )
         status, _, errors = commands.run("train.main", *commands.TINY, *flags)
         self.assertEqual((status, errors), (0, ""))
-        for path in data_dir.rglob("dataset_info.json"):
-            content = json.loads(path.read_text())
-            for split in content["splits"]:
-                split["shardLengths"] = ["40" for _ in split["shardLengths"]]
-            path.write_text(json.dumps(content))
+        shutil.rmtree(data_dir)
+        with mock.patch.dict(tiny.EXAMPLES, train=40):
+            tiny.write(data_dir)
         status, _, errors = commands.run("train.main", *commands.TINY, *flags)
         self.assertEqual(status, 2)
+        self.assertIn("began with 48 training examples of 'cifar10'", errors)
         self.assertNotIn("Traceback", errors)
 
     def test_a_workdir_that_cannot_be_written_is_told_first(self):
