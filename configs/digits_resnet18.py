@@ -6,7 +6,7 @@ The images are scaled to CIFAR's 32x32, for which the model's stem is made.
 from ml_collections import ConfigDict
 
 from train import variants
-from train.config import model_section
+from train.config import dropit_section, model_section
 from train.defaults import get_defaults
 
 
@@ -21,6 +21,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = model_section("resnet18", width=16, stem="cifar")
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
+    config.dropit = (
+        dropit_section()
+    )  # what is not as in the preset: rate=0.9
 
     config.optimizer.learning_rate = 0.1
     config.optimizer.weight_decay = 5e-4

@@ -6,7 +6,7 @@ It reads the 8x8 images as 16 patches of 2x2.
 from ml_collections import ConfigDict
 
 from train import variants
-from train.config import model_section
+from train.config import dropit_section, model_section
 from train.defaults import get_defaults
 
 
@@ -21,6 +21,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = model_section("vit_mu", patch_size=2, pool="gap")
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
+    config.dropit = (
+        dropit_section()
+    )  # what is not as in the preset: rate=0.9
 
     config.optimizer.learning_rate = 0.2
     config.optimizer.clip_norm = 1.0

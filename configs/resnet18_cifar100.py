@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from train import variants
-from train.config import model_section
+from train.config import dropit_section, model_section
 from train.defaults import get_defaults
 
 
@@ -19,6 +19,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = model_section("resnet18", width=64, stem="cifar")
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
+    config.dropit = (
+        dropit_section()
+    )  # what is not as in the preset: rate=0.9
 
     # Not in the paper; Zagoruyko and Komodakis, 2016, §3, whose epochs and steps of the
     # learning rate these are. The decay is of kernels alone, theirs of all parameters.

@@ -6,7 +6,7 @@ Images are scaled to 128x128, which gives 64 patches of 16x16.
 from ml_collections import ConfigDict
 
 from train import variants
-from train.config import model_section
+from train.config import dropit_section, model_section
 from train.defaults import get_defaults
 
 
@@ -25,6 +25,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "vit_ti", patch_size=16, pool="gap", positions="sincos", drop_path=0.1
     )
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
+    config.dropit = (
+        dropit_section()
+    )  # what is not as in the preset: rate=0.9
 
     config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 1e-4

@@ -664,8 +664,7 @@ class ErrorTest(_TestCase):
         )
         # The head is one of another width.
         self.assertIn(f"{path}: {count} arrays do not fit", message)
-        self.assertLen(message.splitlines(), 1 + 20 + 1)
-        self.assertIn(f"and {count - 20} more", message)
+        self.assertLen(message.splitlines(), 1 + count)
 
     def test_every_shape_that_does_not_fit_is_listed(self):
         message = self.message(self.write(_google()), _specs(_vit(patch_size=2), 8))

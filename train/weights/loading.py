@@ -14,9 +14,6 @@ from train.weights.errors import WeightsError
 from train.weights.positions import resize
 from train.weights.tensors import CLS, HEAD, POSITIONS, Specs, Tensor, Tensors
 
-# Differences that an error lists.
-_LISTED = 20
-
 
 def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Variables with the values of a file.
@@ -155,9 +152,7 @@ def _converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
 
 
 def _summary(lines: list[str]) -> str:
-    rest = len(lines) - _LISTED
-    more = [f"and {rest} more"] if rest > 0 else []
-    listed = "".join(f"\n  {line}" for line in [*lines[:_LISTED], *more])
+    listed = "".join(f"\n  {line}" for line in lines)
     return (
         f"{len(lines)} arrays do not fit. Configure the model that the file is of, or "
         f"name another file.{listed}"
