@@ -19,9 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = model_section("resnet18", width=64, stem="cifar")
     config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
-    config.dropit = (
-        dropit_section()
-    )  # what is not as in the preset: rate=0.9
+    config.dropit = dropit_section()  # what is not as in the preset: rate=0.9
 
     # Not in the paper; Zagoruyko and Komodakis, 2016, §3, whose epochs and steps of the
     # learning rate these are. The decay is of kernels alone, theirs of all parameters.
