@@ -3,9 +3,9 @@
 `python -m benchmarks.data [--data_dir=DIR] [--batches=50] [--rounds=5]`
 
 CIFAR-10 has to be prepared (`python -m train.prepare cifar10`), in DIR, in
-`shared/datasets/tensorflow_datasets` beside the clone, or where TFDS has it. The variants take turns
-in one run, and the ratio of each to the first is that of the same turn: the median of
-all turns is printed.
+`shared/datasets/tensorflow_datasets` beside the clone, or where TFDS has it. The
+variants take turns in one run, and the ratio of each to the first is that of the same
+turn: the median of all turns is printed.
 """
 
 import argparse
