@@ -38,6 +38,7 @@ class PresetsTest(parameterized.TestCase):
             f"--config.remat={remat}",
             f"--config.seed={seed}",
             f"--workdir={workdir}",
+            optimise=True,
         )
         self.assertEqual((status, errors), (0, ""))
         rows = records.read(workdir / "metrics.csv")
