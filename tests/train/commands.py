@@ -24,19 +24,13 @@ TINY = (
 _CACHE = Path(tempfile.gettempdir()) / f"dropit-jax-tests-{os.getuid()}"
 
 
-def start(module, *arguments, devices=1, optimise=False):
-    """Starts `python -m module`; its output is text.
-
-    Programs are small and run a few times: LLVM need not optimise them.
-    """
-    xla_flags = f"--xla_force_host_platform_device_count={devices}"
-    if not optimise:
-        xla_flags += " --xla_backend_optimization_level=0"
+def start(module, *arguments, devices=1):
+    """Starts `python -m module`; its output is text."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": xla_flags,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
@@ -48,9 +42,9 @@ def start(module, *arguments, devices=1, optimise=False):
     )
 
 
-def run(module, *arguments, **options):
+def run(module, *arguments, devices=1):
     """Runs `python -m module` to its end: (exit status, output, errors)."""
-    process = start(module, *arguments, **options)
+    process = start(module, *arguments, devices=devices)
     out, errors = process.communicate()
     return process.returncode, out, errors
 

@@ -16,16 +16,19 @@ _LAST = 3
 class PresetsTest(parameterized.TestCase):
     def test_they_train_the_digits_to_within_a_point_of_the_baseline(self):
         accuracy = {
-            memory: statistics.mean(
-                self._reached(memory, "none", seed) for seed in _SEEDS
+            (memory, remat): statistics.mean(
+                self._reached(memory, remat, seed) for seed in _SEEDS
             )
-            for memory in ("baseline", "dropit", "lean")
+            for memory, remat in (
+                ("baseline", "none"),
+                ("dropit", "none"),
+                ("lean", "none"),
+            )
         }
-        self.assertGreater(accuracy["baseline"], 0.95)
+        baseline = accuracy["baseline", "none"]
+        self.assertGreater(baseline, 0.95)
         for name, reached in accuracy.items():
-            self.assertGreaterEqual(reached, accuracy["baseline"] - 0.01, name)
-        blocks = self._reached("lean", "blocks", _SEEDS[0])
-        self.assertGreaterEqual(blocks, accuracy["baseline"] - 0.02)
+            self.assertGreaterEqual(reached, baseline - 0.01, name)
 
     def _reached(self, memory, remat, seed):
         workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -38,7 +41,6 @@ class PresetsTest(parameterized.TestCase):
             f"--config.remat={remat}",
             f"--config.seed={seed}",
             f"--workdir={workdir}",
-            optimise=True,
         )
         self.assertEqual((status, errors), (0, ""))
         rows = records.read(workdir / "metrics.csv")
