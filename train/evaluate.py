@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from train import cli, selection
+from train import cli, restoration
 from train import job as job_lib
 from train.data_dir import DATA_DIR
 from train.evaluation import evaluator
@@ -11,11 +11,11 @@ from train.terminal import Terminal
 
 def main(workdir: Path) -> None:
     """Prints loss and accuracy of the checkpoint on the test examples."""
-    config, terminal = selection.config_of(workdir), Terminal()
+    config, terminal = restoration.config_of(workdir), Terminal()
     if DATA_DIR.value:
         config.data_dir = DATA_DIR.value
     job = job_lib.prepare(config)
-    step, state = selection.restore(job.abstract, workdir, terminal.say)
+    step, state = restoration.restore(job.abstract, workdir, terminal.say)
     test = evaluator(job)(state)
     terminal.say(
         f"step {step}  test loss {test.loss:.4f}  accuracy {test.accuracy:.2%}  "

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from train import beginning, data, failure, optim, processes
 from train import config as config_lib
+from train import data, failure, initialisation, optim, processes
 from train import job as job_lib
 from train import mesh as mesh_lib
 from train import step as step_lib
@@ -91,7 +91,7 @@ def _train(
         meter.restore(position["meter"])
         terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
     else:
-        done, state = 0, beginning.initial_state(job)
+        done, state = 0, initialisation.initial_state(job)
     workdir_lib.claim(workdir, config)
 
     def save(test_accuracy: float | None = None) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import data, images, losses, models, optim
+from train import data, losses, models, normalisation, optim
 from train.accumulation import accumulate
 
 
@@ -124,7 +124,7 @@ def train_step(config: ConfigDict) -> TrainStep:
     labels and mixed images where the config asks for them.
     """
     model, optimizer = create_model(config), create_optimizer(config)
-    normalise = images.normaliser(config)
+    normalise = normalisation.normaliser(config)
 
     def loss_fn(
         params: Any, batch_stats: Any, batch: data.Batch, rng: Array
@@ -173,7 +173,7 @@ def train_step(config: ConfigDict) -> TrainStep:
 
 def evaluation_step(config: ConfigDict) -> EvaluationStep:
     """The function that sums loss and correct answers over a batch."""
-    model, normalise = create_model(config), images.normaliser(config)
+    model, normalise = create_model(config), normalisation.normaliser(config)
 
     def step(state: State, batch: data.Batch) -> Sums:
         inputs = normalise(batch["image"])

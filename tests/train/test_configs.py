@@ -256,8 +256,8 @@ class CompileTest(parameterized.TestCase):
         self.assertEqual(model.params, params)
         self.assertAlmostEqual(model.macs / macs, 1, delta=0.01)
 
-    # Those of the paper take up to a minute each to compile.
-    @parameterized.parameters(*_NAMES, "digits_vit:paper")
+    # The others of the paper take up to a minute each to compile.
+    @parameterized.parameters(*_NAMES, "resnet18_cifar100:paper", "digits_vit:paper")
     def test_the_whole_step_is_what_it_is_said_to_be(self, file):
         name = file.partition(":")[0]
         (batch, side, channels), model, available = _PUBLISHED[name]

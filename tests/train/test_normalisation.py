@@ -3,14 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from train import data, images
+from train import data, normalisation
 from train.defaults import get_defaults
 
 
 def _normaliser(dataset, normalise):
     config = get_defaults()
     config.dataset, config.normalise = dataset, normalise
-    return images.normaliser(config)
+    return normalisation.normaliser(config)
 
 
 def _pixels(channels):
