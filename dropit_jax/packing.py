@@ -1,8 +1,5 @@
 """Small unsigned codes packed into bytes."""
 
-import functools
-import operator
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt8
@@ -31,9 +28,11 @@ def pack(codes: Shaped[Array, "*rows count"], bits: int) -> UInt8[Array, "*rows 
     if missing := -count % per_byte:
         codes = jnp.pad(codes, [(0, 0)] * len(rows) + [(0, missing)])
     codes = codes.reshape(*rows, (count + missing) // per_byte, per_byte)
-    # Slices and shifts, not a sum over the last axis: they fuse into one loop.
-    places = (codes[..., place] << (place * bits) for place in range(per_byte))
-    return functools.reduce(operator.or_, places)
+    # A sum, not a chain of slices and shifts: XLA's CPU compiler, which heeds no
+    # barriers, would fuse such a chain into whatever unpacks it, and compute all that
+    # is packed once more for each of the codes.
+    places = jnp.arange(per_byte, dtype=jnp.uint8) * bits
+    return jnp.sum(codes << places, axis=-1, dtype=jnp.uint8)
 
 
 def unpack(
