@@ -12,7 +12,7 @@ from tests.dropit_jax import reference
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # (chunk size, kept): one pass, several, ranks, all but one, all; both sides of
-# MAX_FUSED.
+# MAX_SMALL; columns that are filled up, and more than bytes can count.
 _SIZES = (
     (1, 1),
     (2, 1),
@@ -28,7 +28,16 @@ _SIZES = (
     (64, 63),
     (65, 8),
     (300, 77),
+    (5000, 600),
+    (2**19, 2),
 )
+
+
+def _in_order(indices, size, method):
+    """Indices as `method` gives them: by itself it sorts none of large chunks."""
+    large = size > selection.MAX_SMALL and method == "auto"
+    return np.sort(indices, axis=-1) if large else np.asarray(indices)
+
 
 _top_k = functools.partial(jax.jit, static_argnums=(1, 2))(selection.top_k)
 _top_k_mask = functools.partial(jax.jit, static_argnums=(1, 2))(selection.top_k_mask)
@@ -41,17 +50,17 @@ class TopKTest(parameterized.TestCase):
         x = reference.activation(0, (5, 3, size), dtype)
         expected = jax.jit(lambda x: lax.top_k(jnp.abs(x), k)[1])(x)
         values, indices = _top_k(x, k, method)
+        expected = _in_order(expected, size, method)
         chex.assert_trees_all_equal(indices, expected)
-        reference.assert_same_bits(
-            values, np.take_along_axis(x, np.asarray(expected), axis=-1)
-        )
+        reference.assert_same_bits(values, np.take_along_axis(x, expected, axis=-1))
 
     @parameterized.product(size=_SIZES, method=("auto", "top_k"))
     def test_is_the_twins(self, size, method):
         size, k = size
         x = reference.activation(1, (4, size))
-        expected = [reference.top_k(row, k) for row in x]
-        self.assertEqual(_top_k(x, k, method)[1].tolist(), expected)
+        expected = np.asarray([reference.top_k(row, k) for row in x])
+        expected = _in_order(expected, size, method)
+        chex.assert_trees_all_equal(_top_k(x, k, method)[1], expected)
 
     @parameterized.product(size=_SIZES, dtype=_DTYPES, method=("auto", "top_k"))
     def test_mask_is_where_top_k_is(self, size, dtype, method):
@@ -75,14 +84,23 @@ class TopKTest(parameterized.TestCase):
     def test_nan_then_infinity_count_as_largest(self, size, method):
         x = np.ones((1, size), np.float32)
         x[0, [3, 5, 11]] = [-np.inf, np.nan, np.inf]
-        self.assertEqual(_top_k(x, 4, method)[1].tolist(), [[5, 3, 11, 0]])
+        expected = _in_order([[5, 3, 11, 0]], size, method)
+        chex.assert_trees_all_equal(_top_k(x, 4, method)[1], expected)
 
     def test_small_chunks_need_no_sort(self):
         x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
-        for k in (2, 8):
+        for k in (2, 8, 9):
             text = str(jax.make_jaxpr(lambda x, k=k: selection.top_k(x, k))(x))
             for primitive in ("top_k", "sort", "gather", "scatter"):
                 self.assertNotIn(primitive, text)
+
+    @parameterized.parameters(65, 2**14)
+    def test_large_chunks_need_no_sort(self, size):
+        x = jax.ShapeDtypeStruct((8, size), jnp.float32)
+        for method in (selection.top_k, selection.top_k_mask):
+            text = str(jax.make_jaxpr(lambda x, method=method: method(x, 9))(x))
+            for primitive in ("top_k", "sort"):
+                self.assertNotIn(f" {primitive}[", text)
 
 
 class PlacementTest(parameterized.TestCase):

@@ -1,0 +1,169 @@
+"""Exact selection in chunks of a few elements, by comparisons alone.
+
+Nothing is sorted, gathered or scattered: comparisons, reductions along the chunk and
+chains of selections fuse into a few loops, and need no temporaries of the size of a
+sort's. What these cost grows with the size of the chunk, or with its square.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+
+# Up to so many kept elements a chunk, taking the maximum that many times is faster and
+# needs less memory than ranking every element against every other.
+_MAX_PASSES = 8
+
+_WORD = 32
+
+
+def top_k(
+    x: Float[Array, "*rows size"], scores: Int[Array, "*rows size"], k: int
+) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
+    """The elements of the k largest scores, largest first, and their indices."""
+    indices = _largest_first(scores, k)
+    here = indices[..., :, None] == jnp.arange(x.shape[-1])
+    # By their bits: exact for -0.0 and NaN.
+    taken = jnp.where(here, _bits(x)[..., None, :], 0).max(axis=-1)
+    return _from_bits(taken, x), indices
+
+
+def top_k_of_magnitudes(
+    x: Float[Array, "*rows size"], magnitudes: Int[Array, "*rows size"], k: int
+) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
+    """`top_k`, where the scores are the elements' bits without the sign.
+
+    The passes that find the largest then have all of the element but its sign, which
+    goes with its index.
+    """
+    if k > _MAX_PASSES:
+        return top_k(x, magnitudes, k)
+    sign_bit = 8 * x.dtype.itemsize - 1
+    negative = lax.shift_right_logical(_bits(x), jnp.asarray(sign_bit, _bits(x).dtype))
+    tags = 2 * jnp.arange(x.shape[-1], dtype=jnp.int32) + negative.astype(jnp.int32)
+    scores, tags = _passes(magnitudes, tags, k)
+    signs = (tags & 1).astype(_bits(x).dtype) << sign_bit
+    return _from_bits(scores.astype(signs.dtype) | signs, x), tags >> 1
+
+
+def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
+    """Where the k largest scores of each chunk are, ties to the lower index."""
+    if k > _MAX_PASSES:
+        return _ranks(scores) < k
+    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    score, slot = _passes(scores, jnp.broadcast_to(slots, scores.shape), k)
+    last, at = score[..., -1:], slot[..., -1:]
+    return (scores > last) | ((scores == last) & (slots <= at))
+
+
+def place(
+    values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
+) -> Shaped[Array, "*rows {size}"]:
+    """Chunks of zeros with values at these indices."""
+    slots = jnp.arange(size, dtype=indices.dtype)
+    # A chain of selections, not a sum: it fuses with whatever reads the result.
+    placed = jnp.zeros((*values.shape[:-1], size), values.dtype)
+    for i in range(values.shape[-1]):
+        here = indices[..., i : i + 1] == slots
+        placed = jnp.where(here, values[..., i : i + 1], placed)
+    return placed
+
+
+def compact(
+    x: Shaped[Array, "*rows size"], mask: Bool[Array, "*rows size"], k: int
+) -> Shaped[Array, "*rows {k}"]:
+    """The k elements under the mask, in the order of their indices."""
+    slots, order = _slots(mask), jnp.arange(k)
+    bits = _bits(x)
+    taken = jnp.zeros((*x.shape[:-1], k), bits.dtype)
+    for i in range(x.shape[-1]):
+        here = mask[..., i : i + 1] & (slots[..., i : i + 1] == order)
+        taken = jnp.where(here, bits[..., i : i + 1], taken)
+    return _from_bits(taken, x)
+
+
+def expand(
+    values: Shaped[Array, "*rows k"], mask: Bool[Array, "*rows size"]
+) -> Shaped[Array, "*rows size"]:
+    """The inverse of `compact`: values under the mask, zero elsewhere."""
+    slots = _slots(mask)
+    placed = jnp.zeros(mask.shape, values.dtype)
+    for i in range(values.shape[-1]):
+        placed = jnp.where(mask & (slots == i), values[..., i : i + 1], placed)
+    return placed
+
+
+def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
+    """Indices of the k largest, largest first, ties to the lower index."""
+    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    if k <= _MAX_PASSES:
+        return _passes(scores, jnp.broadcast_to(slots, scores.shape), k)[1]
+    order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
+    return jnp.where(order, slots, 0).max(axis=-1)
+
+
+def _passes(
+    scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"], k: int
+) -> tuple[Int[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
+    """The k largest scores, ties to the lower tag, and their tags.
+
+    Args:
+      scores: not negative.
+      tags: in the order of the indices.
+      k: how many.
+    """
+    least = np.array(-1, scores.dtype)
+    greatest = np.array(np.iinfo(np.int32).max, np.int32)
+
+    def larger(
+        one: tuple[Array, Array], other: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
+        (a, tag_a), (b, tag_b) = one, other
+        first = (a > b) | ((a == b) & (tag_a < tag_b))
+        return jnp.where(first, a, b), jnp.where(first, tag_a, tag_b)
+
+    found: list[tuple[Array, Array]] = []
+    for _ in range(k):
+        left = scores
+        if found:
+            # Those that come after the last that was found: no need to know the others.
+            last, at = found[-1][0][..., None], found[-1][1][..., None]
+            after = (scores < last) | ((scores == last) & (tags > at))
+            left = jnp.where(after, scores, least)
+        axes = (scores.ndim - 1,)
+        found.append(tuple(lax.reduce((left, tags), (least, greatest), larger, axes)))
+    by_score, by_tag = zip(*found, strict=True)
+    return jnp.stack(by_score, axis=-1), jnp.stack(by_tag, axis=-1)
+
+
+def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
+    """How many elements of the chunk come before each: larger, or equal and earlier."""
+    slots = jnp.arange(scores.shape[-1])
+    ranks = jnp.zeros(scores.shape, jnp.int32)
+    # One comparison after the other: a sum over pairs would be a pass of its own.
+    for i in range(scores.shape[-1]):
+        least = scores - (i < slots).astype(scores.dtype)  # so that equal ones count
+        ranks += (scores[..., i : i + 1] > least).astype(jnp.int32)
+    return ranks
+
+
+def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
+    """The place of each masked element among the masked elements of its chunk."""
+    size = mask.shape[-1]
+    slots = jnp.zeros(mask.shape, jnp.int32)
+    for start in range(0, size, _WORD):
+        part = mask[..., start : start + _WORD].astype(jnp.uint32)
+        places = jnp.arange(part.shape[-1], dtype=jnp.uint32)
+        word = jnp.sum(part << places, axis=-1, keepdims=True, dtype=jnp.uint32)
+        before = np.clip(np.arange(size) - start, 0, _WORD)
+        earlier = word & jnp.asarray((1 << before) - 1, jnp.uint32)
+        slots += lax.population_count(earlier).astype(jnp.int32)
+    return slots
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _from_bits(bits: Array, like: Array) -> Array:
+    return lax.bitcast_convert_type(bits, like.dtype)
