@@ -1,18 +1,23 @@
 """Where kept elements belong: as indices in their chunks, or as a bitmap.
 
 `encode` gives the kept values of a tensor in rows, chunk after chunk, and their
-positions; `decode` puts values back.
+positions; `decode` puts values back. Whole chunks go by `kernels`, which is plain JAX
+too where there is no GPU; all others here.
 """
 
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
-from dropit_jax import chunking, packing, selection
+from dropit_jax import chunking, packing, selection, shardings
 from dropit_jax.chunking import Chunking
+from dropit_jax.kernels import dispatch, plan
 from dropit_jax.policy import DropIT
 
 
-def choose(chunks: Chunking, dropit: DropIT) -> str:
+def choose(chunks: Chunking, dropit: DropIT) -> Literal["index", "bitmap"]:
     """`"index"` or `"bitmap"`: how positions are stored.
 
     `"auto"` takes the one of fewer bytes, and of two equal ones the index.
@@ -25,7 +30,11 @@ def choose(chunks: Chunking, dropit: DropIT) -> str:
 
 
 def encode(
-    x: Array, chunks: Chunking, dropit: DropIT, scores: Array | None
+    x: Array,
+    chunks: Chunking,
+    dropit: DropIT,
+    scores: Array | None,
+    value_dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array]:
     """The kept values and their positions.
 
@@ -34,20 +43,85 @@ def encode(
       chunks: how a row is cut.
       dropit: what to keep.
       scores: what to rank elements by; `None`: their magnitude.
+      value_dtype: a floating type, that of the kept values.
     """
+    by_kernel = _plan(chunks, dropit, value_dtype)
+    shards = shardings.shards(x, -1) if x.ndim else 1
+    if (
+        by_kernel is not None
+        and scores is None
+        and plan.supported(x.dtype, by_kernel)
+        and chunks.count // by_kernel.unit % shards == 0
+    ):
+        units = _in_units(x, chunks.count // by_kernel.unit)
+        values, positions = dispatch.compress(units, by_kernel)
+        return _out_of_units(values), _out_of_units(positions)
     segments = chunking.split(x, chunks.segments)
     ranked: list[Array] | list[None] = [None] * len(segments)
     if scores is not None:
         ranked = chunking.split(scores, chunks.segments)
     if choose(chunks, dropit) == "bitmap":
-        return _to_bitmap(segments, ranked, dropit)
-    return _to_indices(segments, ranked, chunks, dropit)
+        values, positions = _to_bitmap(segments, ranked, dropit)
+    else:
+        values, positions = _to_indices(segments, ranked, chunks, dropit)
+    return values.astype(value_dtype), positions
 
 
-def decode(values: Array, positions: Array, chunks: Chunking, dropit: DropIT) -> Array:
-    """Kept values in their places, and zero elsewhere: shape (*rows, row size)."""
+def decode(
+    values: Array,
+    positions: Array,
+    chunks: Chunking,
+    dropit: DropIT,
+    dtype: jax.typing.DTypeLike,
+) -> Array:
+    """Kept values in their places, and zero elsewhere.
+
+    Args:
+      values: shape (*rows, kept of a row).
+      positions: of these values.
+      chunks: how a row is cut.
+      dropit: what was kept.
+      dtype: the result's.
+
+    Returns:
+      The tensor, of shape (*rows, row size).
+    """
+    by_kernel = _plan(chunks, dropit, values.dtype)
+    if by_kernel is not None and plan.supported(dtype, by_kernel):
+        count = chunks.count // by_kernel.unit
+        if all(count % shardings.shards(x, -1) == 0 for x in (values, positions)):
+            units = _in_units(values, count), _in_units(positions, count)
+            rows = _out_of_units(dispatch.decompress(*units, by_kernel, dtype))
+            return chunking.whole(rows, chunks)
     place = _from_bitmap if choose(chunks, dropit) == "bitmap" else _from_indices
-    return chunking.whole(place(values, positions, chunks, dropit), chunks)
+    rows = place(values.astype(dtype), positions, chunks, dropit)
+    return chunking.whole(rows, chunks)
+
+
+def _plan(
+    chunks: Chunking, dropit: DropIT, value_dtype: jax.typing.DTypeLike
+) -> plan.Plan | None:
+    """What to ask a kernel for; `None` where it takes more than whole chunks."""
+    if dropit.selection != "auto" or chunks.tail or not chunks.count:
+        return None
+    asked = plan.Plan(
+        size=chunks.size,
+        kept=dropit.kept(chunks.size),
+        encoding=choose(chunks, dropit),
+        value_dtype=jnp.dtype(value_dtype).name,
+    )
+    whole = plan.supported("float32", asked) and chunks.count % asked.unit == 0
+    return asked if whole else None
+
+
+def _in_units(x: Array, units: int) -> Array:
+    """Cuts the last axis into units."""
+    return x.reshape(*x.shape[:-1], units, x.shape[-1] // units)
+
+
+def _out_of_units(x: Array) -> Array:
+    """The inverse of `_in_units`."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _kept(chunks: Chunking, dropit: DropIT) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 Strategy = Literal["min_k", "random"]
 Granularity = Literal["element", "channel"]
 Encoding = Literal["auto", "index", "bitmap"]
-Selection = Literal["auto", "top_k"]
+Selection = Literal["auto", "xla", "top_k"]
 ValueDtype = Literal["bfloat16", "float16", "int8", "int4", "int2"]
 Rounding = Literal["nearest", "stochastic"]
 Fill = Literal["zero", "mean"]
@@ -20,7 +20,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "strategy": ("min_k", "random"),
     "granularity": ("element", "channel"),
     "encoding": ("auto", "index", "bitmap"),
-    "selection": ("auto", "top_k"),
+    "selection": ("auto", "xla", "top_k"),
     "value_dtype": (None, "bfloat16", "float16", "int8", "int4", "int2"),
     "rounding": ("nearest", "stochastic"),
     "fill": ("zero", "mean"),
@@ -55,8 +55,10 @@ class DropIT:
       encoding: how the kept positions are stored: `"index"`, one index of the smallest
         width that holds D for each kept element; `"bitmap"`, one bit for each
         element of the tensor; `"auto"`, the smaller of the two.
-      selection: how the largest of a chunk are found: `"top_k"` calls `lax.top_k`,
-        `"auto"` the fastest exact method for this D. The result is the same.
+      selection: how the largest of a chunk are found: `"auto"`, by the fastest exact
+        method for this D, on an NVIDIA GPU a kernel of our own; `"xla"`, without that
+        kernel; `"top_k"`, by `lax.top_k` to the letter. All keep the same elements;
+        in chunks of more than 64 by index, only `"top_k"` stores them by magnitude.
       value_dtype: the type in which kept values are stored; `None`: the activation's.
         What `"float16"` does not hold (beyond 65504) becomes infinity there.
         The integer types are unsigned codes, packed, with a minimum and a scale for

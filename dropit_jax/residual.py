@@ -60,10 +60,9 @@ class Residual:
         values = self.values
         if isinstance(values, Quantized):
             values = values.dequantize(self.dtype)
-        values = values.astype(self.dtype)
         if self.positions is None:
-            return values
-        placed = _place(values, self.positions, self.shape, self.dropit)
+            return values.astype(self.dtype)
+        placed = _place(values, self.positions, self.shape, self.dropit, self.dtype)
         if self.means is None:
             return placed
         kept = _kept_mask(self.positions, values, self.shape, self.dropit)
@@ -160,7 +159,7 @@ def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array |
     if random_key is not None:
         scores = selection.random_scores(random_key, rows.shape)
         scores = shardings.like(scores, rows)
-    return encodings.encode(rows, chunks, dropit, scores)
+    return encodings.encode(rows, chunks, dropit, scores, _kept_dtype(x, dropit))
 
 
 def _index_dtype(count: int) -> jax.typing.DTypeLike:
@@ -172,20 +171,24 @@ def _index_dtype(count: int) -> jax.typing.DTypeLike:
 
 
 def _place(
-    values: Array, positions: Array, shape: tuple[int, ...], dropit: DropIT
+    values: Array,
+    positions: Array,
+    shape: tuple[int, ...],
+    dropit: DropIT,
+    dtype: jax.typing.DTypeLike,
 ) -> Array:
     """Kept values in their places, and zero elsewhere."""
     if dropit.granularity == "channel":
-        return channels.place(values, positions, shape[-1])
+        return channels.place(values.astype(dtype), positions, shape[-1])
     chunks = chunking.cut(shape, dropit.chunk_size)
-    return encodings.decode(values, positions, chunks, dropit).reshape(shape)
+    return encodings.decode(values, positions, chunks, dropit, dtype).reshape(shape)
 
 
 def _kept_mask(
     positions: Array, values: Array, shape: tuple[int, ...], dropit: DropIT
 ) -> Array:
     ones = jnp.ones(values.shape, jnp.uint8)
-    return _place(ones, positions, shape, dropit).astype(bool)
+    return _place(ones, positions, shape, dropit, ones.dtype).astype(bool)
 
 
 def _dropped_means(
@@ -196,6 +199,11 @@ def _dropped_means(
     wide = jnp.where(kept, 0, x).astype(jnp.promote_types(x.dtype, jnp.float32))
     dropped = jnp.sum(~kept, axis=positions)
     return jnp.sum(wide, axis=positions) / jnp.maximum(dropped, 1)
+
+
+def _kept_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:
+    """The float type of kept values; codes are made of the activation's own."""
+    return x.dtype if dropit.code_bits else _float_dtype(x, dropit)
 
 
 def _float_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:

@@ -27,7 +27,7 @@ _CASES = {
     ),
     "rate": st.sampled_from(_RATES),
     "encoding": st.sampled_from(("auto", "index", "bitmap")),
-    "method": st.sampled_from(("auto", "top_k")),
+    "method": st.sampled_from(("auto", "xla", "top_k")),
     "dtype": st.sampled_from(_DTYPES),
     "seed": st.integers(0, 2**16),
 }

@@ -1,0 +1,109 @@
+"""What the kernels compute, in plain JAX: the definition that they are tested against.
+
+Values are copied by their bits, and cast only to `Plan.value_dtype` and back.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped, UInt8, UInt16
+
+from dropit_jax import packing, selection
+from dropit_jax.kernels.plan import Plan, cast_bits, from_bits, to_bits
+
+# Packed bytes, or indices.
+Positions = UInt8[Array, "*rows units stored"] | UInt16[Array, "*rows units stored"]
+
+
+def compress(x: Float[Array, "*rows units elements"], plan: Plan) -> tuple[Array, ...]:
+    """Keeps the largest magnitudes of each chunk.
+
+    Args:
+      x: `elements` is `plan.unit * plan.size`: whole chunks.
+      plan: how they are stored.
+
+    Returns:
+      The kept values, (*rows, units, plan.unit * plan.kept); their positions,
+      (*rows, units, plan.positions); and where `plan.sign` is set the sign bits,
+      (*rows, units, plan.sign_bytes).
+    """
+    lead = x.shape[:-1]
+    chunks = x.reshape(*lead, plan.unit, plan.size)
+    values, positions = _select(chunks, plan)
+    if values.dtype != plan.value_dtype:
+        values = values.astype(plan.value_dtype)
+    stored = (values.reshape(*lead, plan.unit * plan.kept), positions)
+    return (*stored, packing.pack(positive(x), 1)) if plan.sign else stored
+
+
+def decompress(
+    values: Float[Array, "*rows units kept"],
+    positions: Positions,
+    plan: Plan,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "*rows units elements"]:
+    """Puts kept values back in their places, and zero elsewhere.
+
+    Args:
+      values: as `compress` returns them.
+      positions: as `compress` returns them.
+      plan: what they were made by.
+      dtype: the result's.
+    """
+    kept = cast_bits(to_bits(values), values.dtype, dtype)
+    return from_bits(placed(kept, positions, plan), dtype)
+
+
+def placed(
+    kept: Shaped[Array, "*rows units kept"], positions: Positions, plan: Plan
+) -> Shaped[Array, "*rows units elements"]:
+    """Kept elements of any type in their places, and zero elsewhere."""
+    lead = kept.shape[:-1]
+    kept = kept.reshape(*lead, plan.unit, plan.kept)
+    shape = (*lead, plan.unit, plan.size)
+    if plan.encoding == "bitmap":
+        mask = packing.unpack(positions, 1, plan.unit * plan.size).astype(bool)
+        whole = selection.expand(kept, mask.reshape(shape))
+    else:
+        if plan.packed:
+            positions = packing.unpack(positions, 4, plan.unit * plan.kept)
+        whole = selection.place(kept, positions.reshape(kept.shape), plan.size)
+    return whole.reshape(*lead, plan.unit * plan.size)
+
+
+def decompress_transposed(
+    values: Float[Array, "batch positions units kept"],
+    positions: Positions,
+    plan: Plan,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "batch channels positions"]:
+    """`decompress`, with the channels (the chunks' elements) before the positions."""
+    whole = decompress(values, positions, plan, dtype)
+    batch, count, units, elements = whole.shape
+    return whole.reshape(batch, count, units * elements).swapaxes(1, 2)
+
+
+def positive(x: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Where x > 0, by its bits: also where denormal numbers are flushed to zero."""
+    bits = to_bits(x)
+    return (bits > 0) & (bits <= to_bits(jnp.array(jnp.inf, x.dtype)))
+
+
+def _select(
+    chunks: Float[Array, "*lead size"], plan: Plan
+) -> tuple[Shaped[Array, "*lead kept"], Positions]:
+    """The kept elements of chunks, and their stored positions."""
+    lead, k = chunks.shape[:-2], plan.kept
+    if plan.ordered:
+        values, indices = selection.top_k(chunks, k)
+        if plan.packed:
+            indices = indices.reshape(*lead, plan.unit * k)
+            return values, packing.pack(indices, plan.index_bits)
+    else:
+        mask = selection.top_k_mask(chunks, k)
+        values = from_bits(selection.compact(to_bits(chunks), mask, k), chunks.dtype)
+        if plan.encoding == "bitmap":
+            mask = mask.reshape(*lead, plan.unit * plan.size)
+            return values, packing.pack(mask, 1)
+        slots = jnp.broadcast_to(jnp.arange(plan.size), chunks.shape)
+        indices = selection.compact(slots, mask, k)
+    return values, indices.reshape(*lead, k).astype(plan.position_dtype)

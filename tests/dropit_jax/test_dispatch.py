@@ -1,0 +1,252 @@
+"""Where kernels run, and that they move nothing between devices."""
+
+import dataclasses
+import functools
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dropit_jax
+from dropit_jax import DropIT
+from dropit_jax.kernels import Plan, dispatch, twins
+from dropit_jax.kernels.compress import compress
+from dropit_jax.kernels.decompress import decompress
+from dropit_jax.memory import devices, gpu_compiler, report
+from tests.dropit_jax import reference
+
+_PLAN = Plan(16, 3, "index", "bfloat16", sign=True)
+_SHAPE = (8, 2, 4, _PLAN.unit * 16)
+_SPECS = (
+    P("data"),
+    P("data", None, "model"),
+    P(("data", "model")),
+    P(None, "model", "data"),
+)
+_MOVES = re.compile(r" (all-\w+|reduce-scatter|collective-permute)(-start)?\(")
+
+# Emulated, and otherwise as on a GPU.
+_compress = dispatch.on_every_device(
+    functools.partial(compress, plan=_PLAN, interpret=True), 3
+)
+_decompress = dispatch.on_every_device(
+    functools.partial(decompress, plan=_PLAN, dtype="float32", interpret=True), 1
+)
+
+
+def _round_trip(x):
+    values, positions, signs = _compress(x)
+    return values, positions, signs, _decompress(values, positions)
+
+
+def _expected(x):
+    values, positions, signs = jax.jit(twins.compress, static_argnums=1)(x, _PLAN)
+    whole = twins.decompress(values, positions, _PLAN, "float32")
+    return values, positions, signs, whole
+
+
+def _mesh(axis_type):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+class MeshTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.x = jnp.asarray(reference.activation(0, _SHAPE))
+
+    def check(self, results):
+        for result, expected in zip(results, _expected(self.x), strict=True):
+            reference.assert_same_bits(np.asarray(result), np.asarray(expected))
+
+    @parameterized.product(spec=_SPECS, axis_type=(AxisType.Auto, AxisType.Explicit))
+    def test_each_device_computes_its_part(self, spec, axis_type):
+        mesh = _mesh(axis_type)
+        with jax.set_mesh(mesh):
+            x = jax.device_put(self.x, NamedSharding(mesh, spec))
+            step = jax.jit(_round_trip).lower(x).compile()
+            results = step(x)
+        self.assertIsNone(_MOVES.search(step.as_text()))
+        for result in results:
+            self.assertTrue(result.sharding.is_equivalent_to(x.sharding, result.ndim))
+        self.check(results)
+
+    def test_without_a_mesh_in_force(self):
+        sharding = NamedSharding(_mesh(AxisType.Auto), P("data"))
+        x = jax.device_put(self.x, sharding)
+        step = jax.jit(_round_trip).lower(x).compile()
+        self.assertIsNone(_MOVES.search(step.as_text()))
+        self.check(step(x))
+
+    def test_chunks_on_several_devices_come_together(self):
+        sharding = NamedSharding(_mesh(AxisType.Auto), P(None, None, None, "model"))
+        self.check(jax.jit(_round_trip)(jax.device_put(self.x, sharding)))
+
+    def test_within_shard_map(self):
+        spec = P("data", "model")
+        mapped = jax.shard_map(
+            _round_trip,
+            mesh=_mesh(AxisType.Auto),
+            in_specs=spec,
+            out_specs=spec,
+            check_vma=False,  # which emulated kernels do not pass
+        )
+        self.check(jax.jit(mapped)(self.x))
+
+    def test_kernels_differ_by_device_within_shard_map(self):
+        policy, spec = DropIT(), P("data", "model")
+
+        def round_trip(x):
+            return dropit_jax.compress(x, policy).decompress()
+
+        mesh = _mesh(AxisType.Auto)
+        mapped = jax.shard_map(round_trip, mesh=mesh, in_specs=spec, out_specs=spec)
+        traced = jax.jit(mapped).trace(self.x)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        self.assertEqual(text.count("xla.gpu.triton"), 2)
+        result = jax.jit(mapped)(self.x)
+        np.testing.assert_array_equal(result, jax.jit(round_trip)(self.x))
+
+    @parameterized.parameters(0, 1, 2)
+    def test_vmap(self, axis):
+        self.check(jax.jit(jax.vmap(_round_trip, axis, axis))(self.x))
+
+    def test_vmap_of_one_operand(self):
+        values, positions, _ = twins.compress(self.x, _PLAN)
+        whole = jax.vmap(_decompress, (None, 0))(values[0], positions)
+        one = jnp.broadcast_to(values[0], values.shape)
+        expected = twins.decompress(one, positions, _PLAN, "float32")
+        np.testing.assert_array_equal(whole, expected)
+
+
+class PlatformTest(parameterized.TestCase):
+    def lowered(self, platform, **fields):
+        policy = DropIT(**fields)
+
+        def round_trip(x):
+            return dropit_jax.compress(x, policy).decompress()
+
+        x = jax.ShapeDtypeStruct((4, 2**15), jnp.float32)
+        traced = jax.jit(round_trip).trace(x)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    @parameterized.parameters(
+        {}, {"chunk_size": 64}, {"chunk_size": 2**14}, {"encoding": "bitmap"}
+    )
+    def test_a_gpu_has_kernels(self, **fields):
+        self.assertEqual(self.lowered("cuda", **fields).count("xla.gpu.triton"), 2)
+
+    @parameterized.parameters("cpu", "tpu", "rocm")
+    def test_others_have_none(self, platform):
+        self.assertNotIn("triton", self.lowered(platform))
+
+    @parameterized.parameters(
+        {"selection": "xla"},
+        {"selection": "top_k"},
+        {"chunk_size": 2**14 - 1},
+        {"chunk_size": 2**15},
+    )
+    def test_no_kernel_is_asked_for(self, **fields):
+        self.assertNotIn("triton", self.lowered("cuda", **fields))
+
+    def test_random_elements_are_chosen_without_a_kernel(self):
+        policy = DropIT(strategy="random")
+        x = jax.ShapeDtypeStruct((4, 2**14), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        traced = jax.jit(lambda x, key: dropit_jax.compress(x, policy, key))
+        text = traced.trace(x, key).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertNotIn("triton", text)
+
+    def test_decompression_is_differentiable(self):
+        x, weights = np.random.default_rng(1).normal(size=(2, 4, 64)).astype("float32")
+        residual = dropit_jax.compress(x, DropIT())
+
+        def weighted(values):
+            whole = dataclasses.replace(residual, values=values).decompress()
+            return (whole * weights).sum()
+
+        places = np.concatenate(reference.kept_indices(x, 0.875, 16))
+        expected = weights.reshape(-1)[places]
+        gradient = jax.grad(weighted)(residual.values)
+        np.testing.assert_array_equal(gradient.reshape(-1), expected)
+
+
+class GpuProgramTest(parameterized.TestCase):
+    """What XLA's GPU compiler makes of it; one activation of 32 MiB."""
+
+    def compiled(self, function, *args):
+        """Bytes of temporaries, and the instructions that do something."""
+        with tempfile.TemporaryDirectory() as directory:
+            stats = report._compile_apart(
+                function, args, (), devices.find("h100"), directory
+            )
+            text = Path(directory, gpu_compiler.PROGRAM_FILE).read_text()
+        entry = text[text.index("\nENTRY") :].splitlines()[1:]
+        free = re.compile(r"\b(parameter|constant|tuple|bitcast|get-tuple-element)\(")
+        running = [line for line in entry if " = " in line and not free.search(line)]
+        return stats["temp_bytes"], running, text
+
+    def round_trips(self, policies):
+        """Compressions, and decompressions, of several policies in one program each."""
+        x = jax.ShapeDtypeStruct((64, 128, 1024), jnp.float32)
+
+        def pack(x):
+            return [dropit_jax.compress(x, policy) for policy in policies]
+
+        def unpack(residuals):
+            return [residual.decompress() for residual in residuals]
+
+        packed = jax.eval_shape(pack, x)
+        return self.compiled(pack, x), self.compiled(unpack, packed), packed
+
+    def test_kernels_compress_and_decompress_in_one_pass(self):
+        policies = [
+            DropIT(chunk_size=8),
+            DropIT(),
+            DropIT(value_dtype="bfloat16"),
+            DropIT(0.5),
+            DropIT(chunk_size=32),
+            DropIT(chunk_size=64, encoding="bitmap"),
+            DropIT(chunk_size=2**10),
+        ]
+        for temp_bytes, running, _ in self.round_trips(policies)[:2]:
+            self.assertLen(running, len(policies))
+            for line in running:
+                self.assertIn("__gpu$xla.gpu.triton", line)
+            # The addresses of the results, in blocks of 256 bytes.
+            self.assertLess(temp_bytes, 512 * len(policies))
+
+    @parameterized.parameters((16, 2), (16, 4), (64, 8))
+    def test_without_kernels_small_chunks_take_a_pass_for_each_kept(self, size, k):
+        policy = DropIT(1 - k / size, chunk_size=size, selection="xla")
+        packing, unpacking, (residual,) = self.round_trips([policy])
+        temp_bytes, running, text = packing
+        self.assertLessEqual(len(running), k + 3)
+        self.assertLessEqual(temp_bytes, 4 * residual.nbytes)
+        self.assertNotRegex(text, r" (sort|scatter|gather|while)\(")
+        temp_bytes, running, text = unpacking
+        self.assertLen(running, 1)
+        self.assertLess(temp_bytes, 512)
+        self.assertNotRegex(text, r" (sort|scatter|gather|while)\(")
+
+    def test_without_kernels_decompression_fuses_with_what_reads_it(self):
+        policy = DropIT(selection="xla")
+        x = jax.ShapeDtypeStruct((64, 128, 1024), jnp.float32)
+        residual = jax.eval_shape(lambda x: dropit_jax.compress(x, policy), x)
+        temp_bytes, running, _ = self.compiled(
+            lambda residual, x: jnp.sin(residual.decompress()) * x, residual, x
+        )
+        # No pass over the activation but one; beside it, the indices are unpacked.
+        whole = [line for line in running if "f32[64,128,1024]" in line]
+        self.assertLen(whole, 1)
+        self.assertLessEqual(len(running), 2)
+        self.assertLessEqual(temp_bytes, residual.positions.size * 2 + 512)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,379 @@
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+from dropit_jax.kernels import twins
+from dropit_jax.kernels.compress import compress
+from dropit_jax.kernels.decompress import decompress, decompress_transposed
+from dropit_jax.kernels.plan import Plan, supported
+from tests.dropit_jax import reference
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+# Chunk size, kept, encoding, value dtype, activation dtype. There are sizes on both
+# sides of every limit, whole bytes and parts of them, few kept elements and many.
+_CASES = (
+    (2, 1, "index", "float32", "float32"),
+    (3, 2, "index", "bfloat16", "bfloat16"),
+    (16, 2, "index", "float32", "float32"),
+    (16, 3, "index", "bfloat16", "float32"),
+    (16, 9, "index", "float16", "float16"),
+    (24, 5, "index", "bfloat16", "bfloat16"),
+    (64, 8, "index", "float32", "float16"),
+    (100, 10, "index", "bfloat16", "float32"),
+    (1024, 100, "index", "float16", "float16"),
+    (2**14, 77, "index", "float32", "float32"),
+    (3, 2, "bitmap", "float32", "float32"),
+    (16, 2, "bitmap", "bfloat16", "bfloat16"),
+    (32, 20, "bitmap", "bfloat16", "float32"),
+    (48, 12, "bitmap", "float16", "float16"),
+    (256, 25, "bitmap", "float32", "float32"),
+    (515, 60, "bitmap", "bfloat16", "bfloat16"),
+)
+
+# Targets, and the card for which XLA then writes PTX.
+_TARGETS = (("h100", "sm_90a"), ("a100", "sm_80"), ("a5000", "sm_86"))
+
+# Compiles all the kernels as one program for every target, and prints what it takes.
+_COMPILER = """
+import json, sys
+from pathlib import Path
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from dropit_jax.kernels.compress import compress
+from dropit_jax.kernels.decompress import decompress, decompress_transposed
+from dropit_jax.kernels.plan import Plan
+
+cases, *targets = json.loads(sys.argv[1])
+plans, shapes = [], []
+for size, kept, encoding, value_dtype, dtype in cases:
+    plan = Plan(size, kept, encoding, value_dtype)
+    plan = Plan(size, kept, encoding, value_dtype, sign=plan.unit * size % 8 == 0)
+    plans.append((plan, dtype))
+    shapes.append([
+        jax.ShapeDtypeStruct((9, 49, 2, last), kind)
+        for last, kind in (
+            (plan.unit * size, dtype),
+            (plan.unit * kept, value_dtype),
+            (plan.positions, plan.position_dtype),
+        )
+    ])
+
+def kernels(args):
+    return [
+        (
+            compress(x, plan),
+            decompress(values, positions, plan, dtype),
+            decompress_transposed(values, positions, plan, dtype),
+        )
+        for (plan, dtype), (x, values, positions) in zip(plans, args)
+    ]
+
+for description, directory in targets:
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=Path(description).read_text(), topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("d",))
+    device = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda s: s.update(sharding=device), shapes)
+    lowered = jax.jit(kernels).lower(args)
+    compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
+    print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+# Every way that a kernel takes.
+_COMPILED = (
+    (16, 3, "index", "bfloat16", "float32"),
+    (64, 16, "index", "bfloat16", "bfloat16"),
+    (16, 2, "bitmap", "bfloat16", "bfloat16"),
+    (50, 18, "bitmap", "float32", "float32"),
+    (256, 25, "index", "float32", "float32"),
+    (100, 10, "bitmap", "float16", "float32"),
+)
+
+
+def _plan(size, kept, encoding, value_dtype):
+    """The plan, with sign bits where they fill whole bytes."""
+    plan = Plan(size, kept, encoding, value_dtype)
+    whole = plan.unit * size % 8 == 0
+    return Plan(size, kept, encoding, value_dtype, sign=whole)
+
+
+def _chunks(plan, dtype, shape, seed=0):
+    """Chunks of every kind: random, tied, constant, and full of special numbers."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.dtype(dtype)
+    width = 8 * dtype.itemsize
+    infinity = int(np.array(np.inf, dtype).view(f"u{dtype.itemsize}"))
+    quiet = infinity | infinity >> 1 | 5  # a NaN with a payload
+    positive = [0, 1, 2, infinity, infinity - 1, quiet]
+    special = np.array(
+        positive + [1 << (width - 1) | x for x in positive], f"u{width // 8}"
+    )
+    x = rng.normal(size=(math.prod(shape) * plan.unit, plan.size)).astype(dtype)
+    kinds = np.arange(len(x)) % 6
+    x[kinds == 1] = np.round(x[kinds == 1])
+    x[kinds == 2] = 0
+    x[kinds == 3] = np.sign(x[kinds == 3])
+    strewn = (kinds == 4)[:, None] & (rng.random(x.shape) < 0.5)
+    x[strewn] = rng.choice(special, strewn.sum()).view(dtype)
+    x[kinds == 5] = np.maximum(x[kinds == 5], 0)
+    return jnp.asarray(x.reshape(*shape, plan.unit * plan.size))
+
+
+def _shape(plan):
+    """Rows and units, of which blocks of `plan.size` are no multiple."""
+    chunks = 1 if plan.size > 1000 else max(7, 2500 // plan.size)
+    return (3, max(1, chunks // plan.unit // 6) | 1, 2)
+
+
+@functools.lru_cache
+def _case(size, kept, encoding, value_dtype, dtype):
+    """A plan, chunks, what the twin keeps of them, and what it puts back."""
+    plan = _plan(size, kept, encoding, value_dtype)
+    x = _chunks(plan, dtype, _shape(plan))
+
+    @jax.jit
+    def twin(x):
+        values, positions, *signs = twins.compress(x, plan)
+        whole = twins.decompress(values, positions, plan, dtype)
+        return (values, positions, *signs), whole
+
+    return plan, x, *twin(x)
+
+
+def _order(x, plan):
+    """The indices kept of each chunk, by Python's stable sort."""
+    order = [reference.top_k(chunk, plan.kept) for chunk in x.reshape(-1, plan.size)]
+    if plan.encoding == "bitmap" or plan.size > 64:
+        order = [sorted(indices) for indices in order]
+    return np.array(order)
+
+
+def _packed(order, plan, lead):
+    """Positions as they are stored."""
+    if plan.encoding == "bitmap":
+        mask = np.zeros((len(order), plan.size), bool)
+        np.put_along_axis(mask, order, values=True, axis=1)
+        packed = np.packbits(mask.reshape(*lead, -1), axis=-1, bitorder="little")
+    elif plan.size <= 16:
+        pairs = order.reshape(*lead, -1, 2).astype(np.uint8)
+        packed = pairs[..., 0] | pairs[..., 1] << 4
+    else:
+        packed = order.astype(np.uint8 if plan.size <= 256 else np.uint16)
+    return packed.reshape(*lead, -1)
+
+
+class TwinTest(parameterized.TestCase):
+    @parameterized.parameters(*_CASES)
+    def test_keeps_what_a_stable_sort_puts_first(self, *case):
+        plan, x, (values, positions, *signs), whole = _case(*case)
+        x = np.asarray(x)
+        order = _order(x, plan)
+        kept = np.take_along_axis(x.reshape(-1, plan.size), order, axis=1)
+        kept = jax.jit(lambda kept: kept.astype(plan.value_dtype))(kept)
+        reference.assert_same_bits(values, kept.reshape(values.shape))
+        reference.assert_same_bits(positions, _packed(order, plan, x.shape[:-1]))
+        for sign in signs:
+            positive = x.astype(np.float64) > 0
+            expected = np.packbits(positive, axis=-1, bitorder="little")
+            reference.assert_same_bits(sign, expected)
+        placed = np.zeros((len(order), plan.size), x.dtype)
+        back = jax.jit(lambda kept: kept.astype(x.dtype))(kept)
+        np.put_along_axis(placed, order, np.asarray(back), axis=1)
+        reference.assert_same_bits(whole, placed.reshape(x.shape))
+
+    def test_transposed_has_channels_first(self):
+        plan = Plan(16, 3, "index", "float32")
+        x = _chunks(plan, "float32", (2, 5, 3))
+
+        @jax.jit
+        def run(x):
+            args = (*twins.compress(x, plan), plan, "float32")
+            return twins.decompress(*args), twins.decompress_transposed(*args)
+
+        whole, transposed = run(x)
+        expected = np.asarray(whole).reshape(2, 5, 96).swapaxes(1, 2)
+        reference.assert_same_bits(transposed, expected)
+
+
+class KernelTest(parameterized.TestCase):
+    @parameterized.parameters(*_CASES)
+    def test_compress_is_its_twin(self, *case):
+        plan, x, expected, _ = _case(*case)
+        kernel = functools.partial(compress, plan=plan, interpret=True)
+        for one, other in zip(jax.jit(kernel)(x), expected, strict=True):
+            reference.assert_same_bits(one, other)
+
+    @parameterized.parameters(*_CASES[::3], *_CASES[2::3])
+    def test_decompress_is_its_twin(self, *case):
+        plan, x, (values, positions, *_), whole = _case(*case)
+        args = {"plan": plan, "dtype": x.dtype, "interpret": True}
+        kernel = functools.partial(decompress, **args)
+        reference.assert_same_bits(jax.jit(kernel)(values, positions), whole)
+
+    @parameterized.parameters(*_CASES[1::3])
+    def test_decompress_transposed_is_its_twin(self, *case):
+        plan, x, (values, positions, *_), whole = _case(*case)
+        args = {"plan": plan, "dtype": x.dtype, "interpret": True}
+        kernel = functools.partial(decompress_transposed, **args)
+        whole = np.asarray(whole).reshape(*whole.shape[:2], -1)
+        reference.assert_same_bits(
+            jax.jit(kernel)(values, positions), np.swapaxes(whole, 1, 2)
+        )
+
+    @parameterized.parameters(
+        ((270, 1), False), ((2, 3, 11, 3), True), ((0, 1), True), ((3, 0, 2), False)
+    )
+    def test_any_leading_axes(self, shape, sign):
+        plan = Plan(8, 3, "index", "bfloat16", sign=sign)
+        x = _chunks(plan, "float32", shape)
+
+        @jax.jit
+        def run(x):
+            kept = compress(x, plan, interpret=True)
+            whole = decompress(*kept[:2], plan, "float16", interpret=True)
+            expected = twins.compress(x, plan)
+            placed = twins.decompress(*expected[:2], plan, "float16")
+            return (*kept, whole), (*expected, placed)
+
+        actual, expected = run(x)
+        self.assertLen(actual, 4 if sign else 3)
+        for one, other in zip(actual, expected, strict=True):
+            reference.assert_same_bits(one, other)
+
+    @parameterized.parameters((0, 5, 1), (2, 0, 1), (2, 5, 0), (1, 1, 1), (2, 130, 3))
+    def test_transposed_of_any_size(self, *shape):
+        plan = Plan(16, 2, "index", "float32")
+        x = _chunks(plan, "float32", shape)
+
+        @jax.jit
+        def run(x):
+            args = (*twins.compress(x, plan), plan, "float32")
+            whole = decompress_transposed(*args, interpret=True)
+            return whole, twins.decompress_transposed(*args)
+
+        reference.assert_same_bits(*run(x))
+
+
+class SupportTest(parameterized.TestCase):
+    @parameterized.product(dtype=_DTYPES, value_dtype=_DTYPES)
+    def test_floats_of_16_and_32_bits(self, dtype, value_dtype):
+        self.assertTrue(supported(dtype, Plan(16, 2, "index", value_dtype)))
+        self.assertTrue(
+            supported(jnp.dtype(dtype), Plan(2**14, 9, "bitmap", value_dtype))
+        )
+
+    @parameterized.parameters(
+        ("float64", Plan(16, 2, "index", "float32")),
+        ("int32", Plan(16, 2, "index", "float32")),
+        ("float32", Plan(16, 2, "index", "float64")),
+        ("float32", Plan(16, 2, "index", "int8")),
+        ("float32", Plan(16, 2, "auto", "float32")),
+        ("float32", Plan(1, 1, "index", "float32")),
+        ("float32", Plan(16, 0, "index", "float32")),
+        ("float32", Plan(16, 16, "index", "float32")),
+        ("float32", Plan(2**14 + 1, 16, "index", "float32")),
+        ("float32", Plan(2**17, 16, "index", "float32")),
+        # 4 bits of an index and 20 elements: no whole bytes of sign bits.
+        ("float32", Plan(20, 2, "index", "float32", sign=True)),
+    )
+    def test_nothing_else(self, dtype, plan):
+        self.assertFalse(supported(dtype, plan))
+        if dtype == "float64":
+            return  # JAX has none here.
+        x = jax.ShapeDtypeStruct((1, plan.unit * plan.size), dtype)
+        with pytest.raises(ValueError, match="There is no kernel for"):
+            jax.eval_shape(functools.partial(compress, plan=plan), x)
+
+    def test_shapes_are_the_plans(self):
+        plan = Plan(16, 3, "index", "float32")  # 2 chunks a unit
+        x = jnp.zeros((4, 16))
+        with pytest.raises(ValueError, match=r"\(\.\.\., units, 32\), not \(4, 16\)"):
+            compress(x, plan, interpret=True)
+        values, positions = jnp.zeros((4, 6)), jnp.zeros((4, 3), jnp.uint8)
+        whole = decompress(values, positions, plan, "float32", interpret=True)
+        self.assertEqual(whole.shape, (4, 32))
+        for wrong in (
+            (values[:, :5], positions),
+            (values, positions[:, :2]),
+            (values, positions.astype(jnp.uint16)),
+        ):
+            with pytest.raises(ValueError, match=r"are .*, not "):
+                decompress(*wrong, plan, "float32", interpret=True)
+        with pytest.raises(ValueError, match=r"\(batch, positions, units, kept\)"):
+            decompress_transposed(values, positions, plan, "float32", interpret=True)
+
+    def test_no_array_that_pallas_cannot_address(self):
+        plan = Plan(64, 63, "index", "float32")
+        x = jax.ShapeDtypeStruct((2**25, 64), jnp.float32)
+        shapes = jax.eval_shape(functools.partial(compress, plan=plan), x)
+        self.assertEqual(shapes[1].shape, (2**25, 63))
+        x = jax.ShapeDtypeStruct((2**26, 64), jnp.float32)
+        with pytest.raises(ValueError, match="no kernel for 4227858432 stored"):
+            jax.eval_shape(functools.partial(compress, plan=plan), x)
+
+
+class CompileTest(parameterized.TestCase):
+    @parameterized.parameters(*_TARGETS)
+    def test_becomes_ptx_without_temporaries(self, target, card):
+        ptx, temp_bytes = _compiled()[target]
+        self.assertIn(f".target {card}", ptx)
+        for name in ("compress", "decompress", "decompress_transposed"):
+            entries = re.findall(rf"\.entry dropit_{name}[_\d]*\(", ptx)
+            self.assertLen(entries, len(_COMPILED))
+        self.assertNotIn(".local", ptx)
+        # For each compression a table of pointers to its results, at 256 bytes from the
+        # one before. Every array is larger than them all.
+        self.assertLessEqual(temp_bytes, 256 * len(_COMPILED))
+
+
+@functools.lru_cache
+def _compiled():
+    """The PTX of all kernels and the bytes of temporaries, for each target."""
+    package = Path(twins.__file__).parents[1]
+    path = [os.environ.get("DROPIT_GPU_COMPILER", ""), str(package.parent), *sys.path]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "PYTHONPATH": os.pathsep.join(path),
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+    }
+    names = [name for name, _ in _TARGETS]
+    with tempfile.TemporaryDirectory() as parent:
+        directories = [Path(parent, name) for name in names]
+        targets = [
+            (str(package / "targets" / f"{name}.textproto"), str(directory))
+            for name, directory in zip(names, directories, strict=True)
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", _COMPILER, json.dumps([_COMPILED, *targets])],
+            env=environment,
+            capture_output=True,
+            check=False,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        ptx = [
+            "".join(file.read_text() for file in directory.glob("*.ptx"))
+            for directory in directories
+        ]
+    temp_bytes = map(int, done.stdout.split())
+    return dict(zip(names, zip(ptx, temp_bytes, strict=True), strict=True))
+
+
+if __name__ == "__main__":
+    absltest.main()
