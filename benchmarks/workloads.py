@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from benchmarks.models import MLP
 from dropit_jax import Preset, preset
 from train.models.resnet import ResNet
 from train.models.vit import ViT
@@ -29,6 +30,7 @@ class Workload:
       make: the model with a preset.
       attention: layers, tokens and width of the attention; `None`: there is none.
       paper_mb: memory of the baseline and of DropIT in the paper (Table 3), in MB.
+      channels: of the images.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Workload:
     make: Callable[[Preset], nn.Module]
     attention: tuple[int, int, int] | None
     paper_mb: tuple[int, int] | None
+    channels: int = 3
 
     @property
     def attention_core_flops(self) -> float:
@@ -112,6 +115,57 @@ VARIANTS: dict[str, Preset] = {
     "remat_blocks": preset("baseline", remat="blocks"),
 }
 
+# The variants whose steps are timed; the first is what all others are measured against.
+TIMED_VARIANTS: dict[str, Preset] = {
+    "flax": preset("baseline"),
+    "dropit_16": preset("dropit"),
+    "dropit_32": preset("dropit", chunk_size=32),
+    "dropit_16384": preset("dropit", chunk_size=2**14),
+    "lean": preset("lean"),
+    "remat_blocks": preset("baseline", remat="blocks"),
+    "remat_dots": preset("baseline", remat="dots"),
+}
+
+
+def mlp(layers: int = 4, batch: int = 256) -> Workload:
+    """Hidden layers of 1024 features on grey images of 28² pixels."""
+    return Workload(
+        "MLP",
+        image_size=28,
+        batch=batch,
+        dtype="float32",
+        make=lambda memory: MLP(10, layers=layers, memory=memory),
+        attention=None,
+        paper_mb=None,
+        channels=1,
+    )
+
+
+def resnet18(width: int, batch: int = 32) -> Workload:
+    """ResNet-18 of a width on images of 32² pixels, in float32."""
+    return Workload(
+        f"ResNet-18 (width {width})",
+        image_size=32,
+        batch=batch,
+        dtype="float32",
+        make=lambda memory: ResNet(10, width=width, stem="cifar", memory=memory),
+        attention=None,
+        paper_mb=None,
+    )
+
+
+def vit_s16(batch: int = 4) -> Workload:
+    """ViT-S/16 (Touvron et al., 2021, Table 1) on images of 224² pixels, in float32."""
+    return Workload(
+        "ViT-S/16",
+        image_size=224,
+        batch=batch,
+        dtype="float32",
+        make=lambda memory: ViT(num_classes=10, width=384, num_heads=6, memory=memory),
+        attention=(12, _TOKENS, 384),
+        paper_mb=None,
+    )
+
 
 def variants(workload: Workload) -> dict[str, Preset]:
     """The variants that differ for a workload."""
@@ -154,10 +208,30 @@ def training_step(
         params = optax.apply_updates(variables["params"], changes)
         return {"params": params, **updates}, opt_state
 
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, size, size, workload.channels), jnp.float32)
     variables = jax.eval_shape(
         lambda x: model.init(jax.random.key(0), x[:1], False), images
     )
     opt_state = jax.eval_shape(optimizer.init, variables["params"])
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return step, (variables, opt_state, images, labels), (0, 1)
+
+
+def real_arguments(workload: Workload) -> tuple[Any, ...]:
+    """Arguments of a workload's step, the same for every preset.
+
+    Returns:
+      Variables and an optimizer's state as before the first step, random images, and
+      random labels.
+    """
+    memory = preset("baseline")
+    _, (_, opt_state, images, labels), _ = training_step(workload, memory)
+    keys = jax.random.split(jax.random.key(0), 3)
+    images = jax.random.normal(keys[0], images.shape, images.dtype)
+    init = jax.jit(lambda key, x: workload.make(memory).init_with_output(key, x, False))
+    logits, variables = init(keys[1], images[:1])
+    classes = logits.shape[-1]
+    labels = jax.random.randint(keys[2], labels.shape, 0, classes, labels.dtype)
+    # SGD starts from a momentum of zero.
+    opt_state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), opt_state)
+    return variables, opt_state, images, labels

@@ -1,0 +1,452 @@
+"""How fast selection is, and how many bytes it has to move, for every D.
+
+`python -m benchmarks.selection [--elements=4194304] [--rate=0.875] [--json]`
+
+Compresses and decompresses a float32 activation with both methods of
+`DropIT.selection`, on the devices that JAX finds, beside `lax.top_k` and
+`lax.approx_max_k` (selection alone), and a copy of the activation as the limit. All
+take turns in one run. The bytes are a lower bound: each array is read or written once.
+
+The second part is arithmetic: the time that those bytes take at the memory bandwidth of
+a GPU. It is a bound, and nobody measured a time.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from benchmarks import timing
+from dropit_jax import DropIT, Residual, compress
+
+# A row of the activation: the paper's D (§4.1).
+ROW = 2**14
+CHUNK_SIZES = (8, 16, 32, 64, 1024, ROW)
+METHODS = ("auto", "top_k")
+_COPY, _TOP_K, _APPROX = "copy", "lax.top_k", "lax.approx_max_k"
+
+# GB/s of a GPU's memory, by NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM5),
+# "A100 Tensor Core GPU" (SXM, 40 GB), "RTX A5000".
+BANDWIDTHS = {"h100": 3352, "a100": 1555, "a5000": 768}
+_BOUND_ELEMENTS = 2**24
+_BOUND = "bound, nobody measured a time"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one way of selection takes on the devices at hand.
+
+    Attributes:
+      section: "measured".
+      method: of `DropIT.selection`, or the name of a peer.
+      chunk_size: D; `None`: the copy has none.
+      encoding: of the positions; `None`: of a peer.
+      device: what it ran on.
+      elements: of the activation.
+      rate: the share that is dropped.
+      compress_s: seconds to compress, or for what a peer does; the median.
+      decompress_s: seconds to decompress; `None`: a peer does not.
+      compress_elements_s: elements a second.
+      decompress_elements_s: likewise.
+      round_trip_elements_s: likewise, to compress and decompress.
+      compress_bytes: of the activation and the residual, or of what a peer reads and
+        writes.
+      decompress_bytes: of the residual and the activation.
+      gb_s: all these bytes over the time for both, in 10^9 a second.
+      copy_ratio: of the time for both to the copy's in the same round.
+      top_k_ratio: of the time to compress to that of `lax.top_k` at the largest D in
+        the same round.
+    """
+
+    section: str
+    method: str
+    chunk_size: int | None
+    encoding: str | None
+    device: str
+    elements: int
+    rate: float
+    compress_s: float
+    decompress_s: float | None
+    compress_elements_s: float
+    decompress_elements_s: float | None
+    round_trip_elements_s: float
+    compress_bytes: int
+    decompress_bytes: int | None
+    gb_s: float
+    copy_ratio: timing.Spread
+    top_k_ratio: timing.Spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The least that a GPU can take, by what has to go through its memory.
+
+    Attributes:
+      section: "bound, nobody measured a time".
+      target: the GPU.
+      bandwidth_gb_s: of its memory, in 10^9 bytes a second.
+      chunk_size: D.
+      encoding: of the positions.
+      elements: of the float32 activation.
+      rate: the share that is dropped.
+      compress_bytes: of the activation and the residual.
+      decompress_bytes: of the residual and the activation.
+      compress_s: seconds that these take at that bandwidth.
+      decompress_s: likewise.
+      signs_together_bytes: to compress and to write a ReLU's signs, a bit an element,
+        in the same kernel, which reads the activation once.
+      signs_apart_bytes: likewise in two, each of which reads it.
+    """
+
+    section: str
+    target: str
+    bandwidth_gb_s: int
+    chunk_size: int
+    encoding: str
+    elements: int
+    rate: float
+    compress_bytes: int
+    decompress_bytes: int
+    compress_s: float
+    decompress_s: float
+    signs_together_bytes: int
+    signs_apart_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Something to time.
+
+    Attributes:
+      method: as in `Result`.
+      chunk_size: as in `Result`.
+      encoding: as in `Result`.
+      compress: of the activation; jitted.
+      decompress: of what that gives; `None`: a peer does not.
+    """
+
+    method: str
+    chunk_size: int | None
+    encoding: str | None
+    compress: Callable[[Array], Any]
+    decompress: Callable[[Any], Array] | None = None
+
+    @property
+    def name(self) -> str:
+        """Tells it from the others."""
+        return f"{self.method}, {self.chunk_size}"
+
+
+def bytes_moved(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes of a function's arguments and of its result.
+
+    It cannot move fewer if it needs all of the arguments.
+
+    Args:
+      function: of arrays; it does not run.
+      *arguments: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    leaves = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def encoding(shape: tuple[int, ...], drop: DropIT) -> str:
+    """How the positions in a float32 activation are stored."""
+    forced = dataclasses.replace(drop, encoding="index")
+    # `DropIT.encoding`: of two equal ones the index.
+    is_index = _residual(shape, drop).nbytes == _residual(shape, forced).nbytes
+    return "index" if is_index else "bitmap"
+
+
+@functools.cache  # to trace takes longer than all else that is no measurement
+def _residual(shape: tuple[int, ...], drop: DropIT) -> Residual:
+    """What a policy keeps of a float32 activation; its arrays are abstract."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(functools.partial(compress, dropit=drop), x)
+
+
+def operations(
+    elements: int, rate: float, chunk_sizes: Sequence[int]
+) -> list[Operation]:
+    """All that is timed: the copy, `lax`'s methods, and the policies'."""
+    shape, kept = (elements // ROW, ROW), DropIT(rate).kept(ROW)
+
+    found = [
+        # Every value changes, so that XLA cannot pass its argument on.
+        Operation(_COPY, None, None, jax.jit(lambda x: x + 1)),
+        Operation(_TOP_K, ROW, None, jax.jit(lambda x: lax.top_k(jnp.abs(x), kept))),
+        Operation(
+            _APPROX, ROW, None, jax.jit(lambda x: lax.approx_max_k(jnp.abs(x), kept))
+        ),
+    ]
+    for chunk_size in chunk_sizes:
+        for method in METHODS:
+            drop = DropIT(rate, chunk_size=chunk_size, selection=method)  # type: ignore[arg-type]
+            found.append(
+                Operation(
+                    method,
+                    chunk_size,
+                    encoding(shape, drop),
+                    jax.jit(functools.partial(compress, dropit=drop)),
+                    jax.jit(Residual.decompress),
+                )
+            )
+    return found
+
+
+def measure(
+    elements: int, rate: float, rounds: int, chunk_sizes: Sequence[int] = CHUNK_SIZES
+) -> list[Result]:
+    """Times all operations in turns.
+
+    Args:
+      elements: of the activation, a multiple of `ROW`.
+      rate: the share that is dropped.
+      rounds: how often each runs.
+      chunk_sizes: every D.
+    """
+    x = jax.random.normal(jax.random.key(0), (elements // ROW, ROW))
+    every = operations(elements, rate, chunk_sizes)
+    compressing, decompressing = {}, {}
+    for each in every:
+        compressing[each.name] = functools.partial(each.compress, x)
+        if each.decompress is not None:
+            residual = each.compress(x)
+            decompressing[each.name] = functools.partial(each.decompress, residual)
+    functions = {f"compress {name}": run for name, run in compressing.items()}
+    functions |= {f"decompress {name}": run for name, run in decompressing.items()}
+    seconds = timing.interleaved(functions, rounds)
+    return [_result(each, x, rate, seconds, every) for each in every]
+
+
+def _result(
+    each: Operation,
+    x: Float[Array, "rows size"],
+    rate: float,
+    seconds: Mapping[str, Sequence[float]],
+    every: Sequence[Operation],
+) -> Result:
+    copy, top_k = (
+        seconds[f"compress {peer.name}"]
+        for name in (_COPY, _TOP_K)
+        for peer in every
+        if peer.method == name
+    )
+    there = seconds[f"compress {each.name}"]
+    back = seconds.get(f"decompress {each.name}")
+    both = there if back is None else [a + b for a, b in zip(there, back, strict=True)]
+    moved, moved_back = bytes_moved(each.compress, x), None
+    if each.decompress is not None:
+        residual = jax.eval_shape(each.compress, x)
+        moved_back = bytes_moved(each.decompress, residual)
+    there_s, both_s = (timing.spread(times).median for times in (there, both))
+    back_s = None if back is None else timing.spread(back).median
+    return Result(
+        "measured",
+        each.method,
+        each.chunk_size,
+        each.encoding,
+        x.device.device_kind,  # type: ignore[union-attr]  # not sharded
+        x.size,
+        rate,
+        compress_s=there_s,
+        decompress_s=back_s,
+        compress_elements_s=x.size / there_s,
+        decompress_elements_s=None if back_s is None else x.size / back_s,
+        round_trip_elements_s=x.size / both_s,
+        compress_bytes=moved,
+        decompress_bytes=moved_back,
+        gb_s=1e-9 * (moved + (moved_back or 0)) / both_s,
+        copy_ratio=timing.ratio(both, copy),
+        top_k_ratio=timing.ratio(there, top_k),
+    )
+
+
+def bounds(
+    elements: int, rate: float, chunk_sizes: Sequence[int] = CHUNK_SIZES
+) -> list[Bound]:
+    """What the bandwidths of GPUs allow.
+
+    Args:
+      elements: of the activation, a multiple of `ROW`.
+      rate: the share that is dropped.
+      chunk_sizes: every D.
+    """
+    x = jax.ShapeDtypeStruct((elements // ROW, ROW), jnp.float32)
+    found = []
+    for chunk_size in chunk_sizes:
+        drop = DropIT(rate, chunk_size=chunk_size)
+        residual = _residual(x.shape, drop)
+        # The activation is read and the residual written, and the other way round.
+        moved = 4 * elements + residual.nbytes
+        moved_back = bytes_moved(Residual.decompress, residual)
+        signs = -(-elements // 8)
+        found += [
+            Bound(
+                _BOUND,
+                target,
+                bandwidth,
+                chunk_size,
+                encoding(x.shape, drop),
+                elements,
+                rate,
+                moved,
+                moved_back,
+                1e-9 * moved / bandwidth,
+                1e-9 * moved_back / bandwidth,
+                signs_together_bytes=moved + signs,
+                signs_apart_bytes=moved + signs + 4 * elements,
+            )
+            for target, bandwidth in BANDWIDTHS.items()
+        ]
+    return found
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """What was measured, as a table."""
+    first = results[0]
+    header = [
+        "method",
+        "D",
+        "positions",
+        "compress ms",
+        "decompress ms",
+        "compress 10⁶/s",
+        "decompress 10⁶/s",
+        "both 10⁶/s",
+        "compress MB",
+        "decompress MB",
+        "GB/s",
+        "both / copy",
+        "compress / lax.top_k",
+    ]
+    rows = [
+        [
+            result.method,
+            _text(result.chunk_size),
+            _text(result.encoding),
+            _text(result.compress_s, 1e3),
+            _text(result.decompress_s, 1e3),
+            _text(result.compress_elements_s, 1e-6),
+            _text(result.decompress_elements_s, 1e-6),
+            _text(result.round_trip_elements_s, 1e-6),
+            _text(result.compress_bytes, 1e-6),
+            _text(result.decompress_bytes, 1e-6),
+            _text(result.gb_s, 1),
+            str(result.copy_ratio),
+            str(result.top_k_ratio),
+        ]
+        for result in results
+    ]
+    return _table(
+        f"### {first.elements:,} elements of float32, rate {first.rate}, "
+        f"{first.device} ({os.cpu_count()} cores)",
+        header,
+        rows,
+    )
+
+
+def bounds_markdown(every: Sequence[Bound]) -> str:
+    """The bounds as a table, a row for each D."""
+    first, targets = every[0], list(dict.fromkeys(each.target for each in every))
+    header = ["D", "positions", "compress MB", "decompress MB"]
+    header += [f"both on {target}, µs" for target in targets]
+    header += ["compress and signs MB", "in two passes MB", "ratio"]
+    rows = []
+    for chunk_size in dict.fromkeys(each.chunk_size for each in every):
+        of_size = [each for each in every if each.chunk_size == chunk_size]
+        here = of_size[0]
+        rows.append(
+            [
+                str(chunk_size),
+                here.encoding,
+                _text(here.compress_bytes, 1e-6),
+                _text(here.decompress_bytes, 1e-6),
+                *(_text(b.compress_s + b.decompress_s, 1e6) for b in of_size),
+                _text(here.signs_together_bytes, 1e-6),
+                _text(here.signs_apart_bytes, 1e-6),
+                f"{here.signs_apart_bytes / here.signs_together_bytes:.3f}",
+            ]
+        )
+    return _table(
+        f"### On a GPU ({_BOUND}): {first.elements:,} elements of float32, "
+        f"rate {first.rate}",
+        header,
+        rows,
+    )
+
+
+def _table(title: str, header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join([title, "", *lines])
+
+
+def _text(value: float | str | None, scale: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if scale is None else f"{scale * float(value):,.1f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.selection",
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
+    )
+    parser.add_argument(
+        "--elements",
+        type=int,
+        default=2**22,
+        help=f"of the activation, a multiple of {ROW} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0.875, help="what is dropped (default: 0.875)"
+    )
+    parser.add_argument(
+        "--rounds", type=timing.rounds, default=9, help="(default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    return parser
+
+
+def _check(elements: int, rate: float) -> None:
+    if elements < 1 or elements % ROW:
+        raise ValueError(f"--elements: takes a multiple of {ROW}, got {elements}")
+    if not 0 < rate < 1:
+        raise ValueError(f"--rate: takes a number between 0 and 1, got {rate}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints what was asked for."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    try:
+        _check(flags.elements, flags.rate)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{flags.elements} elements, {flags.rounds} rounds", file=sys.stderr)
+    results = measure(flags.elements, flags.rate, flags.rounds)
+    least = bounds(_BOUND_ELEMENTS, flags.rate)
+    if flags.json:
+        every: list[Result | Bound] = [*results, *least]
+        print(json.dumps([dataclasses.asdict(each) for each in every], indent=2))
+        return
+    print(markdown(results), end="\n\n")
+    print(
+        f"{timing.DEFINITION} GB/s: the bytes of both over the time of both. The copy "
+        "is x + 1, which XLA cannot leave out; lax's methods select and do no more.\n"
+    )
+    print(bounds_markdown(least))
+
+
+if __name__ == "__main__":
+    main()

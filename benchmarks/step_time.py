@@ -1,0 +1,265 @@
+"""How long a training step takes, and to compile, for every way of saving memory.
+
+`python -m benchmarks.step_time [--model=MLP] [--variants=dropit_16,lean] [--json]`
+
+Runs on the devices that JAX finds. All variants of a model take turns in one run, and
+every ratio is to plain Flax (`flax`), which is always among them. What a ratio is, and
+its spread, is said in `benchmarks.timing` and below the tables.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any
+
+import jax
+
+from benchmarks import timing, workloads
+from benchmarks.workloads import Workload
+
+_BASELINE = "flax"
+
+# Models, and how many rounds: 15 minutes in all on two cores.
+MODELS: dict[str, tuple[Workload, int]] = {
+    "MLP": (workloads.mlp(), 25),
+    "ResNet-18 (width 16)": (workloads.resnet18(16), 15),
+    "ResNet-18 (width 64)": (workloads.resnet18(64), 7),
+    "ViT-S/16": (workloads.vit_s16(), 9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one variant of a training step takes.
+
+    Attributes:
+      model: its name.
+      image_size: side of the images, in pixels.
+      batch: images in the step.
+      variant: which way of saving memory.
+      device: what it ran on.
+      rounds: how often it ran.
+      median_s: seconds a step, the median over the rounds.
+      ratio: of a step's time to plain Flax's in the same round, the median.
+      ratio_low: its lower quartile.
+      ratio_high: its upper quartile.
+      trace_s: seconds to trace the step and lower it to a program, the median over all
+        times that it was compiled.
+      compile_s: seconds that XLA takes to compile that, likewise.
+      compile_ratio: of the sum of both to plain Flax's, likewise.
+    """
+
+    model: str
+    image_size: int
+    batch: int
+    variant: str
+    device: str
+    rounds: int
+    median_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    trace_s: float
+    compile_s: float
+    compile_ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step, and what it took to compile.
+
+    Attributes:
+      run: the compiled step.
+      trace_s: seconds to trace the step and lower it, each time.
+      compile_s: seconds to compile that, each time.
+    """
+
+    run: Callable[..., Any]
+    trace_s: tuple[float, ...]
+    compile_s: tuple[float, ...]
+
+    @property
+    def total_s(self) -> list[float]:
+        """Seconds for both, each time."""
+        return [a + b for a, b in zip(self.trace_s, self.compile_s, strict=True)]
+
+
+def measure(
+    workload: Workload, names: Sequence[str], rounds: int, compile_rounds: int = 1
+) -> list[Result]:
+    """Times variants of a workload's step.
+
+    Args:
+      workload: what is trained.
+      names: of the variants, plain Flax first.
+      rounds: how often each step runs.
+      compile_rounds: how often each is compiled.
+    """
+    arguments = workloads.real_arguments(workload)
+    steps = compile_steps(workload, names, compile_rounds)
+    runs = {
+        name: functools.partial(each.run, *arguments) for name, each in steps.items()
+    }
+    times = timing.summarise(timing.interleaved(runs, rounds), names[0])
+    baseline = steps[names[0]].total_s
+    return [
+        Result(
+            workload.model,
+            workload.image_size,
+            workload.batch,
+            name,
+            jax.devices()[0].device_kind,
+            rounds,
+            times[name].median_s,
+            times[name].ratio.median,
+            times[name].ratio.low,
+            times[name].ratio.high,
+            timing.spread(step.trace_s).median,
+            timing.spread(step.compile_s).median,
+            timing.ratio(step.total_s, baseline).median,
+        )
+        for name, step in steps.items()
+    ]
+
+
+def compile_steps(
+    workload: Workload, names: Sequence[str], rounds: int
+) -> dict[str, CompiledStep]:
+    """Compiles variants of a workload's step in turns, from nothing each time."""
+    _compile(workload, names[0], discard=True)  # imports what tracing needs
+    found: dict[str, list[tuple[Any, float, float]]] = {name: [] for name in names}
+    for order in timing.orders(names, rounds):
+        for name in order:
+            found[name].append(_compile(workload, name))
+    return {
+        name: CompiledStep(
+            times[0][0],
+            tuple(trace_s for _, trace_s, _ in times),
+            tuple(compile_s for _, _, compile_s in times),
+        )
+        for name, times in found.items()
+    }
+
+
+def _compile(
+    workload: Workload, name: str, discard: bool = False
+) -> tuple[Any, float, float]:
+    """The compiled step, seconds to trace and lower it, and seconds to compile it."""
+    preset = workloads.TIMED_VARIANTS[name]
+    step, arguments, _ = workloads.training_step(workload, preset)
+    jax.clear_caches()  # functions that another variant has traced
+    start = perf_counter()
+    lowered = jax.jit(step).lower(*arguments)
+    traced = perf_counter()
+    compiled = None if discard else lowered.compile()
+    return compiled, traced - start, perf_counter() - traced
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The results of a model as a table."""
+    first = results[0]
+    header = ["variant", "step ms", "ratio", "trace s", "compile s", "compile ratio"]
+    rows = [
+        [
+            result.variant,
+            f"{1000 * result.median_s:,.1f}",
+            str(timing.Spread(result.ratio, result.ratio_low, result.ratio_high)),
+            f"{result.trace_s:.1f}",
+            f"{result.compile_s:.1f}",
+            f"{result.compile_ratio:.2f}",
+        ]
+        for result in results
+    ]
+    lines = [
+        f"### {first.model}, {first.image_size}², batch {first.batch}, "
+        f"{first.device} ({os.cpu_count()} cores), {first.rounds} rounds",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
+    ]
+    return "\n".join(lines)
+
+
+def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The known names that are asked for, in the order in which they are known.
+
+    Args:
+      what: what they name.
+      names: those asked for; none: all.
+      known: all that there are.
+
+    Raises:
+      ValueError: one is not known.
+    """
+    names, known = list(names), list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"unknown {what} {name!r}; known are {', '.join(map(repr, known))}"
+            )
+    return [name for name in known if not names or name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.step_time",
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help=f"one of {', '.join(MODELS)}; may be repeated; default: all",
+    )
+    parser.add_argument(
+        "--variants",
+        default="",
+        help=f"some of {','.join(workloads.TIMED_VARIANTS)}; default: all",
+    )
+    parser.add_argument(
+        "--rounds", type=timing.rounds, help="default: of each model its own"
+    )
+    parser.add_argument(
+        "--compile_rounds",
+        type=timing.rounds,
+        default=1,
+        help="how often each step is compiled (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints what was asked for."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    try:
+        models = chosen("model", flags.model, MODELS)
+        asked = flags.variants.split(",") if flags.variants else []
+        names = chosen("variant", asked, workloads.TIMED_VARIANTS)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    names = [_BASELINE, *(name for name in names if name != _BASELINE)]
+    # A program from a cache is not compiled.
+    jax.config.update("jax_enable_compilation_cache", False)
+    every: list[Result] = []
+    for model in models:
+        workload, rounds = MODELS[model]
+        rounds = flags.rounds or rounds
+        print(f"{model}: {len(names)} variants, {rounds} rounds", file=sys.stderr)
+        results = measure(workload, names, rounds, flags.compile_rounds)
+        every += results
+        if not flags.json:
+            print(markdown(results), end="\n\n", flush=True)
+    if flags.json:
+        print(json.dumps([dataclasses.asdict(result) for result in every], indent=2))
+    else:
+        print(f"{timing.DEFINITION} The baseline is {_BASELINE}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest, parameterized
+
+from benchmarks import selection
+from dropit_jax import DropIT, Residual, compress
+
+_ROW = 2**14
+_SIZES = (16, _ROW)
+
+
+@functools.cache
+def _bounds():
+    return selection.bounds(2**24, 0.875)
+
+
+def _nbytes(*trees):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+
+
+def _failing(*flags):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            selection.main(flags)
+        except SystemExit as stop:
+            return stop.code, err.getvalue()
+    raise AssertionError("it did not exit")
+
+
+class BytesTest(parameterized.TestCase):
+    @parameterized.parameters((16, 2), (1024, 1))
+    def test_bytes_are_those_of_the_arrays(self, chunk_size, rows):
+        x = jax.random.normal(jax.random.key(0), (rows, _ROW))
+        drop = DropIT(0.875, chunk_size=chunk_size)
+        residual = jax.jit(compress, static_argnums=1)(x, drop)
+        dense = jax.jit(Residual.decompress)(residual)
+        bound = selection.bounds(rows * _ROW, 0.875, (chunk_size,))[0]
+        self.assertEqual(bound.compress_bytes, _nbytes(x, residual))
+        self.assertEqual(bound.decompress_bytes, _nbytes(residual, dense))
+        signs = jnp.packbits(x > 0)
+        self.assertEqual(bound.signs_together_bytes, _nbytes(x, residual, signs))
+        self.assertEqual(bound.signs_apart_bytes, _nbytes(x, residual, x, signs))
+
+    @parameterized.product(chunk_size=selection.CHUNK_SIZES, rate=(0.5, 0.875))
+    def test_the_encoding_is_the_one_of_fewer_bytes(self, chunk_size, rate):
+        kept = DropIT(rate).kept(chunk_size)
+        bits = next(bits for bits in (4, 8, 16) if chunk_size <= 2**bits)
+        expected = "bitmap" if chunk_size < kept * bits else "index"
+        drop = DropIT(rate, chunk_size=chunk_size)
+        self.assertEqual(selection.encoding((1, _ROW), drop), expected)
+
+    def test_bounds_are_bytes_over_bandwidth(self):
+        bounds = _bounds()
+        self.assertLen(bounds, 3 * 6)
+        first = {b.target: b for b in bounds if b.chunk_size == 16}
+        # 64 MiB, and of 16 elements two values of 4 bytes and two indices of 4 bits.
+        moved = 2**26 + 2**20 * 9
+        self.assertEqual(first["h100"].compress_bytes, moved)
+        for target, bandwidth in (("h100", 3352e9), ("a100", 1555e9), ("a5000", 768e9)):
+            self.assertAlmostEqual(first[target].compress_s, moved / bandwidth)
+        for bound in bounds:
+            self.assertEqual(bound.section, "bound, nobody measured a time")
+
+
+class MeasuringTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.results = selection.measure(_ROW, 0.875, 2, _SIZES)
+
+    def test_every_method_of_every_size_is_there_and_its_peers(self):
+        self.assertEqual(
+            [(result.method, result.chunk_size) for result in self.results],
+            [
+                ("copy", None),
+                ("lax.top_k", _ROW),
+                ("lax.approx_max_k", _ROW),
+                ("auto", 16),
+                ("top_k", 16),
+                ("auto", _ROW),
+                ("top_k", _ROW),
+            ],
+        )
+        copy, top_k = self.results[:2]
+        self.assertEqual(copy.compress_bytes, 2 * 4 * _ROW)
+        self.assertEqual((copy.copy_ratio.low, copy.copy_ratio.high), (1, 1))
+        # An eighth of the values, and an index of 4 bytes for each.
+        self.assertEqual(top_k.compress_bytes, 4 * _ROW + 8 * _ROW // 8)
+        self.assertEqual((top_k.top_k_ratio.low, top_k.top_k_ratio.high), (1, 1))
+        for result in self.results[3:]:
+            self.assertGreater(result.decompress_s, 0)
+            self.assertEqual(result.compress_bytes, result.decompress_bytes)
+
+    def test_rates_follow_from_the_times(self):
+        durations = {"compress copy, None": [1.0, 2.0, 1.0]}
+        durations["compress lax.top_k, 16384"] = [8.0, 16.0, 8.0]
+        durations["compress auto, 16"] = [2.0, 4.0, 2.0]
+        durations["decompress auto, 16"] = [1.0, 2.0, 1.0]
+        with mock.patch.object(selection.timing, "interleaved") as interleaved:
+            interleaved.return_value = _with_defaults(durations)
+            results = selection.measure(_ROW, 0.875, 3, (16,))
+        result = next(r for r in results if r.method == "auto")
+        self.assertEqual((result.compress_s, result.decompress_s), (2, 1))
+        self.assertEqual(result.compress_elements_s, _ROW / 2)
+        self.assertEqual(result.decompress_elements_s, _ROW)
+        self.assertEqual(result.round_trip_elements_s, _ROW / 3)
+        self.assertEqual((result.copy_ratio.median, result.copy_ratio.low), (3, 3))
+        self.assertEqual(result.top_k_ratio.median, 0.25)
+        self.assertAlmostEqual(result.gb_s, 2e-9 * result.compress_bytes / 3)
+
+    def test_tables_have_a_row_for_each_result(self):
+        table = selection.markdown(self.results)
+        self.assertLen(table.splitlines(), 4 + len(self.results))
+        self.assertIn("| copy | - | - |", table)
+        self.assertIn("| auto | 16 | index |", table)
+        self.assertIn("| top_k | 16384 | bitmap |", table)
+        bounds = _bounds()
+        table = selection.bounds_markdown(bounds)
+        self.assertIn("bound, nobody measured a time", table)
+        self.assertIn("| both on h100, µs |", table)
+        self.assertLen(table.splitlines(), 4 + 6)
+
+    def test_json_is_a_list_of_what_was_measured_and_the_bounds(self):
+        out = io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(io.StringIO()),
+            mock.patch.object(selection, "measure", return_value=self.results),
+            mock.patch.object(selection, "bounds", return_value=_bounds()),
+        ):
+            selection.main(["--json"])
+        objects = json.loads(out.getvalue())
+        self.assertLen(objects, len(self.results) + 3 * 6)
+        for each in objects:
+            kind = (
+                selection.Result if each["section"] == "measured" else selection.Bound
+            )
+            self.assertCountEqual(each, [f.name for f in dataclasses.fields(kind)])
+
+    @parameterized.parameters(
+        ("--elements=1000", "--elements: takes a multiple of 16384, got 1000"),
+        ("--elements=0", "--elements: takes a multiple of 16384, got 0"),
+        ("--rate=1", "--rate: takes a number between 0 and 1, got 1.0"),
+        ("--rate=0", "--rate: takes a number between 0 and 1, got 0.0"),
+    )
+    def test_what_cannot_be_is_one_line_and_exit_2(self, flag, message):
+        self.assertEqual(_failing(flag), (2, f"error: {message}\n"))
+
+
+def _with_defaults(durations):
+    every = {f"compress {each.name}" for each in selection.operations(_ROW, 0.5, (16,))}
+    every |= {"decompress auto, 16", "decompress top_k, 16"}
+    return {name: durations.get(name, [1.0] * 3) for name in every}
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,166 @@
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+from unittest import mock
+
+import chex
+import jax
+import pytest
+from absl.testing import absltest, parameterized
+
+from benchmarks import step_time, workloads
+from benchmarks.models import MLP
+from dropit_jax import memory
+
+_TINY = dataclasses.replace(
+    workloads.mlp(batch=4),
+    model="tiny",
+    image_size=8,
+    make=lambda memory: MLP(10, layers=2, width=16, memory=memory),
+)
+
+
+def _main(*flags):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        step_time.main(flags)
+    return out.getvalue(), err.getvalue()
+
+
+def _tiny_models():
+    return mock.patch.object(step_time, "MODELS", {"tiny": (_TINY, 2)})
+
+
+class MeasuringTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        # `main` switches it off for the process.
+        enabled = jax.config.jax_enable_compilation_cache
+        name = "jax_enable_compilation_cache"
+        self.addCleanup(functools.partial(jax.config.update, name, enabled))
+        self.enterContext(_tiny_models())
+
+    def test_json_is_a_list_of_objects_for_plain_flax_and_what_was_asked_for(self):
+        printed, progress = _main("--variants=lean", "--rounds=3", "--json")
+        results = json.loads(printed)
+        self.assertEqual([result["variant"] for result in results], ["flax", "lean"])
+        fields = [field.name for field in dataclasses.fields(step_time.Result)]
+        for result in results:
+            self.assertCountEqual(result, fields)
+            self.assertEqual((result["model"], result["rounds"]), ("tiny", 3))
+            for figure in ("median_s", "ratio", "trace_s", "compile_s"):
+                self.assertGreater(result[figure], 0)
+            self.assertBetween(
+                result["ratio"], result["ratio_low"], result["ratio_high"]
+            )
+        self.assertEqual((results[0]["ratio"], results[0]["compile_ratio"]), (1, 1))
+        self.assertEqual(progress, "tiny: 2 variants, 3 rounds\n")
+
+    def test_the_table_has_the_variants_and_says_what_a_ratio_is(self):
+        flax = step_time.Result(
+            "tiny", 8, 4, "flax", "cpu", 2, 1.5, 1, 1, 1, 0.25, 1.75, 1
+        )
+        lean = dataclasses.replace(flax, variant="lean", median_s=3, ratio=2)
+        lean = dataclasses.replace(lean, ratio_high=2.5, compile_ratio=1.25)
+        with mock.patch.object(step_time, "measure") as measure:
+            measure.return_value = [flax, lean]
+            printed, progress = _main("--model=tiny", "--variants=lean")
+        measure.assert_called_once_with(_TINY, ["flax", "lean"], 2, 1)
+        self.assertIn("### tiny, 8², batch 4, cpu", printed)
+        self.assertIn("| flax | 1,500.0 | 1.000 [1.000, 1.000] | 0.2 |", printed)
+        self.assertIn("| lean | 3,000.0 | 2.000 [1.000, 2.500] | 0.2 | 1.8 |", printed)
+        self.assertIn("divided by the baseline's in the same round", printed)
+        self.assertEqual(progress, "tiny: 2 variants, 2 rounds\n")
+
+    @parameterized.parameters(
+        ("--model=MPL", "unknown model 'MPL'; known are 'tiny'"),
+        ("--variants=flax,leen", "unknown variant 'leen'; known are 'flax', "),
+        ("--variants=lean,", "unknown variant ''; known are 'flax', "),
+    )
+    def test_unknown_names_are_one_line_and_exit_2(self, flag, message):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as raised:
+            step_time.main([flag])
+        self.assertEqual(raised.value.code, 2)
+        self.assertStartsWith(err.getvalue(), f"error: {message}")
+        self.assertEqual(err.getvalue().count("\n"), 1)
+
+    def test_steps_are_compiled_as_often_as_asked_for(self):
+        steps = step_time.compile_steps(_TINY, ("flax",), 2)
+        step = steps["flax"]
+        self.assertLen(step.total_s, 2)
+        self.assertEqual(step.total_s[1], step.trace_s[1] + step.compile_s[1])
+
+
+class WorkloadsTest(parameterized.TestCase):
+    def test_models_and_variants(self):
+        described = {
+            name: (workload.model, workload.image_size, workload.batch)
+            for name, (workload, _) in step_time.MODELS.items()
+        }
+        self.assertEqual(
+            described,
+            {
+                "MLP": ("MLP", 28, 256),
+                "ResNet-18 (width 16)": ("ResNet-18 (width 16)", 32, 32),
+                "ResNet-18 (width 64)": ("ResNet-18 (width 64)", 32, 32),
+                "ViT-S/16": ("ViT-S/16", 224, 4),
+            },
+        )
+        policies = [preset.conv for preset in workloads.TIMED_VARIANTS.values()]
+        sizes = [policy and policy.chunk_size for policy in policies]
+        self.assertEqual(sizes, [None, 16, 32, 2**14, 16, None, None])
+        remats = [preset.remat for preset in workloads.TIMED_VARIANTS.values()]
+        self.assertEqual(remats, ["none"] * 5 + ["blocks", "dots"])
+
+    @parameterized.parameters(
+        ("MLP", 784 * 1024 + 3 * 1024**2 + 4 * 1024 + 10 * 1025),
+        # Touvron et al., 2021, Table 1: 22 million with 1000 classes.
+        ("ViT-S/16", 21_669_514),
+    )
+    def test_models_have_the_parameters_of_their_names(self, name, count):
+        preset = workloads.TIMED_VARIANTS["flax"]
+        _, arguments, _ = workloads.training_step(step_time.MODELS[name][0], preset)
+        leaves = jax.tree.leaves(arguments[0]["params"])
+        self.assertEqual(sum(leaf.size for leaf in leaves), count)
+
+    def test_arguments_are_those_that_every_kind_of_variant_takes(self):
+        arguments = workloads.real_arguments(_TINY)
+        for name in ("dropit_16", "lean", "remat_blocks"):
+            preset = workloads.TIMED_VARIANTS[name]
+            _, abstract, _ = workloads.training_step(_TINY, preset)
+            chex.assert_trees_all_equal_shapes_and_dtypes(arguments, abstract)
+        labels = arguments[-1]
+        self.assertBetween(int(labels.min()), 0, 9)
+        self.assertBetween(int(labels.max()), 0, 9)
+
+    def test_remat_changes_no_gradient_of_the_mlp(self):
+        arguments = workloads.real_arguments(_TINY)
+        updated = {}
+        for name in ("flax", "remat_blocks", "remat_dots"):
+            preset = workloads.TIMED_VARIANTS[name]
+            step, _, _ = workloads.training_step(_TINY, preset)
+            updated[name] = jax.jit(step)(*arguments)
+        for each in updated.values():
+            chex.assert_trees_all_close(each, updated["flax"], rtol=1e-6, atol=1e-6)
+
+    def test_a_block_of_the_mlp_is_a_hidden_layer(self):
+        def residuals(name):
+            preset = workloads.TIMED_VARIANTS[name]
+            _, arguments, _ = workloads.training_step(_TINY, preset)
+            variables, _, images, _ = arguments
+            saved = memory.saved_residuals(
+                _TINY.make(preset).apply, variables, images, True
+            )
+            return [each.shape for each in saved.residuals if each.is_cached]
+
+        # What enters the second hidden layer and the head; "dots" keeps what the dense
+        # layers give beside it.
+        self.assertEqual(residuals("remat_blocks").count((4, 16)), 2)
+        self.assertEqual(residuals("remat_dots").count((4, 16)), 4)
+
+
+if __name__ == "__main__":
+    absltest.main()
