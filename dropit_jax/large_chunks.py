@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, Integer, Shaped, UInt32
 
+from dropit_jax import shardings
+
 # Scores are searched in digits of so many bits: the smaller the type, the more of them
 # a vector instruction of a CPU compares.
 _DIGIT = 16
@@ -33,9 +35,9 @@ def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size
       scores: not negative.
       k: how many of each chunk.
     """
-    missing = jnp.full((*scores.shape[:-1], 1), k, jnp.int32)
-    tied = jnp.ones(scores.shape, bool)
-    above = jnp.zeros(scores.shape, bool)
+    missing = jnp.full_like(scores[..., :1], k, dtype=jnp.int32)
+    tied = jnp.ones_like(scores, dtype=bool)
+    above = jnp.zeros_like(scores, dtype=bool)
     for shift in reversed(range(0, 8 * scores.dtype.itemsize, _DIGIT)):
         # Of elements that are out already the digit is 0, which is never counted.
         digit = jnp.where(tied, (scores >> shift) & (2 * _OFFSET - 1), 0)
@@ -70,9 +72,8 @@ def select(mask: Bool[Array, "*rows size"], k: int) -> Int[Array, "*rows {k}"]:
     # Each word that is not empty writes its number to where its first bit goes; what
     # is in between are the other bits of the last such word.
     first = jnp.where(words == 0, k, before)
-    numbers = jnp.broadcast_to(
-        jnp.arange(words.shape[-1], dtype=jnp.int32), first.shape
-    )
+    numbers = lax.broadcasted_iota(jnp.int32, first.shape, first.ndim - 1)
+    numbers = shardings.like(numbers, first)
     starts = scatter(numbers, first, k + 1)[..., :k]
     word = lax.cummax(starts, axis=starts.ndim - 1)
     bit = jnp.arange(k) - take(before, word)

@@ -51,7 +51,7 @@ def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size
     if k > _MAX_PASSES:
         return _ranks(scores) < k
     slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    score, slot = _passes(scores, jnp.broadcast_to(slots, scores.shape), k)
+    score, slot = _passes(scores, slots, k)
     last, at = score[..., -1:], slot[..., -1:]
     return (scores > last) | ((scores == last) & (slots <= at))
 
@@ -97,13 +97,13 @@ def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     """Indices of the k largest, largest first, ties to the lower index."""
     slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     if k <= _MAX_PASSES:
-        return _passes(scores, jnp.broadcast_to(slots, scores.shape), k)[1]
+        return _passes(scores, slots, k)[1]
     order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
     return jnp.where(order, slots, 0).max(axis=-1)
 
 
 def _passes(
-    scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"], k: int
+    scores: Int[Array, "*rows size"], tags: Int[Array, "*#rows size"], k: int
 ) -> tuple[Int[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
     """The k largest scores, ties to the lower tag, and their tags.
 
@@ -112,6 +112,7 @@ def _passes(
       tags: in the order of the indices.
       k: how many.
     """
+    tags += jnp.zeros_like(scores, dtype=jnp.int32)  # sharded like the scores
     least = np.array(-1, scores.dtype)
     greatest = np.array(np.iinfo(np.int32).max, np.int32)
 

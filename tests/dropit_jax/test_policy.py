@@ -63,7 +63,11 @@ class DropITTest(parameterized.TestCase):
             ValueError,
             r"encoding.*'rle'.*'auto', 'index', 'bitmap'",
         ),
-        ({"selection": "sort"}, ValueError, r"selection.*'sort'.*'auto', 'top_k'"),
+        (
+            {"selection": "sort"},
+            ValueError,
+            r"selection.*'sort'.*'auto', 'xla', 'top_k'",
+        ),
         ({"value_dtype": "int3"}, ValueError, r"value_dtype.*'int3'.*None, 'bfloat16'"),
         ({"value_dtype": 7}, ValueError, r"value_dtype.*7.*None, 'bfloat16'"),
         ({"fill": "one"}, ValueError, r"fill.*'one'.*'zero', 'mean'"),
