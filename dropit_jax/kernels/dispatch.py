@@ -7,6 +7,7 @@ device's part.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from dropit_jax.kernels import plan as plans
 from dropit_jax.kernels import twins
 from dropit_jax.kernels.compress import compress as _compress
 from dropit_jax.kernels.decompress import decompress as _decompress
@@ -37,7 +39,10 @@ def compress(x: Float[Array, "*rows units elements"], plan: Plan) -> tuple[Array
     """
     kernel = functools.partial(_compress, plan=plan)
     twin = functools.partial(twins.compress, plan=plan)
-    return _on_each_platform(kernel, twin, 3 if plan.sign else 2, lax.stop_gradient(x))
+    x = lax.stop_gradient(x)
+    if not _within_reach(plan, x):
+        return twin(x)
+    return _on_each_platform(kernel, twin, 3 if plan.sign else 2, x)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))
@@ -57,6 +62,8 @@ def _decompress_differentiably(
 ) -> Array:
     kernel = functools.partial(_decompress, plan=plan, dtype=dtype)
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
+    if not _within_reach(plan, values):
+        return twin(values, positions)
     return _on_each_platform(kernel, twin, 1, values, positions)
 
 
@@ -85,21 +92,20 @@ def _on_each_platform(
     kernel: _Operation, twin: _Operation, results: int, *operands: Array
 ) -> Any:
     """The kernel on an NVIDIA GPU, its twin elsewhere; each gives so many results."""
-    if not _mesh_is_alike():
-        return twin(*operands)
     return lax.platform_dependent(
         *operands, cuda=on_every_device(kernel, results), default=twin
     )
 
 
-def _mesh_is_alike() -> bool:
-    """Whether all axes of the mesh in force are of one type; most often there is none.
+def _within_reach(plan: Plan, x: Array) -> bool:
+    """Whether a kernel may be asked for here.
 
-    On a mesh where some axes are explicit, or manual, and others are not, a kernel
-    would have to be told about both at once.
+    Not for more than it can address. And not on a mesh where some axes are explicit, or
+    manual, and others are not: a kernel would have to be told about both at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return len(set(mesh.axis_types)) <= 1
+    alike = len(set(mesh.axis_types)) <= 1
+    return alike and plans.fits(plan, math.prod(x.shape[:-1]))
 
 
 def on_every_device(kernel: _Operation, results: int) -> _Operation:

@@ -98,6 +98,12 @@ def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
     )
 
 
+def fits(plan: Plan, units: int) -> bool:
+    """Whether a kernel can address what is stored of so many units."""
+    stored = max(plan.positions, plan.sign_bytes if plan.sign else 0)
+    return units * stored <= _MAX_STORED
+
+
 def check(dtype: jax.typing.DTypeLike, plan: Plan, units: int) -> None:
     """Refuses what there is no kernel for.
 
@@ -106,9 +112,8 @@ def check(dtype: jax.typing.DTypeLike, plan: Plan, units: int) -> None:
     """
     if not supported(dtype, plan):
         raise ValueError(f"There is no kernel for {jnp.dtype(dtype).name} and {plan}.")
-    stored = max(plan.positions, plan.sign_bytes if plan.sign else 0)
-    if units * stored > _MAX_STORED:
-        raise ValueError(f"There is no kernel for {units * stored} stored positions.")
+    if not fits(plan, units):
+        raise ValueError(f"There is no kernel for {units} units of {plan}.")
 
 
 def bits_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:

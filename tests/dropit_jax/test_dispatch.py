@@ -154,6 +154,12 @@ class PlatformTest(parameterized.TestCase):
     def test_no_kernel_is_asked_for(self, **fields):
         self.assertNotIn("triton", self.lowered("cuda", **fields))
 
+    def test_no_kernel_is_asked_for_more_than_it_can_address(self):
+        x = jax.ShapeDtypeStruct((2**31, 2 * 16), jnp.float32)
+        traced = jax.jit(lambda x: dropit_jax.compress(x, DropIT())).trace(x)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        self.assertNotIn("triton", text)
+
     def test_random_elements_are_chosen_without_a_kernel(self):
         policy = DropIT(strategy="random")
         x = jax.ShapeDtypeStruct((4, 2**14), jnp.float32)
