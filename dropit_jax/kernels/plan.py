@@ -18,6 +18,9 @@ _MAX_SIZE = 2**14
 # bytes by signed numbers of 32 bits.
 _MAX_STORED = 2**31
 
+# Programs count chunks by signed numbers of 32 bits, with room for a block more.
+_MAX_CHUNKS = 2**30
+
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -99,9 +102,9 @@ def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
 
 
 def fits(plan: Plan, units: int) -> bool:
-    """Whether a kernel can address what is stored of so many units."""
+    """Whether a kernel can count the chunks, and address what is stored of them."""
     stored = max(plan.positions, plan.sign_bytes if plan.sign else 0)
-    return units * stored <= _MAX_STORED
+    return units * stored <= _MAX_STORED and units * plan.unit < _MAX_CHUNKS
 
 
 def check(dtype: jax.typing.DTypeLike, plan: Plan, units: int) -> None:
