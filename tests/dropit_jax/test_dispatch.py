@@ -60,7 +60,7 @@ class MeshTest(parameterized.TestCase):
         super().setUp()
         self.x = jnp.asarray(reference.activation(0, _SHAPE))
 
-    def check(self, results):
+    def assert_as_the_twins(self, results):
         for result, expected in zip(results, _expected(self.x), strict=True):
             reference.assert_same_bits(np.asarray(result), np.asarray(expected))
 
@@ -74,18 +74,18 @@ class MeshTest(parameterized.TestCase):
         self.assertIsNone(_MOVES.search(step.as_text()))
         for result in results:
             self.assertTrue(result.sharding.is_equivalent_to(x.sharding, result.ndim))
-        self.check(results)
+        self.assert_as_the_twins(results)
 
     def test_without_a_mesh_in_force(self):
         sharding = NamedSharding(_mesh(AxisType.Auto), P("data"))
         x = jax.device_put(self.x, sharding)
         step = jax.jit(_round_trip).lower(x).compile()
         self.assertIsNone(_MOVES.search(step.as_text()))
-        self.check(step(x))
+        self.assert_as_the_twins(step(x))
 
     def test_chunks_on_several_devices_come_together(self):
         sharding = NamedSharding(_mesh(AxisType.Auto), P(None, None, None, "model"))
-        self.check(jax.jit(_round_trip)(jax.device_put(self.x, sharding)))
+        self.assert_as_the_twins(jax.jit(_round_trip)(jax.device_put(self.x, sharding)))
 
     def test_within_shard_map(self):
         spec = P("data", "model")
@@ -96,7 +96,7 @@ class MeshTest(parameterized.TestCase):
             out_specs=spec,
             check_vma=False,  # which emulated kernels do not pass
         )
-        self.check(jax.jit(mapped)(self.x))
+        self.assert_as_the_twins(jax.jit(mapped)(self.x))
 
     def test_kernels_differ_by_device_within_shard_map(self):
         policy, spec = DropIT(), P("data", "model")
@@ -114,7 +114,7 @@ class MeshTest(parameterized.TestCase):
 
     @parameterized.parameters(0, 1, 2)
     def test_vmap(self, axis):
-        self.check(jax.jit(jax.vmap(_round_trip, axis, axis))(self.x))
+        self.assert_as_the_twins(jax.jit(jax.vmap(_round_trip, axis, axis))(self.x))
 
     def test_vmap_of_one_operand(self):
         values, positions, _ = twins.compress(self.x, _PLAN)
