@@ -6,21 +6,21 @@ compared and moved: -0.0, denormal numbers and NaN come through.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32, Integer, UInt32
 
 from dropit_jax.kernels import plan as plans
+from dropit_jax.kernels import search
 from dropit_jax.kernels.plan import MAX_ORDERED, Plan, power_of_two
+from dropit_jax.kernels.twins import Positions
 
-_Carry = TypeVar("_Carry")
 _Integers = Int32[Array, "rows columns"]
 _Column = Int32[Array, "rows 1"]
 _Mask = Bool[Array, "rows columns"]
@@ -32,17 +32,10 @@ _WARPS = 4
 # Elements of a large chunk for each warp: 32 for each thread.
 _PER_WARP = 1024
 
-# Up to so many kept elements, taking the largest that many times costs no more than a
-# search through the bits of the k-th largest.
-_MAX_ROUNDS = 15
-
-# Rounds that are written out; more of them are a loop.
-_MAX_UNROLLED = 8
-
 
 def compress(
     x: Float[Array, "*rows units elements"], plan: Plan, *, interpret: bool = False
-) -> tuple[Array, ...]:
+) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Keeps the largest magnitudes of each chunk, in one pass.
 
     Args:
@@ -51,9 +44,8 @@ def compress(
       interpret: whether the kernel is emulated, on any device.
 
     Returns:
-      The kept values, (*rows, units, plan.unit * plan.kept); their positions,
-      (*rows, units, plan.positions); and where `plan.sign` is set the sign bits,
-      (*rows, units, plan.sign_bytes).
+      The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
+      (*rows, units, plan.positions).
 
     Raises:
       ValueError: there is no kernel for this, or `x` does not consist of whole units.
@@ -67,19 +59,15 @@ def compress(
         plans.result((chunks, plan.kept), plans.bits_dtype(plan.value_dtype), x),
         plans.result((units, plan.positions), plan.position_dtype, x),
     ]
-    if plan.sign:
-        outputs.append(plans.result((units, plan.sign_bytes), "uint8", x))
     if units:
         bits = plans.to_bits(x).reshape(chunks, plan.size)
-        values, *others = _launch(bits, x.dtype, plan, outputs, interpret)
+        values, positions = _launch(bits, x.dtype, plan, outputs, interpret)
     else:
-        values, *others = (jnp.zeros(out.shape, out.dtype) for out in outputs)
-    of_unit = (plan.unit * plan.kept, plan.positions, plan.sign_bytes)
-    return tuple(
-        out.reshape(*x.shape[:-1], size)
-        for out, size in zip(
-            (plans.from_bits(values, plan.value_dtype), *others), of_unit, strict=False
-        )
+        values, positions = (jnp.zeros(out.shape, out.dtype) for out in outputs)
+    values = plans.from_bits(values, plan.value_dtype)
+    return (
+        values.reshape(*x.shape[:-1], plan.unit * plan.kept),
+        positions.reshape(*x.shape[:-1], plan.positions),
     )
 
 
@@ -102,14 +90,13 @@ def _launch(
     def block(array: Any, rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, array.shape[-1]), lambda i: (i, 0))
 
-    values, *of_units = outputs
+    values, positions = outputs
     return pl.pallas_call(
         functools.partial(kernel, dtype=dtype, plan=plan, count=x.shape[0]),
         out_shape=outputs,
         grid=(pl.cdiv(x.shape[0], rows),),
         in_specs=[block(x, rows)],
-        out_specs=[block(values, rows)]
-        + [block(a, rows // plan.unit) for a in of_units],
+        out_specs=[block(values, rows), block(positions, rows // plan.unit)],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="dropit_compress",
@@ -120,7 +107,7 @@ def _small_chunks(
     x_ref: Any,
     values_ref: Any,
     positions_ref: Any,
-    *sign_refs: Any,
+    *,
     dtype: jnp.dtype,
     plan: Plan,
     count: int,
@@ -128,17 +115,14 @@ def _small_chunks(
     """Compresses a block of chunks, for D <= `MAX_ORDERED`."""
     rows = x_ref.shape[0]
     first = pl.program_id(0) * rows
-    row, column = _places((rows, power_of_two(plan.size)))
+    row, column = search.places((rows, power_of_two(plan.size)))
     inside = (first + row < count) & (column < plan.size)
     bits = _load_bits(x_ref, row, column, inside)
     cast = functools.partial(plans.cast_bits, dtype=dtype, new_dtype=plan.value_dtype)
     pack = functools.partial(_store_packed, plan=plan, units=count // plan.unit)
-    for sign_ref in sign_refs:
-        words = _words(_positive(bits, dtype), column, 1)
-        pack(sign_ref, words, plan.size)
     if plan.ordered:
-        taken, indices = _largest_first(bits, inside, plan.kept, dtype)
-        row, slot = _places(taken.shape)
+        taken, indices = search.largest_first(bits, inside, plan.kept, dtype)
+        row, slot = search.places(taken.shape)
         stored = (first + row < count) & (slot < plan.kept)
         _store(values_ref, row, slot, cast(taken), stored)
         if plan.packed:
@@ -147,7 +131,7 @@ def _small_chunks(
         else:
             _store(positions_ref, row, slot, indices, stored)
     else:
-        keep, slot = _largest(bits, inside, plan.kept, dtype)
+        keep, slot = search.largest(bits, inside, plan.kept, dtype)
         _store(values_ref, row, slot, cast(bits), keep)
         pack(positions_ref, _words(keep, column, 1), plan.size)
 
@@ -156,7 +140,7 @@ def _large_chunks(
     x_ref: Any,
     values_ref: Any,
     positions_ref: Any,
-    *sign_refs: Any,
+    *,
     dtype: jnp.dtype,
     plan: Plan,
     count: int,
@@ -166,42 +150,32 @@ def _large_chunks(
     cast = functools.partial(plans.cast_bits, dtype=dtype, new_dtype=plan.value_dtype)
     shape = (1, _large_width(plan))
 
-    def chunk(i: Any, open_bytes: tuple[Any, ...]) -> tuple[Any, ...]:
-        row, column = _places(shape)
+    def chunk(i: Any, open_byte: _Column) -> _Column:
+        row, column = search.places(shape)
         row += i
         # Columns begin where a byte of the unit does, so that 8 of them are a byte.
         column -= i * plan.size & 7
         inside = (column >= 0) & (column < plan.size)
         bits = _load_bits(x_ref, row, column, inside)
-        keep, slot = _largest(bits, inside, plan.kept, dtype)
+        keep, slot = search.largest(bits, inside, plan.kept, dtype)
         _store(values_ref, row, slot, cast(bits), keep)
-        masks = [_positive(bits, dtype) for _ in sign_refs]
-        refs = list(sign_refs)
         if plan.packed:
-            masks.append(keep)
-            refs.append(positions_ref)
-        else:
-            _store(positions_ref, row, slot, column, keep)
-        return tuple(
-            _store_bytes(ref, mask, i * plan.size, plan.size, open_byte)
-            for ref, mask, open_byte in zip(refs, masks, open_bytes, strict=True)
-        )
+            return _store_bytes(
+                positions_ref, keep, i * plan.size, plan.size, open_byte
+            )
+        _store(positions_ref, row, slot, column, keep)
+        return open_byte
 
     none = jnp.zeros((1, 1), jnp.int32)
-    _repeat(plan.unit, chunk, (none,) * (len(sign_refs) + plan.packed), unroll=1)
+    if plan.unit == 1:
+        chunk(0, none)
+    else:
+        lax.fori_loop(0, plan.unit, chunk, none)
 
 
 def _large_width(plan: Plan) -> int:
     """Columns for a large chunk, and for those before it in its first byte."""
     return power_of_two(plan.size + (7 if plan.unit > 1 else 0))
-
-
-def _places(shape: tuple[int, ...]) -> tuple[_Integers, _Integers]:
-    """The row and the column of each element of a block."""
-    return (
-        lax.broadcasted_iota(jnp.int32, shape, 0),
-        lax.broadcasted_iota(jnp.int32, shape, 1),
-    )
 
 
 def _load_bits(ref: Any, row: _Integers, column: _Integers, inside: _Mask) -> _Integers:
@@ -219,130 +193,6 @@ def _store(
 ) -> None:
     """Stores integers as those of the reference, which take their lowest bits."""
     plgpu.store(ref.at[row, slot], x.astype(ref.dtype), mask=stored)
-
-
-def _sign_shift(dtype: jnp.dtype) -> int:
-    return 8 * dtype.itemsize - 1
-
-
-def _magnitude(bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
-    """Integers in the order of the magnitudes; -1 for what is not inside."""
-    return jnp.where(inside, bits & ((1 << _sign_shift(dtype)) - 1), -1)
-
-
-def _positive(bits: _Integers, dtype: jnp.dtype) -> _Mask:
-    """Where the float is above zero, and no NaN."""
-    infinity = int(np.array(jnp.inf, dtype).view(f"int{8 * dtype.itemsize}"))
-    return (bits > 0) & (bits <= infinity)
-
-
-def _repeat(
-    times: int,
-    body: Callable[[Any, _Carry], _Carry],
-    carry: _Carry,
-    unroll: int = _MAX_UNROLLED,
-) -> _Carry:
-    if times > unroll:
-        return lax.fori_loop(0, times, body, carry)
-    for i in range(times):
-        carry = body(i, carry)
-    return carry
-
-
-def _keys(bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
-    """What the next largest is found by; of 16-bit floats, no two are equal."""
-    magnitude = _magnitude(bits, inside, dtype)
-    if dtype.itemsize == 4:
-        return magnitude
-    column = _places(bits.shape)[1]
-    tag = (MAX_ORDERED - 1 - column) << 1 | bits >> 15
-    return jnp.where(inside, magnitude << 16 | tag, -1)
-
-
-def _next_largest(
-    keys: _Integers, bits: _Integers, dtype: jnp.dtype
-) -> tuple[_Integers, _Column, _Column]:
-    """Takes the largest of each row away: the keys left, its bits, and its column."""
-    column = _places(keys.shape)[1]
-    top = jnp.max(keys, axis=1, keepdims=True)
-    if dtype.itemsize == 2:
-        taken, tag = top >> 16 | (top & 1) << 15, top >> 1 & (MAX_ORDERED - 1)
-        index = MAX_ORDERED - 1 - tag
-    else:
-        # The first of equal ones, and its sign, in one number.
-        signed = column << 1 | (bits < 0).astype(jnp.int32)
-        signed = jnp.where(keys == top, signed, 2 * MAX_ORDERED)
-        first = jnp.min(signed, axis=1, keepdims=True)
-        taken, index = top | first << 31, first >> 1
-    return jnp.where(column == index, -1, keys), taken, index
-
-
-def _largest_first(
-    bits: _Integers, inside: _Mask, k: int, dtype: jnp.dtype
-) -> tuple[_Integers, _Integers]:
-    """The bits and the indices of the k largest of each row, padded with zeros."""
-    slot = _places((bits.shape[0], power_of_two(k)))[1]
-
-    def take(
-        i: Any, carry: tuple[_Integers, _Integers, _Integers]
-    ) -> tuple[_Integers, _Integers, _Integers]:
-        keys, taken, indices = carry
-        keys, value, index = _next_largest(keys, bits, dtype)
-        here = slot == i
-        return keys, jnp.where(here, value, taken), jnp.where(here, index, indices)
-
-    start = (_keys(bits, inside, dtype), jnp.zeros_like(slot), jnp.zeros_like(slot))
-    _, taken, indices = _repeat(k, take, start)
-    return taken, indices
-
-
-def _largest(
-    bits: _Integers, inside: _Mask, k: int, dtype: jnp.dtype
-) -> tuple[_Mask, _Integers]:
-    """Where the k largest of each row are, and their slots among these.
-
-    All others have the slot k, which there is not: the emulation writes old values back
-    where a store is masked.
-    """
-    if bits.shape[1] <= MAX_ORDERED and k <= _MAX_ROUNDS:
-        keep = inside & (_keys_after(k, bits, inside, dtype) < 0)
-        slot = jnp.cumsum(keep.astype(jnp.int32), axis=1) - 1
-    else:
-        magnitude = _magnitude(bits, inside, dtype)
-        keep, slot = _largest_by_bits(magnitude, k, _sign_shift(dtype))
-    return keep, jnp.where(keep, slot, k)
-
-
-def _keys_after(k: int, bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
-    """The keys, negative for the k largest of each row."""
-
-    def take(_: Any, keys: _Integers) -> _Integers:
-        return _next_largest(keys, bits, dtype)[0]
-
-    return _repeat(k, take, _keys(bits, inside, dtype))
-
-
-def _largest_by_bits(
-    magnitude: _Integers, k: int, width: int
-) -> tuple[_Mask, _Integers]:
-    """`_largest`, by a search for the k-th largest magnitude, highest bit first."""
-
-    def next_bit(i: Any, kth: _Column) -> _Column:
-        candidate = kth | jnp.left_shift(1, width - 1 - i)
-        enough = (magnitude >= candidate).astype(jnp.int32)
-        enough = jnp.sum(enough, axis=1, keepdims=True) >= k
-        return jnp.where(enough, candidate, kth)
-
-    kth = jnp.zeros((magnitude.shape[0], 1), jnp.int32)
-    kth = lax.fori_loop(0, width, next_bit, kth)
-    above = (magnitude > kth).astype(jnp.int32)
-    equal = (magnitude == kth).astype(jnp.int32)
-    room = k - jnp.sum(above, axis=1, keepdims=True)
-    # Both counts in one prefix sum: neither exceeds 2**14.
-    so_far = jnp.cumsum(above << 16 | equal, axis=1)
-    above_so_far, equal_so_far = so_far >> 16, so_far & 0xFFFF
-    keep = (above > 0) | ((equal > 0) & (equal_so_far <= room))
-    return keep, above_so_far + jnp.minimum(equal_so_far, room) - 1
 
 
 def _words(
@@ -377,7 +227,7 @@ def _store_packed(
         part = jnp.where(start >= 0, right, left)
         packed |= jnp.where((start > -8) & (start < 32), part, 0)
     packed = jnp.sum(packed & 0xFF, axis=1)
-    row, column = _places(packed.shape)
+    row, column = search.places(packed.shape)
     inside = (pl.program_id(0) * rows + row < units) & (column < ref.shape[1])
     _store(ref, row, column, packed, inside)
 
@@ -400,7 +250,7 @@ def _store_bytes(
     octets = mask.astype(jnp.int32).reshape(1, mask.shape[1] // 8, 8)
     octets = octets << lax.broadcasted_iota(jnp.int32, octets.shape, 2)
     octets = jnp.sum(octets, axis=2)
-    row, column = _places(octets.shape)
+    row, column = search.places(octets.shape)
     octets = jnp.where(column == 0, octets | open_byte, octets)
     whole = ((start & 7) + size) >> 3
     _store(ref, row, (start >> 3) + column, octets, column < whole)

@@ -32,7 +32,9 @@ _Operation = Callable[..., Any]
 
 # JAX keeps what it has traced: layers of one shape are traced once, not each.
 @functools.partial(jax.jit, static_argnames="plan")
-def compress(x: Float[Array, "*rows units elements"], plan: Plan) -> tuple[Array, ...]:
+def compress(
+    x: Float[Array, "*rows units elements"], plan: Plan
+) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """`twins.compress`, in one pass where there is a kernel for it.
 
     It has no gradient: what is kept is what a gradient is computed from.
@@ -42,7 +44,7 @@ def compress(x: Float[Array, "*rows units elements"], plan: Plan) -> tuple[Array
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
-    return _on_each_platform(kernel, twin, 3 if plan.sign else 2, x)
+    return _on_each_platform(kernel, twin, 2, x)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))

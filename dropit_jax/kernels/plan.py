@@ -14,8 +14,8 @@ MAX_ORDERED = 64
 
 _MAX_SIZE = 2**14
 
-# The most positions, or bytes of sign bits: Pallas addresses an array of up to 2**32
-# bytes by signed numbers of 32 bits.
+# The most positions: Pallas addresses an array of up to 2**32 bytes by signed numbers
+# of 32 bits.
 _MAX_STORED = 2**31
 
 # Programs count chunks by signed numbers of 32 bits, with room for a block more.
@@ -36,15 +36,12 @@ class Plan:
         `"bitmap"`, one bit for each element. Kept elements are in the order of their
         indices, but largest first where indices are stored and D <= `MAX_ORDERED`.
       value_dtype: the name of the type that kept values are stored in.
-      sign: whether compression also writes one bit for each element, set where it is
-        positive: the derivative of a ReLU that made it.
     """
 
     size: int
     kept: int
     encoding: Literal["index", "bitmap"]
     value_dtype: str
-    sign: bool = False
 
     @property
     def index_bits(self) -> int:
@@ -77,11 +74,6 @@ class Plan:
         return jnp.dtype("uint8" if self.packed else f"uint{self.index_bits}")
 
     @property
-    def sign_bytes(self) -> int:
-        """Bytes of the sign bits of a unit."""
-        return self.unit * self.size // 8
-
-    @property
     def _position_bits(self) -> int:
         """Bits of the positions of a chunk."""
         if self.encoding == "bitmap":
@@ -97,14 +89,12 @@ def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
         and plan.encoding in ("index", "bitmap")
         and 2 <= plan.size <= _MAX_SIZE
         and 1 <= plan.kept < plan.size
-        and not (plan.sign and plan.unit * plan.size % 8)
     )
 
 
 def fits(plan: Plan, units: int) -> bool:
     """Whether a kernel can count the chunks, and address what is stored of them."""
-    stored = max(plan.positions, plan.sign_bytes if plan.sign else 0)
-    return units * stored <= _MAX_STORED and units * plan.unit < _MAX_CHUNKS
+    return units * plan.positions <= _MAX_STORED and units * plan.unit < _MAX_CHUNKS
 
 
 def check(dtype: jax.typing.DTypeLike, plan: Plan, units: int) -> None:

@@ -5,7 +5,7 @@ Values are copied by their bits, and cast only to `Plan.value_dtype` and back.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped, UInt8, UInt16
+from jaxtyping import Array, Float, Shaped, UInt8, UInt16
 
 from dropit_jax import packing, selection
 from dropit_jax.kernels.plan import Plan, cast_bits, from_bits, to_bits
@@ -14,7 +14,9 @@ from dropit_jax.kernels.plan import Plan, cast_bits, from_bits, to_bits
 Positions = UInt8[Array, "*rows units stored"] | UInt16[Array, "*rows units stored"]
 
 
-def compress(x: Float[Array, "*rows units elements"], plan: Plan) -> tuple[Array, ...]:
+def compress(
+    x: Float[Array, "*rows units elements"], plan: Plan
+) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Keeps the largest magnitudes of each chunk.
 
     Args:
@@ -22,17 +24,15 @@ def compress(x: Float[Array, "*rows units elements"], plan: Plan) -> tuple[Array
       plan: how they are stored.
 
     Returns:
-      The kept values, (*rows, units, plan.unit * plan.kept); their positions,
-      (*rows, units, plan.positions); and where `plan.sign` is set the sign bits,
-      (*rows, units, plan.sign_bytes).
+      The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
+      (*rows, units, plan.positions).
     """
     lead = x.shape[:-1]
     chunks = x.reshape(*lead, plan.unit, plan.size)
     values, positions = _select(chunks, plan)
     if values.dtype != plan.value_dtype:
         values = values.astype(plan.value_dtype)
-    stored = (values.reshape(*lead, plan.unit * plan.kept), positions)
-    return (*stored, packing.pack(positive(x), 1)) if plan.sign else stored
+    return values.reshape(*lead, plan.unit * plan.kept), positions
 
 
 def decompress(
@@ -68,24 +68,6 @@ def placed(
             positions = packing.unpack(positions, 4, plan.unit * plan.kept)
         whole = selection.place(kept, positions.reshape(kept.shape), plan.size)
     return whole.reshape(*lead, plan.unit * plan.size)
-
-
-def decompress_transposed(
-    values: Float[Array, "batch positions units kept"],
-    positions: Positions,
-    plan: Plan,
-    dtype: jax.typing.DTypeLike,
-) -> Float[Array, "batch channels positions"]:
-    """`decompress`, with the channels (the chunks' elements) before the positions."""
-    whole = decompress(values, positions, plan, dtype)
-    batch, count, units, elements = whole.shape
-    return whole.reshape(batch, count, units * elements).swapaxes(1, 2)
-
-
-def positive(x: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
-    """Where x > 0, by its bits: also where denormal numbers are flushed to zero."""
-    bits = to_bits(x)
-    return (bits > 0) & (bits <= to_bits(jnp.array(jnp.inf, x.dtype)))
 
 
 def _select(

@@ -2,8 +2,9 @@
 
 Run by `dropit_jax.memory.report` as a process, by its path, so that it starts without
 importing the rest of the package: the exported program on standard input; on the
-command line the path of the GPU description, the JSON list of donated arguments, and
-a directory for the compiler's notes. Prints the memory statistics as JSON.
+command line the path of the GPU description, the JSON list of donated arguments, a
+directory for the compiler's notes, and its options as JSON. Prints the memory
+statistics as JSON.
 """
 
 import json
@@ -20,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 PROGRAM_FILE = "compiled_program.txt"
 
 
-def main(description: str, donated: str, directory: str) -> None:
+def main(description: str, donated: str, directory: str, options: str) -> None:
     """Compiles the program on standard input and prints its memory statistics."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=Path(description).read_text(), topology="1x1x1"
@@ -34,15 +35,17 @@ def main(description: str, donated: str, directory: str) -> None:
         for aval in program.in_avals
     ]
     step = jax.jit(program.call, donate_argnums=tuple(json.loads(donated)))
-    compiled = compile_with_notes(step.lower(*args), directory)
+    compiled = compile_with_notes(step.lower(*args), directory, json.loads(options))
     print(json.dumps(memory_stats(compiled)))
 
 
-def compile_with_notes(lowered: jax.stages.Lowered, directory: str) -> Any:
+def compile_with_notes(
+    lowered: jax.stages.Lowered, directory: str, options: dict[str, str | bool]
+) -> Any:
     """Compiles, and leaves the program and the notes on its buffers in a directory."""
-    options: dict[str, str | bool]
-    options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options=options)
+    notes: dict[str, str | bool]
+    notes = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=options | notes)
     Path(directory, PROGRAM_FILE).write_text(compiled.as_text() or "")
     return compiled
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def compile_report(
     target: str | Path | None = None,
     donate: int | Sequence[int] = (),
     num_buffers: int = 20,
+    compiler_options: Mapping[str, str | bool] | None = None,
 ) -> CompileReport:
     """Compiles a function for a device and reports what it takes there.
 
@@ -90,6 +91,8 @@ def compile_report(
       donate: indices of the arguments whose memory the results may take over.
       num_buffers: how many buffers to list. (None are where a local backend does not
         say, or JAX's compilation cache had the program.)
+      compiler_options: of XLA, as `jax.jit` takes them. What `XLA_FLAGS` says is not
+        heeded for a target.
 
     Raises:
       ValueError: `donate` names an argument that there is not.
@@ -97,16 +100,19 @@ def compile_report(
       CompilerError: the CUDA plugin is missing, or the compilation failed.
     """
     donate = _donated_arguments(donate, len(abstract_args))
+    options = dict(compiler_options or {})
     with tempfile.TemporaryDirectory() as directory:
         if target is None:
             name, names = jax.default_backend(), []
             lowered = jax.jit(step, donate_argnums=donate).lower(*abstract_args)
-            compiled = gpu_compiler.compile_with_notes(lowered, directory)
+            compiled = gpu_compiler.compile_with_notes(lowered, directory, options)
             stats = gpu_compiler.memory_stats(compiled)
         else:
             description = devices.find(target)
             name, names = description.stem, _names(abstract_args)
-            stats = _compile_apart(step, abstract_args, donate, description, directory)
+            stats = _compile_apart(
+                step, abstract_args, donate, description, directory, options
+            )
         program = hlo.parse(Path(directory, gpu_compiler.PROGRAM_FILE).read_text())
         largest = buffers.at_peak(Path(directory), program, names)[:num_buffers]
     return CompileReport(
@@ -129,6 +135,7 @@ def _compile_apart(
     donate: tuple[int, ...],
     description: Path,
     directory: str,
+    options: dict[str, str | bool],
 ) -> dict[str, int]:
     """Compiles in a process, which leaves its notes in the directory."""
     environment = _compiler_environment()
@@ -136,7 +143,7 @@ def _compile_apart(
     # By its path, as the package's own imports would take longer than JAX's; -P, as
     # the files beside it are no top-level modules.
     command = [sys.executable, "-P", gpu_compiler.__file__]
-    command += [str(description), json.dumps(donated), directory]
+    command += [str(description), json.dumps(donated), directory, json.dumps(options)]
     done = subprocess.run(
         command, input=program, env=environment, capture_output=True, check=False
     )

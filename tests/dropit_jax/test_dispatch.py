@@ -21,7 +21,7 @@ from dropit_jax.kernels.decompress import decompress
 from dropit_jax.memory import devices, gpu_compiler, report
 from tests.dropit_jax import reference
 
-_PLAN = Plan(16, 3, "index", "bfloat16", sign=True)
+_PLAN = Plan(16, 3, "index", "bfloat16")
 _SHAPE = (8, 2, 4, _PLAN.unit * 16)
 _SPECS = (
     P("data"),
@@ -33,7 +33,7 @@ _MOVES = re.compile(r" (all-\w+|reduce-scatter|collective-permute)(-start)?\(")
 
 # Emulated, and otherwise as on a GPU.
 _compress = dispatch.on_every_device(
-    functools.partial(compress, plan=_PLAN, interpret=True), 3
+    functools.partial(compress, plan=_PLAN, interpret=True), 2
 )
 _decompress = dispatch.on_every_device(
     functools.partial(decompress, plan=_PLAN, dtype="float32", interpret=True), 1
@@ -41,14 +41,13 @@ _decompress = dispatch.on_every_device(
 
 
 def _round_trip(x):
-    values, positions, signs = _compress(x)
-    return values, positions, signs, _decompress(values, positions)
+    values, positions = _compress(x)
+    return values, positions, _decompress(values, positions)
 
 
 def _expected(x):
-    values, positions, signs = jax.jit(twins.compress, static_argnums=1)(x, _PLAN)
-    whole = twins.decompress(values, positions, _PLAN, "float32")
-    return values, positions, signs, whole
+    values, positions = jax.jit(twins.compress, static_argnums=1)(x, _PLAN)
+    return values, positions, twins.decompress(values, positions, _PLAN, "float32")
 
 
 def _mesh(axis_type):
@@ -117,7 +116,7 @@ class MeshTest(parameterized.TestCase):
         self.assert_as_the_twins(jax.jit(jax.vmap(_round_trip, axis, axis))(self.x))
 
     def test_vmap_of_one_operand(self):
-        values, positions, _ = twins.compress(self.x, _PLAN)
+        values, positions = twins.compress(self.x, _PLAN)
         whole = jax.vmap(_decompress, (None, 0))(values[0], positions)
         one = jnp.broadcast_to(values[0], values.shape)
         expected = twins.decompress(one, positions, _PLAN, "float32")
@@ -189,7 +188,7 @@ class GpuProgramTest(parameterized.TestCase):
         """Bytes of temporaries, and the instructions that do something."""
         with tempfile.TemporaryDirectory() as directory:
             stats = report._compile_apart(
-                function, args, (), devices.find("h100"), directory
+                function, args, (), devices.find("h100"), directory, {}
             )
             text = Path(directory, gpu_compiler.PROGRAM_FILE).read_text()
         entry = text[text.index("\nENTRY") :].splitlines()[1:]

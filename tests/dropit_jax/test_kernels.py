@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 
 from dropit_jax.kernels import twins
 from dropit_jax.kernels.compress import compress
-from dropit_jax.kernels.decompress import decompress, decompress_transposed
+from dropit_jax.kernels.decompress import decompress
 from dropit_jax.kernels.plan import Plan, supported
 from tests.dropit_jax import reference
 
@@ -54,14 +54,13 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from dropit_jax.kernels.compress import compress
-from dropit_jax.kernels.decompress import decompress, decompress_transposed
+from dropit_jax.kernels.decompress import decompress
 from dropit_jax.kernels.plan import Plan
 
 cases, *targets = json.loads(sys.argv[1])
 plans, shapes = [], []
 for size, kept, encoding, value_dtype, dtype in cases:
     plan = Plan(size, kept, encoding, value_dtype)
-    plan = Plan(size, kept, encoding, value_dtype, sign=plan.unit * size % 8 == 0)
     plans.append((plan, dtype))
     shapes.append([
         jax.ShapeDtypeStruct((9, 49, 2, last), kind)
@@ -77,7 +76,6 @@ def kernels(args):
         (
             compress(x, plan),
             decompress(values, positions, plan, dtype),
-            decompress_transposed(values, positions, plan, dtype),
         )
         for (plan, dtype), (x, values, positions) in zip(plans, args)
     ]
@@ -103,13 +101,6 @@ _COMPILED = (
     (256, 25, "index", "float32", "float32"),
     (100, 10, "bitmap", "float16", "float32"),
 )
-
-
-def _plan(size, kept, encoding, value_dtype):
-    """The plan, with sign bits where they fill whole bytes."""
-    plan = Plan(size, kept, encoding, value_dtype)
-    whole = plan.unit * size % 8 == 0
-    return Plan(size, kept, encoding, value_dtype, sign=whole)
 
 
 def _chunks(plan, dtype, shape, seed=0):
@@ -143,14 +134,13 @@ def _shape(plan):
 @functools.lru_cache
 def _case(size, kept, encoding, value_dtype, dtype):
     """A plan, chunks, what the twin keeps of them, and what it puts back."""
-    plan = _plan(size, kept, encoding, value_dtype)
+    plan = Plan(size, kept, encoding, value_dtype)
     x = _chunks(plan, dtype, _shape(plan))
 
     @jax.jit
     def twin(x):
-        values, positions, *signs = twins.compress(x, plan)
-        whole = twins.decompress(values, positions, plan, dtype)
-        return (values, positions, *signs), whole
+        kept = twins.compress(x, plan)
+        return kept, twins.decompress(*kept, plan, dtype)
 
     return plan, x, *twin(x)
 
@@ -180,34 +170,17 @@ def _packed(order, plan, lead):
 class TwinTest(parameterized.TestCase):
     @parameterized.parameters(*_CASES)
     def test_keeps_what_a_stable_sort_puts_first(self, *case):
-        plan, x, (values, positions, *signs), whole = _case(*case)
+        plan, x, (values, positions), whole = _case(*case)
         x = np.asarray(x)
         order = _order(x, plan)
         kept = np.take_along_axis(x.reshape(-1, plan.size), order, axis=1)
         kept = jax.jit(lambda kept: kept.astype(plan.value_dtype))(kept)
         reference.assert_same_bits(values, kept.reshape(values.shape))
         reference.assert_same_bits(positions, _packed(order, plan, x.shape[:-1]))
-        for sign in signs:
-            positive = x.astype(np.float64) > 0
-            expected = np.packbits(positive, axis=-1, bitorder="little")
-            reference.assert_same_bits(sign, expected)
         placed = np.zeros((len(order), plan.size), x.dtype)
         back = jax.jit(lambda kept: kept.astype(x.dtype))(kept)
         np.put_along_axis(placed, order, np.asarray(back), axis=1)
         reference.assert_same_bits(whole, placed.reshape(x.shape))
-
-    def test_transposed_has_channels_first(self):
-        plan = Plan(16, 3, "index", "float32")
-        x = _chunks(plan, "float32", (2, 5, 3))
-
-        @jax.jit
-        def run(x):
-            args = (*twins.compress(x, plan), plan, "float32")
-            return twins.decompress(*args), twins.decompress_transposed(*args)
-
-        whole, transposed = run(x)
-        expected = np.asarray(whole).reshape(2, 5, 96).swapaxes(1, 2)
-        reference.assert_same_bits(transposed, expected)
 
 
 class KernelTest(parameterized.TestCase):
@@ -220,53 +193,27 @@ class KernelTest(parameterized.TestCase):
 
     @parameterized.parameters(*_CASES[::3], *_CASES[2::3])
     def test_decompress_is_its_twin(self, *case):
-        plan, x, (values, positions, *_), whole = _case(*case)
+        plan, x, (values, positions), whole = _case(*case)
         args = {"plan": plan, "dtype": x.dtype, "interpret": True}
         kernel = functools.partial(decompress, **args)
         reference.assert_same_bits(jax.jit(kernel)(values, positions), whole)
 
-    @parameterized.parameters(*_CASES[1::3])
-    def test_decompress_transposed_is_its_twin(self, *case):
-        plan, x, (values, positions, *_), whole = _case(*case)
-        args = {"plan": plan, "dtype": x.dtype, "interpret": True}
-        kernel = functools.partial(decompress_transposed, **args)
-        whole = np.asarray(whole).reshape(*whole.shape[:2], -1)
-        reference.assert_same_bits(
-            jax.jit(kernel)(values, positions), np.swapaxes(whole, 1, 2)
-        )
-
-    @parameterized.parameters(
-        ((270, 1), False), ((2, 3, 11, 3), True), ((0, 1), True), ((3, 0, 2), False)
-    )
-    def test_any_leading_axes(self, shape, sign):
-        plan = Plan(8, 3, "index", "bfloat16", sign=sign)
+    @parameterized.parameters(((270, 1),), ((2, 3, 11, 3),), ((0, 1),), ((3, 0, 2),))
+    def test_any_leading_axes(self, shape):
+        plan = Plan(8, 3, "index", "bfloat16")
         x = _chunks(plan, "float32", shape)
 
         @jax.jit
         def run(x):
             kept = compress(x, plan, interpret=True)
-            whole = decompress(*kept[:2], plan, "float16", interpret=True)
+            whole = decompress(*kept, plan, "float16", interpret=True)
             expected = twins.compress(x, plan)
-            placed = twins.decompress(*expected[:2], plan, "float16")
+            placed = twins.decompress(*expected, plan, "float16")
             return (*kept, whole), (*expected, placed)
 
         actual, expected = run(x)
-        self.assertLen(actual, 4 if sign else 3)
         for one, other in zip(actual, expected, strict=True):
             reference.assert_same_bits(one, other)
-
-    @parameterized.parameters((0, 5, 1), (2, 0, 1), (2, 5, 0), (1, 1, 1), (2, 130, 3))
-    def test_transposed_of_any_size(self, *shape):
-        plan = Plan(16, 2, "index", "float32")
-        x = _chunks(plan, "float32", shape)
-
-        @jax.jit
-        def run(x):
-            args = (*twins.compress(x, plan), plan, "float32")
-            whole = decompress_transposed(*args, interpret=True)
-            return whole, twins.decompress_transposed(*args)
-
-        reference.assert_same_bits(*run(x))
 
 
 class SupportTest(parameterized.TestCase):
@@ -288,8 +235,6 @@ class SupportTest(parameterized.TestCase):
         ("float32", Plan(16, 16, "index", "float32")),
         ("float32", Plan(2**14 + 1, 16, "index", "float32")),
         ("float32", Plan(2**17, 16, "index", "float32")),
-        # 4 bits of an index and 20 elements: no whole bytes of sign bits.
-        ("float32", Plan(20, 2, "index", "float32", sign=True)),
     )
     def test_nothing_else(self, dtype, plan):
         self.assertFalse(supported(dtype, plan))
@@ -314,8 +259,6 @@ class SupportTest(parameterized.TestCase):
         ):
             with pytest.raises(ValueError, match=r"are .*, not "):
                 decompress(*wrong, plan, "float32", interpret=True)
-        with pytest.raises(ValueError, match=r"\(batch, positions, units, kept\)"):
-            decompress_transposed(values, positions, plan, "float32", interpret=True)
 
     def test_no_array_that_pallas_cannot_address(self):
         plan = Plan(64, 63, "index", "float32")
@@ -332,7 +275,7 @@ class CompileTest(parameterized.TestCase):
     def test_becomes_ptx_without_temporaries(self, target, card):
         ptx, temp_bytes = _compiled()[target]
         self.assertIn(f".target {card}", ptx)
-        for name in ("compress", "decompress", "decompress_transposed"):
+        for name in ("compress", "decompress"):
             entries = re.findall(rf"\.entry dropit_{name}[_\d]*\(", ptx)
             self.assertLen(entries, len(_COMPILED))
         self.assertNotIn(".local", ptx)

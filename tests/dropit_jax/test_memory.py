@@ -97,6 +97,26 @@ class CompileReportTest(parameterized.TestCase):
         with pytest.raises(memory.CompilerError, match=r"for bad failed:\n.*\n"):
             memory.compile_report(_step, _W, _X, target=path)
 
+    def test_options_reach_the_compiler(self):
+        def convolution(x, kernel):
+            dims = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=dims
+            )
+
+        x = jax.ShapeDtypeStruct((8, 32, 32, 64), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
+        size = 4 * 8 * 32 * 32 * 64
+        compiled = functools.partial(
+            memory.compile_report, convolution, x, kernel, target="a100"
+        )
+        # By itself XLA brings the channels before the height, and back.
+        self.assertGreater(compiled().temp_bytes, size)
+        options = {"xla_gpu_force_conv_nhwc": True}
+        self.assertLess(compiled(compiler_options=options).temp_bytes, size)
+        with pytest.raises(memory.CompilerError, match="xla_no_such_option"):
+            compiled(compiler_options={"xla_no_such_option": True})
+
     def _file(self, name, content):
         path = Path(self.enterContext(tempfile.TemporaryDirectory())) / name
         path.write_text(content)

@@ -1,0 +1,130 @@
+"""What XLA's GPU compiler puts around the kernels in a training step: nothing.
+
+That a compression fused with a ReLU's bits, or a decompression into another layout,
+would save nothing is read off here.
+"""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest, parameterized
+
+import dropit_jax
+from dropit_jax import linen as dn
+from dropit_jax.memory import devices, gpu_compiler, hlo, report
+
+_FEATURES = 64
+_SHAPE = (16, 32, 32, _FEATURES)
+_FREE = ("bitcast", "optimization-barrier")
+
+# Without it XLA reads float32 images as (batch, channels, height, width) on cards
+# before Hopper.
+_CHANNELS_LAST = {"xla_gpu_force_conv_nhwc": True}
+
+
+class _Net(nn.Module):
+    """Convolution, norm and ReLU, twice, and a dense layer."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        tools = dn.toolbox(dropit_jax.preset("dropit"))
+        norm = functools.partial(nn.BatchNorm, use_running_average=False)
+        for _ in range(2):
+            x = tools.Conv(_FEATURES, (3, 3), dtype=self.dtype)(x)
+            x = tools.relu(norm(dtype=self.dtype)(x))
+        return tools.Dense(256, dtype=self.dtype)(x)
+
+
+def _compiled(target, dtype, options):
+    """The training step of the net."""
+    net, x = _Net(dtype), jax.ShapeDtypeStruct(_SHAPE, dtype)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+
+    def step(variables, x):
+        def loss(params):
+            given = variables | {"params": params}
+            out, _ = net.apply(given, x, mutable=["batch_stats"])
+            return (out.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss)(variables["params"])
+
+    with tempfile.TemporaryDirectory() as directory:
+        report._compile_apart(
+            step, (variables, x), (), devices.find(target), directory, options
+        )
+        return hlo.parse(Path(directory, gpu_compiler.PROGRAM_FILE).read_text())
+
+
+def _source(program, name):
+    """The instruction that writes the array which another is a view of."""
+    element = 0
+    while True:
+        found = program.homes[name][name]
+        if found.opcode == "get-tuple-element":
+            element, name = found.element, found.operands[0]
+        elif found.opcode == "tuple":
+            name = found.operands[element]
+        elif found.opcode in _FREE:
+            name = found.operands[0]
+        else:
+            return found
+
+
+def _is_kernel(instruction):
+    return "__gpu$xla.gpu.triton" in instruction.attributes
+
+
+def _weight_gradients(program):
+    """The convolutions and the product that read what was decompressed."""
+    entry = program.computations[program.entry].values()
+    convolutions = [i for i in entry if "convBackwardFilter" in i.attributes]
+    products = [
+        i
+        for i in entry
+        if "__cublas" in i.attributes
+        and (_FEATURES, 256) in [a.shape for a in i.results]
+    ]
+    return convolutions + products
+
+
+class KernelsInStepTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ("h100", "float32", {}),
+        ("a5000", "bfloat16", {}),
+        ("a100", "float32", _CHANNELS_LAST),
+    )
+    def test_nothing_is_moved_for_them(self, target, dtype, options):
+        program = _compiled(target, dtype, options)
+        gradients = _weight_gradients(program)
+        self.assertLen(gradients, 3)
+        for gradient in gradients:
+            self.assertTrue(_is_kernel(_source(program, gradient.operands[0])))
+        entry = program.computations[program.entry].values()
+        kernels = [i for i in entry if _is_kernel(i)]
+        self.assertLen(kernels, 6)
+        # What is compressed is written by what computes it, and so are a ReLU's bits.
+        compressed = [_source(program, i.operands[0]) for i in kernels[:3]]
+        self.assertEqual(compressed[0].opcode, "parameter")
+        bits = (*_SHAPE[:-1], _FEATURES // 8)
+        for relu in compressed[1:]:
+            self.assertEqual(relu.opcode, "fusion")
+            self.assertIn(hlo.Array(dtype, _SHAPE), relu.results)
+            self.assertIn(hlo.Array("uint8", bits), relu.results)
+
+    def test_before_hopper_float32_takes_an_option(self):
+        program = _compiled("a100", "float32", {})
+        sources = [
+            _source(program, gradient.operands[0])
+            for gradient in _weight_gradients(program)
+        ]
+        self.assertFalse(all(map(_is_kernel, sources)))
+
+
+if __name__ == "__main__":
+    absltest.main()
