@@ -5,6 +5,8 @@ chains of selections fuse into a few loops, and need no temporaries of the size 
 sort's. What these cost grows with the size of the chunk, or with its square.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -41,9 +43,12 @@ def top_k_of_magnitudes(
     sign_bit = 8 * x.dtype.itemsize - 1
     negative = lax.shift_right_logical(_bits(x), jnp.asarray(sign_bit, _bits(x).dtype))
     tags = 2 * jnp.arange(x.shape[-1], dtype=jnp.int32) + negative.astype(jnp.int32)
-    scores, tags = _passes(magnitudes, tags, k)
-    signs = (tags & 1).astype(_bits(x).dtype) << sign_bit
-    return _from_bits(scores.astype(signs.dtype) | signs, x), tags >> 1
+    found = _passes(magnitudes, tags, k)
+    values = [
+        score.astype(_bits(x).dtype) | (tag & 1).astype(_bits(x).dtype) << sign_bit
+        for score, tag in found
+    ]
+    return _from_bits(_stack(values), x), _stack([tag >> 1 for _, tag in found])
 
 
 def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
@@ -51,8 +56,8 @@ def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size
     if k > _MAX_PASSES:
         return _ranks(scores) < k
     slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    score, slot = _passes(scores, slots, k)
-    last, at = score[..., -1:], slot[..., -1:]
+    score, slot = _passes(scores, slots, k)[-1]
+    last, at = score[..., None], slot[..., None]
     return (scores > last) | ((scores == last) & (slots <= at))
 
 
@@ -97,15 +102,15 @@ def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     """Indices of the k largest, largest first, ties to the lower index."""
     slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     if k <= _MAX_PASSES:
-        return _passes(scores, slots, k)[1]
+        return _stack([slot for _, slot in _passes(scores, slots, k)])
     order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
     return jnp.where(order, slots, 0).max(axis=-1)
 
 
 def _passes(
     scores: Int[Array, "*rows size"], tags: Int[Array, "*#rows size"], k: int
-) -> tuple[Int[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
-    """The k largest scores, ties to the lower tag, and their tags.
+) -> list[tuple[Int[Array, "*rows"], Int[Array, "*rows"]]]:
+    """The k largest scores, ties to the lower tag, and their tags, one by one.
 
     Args:
       scores: not negative.
@@ -133,8 +138,22 @@ def _passes(
             left = jnp.where(after, scores, least)
         axes = (scores.ndim - 1,)
         found.append(tuple(lax.reduce((left, tags), (least, greatest), larger, axes)))
-    by_score, by_tag = zip(*found, strict=True)
-    return jnp.stack(by_score, axis=-1), jnp.stack(by_tag, axis=-1)
+    return found
+
+
+def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
+    """`jnp.stack` on a new last axis, of integers.
+
+    As a sum of padded ones: XLA's CPU compiler makes a loop of branches out of a
+    concatenation, which takes longer to compile and to run.
+    """
+    zero = np.zeros((), parts[0].dtype)
+    rows = [(0, 0, 0)] * parts[0].ndim
+    padded = [
+        lax.pad(part[..., None], zero, [*rows, (i, len(parts) - 1 - i, 0)])
+        for i, part in enumerate(parts)
+    ]
+    return functools.reduce(jnp.bitwise_or, padded)
 
 
 def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
+from dropit_jax.nn import attention_core as core
 from dropit_jax.nn.recompute import recompute
 
 
@@ -138,7 +139,11 @@ def _attend(
     mask: Array | None,
     dropout_rng: Array | None,
 ) -> Array:
-    return function(query, key, value, bias, mask, dropout_rng=dropout_rng, **options)
+    arrays = (query, key, value, bias, mask)
+    ours = function is nn.dot_product_attention and core.OPTIONS.issuperset(options)
+    if ours and core.suits(query, key, value):
+        return core.attend(*arrays, dropout_rng, **options)
+    return function(*arrays, dropout_rng=dropout_rng, **options)
 
 
 @functools.lru_cache(maxsize=64)

@@ -33,7 +33,8 @@ def _assert_same(ours, theirs, *args):
     value, gradients = pullbacks.value_and_gradients(ours, *args)
     expected, expected_gradients = pullbacks.value_and_gradients(theirs, *args)
     reference.assert_same_bits(value, expected)
-    rounding = 4 * float(jnp.finfo(value.dtype).eps)
+    # The derivative of the softmax is the same formula, rounded in other places.
+    rounding = 16 * float(jnp.finfo(value.dtype).eps)
     chex.assert_trees_all_close(
         gradients, expected_gradients, rtol=rounding, atol=rounding
     )
