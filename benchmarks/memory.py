@@ -13,7 +13,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks import workloads
+from benchmarks import command, workloads
 from benchmarks.workloads import Workload
 from dropit_jax import memory
 
@@ -132,20 +132,18 @@ def markdown(workload: Workload, results: list[Result]) -> str:
         ]
         for result in results
     ]
-    lines = [
+    title = (
         f"### {workload.model}, {workload.image_size}², batch {workload.batch}, "
-        f"{workload.dtype}, {target}",
-        "",
-        *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
-    ]
-    if workload.paper_mb is not None:
-        plain, dropped = workload.paper_mb
-        lines += [
-            "",
-            f"The paper (Table 3; PyTorch, all of a GPU's memory): {plain:,} MB, with "
-            f"DropIT {dropped:,} MB, ratio {dropped / plain:.3f}.",
-        ]
-    return "\n".join(lines)
+        f"{workload.dtype}, {target}"
+    )
+    text = command.table(title, header, rows)
+    if workload.paper_mb is None:
+        return text
+    plain, dropped = workload.paper_mb
+    return (
+        f"{text}\n\nThe paper (Table 3; PyTorch, all of a GPU's memory): {plain:,} MB, "
+        f"with DropIT {dropped:,} MB, ratio {dropped / plain:.3f}."
+    )
 
 
 def _batch(result: Result, target: str) -> str:

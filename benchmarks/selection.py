@@ -15,10 +15,9 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,20 +25,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from benchmarks import timing
+from benchmarks import bounds, command, timing
+from benchmarks.bounds import CHUNK_SIZES, ROW, Bound
 from dropit_jax import DropIT, Residual, compress
 
-# A row of the activation: the paper's D (§4.1).
-ROW = 2**14
-CHUNK_SIZES = (8, 16, 32, 64, 1024, ROW)
 METHODS = ("auto", "top_k")
 _COPY, _TOP_K, _APPROX = "copy", "lax.top_k", "lax.approx_max_k"
 
-# GB/s of a GPU's memory, by NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM5),
-# "A100 Tensor Core GPU" (SXM, 40 GB), "RTX A5000".
-BANDWIDTHS = {"h100": 3352, "a100": 1555, "a5000": 768}
+# Of the activation of the second part.
 _BOUND_ELEMENTS = 2**24
-_BOUND = "bound, nobody measured a time"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,42 +82,6 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
-    """The least that a GPU can take, by what has to go through its memory.
-
-    Attributes:
-      section: "bound, nobody measured a time".
-      target: the GPU.
-      bandwidth_gb_s: of its memory, in 10^9 bytes a second.
-      chunk_size: D.
-      encoding: of the positions.
-      elements: of the float32 activation.
-      rate: the share that is dropped.
-      compress_bytes: of the activation and the residual.
-      decompress_bytes: of the residual and the activation.
-      compress_s: seconds that these take at that bandwidth.
-      decompress_s: likewise.
-      signs_together_bytes: to compress and to write a ReLU's signs, a bit an element,
-        in the same kernel, which reads the activation once.
-      signs_apart_bytes: likewise in two, each of which reads it.
-    """
-
-    section: str
-    target: str
-    bandwidth_gb_s: int
-    chunk_size: int
-    encoding: str
-    elements: int
-    rate: float
-    compress_bytes: int
-    decompress_bytes: int
-    compress_s: float
-    decompress_s: float
-    signs_together_bytes: int
-    signs_apart_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Operation:
     """Something to time.
 
@@ -147,34 +105,6 @@ class Operation:
         return f"{self.method}, {self.chunk_size}"
 
 
-def bytes_moved(function: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes of a function's arguments and of its result.
-
-    It cannot move fewer if it needs all of the arguments.
-
-    Args:
-      function: of arrays; it does not run.
-      *arguments: arrays or `jax.ShapeDtypeStruct`s.
-    """
-    leaves = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def encoding(shape: tuple[int, ...], drop: DropIT) -> str:
-    """How the positions in a float32 activation are stored."""
-    forced = dataclasses.replace(drop, encoding="index")
-    # `DropIT.encoding`: of two equal ones the index.
-    is_index = _residual(shape, drop).nbytes == _residual(shape, forced).nbytes
-    return "index" if is_index else "bitmap"
-
-
-@functools.cache  # to trace takes longer than all else that is no measurement
-def _residual(shape: tuple[int, ...], drop: DropIT) -> Residual:
-    """What a policy keeps of a float32 activation; its arrays are abstract."""
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(functools.partial(compress, dropit=drop), x)
-
-
 def operations(
     elements: int, rate: float, chunk_sizes: Sequence[int]
 ) -> list[Operation]:
@@ -196,7 +126,7 @@ def operations(
                 Operation(
                     method,
                     chunk_size,
-                    encoding(shape, drop),
+                    bounds.encoding(shape, drop),
                     jax.jit(functools.partial(compress, dropit=drop)),
                     jax.jit(Residual.decompress),
                 )
@@ -245,10 +175,10 @@ def _result(
     there = seconds[f"compress {each.name}"]
     back = seconds.get(f"decompress {each.name}")
     both = there if back is None else [a + b for a, b in zip(there, back, strict=True)]
-    moved, moved_back = bytes_moved(each.compress, x), None
+    moved, moved_back = bounds.bytes_moved(each.compress, x), None
     if each.decompress is not None:
         residual = jax.eval_shape(each.compress, x)
-        moved_back = bytes_moved(each.decompress, residual)
+        moved_back = bounds.bytes_moved(each.decompress, residual)
     there_s, both_s = (timing.spread(times).median for times in (there, both))
     back_s = None if back is None else timing.spread(back).median
     return Result(
@@ -270,46 +200,6 @@ def _result(
         copy_ratio=timing.ratio(both, copy),
         top_k_ratio=timing.ratio(there, top_k),
     )
-
-
-def bounds(
-    elements: int, rate: float, chunk_sizes: Sequence[int] = CHUNK_SIZES
-) -> list[Bound]:
-    """What the bandwidths of GPUs allow.
-
-    Args:
-      elements: of the activation, a multiple of `ROW`.
-      rate: the share that is dropped.
-      chunk_sizes: every D.
-    """
-    x = jax.ShapeDtypeStruct((elements // ROW, ROW), jnp.float32)
-    found = []
-    for chunk_size in chunk_sizes:
-        drop = DropIT(rate, chunk_size=chunk_size)
-        residual = _residual(x.shape, drop)
-        # The activation is read and the residual written, and the other way round.
-        moved = 4 * elements + residual.nbytes
-        moved_back = bytes_moved(Residual.decompress, residual)
-        signs = -(-elements // 8)
-        found += [
-            Bound(
-                _BOUND,
-                target,
-                bandwidth,
-                chunk_size,
-                encoding(x.shape, drop),
-                elements,
-                rate,
-                moved,
-                moved_back,
-                1e-9 * moved / bandwidth,
-                1e-9 * moved_back / bandwidth,
-                signs_together_bytes=moved + signs,
-                signs_apart_bytes=moved + signs + 4 * elements,
-            )
-            for target, bandwidth in BANDWIDTHS.items()
-        ]
-    return found
 
 
 def markdown(results: Sequence[Result]) -> str:
@@ -348,47 +238,12 @@ def markdown(results: Sequence[Result]) -> str:
         ]
         for result in results
     ]
-    return _table(
+    return command.table(
         f"### {first.elements:,} elements of float32, rate {first.rate}, "
         f"{first.device} ({os.cpu_count()} cores)",
         header,
         rows,
     )
-
-
-def bounds_markdown(every: Sequence[Bound]) -> str:
-    """The bounds as a table, a row for each D."""
-    first, targets = every[0], list(dict.fromkeys(each.target for each in every))
-    header = ["D", "positions", "compress MB", "decompress MB"]
-    header += [f"both on {target}, µs" for target in targets]
-    header += ["compress and signs MB", "in two passes MB", "ratio"]
-    rows = []
-    for chunk_size in dict.fromkeys(each.chunk_size for each in every):
-        of_size = [each for each in every if each.chunk_size == chunk_size]
-        here = of_size[0]
-        rows.append(
-            [
-                str(chunk_size),
-                here.encoding,
-                _text(here.compress_bytes, 1e-6),
-                _text(here.decompress_bytes, 1e-6),
-                *(_text(b.compress_s + b.decompress_s, 1e6) for b in of_size),
-                _text(here.signs_together_bytes, 1e-6),
-                _text(here.signs_apart_bytes, 1e-6),
-                f"{here.signs_apart_bytes / here.signs_together_bytes:.3f}",
-            ]
-        )
-    return _table(
-        f"### On a GPU ({_BOUND}): {first.elements:,} elements of float32, "
-        f"rate {first.rate}",
-        header,
-        rows,
-    )
-
-
-def _table(title: str, header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join([title, "", *lines])
 
 
 def _text(value: float | str | None, scale: float | None = None) -> str:
@@ -435,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     print(f"{flags.elements} elements, {flags.rounds} rounds", file=sys.stderr)
     results = measure(flags.elements, flags.rate, flags.rounds)
-    least = bounds(_BOUND_ELEMENTS, flags.rate)
+    least = bounds.bounds(_BOUND_ELEMENTS, flags.rate)
     if flags.json:
         every: list[Result | Bound] = [*results, *least]
         print(json.dumps([dataclasses.asdict(each) for each in every], indent=2))
@@ -445,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{timing.DEFINITION} GB/s: the bytes of both over the time of both. The copy "
         "is x + 1, which XLA cannot leave out; lax's methods select and do no more.\n"
     )
-    print(bounds_markdown(least))
+    print(bounds.markdown(least))
 
 
 if __name__ == "__main__":

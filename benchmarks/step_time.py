@@ -13,13 +13,13 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
 import jax
 
-from benchmarks import timing, workloads
+from benchmarks import command, timing, workloads
 from benchmarks.workloads import Workload
 
 _BASELINE = "flax"
@@ -175,33 +175,11 @@ def markdown(results: Sequence[Result]) -> str:
         ]
         for result in results
     ]
-    lines = [
+    title = (
         f"### {first.model}, {first.image_size}², batch {first.batch}, "
-        f"{first.device} ({os.cpu_count()} cores), {first.rounds} rounds",
-        "",
-        *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
-    ]
-    return "\n".join(lines)
-
-
-def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The known names that are asked for, in the order in which they are known.
-
-    Args:
-      what: what they name.
-      names: those asked for; none: all.
-      known: all that there are.
-
-    Raises:
-      ValueError: one is not known.
-    """
-    names, known = list(names), list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"unknown {what} {name!r}; known are {', '.join(map(repr, known))}"
-            )
-    return [name for name in known if not names or name in names]
+        f"{first.device} ({os.cpu_count()} cores), {first.rounds} rounds"
+    )
+    return command.table(title, header, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -238,9 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:
-        models = chosen("model", flags.model, MODELS)
+        models = command.chosen("model", flags.model, MODELS)
         asked = flags.variants.split(",") if flags.variants else []
-        names = chosen("variant", asked, workloads.TIMED_VARIANTS)
+        names = command.chosen("variant", asked, workloads.TIMED_VARIANTS)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     names = [_BASELINE, *(name for name in names if name != _BASELINE)]

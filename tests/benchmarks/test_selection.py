@@ -1,28 +1,15 @@
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from benchmarks import selection
-from dropit_jax import DropIT, Residual, compress
+from benchmarks import bounds, selection
 
 _ROW = 2**14
 _SIZES = (16, _ROW)
-
-
-@functools.cache
-def _bounds():
-    return selection.bounds(2**24, 0.875)
-
-
-def _nbytes(*trees):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
 
 
 def _failing(*flags):
@@ -33,41 +20,6 @@ def _failing(*flags):
         except SystemExit as stop:
             return stop.code, err.getvalue()
     raise AssertionError("it did not exit")
-
-
-class BytesTest(parameterized.TestCase):
-    @parameterized.parameters((16, 2), (1024, 1))
-    def test_bytes_are_those_of_the_arrays(self, chunk_size, rows):
-        x = jax.random.normal(jax.random.key(0), (rows, _ROW))
-        drop = DropIT(0.875, chunk_size=chunk_size)
-        residual = jax.jit(compress, static_argnums=1)(x, drop)
-        dense = jax.jit(Residual.decompress)(residual)
-        bound = selection.bounds(rows * _ROW, 0.875, (chunk_size,))[0]
-        self.assertEqual(bound.compress_bytes, _nbytes(x, residual))
-        self.assertEqual(bound.decompress_bytes, _nbytes(residual, dense))
-        signs = jnp.packbits(x > 0)
-        self.assertEqual(bound.signs_together_bytes, _nbytes(x, residual, signs))
-        self.assertEqual(bound.signs_apart_bytes, _nbytes(x, residual, x, signs))
-
-    @parameterized.product(chunk_size=selection.CHUNK_SIZES, rate=(0.5, 0.875))
-    def test_the_encoding_is_the_one_of_fewer_bytes(self, chunk_size, rate):
-        kept = DropIT(rate).kept(chunk_size)
-        bits = next(bits for bits in (4, 8, 16) if chunk_size <= 2**bits)
-        expected = "bitmap" if chunk_size < kept * bits else "index"
-        drop = DropIT(rate, chunk_size=chunk_size)
-        self.assertEqual(selection.encoding((1, _ROW), drop), expected)
-
-    def test_bounds_are_bytes_over_bandwidth(self):
-        bounds = _bounds()
-        self.assertLen(bounds, 3 * 6)
-        first = {b.target: b for b in bounds if b.chunk_size == 16}
-        # 64 MiB, and of 16 elements two values of 4 bytes and two indices of 4 bits.
-        moved = 2**26 + 2**20 * 9
-        self.assertEqual(first["h100"].compress_bytes, moved)
-        for target, bandwidth in (("h100", 3352e9), ("a100", 1555e9), ("a5000", 768e9)):
-            self.assertAlmostEqual(first[target].compress_s, moved / bandwidth)
-        for bound in bounds:
-            self.assertEqual(bound.section, "bound, nobody measured a time")
 
 
 class MeasuringTest(parameterized.TestCase):
@@ -122,11 +74,6 @@ class MeasuringTest(parameterized.TestCase):
         self.assertIn("| copy | - | - |", table)
         self.assertIn("| auto | 16 | index |", table)
         self.assertIn("| top_k | 16384 | bitmap |", table)
-        bounds = _bounds()
-        table = selection.bounds_markdown(bounds)
-        self.assertIn("bound, nobody measured a time", table)
-        self.assertIn("| both on h100, µs |", table)
-        self.assertLen(table.splitlines(), 4 + 6)
 
     def test_json_is_a_list_of_what_was_measured_and_the_bounds(self):
         out = io.StringIO()
@@ -134,15 +81,12 @@ class MeasuringTest(parameterized.TestCase):
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(io.StringIO()),
             mock.patch.object(selection, "measure", return_value=self.results),
-            mock.patch.object(selection, "bounds", return_value=_bounds()),
         ):
             selection.main(["--json"])
         objects = json.loads(out.getvalue())
         self.assertLen(objects, len(self.results) + 3 * 6)
         for each in objects:
-            kind = (
-                selection.Result if each["section"] == "measured" else selection.Bound
-            )
+            kind = selection.Result if each["section"] == "measured" else bounds.Bound
             self.assertCountEqual(each, [f.name for f in dataclasses.fields(kind)])
 
     @parameterized.parameters(

@@ -1,0 +1,205 @@
+"""Training steps that differ in one number, their times, and lines through these."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from benchmarks import timing, workloads
+from benchmarks.workloads import Workload
+from dropit_jax import Preset, memory
+
+# The first is what the others are measured against.
+VARIANTS = ("flax", "dropit_16", "lean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Training steps that differ in one number.
+
+    Attributes:
+      name: of that number.
+      title: what else they have.
+      axis: what the work of plain Flax grows with.
+      values: of the number.
+      make: the workload of a value.
+      cost: the place of a value on the axis.
+    """
+
+    name: str
+    title: str
+    axis: str
+    values: tuple[int, ...]
+    make: Callable[[int], Workload]
+    cost: Callable[[int], int]
+
+
+SWEEPS = {
+    sweep.name: sweep
+    for sweep in (
+        Sweep(
+            "batch",
+            "ResNet-18 of width 16, 32²",
+            "batch",
+            (8, 16, 32, 64),
+            lambda batch: workloads.resnet18(16, batch),
+            lambda batch: batch,
+        ),
+        Sweep(
+            "width",
+            "ResNet-18, 32², batch 16",
+            "width²",
+            (8, 16, 32, 64),
+            lambda width: workloads.resnet18(width, 16),
+            lambda width: width**2,
+        ),
+        Sweep(
+            "depth",
+            "MLP of 1024 features, batch 256",
+            "hidden layers",
+            (2, 4, 8, 16),
+            workloads.mlp,
+            lambda layers: layers,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What one step takes.
+
+    Attributes:
+      kind: "point".
+      sweep: the number that is varied.
+      value: of it.
+      cost: the place of the value on the axis of the fit.
+      variant: which way of saving memory.
+      median_s: seconds a step, the median over the rounds.
+      elements: that the variant compresses in a step.
+      added_s: seconds more than plain Flax's in the same round.
+    """
+
+    kind: str
+    sweep: str
+    value: int
+    cost: int
+    variant: str
+    median_s: float
+    elements: int
+    added_s: timing.Spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A line of least squares through the points of a variant in a sweep.
+
+    Attributes:
+      kind: "fit".
+      sweep: the number that is varied.
+      variant: which way of saving memory.
+      of: "step", the time of a step, or "added", what the variant adds to it.
+      against: what is on the axis.
+      slope: seconds for one more of that.
+      intercept: seconds at none of it.
+      r_squared: the share of the variance that the line explains.
+      largest_deviation: of a point from the line, as a share of the largest value.
+    """
+
+    kind: str
+    sweep: str
+    variant: str
+    of: str
+    against: str
+    slope: float
+    intercept: float
+    r_squared: float
+    largest_deviation: float
+
+
+def compressed_elements(workload: Workload, preset: Preset) -> int:
+    """Elements of all inputs that a preset's layers compress in a step."""
+    if preset.dropit is None or preset.conv is None:
+        return 0
+    # All of them are cached, in two bytes each, where nothing is dropped.
+    whole = {"rate": 0, "value_dtype": "bfloat16"}
+    preset = dataclasses.replace(
+        preset,
+        dropit=dataclasses.replace(preset.dropit, **whole),  # type: ignore[arg-type]
+        conv=dataclasses.replace(preset.conv, **whole),  # type: ignore[arg-type]
+    )
+    step, arguments, _ = workloads.training_step(workload, preset)
+    return memory.cached_bytes(step, *arguments) // 2
+
+
+def measure(sweep: Sweep, rounds: int) -> list[Point]:
+    """Times all steps of a sweep in turns."""
+    runs = {}
+    for value in sweep.values:
+        workload = sweep.make(value)
+        arguments = workloads.real_arguments(workload)
+        for name in VARIANTS:
+            preset = workloads.TIMED_VARIANTS[name]
+            step, _, _ = workloads.training_step(workload, preset)
+            runs[f"{name}, {value}"] = functools.partial(jax.jit(step), *arguments)
+    seconds = timing.interleaved(runs, rounds)
+    points = []
+    for value in sweep.values:
+        plain = seconds[f"{VARIANTS[0]}, {value}"]
+        for name in VARIANTS:
+            own, preset = seconds[f"{name}, {value}"], workloads.TIMED_VARIANTS[name]
+            points.append(
+                Point(
+                    "point",
+                    sweep.name,
+                    value,
+                    sweep.cost(value),
+                    name,
+                    timing.spread(own).median,
+                    compressed_elements(sweep.make(value), preset),
+                    timing.spread([a - b for a, b in zip(own, plain, strict=True)]),
+                )
+            )
+    return points
+
+
+def fits(sweep: Sweep, points: Sequence[Point]) -> list[Fit]:
+    """The lines through a sweep's points."""
+    found = []
+    for name in VARIANTS:
+        own = [point for point in points if point.variant == name]
+        costs, times = [p.cost for p in own], [p.median_s for p in own]
+        found.append(_fit(sweep, name, "step", sweep.axis, costs, times))
+    for name in VARIANTS[1:]:
+        own = [point for point in points if point.variant == name]
+        elements, added = [p.elements for p in own], [p.added_s.median for p in own]
+        found.append(_fit(sweep, name, "added", "elements", elements, added))
+    return found
+
+
+def _fit(
+    sweep: Sweep,
+    variant: str,
+    of: str,
+    against: str,
+    x: Sequence[float],
+    y: Sequence[float],
+) -> Fit:
+    values = np.asarray(y)
+    slope, intercept = np.polyfit(x, values, 1)
+    off = values - (slope * np.asarray(x) + intercept)
+    variance = float(np.sum((values - values.mean()) ** 2))
+    largest = float(np.abs(values).max())
+    return Fit(
+        "fit",
+        sweep.name,
+        variant,
+        of,
+        against,
+        float(slope),
+        float(intercept),
+        r_squared=1 - float(np.sum(off**2)) / variance if variance else 1.0,
+        largest_deviation=float(np.abs(off).max() / largest) if largest else 0.0,
+    )
