@@ -3,14 +3,12 @@
 import os
 from pathlib import Path
 
+from tests import xla_flags
+
 # The tests are about results, which do not need a GPU; name one to test on it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices for the tests of meshes; all others use the first. Programs are small
-# and run a few times: LLVM need not optimise them.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-)
+# Eight devices for the tests of meshes; all others use the first.
+os.environ.setdefault("XLA_FLAGS", xla_flags.devices(8))
 # Where the Makefile puts the GPU compiler.
 _COMPILER = Path(__file__).parents[1] / ".venv" / "gpu-compiler"
 if _COMPILER.is_dir():
