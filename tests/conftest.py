@@ -15,6 +15,7 @@ if _COMPILER.is_dir():
     os.environ.setdefault("DROPIT_GPU_COMPILER", str(_COMPILER))
 
 import hypothesis
+import pytest
 from jaxtyping import install_import_hook
 
 # Every call of these has its shapes and dtypes checked against the annotations. (Not
@@ -28,3 +29,8 @@ hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=50
 )
 hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest test first, for which one process would wait at the end."""
+    items.sort(key=lambda item: "test_presets" not in item.nodeid)

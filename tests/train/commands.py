@@ -7,7 +7,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import xla_flags
 from train import records
 
 _ROOT = Path(__file__).parents[2]
@@ -31,7 +30,8 @@ def start(module, *arguments, devices=1):
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": xla_flags.devices(devices),
+        # Compiled as for users: rounding decides what is trained in the end.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
