@@ -31,13 +31,12 @@ OPTIONS = frozenset(
 
 def suits(query: Array, key: Array, value: Array) -> bool:
     """Whether the shapes go together; if not, Flax's function says why."""
-    batch, (length, heads) = query.shape[:-3], key.shape[-3:-1]
-    return (
-        query.ndim == key.ndim == value.ndim >= 3
-        and batch == key.shape[:-3]
-        and query.shape[-2:] == (heads, key.shape[-1])
-        and value.shape[:-1] == (*batch, length, heads)
-    )
+    if not query.ndim == key.ndim == value.ndim >= 3:
+        return False
+    *batch, length, heads, depth = key.shape
+    return query.shape == (*batch, query.shape[-3], heads, depth) and value.shape[
+        :-1
+    ] == (*batch, length, heads)
 
 
 def attend(

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
+from dropit_jax.nn import attention
 from tests.dropit_jax import pullbacks, reference
 
 _OURS = dropit_jax.nn.dot_product_attention
@@ -112,6 +113,24 @@ class FunctionTest(parameterized.TestCase):
     def test_arguments_of_both_are_refused(self, kwargs, message):
         with pytest.raises(TypeError, match=message):
             _OURS(*_qkv(), **kwargs)
+
+    @parameterized.parameters(
+        ((5, 8), (5, 8), (5, 8)),
+        ((5, 4, 8), (5, 8), (5, 4, 8)),
+        ((2, 5, 4, 8), (3, 5, 4, 8), (2, 5, 4, 8)),
+        ((5, 4, 8), (5, 2, 8), (5, 4, 8)),
+        ((5, 4, 8), (5, 4, 6), (5, 4, 8)),
+        ((5, 4, 8), (6, 4, 8), (5, 4, 8)),
+    )
+    def test_shapes_that_do_not_go_together_are_flaxs_error(self, *shapes):
+        arrays = [jnp.ones(shape) for shape in shapes]
+        with pytest.raises(Exception) as theirs:  # noqa: PT011  # of whatever type
+            nn.dot_product_attention(*arrays)
+        # Below the function whose annotations are checked in tests, not for users.
+        attend = attention._attending(nn.dot_product_attention)
+        with pytest.raises(theirs.type) as ours:
+            attend(*arrays, None, None, None)
+        self.assertEqual(str(ours.value), str(theirs.value))
 
 
 class LinenTest(parameterized.TestCase):
