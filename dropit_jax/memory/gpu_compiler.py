@@ -17,6 +17,9 @@ from jax import export
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+# The options by which the compiler leaves notes.
+NOTES_OPTIONS = ("xla_dump_to", "xla_dump_hlo_as_text")
+
 # The compiled program's text, beside what the compiler itself writes.
 PROGRAM_FILE = "compiled_program.txt"
 
@@ -43,8 +46,7 @@ def compile_with_notes(
     lowered: jax.stages.Lowered, directory: str, options: dict[str, str | bool]
 ) -> Any:
     """Compiles, and leaves the program and the notes on its buffers in a directory."""
-    notes: dict[str, str | bool]
-    notes = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+    notes = dict.fromkeys(NOTES_OPTIONS, True) | {"xla_dump_to": directory}
     compiled = lowered.compile(compiler_options=options | notes)
     Path(directory, PROGRAM_FILE).write_text(compiled.as_text() or "")
     return compiled

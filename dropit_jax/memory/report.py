@@ -95,12 +95,16 @@ def compile_report(
         heeded for a target.
 
     Raises:
-      ValueError: `donate` names an argument that there is not.
+      ValueError: `donate` names an argument that there is not, or `compiler_options`
+        what the report sets itself.
       TargetError: the target is unknown.
       CompilerError: the CUDA plugin is missing, or the compilation failed.
     """
     donate = _donated_arguments(donate, len(abstract_args))
     options = dict(compiler_options or {})
+    for name in gpu_compiler.NOTES_OPTIONS:
+        if name in options:
+            raise ValueError(f"compiler_options: {name} is set by the report itself.")
     with tempfile.TemporaryDirectory() as directory:
         if target is None:
             name, names = jax.default_backend(), []

@@ -37,11 +37,12 @@ def dot_product_attention(
 ) -> Float[Array, "*batch q_length heads v_depth"]:
     """`softmax(query · keyᵀ / √depth + bias) · value`; caches its arguments alone.
 
-    It is Flax's function of the same name under `jax.checkpoint`: value and gradient
-    are Flax's, but of the scores, as large as the square of the length, nothing stays
-    from the forward pass, neither they nor their softmax, its dropout, or their sum
-    with the mask. The backward pass computes the first of its two products, and what is
-    between them, a second time.
+    It is Flax's function of the same name under `jax.checkpoint`: the value is Flax's,
+    and so is the gradient but for rounding (`dropit_jax.nn.attention_core`), but of the
+    scores, as large as the square of the length, nothing stays from the forward pass,
+    neither they nor their softmax, its dropout, or their sum with the mask. The
+    backward pass computes the first of its two products, and what is between them, a
+    second time.
 
     With `bits=8` query, key and value are cached in 8 bits, and the gradient is the
     exact one at what these stand for (`dropit_jax.nn.recompute`).

@@ -116,6 +116,8 @@ class CompileReportTest(parameterized.TestCase):
         self.assertLess(compiled(compiler_options=options).temp_bytes, size)
         with pytest.raises(memory.CompilerError, match="xla_no_such_option"):
             compiled(compiler_options={"xla_no_such_option": True})
+        with pytest.raises(ValueError, match="xla_dump_to is set by the report"):
+            compiled(compiler_options={"xla_dump_to": "notes"})
 
     def _file(self, name, content):
         path = Path(self.enterContext(tempfile.TemporaryDirectory())) / name
