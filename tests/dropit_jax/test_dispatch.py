@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import re
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,7 @@ from dropit_jax import DropIT
 from dropit_jax.kernels import Plan, dispatch, twins
 from dropit_jax.kernels.compress import compress
 from dropit_jax.kernels.decompress import decompress
-from dropit_jax.memory import devices, gpu_compiler, report
-from tests.dropit_jax import reference
+from tests.dropit_jax import gpu_programs, reference
 
 _PLAN = Plan(16, 3, "index", "bfloat16")
 _SHAPE = (8, 2, 4, _PLAN.unit * 16)
@@ -186,11 +183,7 @@ class GpuProgramTest(parameterized.TestCase):
 
     def compiled(self, function, *args):
         """Bytes of temporaries, and the instructions that do something."""
-        with tempfile.TemporaryDirectory() as directory:
-            stats = report._compile_apart(
-                function, args, (), devices.find("h100"), directory, {}
-            )
-            text = Path(directory, gpu_compiler.PROGRAM_FILE).read_text()
+        stats, text = gpu_programs.compiled(function, args)
         entry = text[text.index("\nENTRY") :].splitlines()[1:]
         free = re.compile(r"\b(parameter|constant|tuple|bitcast|get-tuple-element)\(")
         running = [line for line in entry if " = " in line and not free.search(line)]

@@ -5,8 +5,6 @@ would save nothing is read off here.
 """
 
 import functools
-import tempfile
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -15,7 +13,8 @@ from absl.testing import absltest, parameterized
 
 import dropit_jax
 from dropit_jax import linen as dn
-from dropit_jax.memory import devices, gpu_compiler, hlo, report
+from dropit_jax.memory import hlo
+from tests.dropit_jax import gpu_programs
 
 _FEATURES = 64
 _SHAPE = (16, 32, 32, _FEATURES)
@@ -54,11 +53,8 @@ def _compiled(target, dtype, options):
 
         return jax.grad(loss)(variables["params"])
 
-    with tempfile.TemporaryDirectory() as directory:
-        report._compile_apart(
-            step, (variables, x), (), devices.find(target), directory, options
-        )
-        return hlo.parse(Path(directory, gpu_compiler.PROGRAM_FILE).read_text())
+    _, text = gpu_programs.compiled(step, (variables, x), target, options)
+    return hlo.parse(text)
 
 
 def _source(program, name):

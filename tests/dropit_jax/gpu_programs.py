@@ -1,0 +1,15 @@
+"""What XLA's GPU compiler makes of a function."""
+
+import tempfile
+from pathlib import Path
+
+from dropit_jax.memory import devices, gpu_compiler, report
+
+
+def compiled(function, args, target="h100", options=None):
+    """The memory statistics and the text of a compiled program."""
+    with tempfile.TemporaryDirectory() as directory:
+        stats = report._compile_apart(
+            function, args, (), devices.find(target), directory, options or {}
+        )
+        return stats, Path(directory, gpu_compiler.PROGRAM_FILE).read_text()
