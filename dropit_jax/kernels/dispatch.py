@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -44,7 +45,12 @@ def compress(
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
-    return _on_each_platform(kernel, twin, 2, x)
+    return lax.platform_dependent(
+        x,
+        cuda=on_every_device(kernel, results=2),
+        cpu=_not_inlined(twin),
+        default=twin,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))
@@ -66,7 +72,12 @@ def _decompress_differentiably(
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
     if not _within_reach(plan, values):
         return twin(values, positions)
-    return _on_each_platform(kernel, twin, 1, values, positions)
+    return lax.platform_dependent(
+        values,
+        positions,
+        cuda=on_every_device(kernel, results=1),
+        default=twin,
+    )
 
 
 def _decompress_forward(
@@ -90,13 +101,24 @@ def _decompress_backward(
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-def _on_each_platform(
-    kernel: _Operation, twin: _Operation, results: int, *operands: Array
-) -> Any:
-    """The kernel on an NVIDIA GPU, its twin elsewhere; each gives so many results."""
-    return lax.platform_dependent(
-        *operands, cuda=on_every_device(kernel, results), default=twin
-    )
+def _not_inlined(twin: _Operation) -> _Operation:
+    """The twin in a function that XLA may not inline.
+
+    Each of its passes reads its operand. XLA's CPU compiler, where it can, computes the
+    operand anew for each: it takes a normalisation and an activation for cheap.
+    """
+
+    @jax.jit
+    def inside(*operands: Array) -> Any:
+        # A call within a fusion ends the compiler, so what is called here is inlined.
+        with set_xla_metadata(inlineable="true"):
+            return twin(*operands)
+
+    def call(*operands: Array) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return inside(*operands)
+
+    return call
 
 
 def _within_reach(plan: Plan, x: Array) -> bool:

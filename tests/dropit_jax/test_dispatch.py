@@ -178,6 +178,29 @@ class PlatformTest(parameterized.TestCase):
         np.testing.assert_array_equal(gradient.reshape(-1), expected)
 
 
+class CpuProgramTest(parameterized.TestCase):
+    """What XLA's CPU compiler makes of a compression."""
+
+    def multiplications(self, pack):
+        """How often the program multiplies to compute what it packs."""
+
+        def step(x):
+            x = jnp.maximum(x * 3.0 + 1.0, 0.0)
+            return x, pack(x)
+
+        x = jax.ShapeDtypeStruct((64, 64, 16 * _PLAN.unit), jnp.float32)
+        text = jax.jit(step).lower(x).compile().as_text()
+        return len(re.findall(r"f32\S* multiply\(", text))
+
+    def test_what_is_compressed_is_computed_once(self):
+        pack = functools.partial(dispatch.compress, plan=_PLAN)
+        self.assertEqual(self.multiplications(pack), 1)
+
+    def test_and_would_not_be_if_the_twin_were_inlined(self):
+        pack = functools.partial(twins.compress, plan=_PLAN)
+        self.assertGreater(self.multiplications(pack), 1)
+
+
 class GpuProgramTest(parameterized.TestCase):
     """What XLA's GPU compiler makes of it; one activation of 32 MiB."""
 
