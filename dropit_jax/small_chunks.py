@@ -16,7 +16,15 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 # needs less memory than ranking every element against every other.
 _MAX_PASSES = 8
 
+# XLA's CPU compiler makes vector instructions of a reduction of up to so many elements;
+# of more in two steps, the second over so many parts: three to four times as fast.
+_VECTOR = 16
+_PARTS = 4
+
 _WORD = 32
+
+# Scores and their tags.
+_Pair = tuple[Array, Array]
 
 
 def top_k(
@@ -119,16 +127,7 @@ def _passes(
     """
     tags += jnp.zeros_like(scores, dtype=jnp.int32)  # sharded like the scores
     least = np.array(-1, scores.dtype)
-    greatest = np.array(np.iinfo(np.int32).max, np.int32)
-
-    def larger(
-        one: tuple[Array, Array], other: tuple[Array, Array]
-    ) -> tuple[Array, Array]:
-        (a, tag_a), (b, tag_b) = one, other
-        first = (a > b) | ((a == b) & (tag_a < tag_b))
-        return jnp.where(first, a, b), jnp.where(first, tag_a, tag_b)
-
-    found: list[tuple[Array, Array]] = []
+    found: list[_Pair] = []
     for _ in range(k):
         left = scores
         if found:
@@ -136,9 +135,35 @@ def _passes(
             last, at = found[-1][0][..., None], found[-1][1][..., None]
             after = (scores < last) | ((scores == last) & (tags > at))
             left = jnp.where(after, scores, least)
-        axes = (scores.ndim - 1,)
-        found.append(tuple(lax.reduce((left, tags), (least, greatest), larger, axes)))
+        found.append(_first(left, tags))
     return found
+
+
+def _first(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -> _Pair:
+    """The largest score of each chunk, ties to the lower tag, and its tag."""
+    size = scores.shape[-1]
+    if size <= _VECTOR or size % _PARTS:
+        return _reduced(scores, tags)
+
+    def by_parts(scores: Array, tags: Array) -> _Pair:
+        parts = (*scores.shape[:-1], _PARTS, size // _PARTS)
+        return _reduced(*_reduced(scores.reshape(parts), tags.reshape(parts)))
+
+    return lax.platform_dependent(scores, tags, cpu=by_parts, default=_reduced)
+
+
+def _reduced(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -> _Pair:
+    """`_first`, as one reduction."""
+
+    def larger(one: _Pair, other: _Pair) -> _Pair:
+        (a, tag_a), (b, tag_b) = one, other
+        first = (a > b) | ((a == b) & (tag_a < tag_b))
+        return jnp.where(first, a, b), jnp.where(first, tag_a, tag_b)
+
+    least = np.array(-1, scores.dtype)
+    greatest = np.array(np.iinfo(np.int32).max, np.int32)
+    axes = (scores.ndim - 1,)
+    return tuple(lax.reduce((scores, tags), (least, greatest), larger, axes))
 
 
 def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
