@@ -5,6 +5,7 @@ positions; `decode` puts values back. Whole chunks go by `kernels`, which is pla
 too where there is no GPU; all others here.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -56,14 +57,7 @@ def encode(
         units = _in_units(x, chunks.count // by_kernel.unit)
         values, positions = dispatch.compress(units, by_kernel)
         return _out_of_units(values), _out_of_units(positions)
-    segments = chunking.split(x, chunks.segments)
-    ranked: list[Array] | list[None] = [None] * len(segments)
-    if scores is not None:
-        ranked = chunking.split(scores, chunks.segments)
-    if choose(chunks, dropit) == "bitmap":
-        values, positions = _to_bitmap(segments, ranked, dropit)
-    else:
-        values, positions = _to_indices(segments, ranked, chunks, dropit)
+    values, positions = _encode_any(x, scores, chunks, dropit)
     return values.astype(value_dtype), positions
 
 
@@ -93,8 +87,7 @@ def decode(
             units = _in_units(values, count), _in_units(positions, count)
             rows = _out_of_units(dispatch.decompress(*units, by_kernel, dtype))
             return chunking.whole(rows, chunks)
-    place = _from_bitmap if choose(chunks, dropit) == "bitmap" else _from_indices
-    rows = place(values.astype(dtype), positions, chunks, dropit)
+    rows = _decode_any(values.astype(dtype), positions, chunks, dropit)
     return chunking.whole(rows, chunks)
 
 
@@ -122,6 +115,30 @@ def _in_units(x: Array, units: int) -> Array:
 def _out_of_units(x: Array) -> Array:
     """The inverse of `_in_units`."""
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+# JAX keeps what it has traced: layers of one shape are traced once, not each.
+@functools.partial(jax.jit, static_argnames=("chunks", "dropit"))
+def _encode_any(
+    x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
+) -> tuple[Array, Array]:
+    """`encode` for chunks of any kind, without the cast."""
+    segments = chunking.split(x, chunks.segments)
+    ranked: list[Array] | list[None] = [None] * len(segments)
+    if scores is not None:
+        ranked = chunking.split(scores, chunks.segments)
+    if choose(chunks, dropit) == "bitmap":
+        return _to_bitmap(segments, ranked, dropit)
+    return _to_indices(segments, ranked, chunks, dropit)
+
+
+@functools.partial(jax.jit, static_argnames=("chunks", "dropit"))
+def _decode_any(
+    values: Array, positions: Array, chunks: Chunking, dropit: DropIT
+) -> Array:
+    """`decode` for chunks of any kind, in rows and without the cast."""
+    place = _from_bitmap if choose(chunks, dropit) == "bitmap" else _from_indices
+    return place(values, positions, chunks, dropit)
 
 
 def _kept(chunks: Chunking, dropit: DropIT) -> int:

@@ -47,6 +47,7 @@ class Quantized:
     bits: int
     group_size: int
 
+    @functools.partial(jax.jit, static_argnames="dtype")
     def dequantize(self, dtype: jax.typing.DTypeLike) -> Float[Array, "*shape"]:
         """The array that the codes stand for.
 
@@ -74,6 +75,8 @@ class Quantized:
         return values.astype(dtype).reshape(self.shape)
 
 
+# JAX keeps what it has traced: layers of one shape are traced once, not each.
+@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
 def quantize(
     x: Float[Array, "*shape"], bits: int, group_size: int, key: Array | None = None
 ) -> Quantized:
