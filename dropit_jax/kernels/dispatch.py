@@ -102,21 +102,26 @@ _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
 def _not_inlined(twin: _Operation) -> _Operation:
-    """The twin in a function that XLA may not inline.
+    """`twins.compress` in a function that XLA may not inline.
 
     Each of its passes reads its operand. XLA's CPU compiler, where it can, computes the
     operand anew for each: it takes a normalisation and an activation for cheap.
     """
 
-    @jax.jit
-    def inside(*operands: Array) -> Any:
-        # A call within a fusion ends the compiler, so what is called here is inlined.
-        with set_xla_metadata(inlineable="true"):
-            return twin(*operands)
+    def call(x: Array) -> tuple[Array, ...]:
+        # XLA would copy what has axes of size 1 into another layout, and back.
+        single = [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
 
-    def call(*operands: Array) -> Any:
+        @jax.jit
+        def inside(x: Array) -> list[Array]:
+            # A call in a fusion ends the compiler: what is called here is inlined.
+            with set_xla_metadata(inlineable="true"):
+                results = twin(lax.expand_dims(x, single))
+                return [lax.squeeze(result, single) for result in results]
+
         with set_xla_metadata(inlineable="false"):
-            return inside(*operands)
+            results = inside(lax.squeeze(x, single))
+        return tuple(lax.expand_dims(result, single) for result in results)
 
     return call
 
