@@ -14,9 +14,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, BFloat16, Float, UInt8
 
-from dropit_jax import chunking, packing, shardings
+from dropit_jax import chunking, inlining, packing, shardings
 
 # More than a rounding to bfloat16 changes a number by, relative to it.
 _MARGIN = 2.0**-8
@@ -88,6 +89,16 @@ def quantize(
       group_size: elements that share a minimum and a scale.
       key: rounds stochastically, without bias; `None` rounds to nearest.
     """
+    stored = functools.partial(_stored, bits=bits, group_size=group_size)
+    operands = (x,) if key is None else (x, key)
+    return lax.platform_dependent(
+        *operands, cpu=inlining.not_inlined(stored), default=stored
+    )
+
+
+def _stored(
+    x: Float[Array, "*shape"], key: Array | None = None, *, bits: int, group_size: int
+) -> Quantized:
     groups = chunking.cut(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
@@ -127,4 +138,4 @@ def _range(values: Array, levels: int) -> tuple[Array, Array]:
 
 def _bfloat16(x: Array) -> Array:
     # Not a cast and back, which XLA may take for nothing.
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from dropit_jax import inlining
 from dropit_jax.kernels import plan as plans
 from dropit_jax.kernels import twins
 from dropit_jax.kernels.compress import compress as _compress
@@ -48,7 +48,7 @@ def compress(
     return lax.platform_dependent(
         x,
         cuda=on_every_device(kernel, results=2),
-        cpu=_not_inlined(twin),
+        cpu=_called(twin),
         default=twin,
     )
 
@@ -101,26 +101,20 @@ def _decompress_backward(
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-def _not_inlined(twin: _Operation) -> _Operation:
-    """`twins.compress` in a function that XLA may not inline.
+def _called(twin: _Operation) -> _Operation:
+    """`twins.compress` as a call, which takes and gives no axes of size 1.
 
-    Each of its passes reads its operand. XLA's CPU compiler, where it can, computes the
-    operand anew for each: it takes a normalisation and an activation for cheap.
+    XLA would copy what has some into another layout, and back.
     """
 
     def call(x: Array) -> tuple[Array, ...]:
-        # XLA would copy what has axes of size 1 into another layout, and back.
         single = [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
 
-        @jax.jit
         def inside(x: Array) -> list[Array]:
-            # A call in a fusion ends the compiler: what is called here is inlined.
-            with set_xla_metadata(inlineable="true"):
-                results = twin(lax.expand_dims(x, single))
-                return [lax.squeeze(result, single) for result in results]
+            results = twin(lax.expand_dims(x, single))
+            return [lax.squeeze(result, single) for result in results]
 
-        with set_xla_metadata(inlineable="false"):
-            results = inside(lax.squeeze(x, single))
+        results = inlining.not_inlined(inside)(lax.squeeze(x, single))
         return tuple(lax.expand_dims(result, single) for result in results)
 
     return call

@@ -1,6 +1,8 @@
 import dataclasses
 import functools
 import math
+import re
+from unittest import mock
 
 import chex
 import hypothesis
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax import DropIT, compress
+from dropit_jax import DropIT, compress, inlining
 from dropit_jax.quantization import Quantized, quantize
 from tests.dropit_jax import reference
 
@@ -330,6 +332,29 @@ class PolicyTest(parameterized.TestCase):
         ]
         nearest, stochastic = (_run(x, policy, key)[0] for policy in policies)
         chex.assert_trees_all_equal(nearest.positions, stochastic.positions)
+
+
+class CpuProgramTest(parameterized.TestCase):
+    """What XLA's CPU compiler makes of a quantisation."""
+
+    def computed(self, store):
+        """How often the program computes what it stores."""
+
+        def step(x):
+            x = jnp.abs(x - 3.0)
+            return x, store(x)
+
+        x = jax.ShapeDtypeStruct((64, 64, 16), jnp.float32)
+        text = jax.jit(step).lower(x).compile().as_text()
+        return len(re.findall(r"f32\[64,64,16\]\S* abs\(", text))
+
+    def test_what_is_stored_is_computed_once(self):
+        self.assertEqual(self.computed(lambda x: quantize(x, 4, 64)), 1)
+
+    def test_and_would_not_be_if_it_were_inlined(self):
+        with mock.patch.object(inlining, "not_inlined", lambda function: function):
+            # Of another size of group, or JAX takes what it has traced.
+            self.assertGreater(self.computed(lambda x: quantize(x, 4, 32)), 1)
 
 
 if __name__ == "__main__":
