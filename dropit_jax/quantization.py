@@ -99,6 +99,7 @@ def quantize(
 def _stored(
     x: Float[Array, "*shape"], key: Array | None = None, *, bits: int, group_size: int
 ) -> Quantized:
+    """`quantize`, in plain operations."""
     groups = chunking.cut(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)

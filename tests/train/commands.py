@@ -7,7 +7,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import xla_flags
 from train import records
 
 _ROOT = Path(__file__).parents[2]
@@ -25,22 +24,14 @@ TINY = (
 _CACHE = Path(tempfile.gettempdir()) / f"dropit-jax-tests-{os.getuid()}"
 
 
-def start(module, *arguments, devices=1, as_for_users=False):
-    """Starts `python -m module`; its output is text.
-
-    Args:
-      module: the command.
-      *arguments: its arguments.
-      devices: how many there are.
-      as_for_users: to compile so, which takes three times as long: where it matters
-        what is trained in the end, which is decided by rounding.
-    """
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def start(module, *arguments, devices=1):
+    """Starts `python -m module`; its output is text."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": flags if as_for_users else xla_flags.devices(devices),
+        # Compiled as for users: rounding decides what is trained in the end.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
@@ -52,9 +43,9 @@ def start(module, *arguments, devices=1, as_for_users=False):
     )
 
 
-def run(module, *arguments, **how):
+def run(module, *arguments, devices=1):
     """Runs `python -m module` to its end: (exit status, output, errors)."""
-    process = start(module, *arguments, **how)
+    process = start(module, *arguments, devices=devices)
     out, errors = process.communicate()
     return process.returncode, out, errors
 

@@ -127,9 +127,7 @@ class LoopTest(parameterized.TestCase):
         for devices in (1, 4):
             workdir = self.directory / f"{devices}_devices"
             short = ("--config.num_epochs=1", "--config.batch_size=360")
-            status, _, errors = self._train(
-                workdir, *short, devices=devices, as_for_users=True
-            )
+            status, _, errors = self._train(workdir, *short, devices=devices)
             self.assertEqual((status, errors), (0, ""))
             (results[devices],) = commands.metrics(workdir)
         # The same sums in another order.

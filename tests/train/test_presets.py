@@ -26,6 +26,7 @@ class PresetsTest(parameterized.TestCase):
 
     def _reached(self, memory, seed):
         workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        # In a process of its own, compiled as for users.
         status, _, errors = commands.run(
             "train.main",
             "--config=configs/digits_resnet18.py",
@@ -33,7 +34,6 @@ class PresetsTest(parameterized.TestCase):
             f"--config.memory={memory}",
             f"--config.seed={seed}",
             f"--workdir={workdir}",
-            as_for_users=True,
         )
         self.assertEqual((status, errors), (0, ""))
         rows = records.read(workdir / "metrics.csv")
