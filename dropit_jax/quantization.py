@@ -76,7 +76,7 @@ class Quantized:
         return values.astype(dtype).reshape(self.shape)
 
 
-# JAX keeps what it has traced: layers of one shape are traced once, not each.
+# As `dequantize`, traced once for all layers of one shape.
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))
 def quantize(
     x: Float[Array, "*shape"], bits: int, group_size: int, key: Array | None = None

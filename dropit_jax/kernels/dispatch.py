@@ -48,7 +48,7 @@ def compress(
     return lax.platform_dependent(
         x,
         cuda=on_every_device(kernel, results=2),
-        cpu=_called(twin),
+        cpu=_as_call(twin),
         default=twin,
     )
 
@@ -101,7 +101,7 @@ def _decompress_backward(
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-def _called(twin: _Operation) -> _Operation:
+def _as_call(twin: _Operation) -> _Operation:
     """`twins.compress` as a call, which takes and gives no axes of size 1.
 
     XLA would copy what has some into another layout, and back.
