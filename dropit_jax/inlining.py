@@ -13,7 +13,9 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     What keeps an activation reads it several times: for every pass of a selection, for
     minimum, maximum and codes. XLA's CPU compiler, where it can, computes the
     activation anew for each: it takes a normalisation and a rectifier for cheap. It
-    cannot look out of a call. For `lax.platform_dependent(..., cpu=...)`.
+    cannot look out of a call. Nor can it mix what is inside with what is around it,
+    which differs from layer to layer: loops that are the same it compiles once. For
+    `lax.platform_dependent(..., cpu=...)`.
     """
 
     @jax.jit

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped, UInt8
 
 
@@ -31,8 +32,7 @@ def pack(codes: Shaped[Array, "*rows count"], bits: int) -> UInt8[Array, "*rows 
     # A sum, not a chain of slices and shifts: XLA's CPU compiler, which heeds no
     # barriers, would fuse such a chain into whatever unpacks it, and compute all that
     # is packed once more for each of the codes.
-    places = jnp.arange(per_byte, dtype=jnp.uint8) * bits
-    return jnp.sum(codes << places, axis=-1, dtype=jnp.uint8)
+    return jnp.sum(codes << _places(codes.ndim, bits), axis=-1, dtype=jnp.uint8)
 
 
 def unpack(
@@ -42,11 +42,14 @@ def unpack(
     per_byte = 8 // bits
     if per_byte == 1:
         return packed
-    shifts = jnp.arange(per_byte, dtype=jnp.uint8) * bits
-    codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)
-    return jax.lax.slice_in_dim(
-        codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte),
-        0,
-        count,
-        axis=-1,
-    )
+    codes = (packed[..., None] >> _places(packed.ndim + 1, bits)) & ((1 << bits) - 1)
+    codes = codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)
+    if codes.shape[-1] == count:
+        return codes
+    return jax.lax.slice_in_dim(codes, 0, count, axis=-1)
+
+
+def _places(rank: int, bits: int) -> UInt8[np.ndarray, "*ones codes"]:
+    """Where the codes of a byte begin, along the last axis."""
+    places = np.arange(0, 8, bits, dtype=np.uint8)
+    return places.reshape(*[1] * (rank - 1), -1)

@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, UInt8
 
@@ -68,6 +69,8 @@ class Quantized:
             )
         ]
         values = chunking.join(segments)
+        if compute == dtype:
+            return values.reshape(self.shape)
         # The last code may stand for a little more than the largest of its group, and
         # that for more than the type holds.
         largest = jnp.finfo(dtype).max.astype(compute)
@@ -104,8 +107,9 @@ def _stored(
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
     rows = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
-    noise = jnp.full_like(rows, 0.5)
-    if key is not None:
+    if key is None:
+        noise = lax.full_like(rows, 0.5)
+    else:
         uniform = jax.random.uniform(key, rows.shape, rows.dtype)
         noise = shardings.like(uniform, rows)
     codes, minima, scales = [], [], []
@@ -116,7 +120,10 @@ def _stored(
     ):
         minimum, scale = _range(values, levels)
         steps = (values - minimum) / jnp.where(scale == 0, 1, scale)
-        codes.append(jnp.clip(jnp.floor(steps + offset), 0, levels))
+        highest = np.array(levels, steps.dtype)
+        codes.append(
+            lax.clamp(np.zeros_like(highest), lax.floor(steps + offset), highest)
+        )
         minima.append(minimum)
         scales.append(scale)
     return Quantized(

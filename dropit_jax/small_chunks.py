@@ -5,12 +5,13 @@ chains of selections fuse into a few loops, and need no temporaries of the size 
 sort's. What these cost grows with the size of the chunk, or with its square.
 """
 
-import functools
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+
+from dropit_jax import shardings
 
 # Up to so many kept elements a chunk, taking the maximum that many times is faster and
 # needs less memory than ranking every element against every other.
@@ -48,22 +49,21 @@ def top_k_of_magnitudes(
     """
     if k > _MAX_PASSES:
         return top_k(x, magnitudes, k)
-    sign_bit = 8 * x.dtype.itemsize - 1
-    negative = lax.shift_right_logical(_bits(x), jnp.asarray(sign_bit, _bits(x).dtype))
-    tags = 2 * jnp.arange(x.shape[-1], dtype=jnp.int32) + negative.astype(jnp.int32)
-    found = _passes(magnitudes, tags, k)
-    values = [
-        score.astype(_bits(x).dtype) | (tag & 1).astype(_bits(x).dtype) << sign_bit
-        for score, tag in found
-    ]
-    return _from_bits(_stack(values), x), _stack([tag >> 1 for _, tag in found])
+    signs = magnitudes.dtype.itemsize * 8 - 1
+    negative = _signed(x) >> signs  # -1, or 0
+    slots = 2 * _indices(x) - negative.astype(jnp.int32)
+    found = _passes(magnitudes, slots, k)
+    scores = _stack([score for score, _ in found])
+    tags = _stack([tag for _, tag in found])
+    bits = scores | tags.astype(scores.dtype) << signs
+    return _from_bits(bits, x), tags >> 1
 
 
 def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
     """Where the k largest scores of each chunk are, ties to the lower index."""
     if k > _MAX_PASSES:
         return _ranks(scores) < k
-    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    slots = _indices(scores)
     score, slot = _passes(scores, slots, k)[-1]
     last, at = score[..., None], slot[..., None]
     return (scores > last) | ((scores == last) & (slots <= at))
@@ -73,12 +73,12 @@ def place(
     values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
     """Chunks of zeros with values at these indices."""
-    slots = jnp.arange(size, dtype=indices.dtype)
     # A chain of selections, not a sum: it fuses with whatever reads the result.
-    placed = jnp.zeros((*values.shape[:-1], size), values.dtype)
+    placed = lax.full_like(_spread(values, 0, size), 0)
+    slots = _indices(placed, indices.dtype)
     for i in range(values.shape[-1]):
         here = indices[..., i : i + 1] == slots
-        placed = jnp.where(here, values[..., i : i + 1], placed)
+        placed = _select(here, _spread(values, i, size), placed)
     return placed
 
 
@@ -88,10 +88,10 @@ def compact(
     """The k elements under the mask, in the order of their indices."""
     slots, order = _slots(mask), jnp.arange(k)
     bits = _bits(x)
-    taken = jnp.zeros((*x.shape[:-1], k), bits.dtype)
+    taken = lax.full_like(_spread(bits, 0, k), 0)
     for i in range(x.shape[-1]):
         here = mask[..., i : i + 1] & (slots[..., i : i + 1] == order)
-        taken = jnp.where(here, bits[..., i : i + 1], taken)
+        taken = _select(here, _spread(bits, i, k), taken)
     return _from_bits(taken, x)
 
 
@@ -100,23 +100,25 @@ def expand(
 ) -> Shaped[Array, "*rows size"]:
     """The inverse of `compact`: values under the mask, zero elsewhere."""
     slots = _slots(mask)
-    placed = jnp.zeros(mask.shape, values.dtype)
+    placed = lax.full_like(_spread(values, 0, mask.shape[-1]), 0)
     for i in range(values.shape[-1]):
-        placed = jnp.where(mask & (slots == i), values[..., i : i + 1], placed)
+        here = mask & (slots == i)
+        placed = _select(here, _spread(values, i, mask.shape[-1]), placed)
     return placed
 
 
 def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     """Indices of the k largest, largest first, ties to the lower index."""
-    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     if k <= _MAX_PASSES:
-        return _stack([slot for _, slot in _passes(scores, slots, k)])
+        return _stack([slot for _, slot in _passes(scores, _indices(scores), k)])
     order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
-    return jnp.where(order, slots, 0).max(axis=-1)
+    return jnp.where(order, np.arange(scores.shape[-1]), 0).max(axis=-1)
 
 
 def _passes(
-    scores: Int[Array, "*rows size"], tags: Int[Array, "*#rows size"], k: int
+    scores: Int[Array, "*rows size"],
+    tags: Int[Array | np.ndarray, "*#rows size"],
+    k: int,
 ) -> list[tuple[Int[Array, "*rows"], Int[Array, "*rows"]]]:
     """The k largest scores, ties to the lower tag, and their tags, one by one.
 
@@ -125,16 +127,21 @@ def _passes(
       tags: in the order of the indices.
       k: how many.
     """
-    tags += jnp.zeros_like(scores, dtype=jnp.int32)  # sharded like the scores
-    least = np.array(-1, scores.dtype)
+    tags = jnp.asarray(tags)
+    if tags.shape != scores.shape:
+        tags += jnp.zeros_like(scores, dtype=jnp.int32)  # sharded like the scores
+    least = lax.full_like(scores, -1)
     found: list[_Pair] = []
     for _ in range(k):
         left = scores
         if found:
-            # Those that come after the last that was found: no need to know the others.
             last, at = found[-1][0][..., None], found[-1][1][..., None]
-            after = (scores < last) | ((scores == last) & (tags > at))
-            left = jnp.where(after, scores, least)
+            if len(found) == 1:
+                after = tags != at
+            else:
+                # After the last that was found: no need to know the others.
+                after = (scores < last) | ((scores == last) & (tags > at))
+            left = lax.select(after, scores, least)
         found.append(_first(left, tags))
     return found
 
@@ -158,7 +165,7 @@ def _reduced(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -
     def larger(one: _Pair, other: _Pair) -> _Pair:
         (a, tag_a), (b, tag_b) = one, other
         first = (a > b) | ((a == b) & (tag_a < tag_b))
-        return jnp.where(first, a, b), jnp.where(first, tag_a, tag_b)
+        return lax.select(first, a, b), lax.select(first, tag_a, tag_b)
 
     least = np.array(-1, scores.dtype)
     greatest = np.array(np.iinfo(np.int32).max, np.int32)
@@ -166,19 +173,39 @@ def _reduced(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -
     return tuple(lax.reduce((scores, tags), (least, greatest), larger, axes))
 
 
-def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
-    """`jnp.stack` on a new last axis, of integers.
+def _indices(
+    x: Shaped[Array, "*rows size"], dtype: jax.typing.DTypeLike = np.int32
+) -> Int[np.ndarray, "*ones size"]:
+    """Each element's index in its chunk; of the same rank, which takes no broadcast."""
+    return np.arange(x.shape[-1], dtype=dtype).reshape(*[1] * (x.ndim - 1), -1)
 
-    As a sum of padded ones: XLA's CPU compiler makes a loop of branches out of a
-    concatenation, which takes longer to compile and to run.
+
+def _spread(
+    x: Shaped[Array, "*rows count"], i: int, size: int
+) -> Shaped[Array, "*rows {size}"]:
+    """The i-th element of each row, `size` times."""
+    return jnp.broadcast_to(x[..., i : i + 1], (*x.shape[:-1], size))
+
+
+def _select(
+    here: Bool[Array, "*shape"], x: Shaped[Array, "*shape"], y: Shaped[Array, "*shape"]
+) -> Shaped[Array, "*shape"]:
+    """`jnp.where`, which is a function to compile anew for each shape."""
+    return lax.select(here, shardings.like(x, here), shardings.like(y, here))
+
+
+def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
+    """`jnp.stack` on a new last axis.
+
+    By selections: XLA's CPU compiler makes a loop of branches out of a concatenation,
+    which takes longer to compile and to run.
     """
-    zero = np.zeros((), parts[0].dtype)
-    rows = [(0, 0, 0)] * parts[0].ndim
-    padded = [
-        lax.pad(part[..., None], zero, [*rows, (i, len(parts) - 1 - i, 0)])
-        for i, part in enumerate(parts)
-    ]
-    return functools.reduce(jnp.bitwise_or, padded)
+    spread = [_spread(part[..., None], 0, len(parts)) for part in parts]
+    stacked, places = spread[-1], _indices(spread[-1])
+    for i, part in enumerate(spread[:-1]):
+        here = jnp.broadcast_to(places == i, part.shape)
+        stacked = _select(shardings.like(here, part), part, stacked)
+    return stacked
 
 
 def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
@@ -204,6 +231,10 @@ def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
         earlier = word & jnp.asarray((1 << before) - 1, jnp.uint32)
         slots += lax.population_count(earlier).astype(jnp.int32)
     return slots
+
+
+def _signed(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
 
 
 def _bits(x: Array) -> Array:

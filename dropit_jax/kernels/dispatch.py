@@ -24,6 +24,7 @@ from dropit_jax.kernels import plan as plans
 from dropit_jax.kernels import twins
 from dropit_jax.kernels.compress import compress as _compress
 from dropit_jax.kernels.decompress import decompress as _decompress
+from dropit_jax.kernels.lowering import when_lowered
 from dropit_jax.kernels.plan import Plan
 from dropit_jax.kernels.twins import Positions
 
@@ -42,12 +43,19 @@ def compress(
     """
     kernel = functools.partial(_compress, plan=plan)
     twin = functools.partial(twins.compress, plan=plan)
+
+    def results(x: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (
+            _of_rows(x, plan.unit * plan.kept, plan.value_dtype),
+            _of_rows(x, plan.positions, plan.position_dtype),
+        )
+
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
     return lax.platform_dependent(
         x,
-        cuda=on_every_device(kernel, results=2),
+        cuda=on_every_device(when_lowered(kernel, results), results=2),
         cpu=_as_call(twin),
         default=twin,
     )
@@ -70,12 +78,16 @@ def _decompress_differentiably(
 ) -> Array:
     kernel = functools.partial(_decompress, plan=plan, dtype=dtype)
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
+
+    def results(values: Array, _: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (_of_rows(values, plan.unit * plan.size, dtype),)
+
     if not _within_reach(plan, values):
         return twin(values, positions)
     return lax.platform_dependent(
         values,
         positions,
-        cuda=on_every_device(kernel, results=1),
+        cuda=on_every_device(when_lowered(kernel, results), results=1),
         default=twin,
     )
 
@@ -99,6 +111,10 @@ def _decompress_backward(
 
 
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
+
+
+def _of_rows(x: Array, size: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*x.shape[:-1], size), dtype)
 
 
 def _as_call(twin: _Operation) -> _Operation:

@@ -34,7 +34,7 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Args:
       x: any real floating dtype.
     """
-    return _two_sided(jax.nn.relu, _is_positive, "relu", x)
+    return _two_sided(_RELU, "relu", x)
 
 
 def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -46,7 +46,7 @@ def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Args:
       x: any real floating dtype.
     """
-    return _two_sided(jax.nn.relu6, _is_between_0_and_6, "relu6", x)
+    return _two_sided(_RELU6, "relu6", x)
 
 
 def leaky_relu(
@@ -69,8 +69,7 @@ def leaky_relu(
             "dropit_jax.nn.leaky_relu takes a number as negative_slope, got "
             f"{negative_slope!r}; a slope that is learned needs jax.nn.leaky_relu."
         )
-    function = _leaky_relu(float(negative_slope))
-    return _two_sided(function, _is_not_negative, "leaky_relu", x)
+    return _two_sided(_leaky_relu(float(negative_slope)), "leaky_relu", x)
 
 
 def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*shape"]:
@@ -125,17 +124,23 @@ def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return _smooth(jax.nn.sigmoid, _Scale(zero=0, steps=1016), "sigmoid", x)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sides:
+    """A function with two derivatives: at 1, inside of some range, and at -1.
+
+    Attributes:
+      function: the function.
+      inside: whether a number is inside of the range.
+      of_value: whether `inside` says the same of the function's value, which is in
+        memory anyway, as of its argument.
+    """
+
+    function: _Activation
+    inside: Callable[[Array], Array]
+    of_value: bool
+
+
 # Functions are compared by identity where JAX keeps what it has traced.
-@functools.cache
-def _leaky_relu(slope: float) -> _Activation:
-    return functools.partial(jax.nn.leaky_relu, negative_slope=slope)
-
-
-@functools.cache
-def _gelu(approximate: bool) -> _Activation:
-    return functools.partial(jax.nn.gelu, approximate=approximate)
-
-
 def _is_positive(x: Array) -> Array:
     return x > 0
 
@@ -148,33 +153,42 @@ def _is_between_0_and_6(x: Array) -> Array:
     return (x > 0) & (x < 6)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _two_sided(
-    function: _Activation, inside: Callable[[Array], Array], name: str, x: Array
-) -> Array:
-    """A function with two derivatives: at 1, inside of some range, and at -1."""
-    del inside, name
-    return function(x)
+_RELU = _Sides(jax.nn.relu, _is_positive, of_value=True)
+_RELU6 = _Sides(jax.nn.relu6, _is_between_0_and_6, of_value=True)
 
 
-def _two_sided_forward(
-    function: _Activation, inside: Callable[[Array], Array], name: str, x: Array
-) -> tuple[Array, Codes]:
-    x, saved = codes.store(x, inside, bits=1, name=name)
-    return function(x), saved
+@functools.cache
+def _leaky_relu(slope: float) -> _Sides:
+    function = functools.partial(jax.nn.leaky_relu, negative_slope=slope)
+    return _Sides(function, _is_not_negative, of_value=False)
+
+
+@functools.cache
+def _gelu(approximate: bool) -> _Activation:
+    return functools.partial(jax.nn.gelu, approximate=approximate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _two_sided(sides: _Sides, name: str, x: Array) -> Array:
+    """The function, that caches one bit an element."""
+    del name
+    return sides.function(x)
+
+
+def _two_sided_forward(sides: _Sides, name: str, x: Array) -> tuple[Array, Codes]:
+    if sides.of_value:
+        return codes.store(sides.function(x), sides.inside, bits=1, name=name)
+    x, saved = codes.store(x, sides.inside, bits=1, name=name)
+    return sides.function(x), saved
 
 
 def _two_sided_backward(
-    function: _Activation,
-    inside: Callable[[Array], Array],
-    name: str,
-    saved: Codes,
-    cotangent: Array,
+    sides: _Sides, name: str, saved: Codes, cotangent: Array
 ) -> tuple[Array]:
-    del inside, name
-    inside_bits, cotangent = codes.load(saved, cotangent)
-    alike = jnp.where(inside_bits.astype(bool), 1, -1).astype(cotangent.dtype)
-    _, pullback = jax.vjp(function, alike)
+    del name
+    inside, cotangent = codes.load(saved, cotangent)
+    alike = jnp.where(inside.astype(bool), 1, -1).astype(cotangent.dtype)
+    _, pullback = jax.vjp(sides.function, alike)
     return pullback(cotangent)
 
 

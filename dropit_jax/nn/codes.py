@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Inexact, Shaped, UInt
 
-from dropit_jax import chunking, packing, shardings
+from dropit_jax import chunking, inlining, packing, shardings
 
 
 @functools.partial(
@@ -53,7 +53,7 @@ def store(
     """
     group = shardings.new_group()
     x = shardings.join(x, group)
-    return x, _packed(code(x), bits, group, name)
+    return x, _packed(x, code, bits, group, name)
 
 
 def store_apart(
@@ -77,7 +77,7 @@ def store_apart(
     each = shardings.join(each, group)
     if code.shape == x.shape:
         code = each
-    return x, each, _packed(code, bits, group, name)
+    return x, each, _packed(code, lambda code: code, bits, group, name)
 
 
 def load(
@@ -95,15 +95,40 @@ def load(
     # Without the barrier XLA may unpack early and keep what is unpacked alive.
     packed, cotangent = lax.optimization_barrier((codes.packed, cotangent))
     shape = cotangent.shape if shape is None else shape
-    unpacked = _unpack(packed, codes.bits, _rows(shape, codes.bits).row_size)
-    unpacked = jnp.broadcast_to(unpacked.reshape(shape), cotangent.shape)
+    unpacked = _unpacked(packed, codes.bits, shape)
+    unpacked = jnp.broadcast_to(unpacked, cotangent.shape)
     unpacked = shardings.like(unpacked, cotangent)
     return shardings.join(unpacked, codes.group), cotangent
 
 
-def _packed(code: Array, bits: int, group: int, name: str) -> Codes:
-    packed = _pack(chunking.as_rows(code, _rows(code.shape, bits)), bits)
-    return Codes(checkpoint_name(packed, name), bits, group)
+def _packed(
+    x: Array, code: Callable[[Array], Array], bits: int, group: int, name: str
+) -> Codes:
+    def packed(x: Array) -> Array:
+        return _pack(chunking.as_rows(code(x), _rows(x.shape, bits)), bits)
+
+    return Codes(checkpoint_name(_as_call(packed, bits)(x), name), bits, group)
+
+
+def _unpacked(packed: Array, bits: int, shape: tuple[int, ...]) -> Array:
+    def unpacked(packed: Array) -> Array:
+        return _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
+
+    return _as_call(unpacked, bits)(packed)
+
+
+def _as_call(function: Callable[[Array], Array], bits: int) -> Callable[[Array], Array]:
+    """The function as a call, for XLA's CPU compiler, where it packs or unpacks bits.
+
+    In one loop with what is before or after, they are vector instructions that take
+    long to compile, and are compiled for each layer anew: it compiles two loops once
+    only where they are the same.
+    """
+    if bits >= 8:
+        return function
+    return lambda x: lax.platform_dependent(
+        x, cpu=inlining.not_inlined(function), default=function
+    )
 
 
 def _rows(shape: tuple[int, ...], bits: int) -> chunking.Chunking:

@@ -1,4 +1,6 @@
 import functools
+import re
+from unittest import mock
 
 import chex
 import jax
@@ -9,6 +11,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
+from dropit_jax import inlining
 from tests.dropit_jax import pullbacks, reference
 
 _SHAPES = ((), (7,), (3, 10), (2, 3, 16), (2, 5, 5, 3), (4, 0))
@@ -186,6 +189,29 @@ class TransformationsTest(parameterized.TestCase):
             self.assertNotRegex(compiled.as_text(), "all-|collective|reduce-scatter")
             actual = jax.device_get(compiled(sharded))
         chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+class CpuProgramTest(parameterized.TestCase):
+    """What XLA's CPU compiler makes of bits."""
+
+    def computed(self, shape):
+        """How often the program computes what it rectifies."""
+
+        def step(x, cotangent):
+            y, pullback = jax.vjp(lambda x: dropit_jax.nn.relu(jnp.abs(x) - 3.0), x)
+            return y, pullback(cotangent)
+
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        text = jax.jit(step).lower(x, x).compile().as_text()
+        size = ",".join(map(str, shape))
+        return len(re.findall(rf"f32\[{size}\]\S* abs\(", text))
+
+    def test_what_is_rectified_is_computed_once(self):
+        self.assertEqual(self.computed((64, 64, 16)), 1)
+
+    def test_and_would_not_be_if_packing_were_inlined(self):
+        with mock.patch.object(inlining, "not_inlined", lambda function: function):
+            self.assertGreater(self.computed((64, 32, 16)), 1)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -120,6 +122,10 @@ class MeshTest(parameterized.TestCase):
         np.testing.assert_array_equal(whole, expected)
 
 
+class _Traced(Exception):
+    """A kernel was traced."""
+
+
 class PlatformTest(parameterized.TestCase):
     def lowered(self, platform, **fields):
         policy = DropIT(**fields)
@@ -163,6 +169,15 @@ class PlatformTest(parameterized.TestCase):
         traced = jax.jit(lambda x, key: dropit_jax.compress(x, policy, key))
         text = traced.trace(x, key).lower(lowering_platforms=("cuda",)).as_text()
         self.assertNotIn("triton", text)
+
+    def test_kernels_are_traced_for_a_gpu_alone(self):
+        size = 16 * 17  # of a shape that nothing else here has: JAX keeps traces
+        with mock.patch.object(dispatch, "_compress", side_effect=_Traced):
+            x = jax.ShapeDtypeStruct((3, size), jnp.float32)
+            traced = jax.jit(lambda x: dropit_jax.compress(x, DropIT())).trace(x)
+            traced.lower(lowering_platforms=("cpu",))
+            with pytest.raises(_Traced):
+                traced.lower(lowering_platforms=("cuda",))
 
     def test_decompression_is_differentiable(self):
         x, weights = np.random.default_rng(1).normal(size=(2, 4, 64)).astype("float32")
