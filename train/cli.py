@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from logging import LogRecord
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -90,6 +91,7 @@ def _run(job: Callable[[], None], required: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Not an argument: {argv[1]!r}")
         logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
+        logging.get_absl_logger().addFilter(_is_of_use)
         try:
             job()
         except _USER_ERRORS as error:
@@ -102,6 +104,11 @@ def _run(job: Callable[[], None], required: list[str]) -> None:
 
     flags.mark_flags_as_required(required)
     app.run(main, flags_parser=_parse_flags)
+
+
+def _is_of_use(record: LogRecord) -> bool:
+    """Not so: for how long Orbax waited for a disk, which differs from run to run."""
+    return not record.getMessage().startswith("Waiting for previous save")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run leaves behind when it cannot go on."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -13,7 +14,7 @@ from absl.testing import absltest, parameterized
 
 from tests.data import write_tiny_datasets as tiny
 from tests.train import commands
-from train import data
+from train import cli, data
 
 _SHORT = ("--config.num_epochs=2",)
 
@@ -110,6 +111,14 @@ class FailuresTest(parameterized.TestCase):
         self.assertIn(str(file), errors)
         self.assertNotIn("Traceback", errors)
         self.assertNotIn("epoch", out)
+
+    @parameterized.parameters(
+        ("Waiting for previous save to complete took 1.2 seconds.", False),
+        ("This checkpoint is damaged.", True),
+    )
+    def test_orbax_is_not_quoted_on_the_speed_of_a_disk(self, message, shown):
+        record = logging.makeLogRecord({"msg": message})
+        self.assertEqual(cli._is_of_use(record), shown)
 
     def test_a_loss_that_is_not_finite_leaves_what_shows_it_again(self):
         workdir = self.directory / "diverged"
