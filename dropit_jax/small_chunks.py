@@ -50,7 +50,7 @@ def top_k_of_magnitudes(
     if k > _MAX_PASSES:
         return top_k(x, magnitudes, k)
     signs = magnitudes.dtype.itemsize * 8 - 1
-    negative = _signed(x) >> signs  # -1, or 0
+    negative = lax.bitcast_convert_type(x, magnitudes.dtype) >> signs  # -1, or 0
     slots = 2 * _indices(x) - negative.astype(jnp.int32)
     found = _passes(magnitudes, slots, k)
     scores = _stack([score for score, _ in found])
@@ -112,7 +112,7 @@ def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     if k <= _MAX_PASSES:
         return _stack([slot for _, slot in _passes(scores, _indices(scores), k)])
     order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
-    return jnp.where(order, np.arange(scores.shape[-1]), 0).max(axis=-1)
+    return jnp.where(order, _indices(scores), 0).max(axis=-1)
 
 
 def _passes(
@@ -137,7 +137,7 @@ def _passes(
         if found:
             last, at = found[-1][0][..., None], found[-1][1][..., None]
             if len(found) == 1:
-                after = tags != at
+                after = tags != at  # all but the one
             else:
                 # After the last that was found: no need to know the others.
                 after = (scores < last) | ((scores == last) & (tags > at))
@@ -190,7 +190,7 @@ def _spread(
 def _select(
     here: Bool[Array, "*shape"], x: Shaped[Array, "*shape"], y: Shaped[Array, "*shape"]
 ) -> Shaped[Array, "*shape"]:
-    """`jnp.where`, which is a function to compile anew for each shape."""
+    """`jnp.where`, without the call that it is to XLA's passes."""
     return lax.select(here, shardings.like(x, here), shardings.like(y, here))
 
 
@@ -204,7 +204,7 @@ def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     stacked, places = spread[-1], _indices(spread[-1])
     for i, part in enumerate(spread[:-1]):
         here = jnp.broadcast_to(places == i, part.shape)
-        stacked = _select(shardings.like(here, part), part, stacked)
+        stacked = lax.select(shardings.like(here, part), part, stacked)
     return stacked
 
 
@@ -231,10 +231,6 @@ def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
         earlier = word & jnp.asarray((1 << before) - 1, jnp.uint32)
         slots += lax.population_count(earlier).astype(jnp.int32)
     return slots
-
-
-def _signed(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
 
 
 def _bits(x: Array) -> Array:

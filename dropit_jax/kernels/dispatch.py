@@ -41,21 +41,18 @@ def compress(
 
     It has no gradient: what is kept is what a gradient is computed from.
     """
-    kernel = functools.partial(_compress, plan=plan)
+    kernel = when_lowered(
+        functools.partial(_compress, plan=plan),
+        (plan.unit * plan.kept, plan.value_dtype),
+        (plan.positions, plan.position_dtype),
+    )
     twin = functools.partial(twins.compress, plan=plan)
-
-    def results(x: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return (
-            _of_rows(x, plan.unit * plan.kept, plan.value_dtype),
-            _of_rows(x, plan.positions, plan.position_dtype),
-        )
-
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
     return lax.platform_dependent(
         x,
-        cuda=on_every_device(when_lowered(kernel, results), results=2),
+        cuda=on_every_device(kernel, results=2),
         cpu=_as_call(twin),
         default=twin,
     )
@@ -76,18 +73,17 @@ def decompress(
 def _decompress_differentiably(
     plan: Plan, dtype: jnp.dtype, values: Array, positions: Array
 ) -> Array:
-    kernel = functools.partial(_decompress, plan=plan, dtype=dtype)
+    kernel = when_lowered(
+        functools.partial(_decompress, plan=plan, dtype=dtype),
+        (plan.unit * plan.size, dtype),
+    )
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
-
-    def results(values: Array, _: Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return (_of_rows(values, plan.unit * plan.size, dtype),)
-
     if not _within_reach(plan, values):
         return twin(values, positions)
     return lax.platform_dependent(
         values,
         positions,
-        cuda=on_every_device(when_lowered(kernel, results), results=1),
+        cuda=on_every_device(kernel, results=1),
         default=twin,
     )
 
@@ -111,10 +107,6 @@ def _decompress_backward(
 
 
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
-
-
-def _of_rows(x: Array, size: int, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*x.shape[:-1], size), dtype)
 
 
 def _as_call(twin: _Operation) -> _Operation:

@@ -1,7 +1,7 @@
 """Kernels that are traced where they are lowered.
 
-`jax.lax.platform_dependent` traces what it takes for every platform. For a kernel that
-is half of all that a training step takes to trace, and on a CPU for nothing.
+`jax.lax.platform_dependent` traces what it takes for every platform, a kernel for a GPU
+also where a step is lowered for a CPU.
 """
 
 from collections.abc import Callable
@@ -17,28 +17,28 @@ _Operation = Callable[..., Any]
 
 
 def when_lowered(
-    kernel: _Operation, results: Callable[..., tuple[jax.ShapeDtypeStruct, ...]]
+    kernel: _Operation, *results: tuple[int, jax.typing.DTypeLike]
 ) -> _Operation:
     """The kernel; until it is lowered nothing is known but the shapes of its results.
 
     Args:
-      kernel: takes arrays and gives arrays, one or more.
-      results: gives their shapes and types from the operands.
+      kernel: takes arrays and gives arrays, one or more, of the same leading axes.
+      *results: the size of the last axis and the type of each that it gives.
     """
 
     def operation(*operands: Array) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        shapes = tuple(results(*operands))
-        given = _kernel_p.bind(*operands, kernel=kernel, results=shapes, mesh=mesh)
-        return given[0] if len(shapes) == 1 else tuple(given)
+        given = _kernel_p.bind(*operands, kernel=kernel, results=results, mesh=mesh)
+        return given[0] if len(results) == 1 else tuple(given)
 
     return operation
 
 
-def _shapes(
-    x: Any, *_: Any, results: tuple[jax.ShapeDtypeStruct, ...], **__: Any
-) -> list[Any]:
-    return [x.update(shape=like.shape, dtype=jnp.dtype(like.dtype)) for like in results]
+def _shapes(x: Any, *_: Any, results: Any, **__: Any) -> list[Any]:
+    return [
+        x.update(shape=(*x.shape[:-1], size), dtype=jnp.dtype(dtype))
+        for size, dtype in results
+    ]
 
 
 def _run(*operands: Array, kernel: _Operation, results: Any, mesh: Any) -> list[Array]:

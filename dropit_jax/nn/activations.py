@@ -140,7 +140,6 @@ class _Sides:
     of_value: bool
 
 
-# Functions are compared by identity where JAX keeps what it has traced.
 def _is_positive(x: Array) -> Array:
     return x > 0
 
@@ -157,6 +156,7 @@ _RELU = _Sides(jax.nn.relu, _is_positive, of_value=True)
 _RELU6 = _Sides(jax.nn.relu6, _is_between_0_and_6, of_value=True)
 
 
+# Functions are compared by identity where JAX keeps what it has traced.
 @functools.cache
 def _leaky_relu(slope: float) -> _Sides:
     function = functools.partial(jax.nn.leaky_relu, negative_slope=slope)

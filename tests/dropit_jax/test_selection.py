@@ -101,6 +101,15 @@ class TopKTest(parameterized.TestCase):
         expected = _in_order([[5, 3, 11, 0]], size, method)
         chex.assert_trees_all_equal(_top_k(x, 4, method)[1], expected)
 
+    @parameterized.parameters((16, 2), (16, 12))  # by passes, by ranks
+    def test_indices_have_32_bits_where_jax_has_64(self, size, k):
+        with jax.enable_x64(True):
+            x = jnp.asarray(reference.activation(0, (3, size)), jnp.float64)
+            _, indices = selection.top_k(x, k)
+            self.assertEqual(indices.dtype, jnp.int32)
+            expected = lax.top_k(jnp.abs(x), k)[1]
+            np.testing.assert_array_equal(indices, expected)
+
     def test_small_chunks_need_no_sort(self):
         x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
         for k in (2, 8, 9):
