@@ -98,3 +98,8 @@ def join(segments: list[jax.Array]) -> jax.Array:
     """The inverse of `split`: [(..., count, size)] to (..., Σ count·size)."""
     flat = [s.reshape(*s.shape[:-2], s.shape[-2] * s.shape[-1]) for s in segments]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
+
+
+def fill(x: jax.Array, size: int) -> jax.Array:
+    """Chunks of `size` times the same element: (..., count) to (..., count, size)."""
+    return jax.lax.broadcast_in_dim(x, (*x.shape, size), range(x.ndim))

@@ -15,7 +15,7 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     activation anew for each: it takes a normalisation and a rectifier for cheap. It
     cannot look out of a call. Nor can it mix what is inside with what is around it,
     which differs from layer to layer: loops that are the same it compiles once. For
-    `lax.platform_dependent(..., cpu=...)`.
+    `platforms.by_platform(..., cpu=...)`.
     """
 
     @jax.jit

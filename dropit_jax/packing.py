@@ -42,7 +42,9 @@ def unpack(
     per_byte = 8 // bits
     if per_byte == 1:
         return packed
-    codes = (packed[..., None] >> _places(packed.ndim + 1, bits)) & ((1 << bits) - 1)
+    shape, axes = (*packed.shape, per_byte), range(packed.ndim)
+    each = jax.lax.broadcast_in_dim(packed, shape, axes)
+    codes = (each >> _places(packed.ndim + 1, bits)) & ((1 << bits) - 1)
     codes = codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)
     if codes.shape[-1] == count:
         return codes

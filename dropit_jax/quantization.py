@@ -11,14 +11,15 @@ where ⌊·⌋ and ⌈·⌉ round to bfloat16, down and up, so that the codes co
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, UInt8
 
 from dropit_jax import chunking, inlining, packing, shardings
+from dropit_jax.platforms import by_platform
 
 # More than a rounding to bfloat16 changes a number by, relative to it.
 _MARGIN = 2.0**-8
@@ -94,9 +95,7 @@ def quantize(
     """
     stored = functools.partial(_stored, bits=bits, group_size=group_size)
     operands = (x,) if key is None else (x, key)
-    return lax.platform_dependent(
-        *operands, cpu=inlining.not_inlined(stored), default=stored
-    )
+    return by_platform(stored, cpu=inlining.not_inlined(stored))(*operands)
 
 
 def _stored(
@@ -107,41 +106,59 @@ def _stored(
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
     rows = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if key is None:
-        noise = lax.full_like(rows, 0.5)
-    else:
-        uniform = jax.random.uniform(key, rows.shape, rows.dtype)
-        noise = shardings.like(uniform, rows)
-    codes, minima, scales = [], [], []
-    for values, offset in zip(
-        chunking.split(rows, groups.segments),
-        chunking.split(noise, groups.segments),
-        strict=True,
-    ):
-        minimum, scale = _range(values, levels)
-        steps = (values - minimum) / jnp.where(scale == 0, 1, scale)
-        highest = np.array(levels, steps.dtype)
-        codes.append(
-            lax.clamp(np.zeros_like(highest), lax.floor(steps + offset), highest)
-        )
-        minima.append(minimum)
-        scales.append(scale)
+    segments = chunking.split(rows, groups.segments)
+    noise = _noise(key, rows, groups)
+    ranges = [_range(values, levels) for values in segments]
+    codes = [
+        _codes(values, *of_group, offset, levels)
+        for values, of_group, offset in zip(segments, ranges, noise, strict=True)
+    ]
+    minima, scales = zip(*ranges, strict=True)
     return Quantized(
         codes=packing.pack(chunking.join(codes), bits),
-        minimum=chunking.join(minima).astype(jnp.bfloat16),
-        scale=chunking.join(scales).astype(jnp.bfloat16),
+        minimum=_joined(minima).astype(jnp.bfloat16),
+        scale=_joined(scales).astype(jnp.bfloat16),
         shape=x.shape,
         bits=bits,
         group_size=group_size,
     )
 
 
+def _noise(
+    key: Array | None, rows: Array, groups: chunking.Chunking
+) -> list[Array | float]:
+    """What is added before a code is cut off, of every segment."""
+    if key is None:
+        return [0.5] * len(groups.segments)
+    uniform = jax.random.uniform(key, rows.shape, rows.dtype)
+    return [*chunking.split(shardings.like(uniform, rows), groups.segments)]
+
+
+def _codes(
+    values: Array, minimum: Array, scale: Array, noise: Array | float, levels: int
+) -> Array:
+    """The codes of the elements of groups."""
+    size = values.shape[-1]
+    divisor = lax.select(scale == 0, lax.full_like(scale, 1), scale)
+    above = values - chunking.fill(minimum, size)
+    steps = above / chunking.fill(divisor, size) + noise
+    # Which are not negative: to cast them cuts off what is behind the point.
+    return jnp.minimum(steps, levels).astype(jnp.uint8)
+
+
 def _range(values: Array, levels: int) -> tuple[Array, Array]:
     """Minimum and scale along the last axis, as numbers that bfloat16 has exactly."""
-    minimum = values.min(axis=-1, keepdims=True)
-    minimum = _bfloat16(minimum - _MARGIN * jnp.abs(minimum))
-    reach = values.max(axis=-1, keepdims=True) - minimum
-    return minimum, _bfloat16(reach / levels * (1 + _MARGIN))
+    smallest, largest = values.min(axis=-1), values.max(axis=-1)
+    minimum = _bfloat16(smallest - _MARGIN * jnp.abs(smallest))
+    return minimum, _bfloat16((largest - minimum) * ((1 + _MARGIN) / levels))
+
+
+def _joined(of_segments: Sequence[Array]) -> Array:
+    return (
+        of_segments[0]
+        if len(of_segments) == 1
+        else lax.concatenate(of_segments, of_segments[0].ndim - 1)
+    )
 
 
 def _bfloat16(x: Array) -> Array:

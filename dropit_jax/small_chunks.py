@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
-from dropit_jax import shardings
+from dropit_jax import chunking, shardings
+from dropit_jax.platforms import by_platform
 
 # Up to so many kept elements a chunk, taking the maximum that many times is faster and
 # needs less memory than ranking every element against every other.
@@ -135,7 +136,7 @@ def _passes(
     for _ in range(k):
         left = scores
         if found:
-            last, at = found[-1][0][..., None], found[-1][1][..., None]
+            last, at = (chunking.fill(each, scores.shape[-1]) for each in found[-1])
             if len(found) == 1:
                 after = tags != at  # all but the one
             else:
@@ -156,7 +157,7 @@ def _first(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -> 
         parts = (*scores.shape[:-1], _PARTS, size // _PARTS)
         return _reduced(*_reduced(scores.reshape(parts), tags.reshape(parts)))
 
-    return lax.platform_dependent(scores, tags, cpu=by_parts, default=_reduced)
+    return by_platform(_reduced, cpu=by_parts)(scores, tags)
 
 
 def _reduced(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -> _Pair:
@@ -200,7 +201,7 @@ def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     By selections: XLA's CPU compiler makes a loop of branches out of a concatenation,
     which takes longer to compile and to run.
     """
-    spread = [_spread(part[..., None], 0, len(parts)) for part in parts]
+    spread = [chunking.fill(part, len(parts)) for part in parts]
     stacked, places = spread[-1], _indices(spread[-1])
     for i, part in enumerate(spread[:-1]):
         here = jnp.broadcast_to(places == i, part.shape)

@@ -27,6 +27,7 @@ from dropit_jax.kernels.decompress import decompress as _decompress
 from dropit_jax.kernels.lowering import when_lowered
 from dropit_jax.kernels.plan import Plan
 from dropit_jax.kernels.twins import Positions
+from dropit_jax.platforms import by_platform
 
 # On arrays of the same leading axes; the results have them too.
 _Operation = Callable[..., Any]
@@ -50,12 +51,10 @@ def compress(
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
-    return lax.platform_dependent(
-        x,
-        cuda=on_every_device(kernel, results=2),
-        cpu=_as_call(twin),
-        default=twin,
+    operation = by_platform(
+        twin, cpu=_as_call(twin), cuda=on_every_device(kernel, results=2)
     )
+    return operation(x)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))
@@ -80,12 +79,8 @@ def _decompress_differentiably(
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
     if not _within_reach(plan, values):
         return twin(values, positions)
-    return lax.platform_dependent(
-        values,
-        positions,
-        cuda=on_every_device(kernel, results=1),
-        default=twin,
-    )
+    operation = by_platform(twin, cuda=on_every_device(kernel, results=1))
+    return operation(values, positions)
 
 
 def _decompress_forward(

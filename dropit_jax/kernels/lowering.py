@@ -1,7 +1,7 @@
 """Kernels that are traced where they are lowered.
 
-`jax.lax.platform_dependent` traces what it takes for every platform, a kernel for a GPU
-also where a step is lowered for a CPU.
+`platforms.by_platform` traces what it takes for every platform, a kernel for a GPU also
+where a step is lowered for a CPU.
 """
 
 from collections.abc import Callable

@@ -28,8 +28,7 @@ def compress(
       (*rows, units, plan.positions).
     """
     lead = x.shape[:-1]
-    chunks = x.reshape(*lead, plan.unit, plan.size)
-    values, positions = _select(chunks, plan)
+    values, positions = _select(_in_chunks(x, plan.unit, plan.size), lead, plan)
     if values.dtype != plan.value_dtype:
         values = values.astype(plan.value_dtype)
     return values.reshape(*lead, plan.unit * plan.kept), positions
@@ -58,11 +57,10 @@ def placed(
 ) -> Shaped[Array, "*rows units elements"]:
     """Kept elements of any type in their places, and zero elsewhere."""
     lead = kept.shape[:-1]
-    kept = kept.reshape(*lead, plan.unit, plan.kept)
-    shape = (*lead, plan.unit, plan.size)
+    kept = _in_chunks(kept, plan.unit, plan.kept)
     if plan.encoding == "bitmap":
         mask = packing.unpack(positions, 1, plan.unit * plan.size).astype(bool)
-        whole = selection.expand(kept, mask.reshape(shape))
+        whole = selection.expand(kept, _in_chunks(mask, plan.unit, plan.size))
     else:
         if plan.packed:
             positions = packing.unpack(positions, 4, plan.unit * plan.kept)
@@ -70,11 +68,16 @@ def placed(
     return whole.reshape(*lead, plan.unit * plan.size)
 
 
+def _in_chunks(x: Array, unit: int, size: int) -> Array:
+    """(..., unit · size) as (..., unit, size); of one chunk, as it is."""
+    return x if unit == 1 else x.reshape(*x.shape[:-1], unit, size)
+
+
 def _select(
-    chunks: Float[Array, "*lead size"], plan: Plan
-) -> tuple[Shaped[Array, "*lead kept"], Positions]:
+    chunks: Float[Array, "*chunks size"], lead: tuple[int, ...], plan: Plan
+) -> tuple[Shaped[Array, "*chunks kept"], Positions]:
     """The kept elements of chunks, and their stored positions."""
-    lead, k = chunks.shape[:-2], plan.kept
+    k = plan.kept
     if plan.ordered:
         values, indices = selection.top_k(chunks, k)
         if plan.packed:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Inexact, Shaped, UInt
 
 from dropit_jax import chunking, inlining, packing, shardings
+from dropit_jax.platforms import by_platform
 
 
 @functools.partial(
@@ -126,9 +127,7 @@ def _as_call(function: Callable[[Array], Array], bits: int) -> Callable[[Array],
     """
     if bits >= 8:
         return function
-    return lambda x: lax.platform_dependent(
-        x, cpu=inlining.not_inlined(function), default=function
-    )
+    return by_platform(function, cpu=inlining.not_inlined(function))
 
 
 def _rows(shape: tuple[int, ...], bits: int) -> chunking.Chunking:
