@@ -58,7 +58,8 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
     number of the signal that stopped the job.
     """
 
-    def checked() -> None:
+    def checked(arguments: list[str]) -> None:
+        _refuse(arguments)
         if _WORKDIR.value and not needs_workdir:
             raise app.UsageError("This command writes nothing: leave out --workdir.")
         job(_CONFIG.value, _workdir() if needs_workdir else Path())
@@ -72,12 +73,34 @@ def launch_on_run(job: Callable[[Path], None]) -> None:
     The exit status is as that of `launch`.
     """
 
-    def checked() -> None:
+    def checked(arguments: list[str]) -> None:
+        _refuse(arguments)
         if _CONFIG.value is not None:
             raise app.UsageError("The config is that in --workdir: leave out --config.")
         job(_workdir())
 
     _run(checked, ["workdir"])
+
+
+def launch_on_runs(job: Callable[[list[Path]], None]) -> None:
+    """Parses the flags, runs the job on the directories that are named, and exits.
+
+    The exit status is as that of `launch`.
+    """
+
+    def checked(directories: list[str]) -> None:
+        if _CONFIG.value is not None or _WORKDIR.value is not None:
+            raise app.UsageError(
+                "Runs are named without a flag: leave out --config and --workdir."
+            )
+        if not directories:
+            raise app.UsageError("Name the directories of runs.")
+        for directory in directories:
+            if not Path(directory).is_dir():
+                raise ConfigError(f"{directory} is no directory.")
+        job([Path(directory) for directory in directories])
+
+    _run(checked, [])
 
 
 def _workdir() -> Path:
@@ -86,14 +109,17 @@ def _workdir() -> Path:
     return Path(_WORKDIR.value)
 
 
-def _run(job: Callable[[], None], required: list[str]) -> None:
+def _refuse(arguments: list[str]) -> None:
+    if arguments:
+        raise app.UsageError(f"Not an argument: {arguments[0]!r}")
+
+
+def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
-        if len(argv) > 1:
-            raise app.UsageError(f"Not an argument: {argv[1]!r}")
         logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
         logging.get_absl_logger().addFilter(_is_of_use)
         try:
-            job()
+            job(list(argv[1:]))
         except _USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -3,32 +3,25 @@
 `python -m train.compare --config=configs/FILE.py --workdir=DIR [--target=h100]`
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
 import statistics
-import time
 from pathlib import Path
 
-import jax
 import rich.console
 import rich.table
 from ml_collections import ConfigDict
 
-from dropit_jax import memory
-from train import cli, data, loop, plots
+from train import cli, loop, measurements, plots
 from train import config as config_lib
 from train import job as job_lib
-from train import mesh as mesh_lib
-from train import step as step_lib
 from train.files import write_atomically
 from train.target import TARGET
 from train.terminal import Terminal
 
 # The first is what the others are measured against.
 _FLAX, _DROPIT = "flax", "dropit"
-_TIMED_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +48,22 @@ def main(config: ConfigDict, workdir: Path) -> None:
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
     job_lib.prepare(config)  # which may be told that it cannot be run
     terminal.say(f"Compiling a step for {target} ...")
-    temp = {name: _temp_bytes(variant, target) for name, variant in variants.items()}
+    temp = {
+        name: measurements.temp_bytes(variant, target)
+        for name, variant in variants.items()
+    }
     rows = {
         name: loop.run(variant, workdir / name, terminal)
         for name, variant in variants.items()
     }
     terminal.say("Timing steps ...")
-    seconds = step_seconds(variants)
+    seconds = measurements.step_seconds(variants)
     results = {
         name: Measurements(
             test_accuracy=rows[name][-1]["test_accuracy"],
-            cached_bytes=_cached_bytes(variant),
+            cached_bytes=measurements.cached_bytes(variant),
             temp_bytes=temp[name],
-            step_seconds=seconds[name],
+            step_seconds=statistics.median(seconds[name]),
         )
         for name, variant in variants.items()
     }
@@ -95,57 +91,12 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
     return shown
 
 
-def step_seconds(variants: dict[str, ConfigDict]) -> dict[str, float]:
-    """The median time of a training step of each variant, taken in turns."""
-    states, steps, batches = {}, {}, {}
-    for name, config in variants.items():
-        mesh = mesh_lib.create(config)
-        shardings = mesh_lib.state_sharded(mesh, step_lib.abstract_state(config))
-        states[name] = step_lib.initialise(config, shardings)
-        step = step_lib.train_step(config)
-        steps[name] = mesh_lib.compile_training(step, mesh, shardings)
-        batches[name] = mesh_lib.placer(mesh)(_first_batch(config))
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(1 + _TIMED_STEPS):
-        for name in variants:
-            start = time.perf_counter()
-            states[name], sums = steps[name](states[name], batches[name])
-            jax.block_until_ready((states[name], sums))
-            times[name].append(time.perf_counter() - start)
-    # The first step of each compiles.
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
-
-
-def _first_batch(config: ConfigDict) -> data.Batch:
-    dataset = data.load(
-        config.dataset, config.data_dir, config.image_size, config.augmentation
-    )
-    batches = data.training_batches(dataset, config.batch_size, config.seed)
-    with contextlib.closing(batches):
-        return next(batches)
-
-
 def _compact(config: ConfigDict) -> ConfigDict:
     """The config itself, or with DropIT if it has none."""
     variant = copy.deepcopy(config)
     if variant.memory == "baseline":
         variant.memory = "dropit"
     return variant
-
-
-def _temp_bytes(config: ConfigDict, target: str) -> int:
-    step, args = step_lib.abstract(config)
-    return memory.compile_report(step, *args, target=target, donate=0).temp_bytes
-
-
-def _cached_bytes(config: ConfigDict) -> int:
-    if config.memory == "baseline":
-        # With nothing dropped, a DropIT layer caches what the Flax layer does.
-        config = copy.deepcopy(config)
-        config.memory = "dropit"
-        config.dropit = config_lib.dropit_section(rate=0.0, value_dtype=None)
-    step, args = step_lib.abstract(config)
-    return memory.cached_bytes(step, *args)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ class Sums(flax.struct.PyTreeNode):
     count: Float[Array, ""]
 
 
+# Of the loss with respect to the parameters; with it, the sums of the batch and the
+# batch norms' statistics. It takes parameters, statistics, batch and random key.
+GradientFn = Callable[[Any, Any, data.Batch, Array], tuple[Any, tuple[Sums, Any]]]
 TrainStep = Callable[[State, data.Batch], tuple[State, Sums]]
 EvaluationStep = Callable[[State, data.Batch], Sums]
 
@@ -116,15 +119,9 @@ def initialise(config: ConfigDict, shardings: Any = None) -> State:
     return init()
 
 
-def train_step(config: ConfigDict) -> TrainStep:
-    """The function that updates the state from a batch.
-
-    It is to be jitted with the state donated. The sums that it returns are of the
-    batch before the update; the loss among them is what is minimised, with smoothed
-    labels and mixed images where the config asks for them.
-    """
-    model, optimizer = create_model(config), create_optimizer(config)
-    normalise = normalisation.normaliser(config)
+def gradient(config: ConfigDict) -> GradientFn:
+    """The gradient that a training step takes."""
+    model, normalise = create_model(config), normalisation.normaliser(config)
 
     def loss_fn(
         params: Any, batch_stats: Any, batch: data.Batch, rng: Array
@@ -147,6 +144,17 @@ def train_step(config: ConfigDict) -> TrainStep:
     gradient_fn = jax.grad(loss_fn, has_aux=True)
     if config.accumulate_steps > 1:
         gradient_fn = accumulate(gradient_fn, config.accumulate_steps)
+    return gradient_fn
+
+
+def train_step(config: ConfigDict) -> TrainStep:
+    """The function that updates the state from a batch.
+
+    It is to be jitted with the state donated. The sums that it returns are of the
+    batch before the update; the loss among them is what is minimised, with smoothed
+    labels and mixed images where the config asks for them.
+    """
+    gradient_fn, optimizer = gradient(config), create_optimizer(config)
 
     def step(state: State, batch: data.Batch) -> tuple[State, Sums]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -209,6 +217,11 @@ def abstract(
         mask=jax.ShapeDtypeStruct((size,), jnp.float32),
     )
     return train_step(config), (state, batch)
+
+
+def abstract_images(config: ConfigDict, count: int = 1) -> jax.ShapeDtypeStruct:
+    """What the model is called with, for tools that trace it."""
+    return jax.ShapeDtypeStruct((count, *_image_shape(config)), jnp.float32)
 
 
 def _image_shape(config: ConfigDict) -> tuple[int, int, int]:

@@ -1,0 +1,232 @@
+"""What variants of a training reach and cost, as CSV and as Markdown."""
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from ml_collections import ConfigDict
+
+from train import config as config_lib
+from train import data, records
+from train.runs import Run
+
+# The fields that are said of a policy.
+POLICY = ("strategy", "granularity", "rate", "chunk_size", "value_dtype", "fill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The mean of some values, and its standard error; NaN of a single one."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Of values, one for each seed."""
+        count = len(values)
+        error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+        return cls(statistics.mean(values), error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a variant reaches, and what it costs.
+
+    Attributes:
+      variant: its name.
+      memory: the preset.
+      policy: of its convolutions, by field; empty where nothing is dropped.
+      seeds: how many runs there are of it.
+      test_accuracy: of the last evaluation.
+      train_loss: of the last epoch, in nats.
+      cached_bytes: what Conv and Dense cache in a step.
+      temp_bytes: what a step allocates beside arguments and results on a target.
+      step_ratio: of a step's time here to the baseline's, taken in turns; the median.
+    """
+
+    variant: str
+    memory: str
+    policy: Mapping[str, Any]
+    seeds: int
+    test_accuracy: Mean
+    train_loss: Mean
+    cached_bytes: int
+    temp_bytes: int
+    step_ratio: float
+
+
+def policy(config: ConfigDict) -> dict[str, Any]:
+    """What the convolutions of a config cache.
+
+    The rate is that of a whole chunk, which always keeps one element.
+    """
+    dropit = config_lib.memory(config).conv
+    if dropit is None:
+        return {}
+    fields = {name: getattr(dropit, name) for name in POLICY}
+    size = dropit.chunk_size
+    if dropit.granularity == "element" and size:
+        fields["dropped"] = 1 - dropit.kept(size) / size
+    return fields
+
+
+def to_csv(summaries: Iterable[Summary]) -> str:
+    """A row for each variant."""
+    columns = (
+        *("variant", "memory", *POLICY, "dropped", "seeds"),
+        *("test_accuracy", "test_accuracy_error", "train_loss", "train_loss_error"),
+        *("cached_bytes", "temp_bytes", "step_ratio"),
+    )
+    return _csv(
+        columns,
+        (
+            {
+                "variant": each.variant,
+                "memory": each.memory,
+                **each.policy,
+                "seeds": each.seeds,
+                "test_accuracy": f"{each.test_accuracy.mean:.4f}",
+                "test_accuracy_error": _error(each.test_accuracy),
+                "train_loss": f"{each.train_loss.mean:.4f}",
+                "train_loss_error": _error(each.train_loss),
+                "cached_bytes": each.cached_bytes,
+                "temp_bytes": each.temp_bytes,
+                "step_ratio": f"{each.step_ratio:.3f}",
+            }
+            for each in summaries
+        ),
+    )
+
+
+def curves(variants: Mapping[str, Sequence[Run]]) -> str:
+    """A row for each evaluation of each run."""
+    columns = ("variant", "seed", *records.COLUMNS)
+    return _csv(
+        columns,
+        (
+            {"variant": name, "seed": run.config.seed, **row}
+            for name, runs in variants.items()
+            for run in runs
+            for row in run.rows
+        ),
+    )
+
+
+def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -> str:
+    """A page with the tables, and with the figures beside it."""
+    steps_per_epoch, steps = config_lib.steps(config)
+    examples = data.info(config.dataset, config.data_dir).train_examples
+    baseline = summaries[0].variant
+    return "\n".join(
+        [
+            f"{config.model.name} of width {config.model.get('width', '-')} on "
+            f"{config.dataset} ({examples:,} images): {steps:,} steps of "
+            f"{config.batch_size} images, {steps / steps_per_epoch:.1f} epochs. "
+            "Accuracy is that on the test images after the last step, in per cent: the "
+            "mean over the seeds ± its standard error, where there are several.",
+            "",
+            "## Granularity, strategy and rate",
+            "",
+            *_grid(summaries),
+            "",
+            "## Every variant",
+            "",
+            *table(summaries, target),
+            "",
+            "Dropped is the share of a whole chunk, which always keeps one element. "
+            f"Times are a step's on this machine, divided by that of `{baseline}`.",
+            "",
+            "![What is cached, and what is reached](tradeoff.png)",
+            "",
+            "![Accuracy](accuracy.png)",
+            "",
+            "![Loss](loss.png)",
+            "",
+            "![Parameters and gradients](histograms.png)",
+            "",
+        ]
+    )
+
+
+def _grid(summaries: Sequence[Summary]) -> list[str]:
+    """The paper's Table 2: what is dropped of values that are not quantised."""
+    cells: dict[str, dict[float, str]] = {}
+    for each in summaries:
+        p = each.policy
+        if not p or p["value_dtype"] in ("int2", "int4", "int8") or not p["rate"]:
+            continue
+        if each.memory != "dropit":
+            continue
+        line = f"{p['strategy']}, {p['granularity']}s"
+        if p["granularity"] == "element":
+            line += f", D = {p['chunk_size'] or 'all'}"
+        if p["value_dtype"]:
+            line += f", {p['value_dtype']}"
+        cells.setdefault(line, {})[p["rate"]] = _percent(each.test_accuracy)
+    rates = sorted({rate for line in cells.values() for rate in line})
+    rows = [
+        [line, *(of_line.get(rate, "-") for rate in rates)]
+        for line, of_line in cells.items()
+    ]
+    title = f"dropped ({summaries[0].variant}: {_percent(summaries[0].test_accuracy)})"
+    return _markdown([title, *(f"{rate:.1%}" for rate in rates)], rows)
+
+
+def table(summaries: Sequence[Summary], target: str) -> list[str]:
+    """Every variant, in Markdown."""
+    baseline = summaries[0]
+    rows = [
+        [
+            f"`{each.variant}`",
+            f"{each.policy['dropped']:.1%}" if "dropped" in each.policy else "-",
+            str(each.seeds),
+            _percent(each.test_accuracy),
+            f"{each.train_loss.mean:.3f}",
+            f"{each.cached_bytes / 2**20:.2f}",
+            f"{each.cached_bytes / baseline.cached_bytes:.2f}",
+            f"{each.temp_bytes / 2**20:.2f}",
+            f"{each.temp_bytes / baseline.temp_bytes:.2f}",
+            f"{each.step_ratio:.2f}",
+        ]
+        for each in summaries
+    ]
+    header = [
+        "variant",
+        "dropped",
+        "seeds",
+        "accuracy",
+        "train loss",
+        "cached MiB",
+        "ratio",
+    ]
+    return _markdown([*header, f"temp MiB on {target}", "ratio", "time"], rows)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)
+    ]
+
+
+def _percent(accuracy: Mean) -> str:
+    text = f"{100 * accuracy.mean:.1f}"
+    return (
+        text if math.isnan(accuracy.error) else f"{text} ± {100 * accuracy.error:.1f}"
+    )
+
+
+def _error(value: Mean) -> str:
+    return "" if math.isnan(value.error) else f"{value.error:.4f}"
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
