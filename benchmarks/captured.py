@@ -1,0 +1,117 @@
+"""What Dense and Conv layers of a trained model read, and what comes back to them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from train import data, losses, normalisation
+from train import step as step_lib
+
+_KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv)
+_Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer at work in a training step.
+
+    Attributes:
+      name: its path in the model.
+      module: the layer, of plain Flax, on its own.
+      params: its parameters.
+      x: what it read, its input activation.
+      cotangent: the gradient of the loss with respect to its output.
+    """
+
+    name: str
+    module: nn.Module
+    params: Mapping[str, Array]
+    x: Float[Array, "batch *spatial features"]
+    cotangent: Float[Array, "batch *spatial features_out"]
+
+    def kernel_gradient(self, x: Array) -> Array:
+        """The gradient of the loss with respect to the kernel, had the layer read x."""
+
+        def output(kernel: Array) -> Array:
+            params = {**self.params, "kernel": kernel}
+            result: Any = self.module.apply({"params": params}, x)
+            return jnp.asarray(result)
+
+        _, pullback = jax.vjp(output, self.params["kernel"])
+        (gradient,) = pullback(self.cotangent)
+        return gradient
+
+
+def capture(
+    config: ConfigDict, state: step_lib.State, batch: data.Batch
+) -> list[Layer]:
+    """The layers of a model with a kernel, in the order in which they are called.
+
+    Args:
+      config: of the model, of plain Flax.
+      state: its parameters and statistics.
+      batch: what it is trained on; the loss is the cross-entropy of its labels.
+
+    Raises:
+      ValueError: the model calls a layer more than once.
+    """
+    model, normalise = step_lib.create_model(config), normalisation.normaliser(config)
+    modules: dict[_Path, nn.Module] = {}
+
+    def loss(probes: dict[_Path, Array]) -> tuple[Array, dict[_Path, tuple[Any, Any]]]:
+        seen: dict[_Path, tuple[Any, Any]] = {}
+        entered: set[_Path] = set()
+
+        def probe(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module, path = context.module, context.module.path
+            is_layer = isinstance(module, _KINDS) and context.method_name == "__call__"
+            if not is_layer or path in entered:  # its parent class's, within its own
+                return next_fun(*args, **kwargs)
+            if path in seen:
+                raise ValueError(f"{'/'.join(path)} is called twice in a step.")
+            entered.add(path)
+            output = next_fun(*args, **kwargs)
+            entered.remove(path)
+            modules[path] = module.clone(parent=None, name=None)
+            seen[path] = (args[0], output)
+            # Its cotangent is that of the output that it is added to.
+            return output + probes[path] if probes else output
+
+        with nn.intercept_methods(probe):
+            logits, _ = model.apply(
+                {"params": state.params, "batch_stats": state.batch_stats},
+                normalise(batch["image"]),
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+        return losses.cross_entropy(logits, batch["label"], 0.0).mean(), seen
+
+    shapes = jax.eval_shape(lambda: loss({})[1])
+    probes = {
+        path: jnp.zeros(output.shape, output.dtype)
+        for path, (_, output) in shapes.items()
+    }
+    cotangents, seen = jax.jit(jax.grad(loss, has_aux=True))(probes)
+    return [
+        Layer(
+            "/".join(path),
+            module,
+            _at(state.params, path),
+            seen[path][0],
+            cotangents[path],
+        )
+        for path, module in modules.items()
+    ]
+
+
+def _at(tree: Any, path: _Path) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree

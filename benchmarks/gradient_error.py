@@ -1,0 +1,298 @@
+"""How far DropIT's weight gradients are from the exact ones, for every policy.
+
+`python -m benchmarks.gradient_error --config=configs/FILE.py --workdir=DIR
+[--output=DIR] [--layers=5]`
+
+A model of plain Flax is trained as the config says, in the workdir: what is trained
+there already is taken. Of some of its layers, from the first that caches to the last,
+one batch gives the activation that they read and the gradient that comes back to them.
+With each policy the activation is compressed and rebuilt; the weight gradient of what
+is rebuilt is held against that of the activation itself:
+
+    error  = |g(â) - g(a)| / |g(a)|       cosine = g(â) · g(a) / (|g(â)| |g(a)|)
+
+OUTPUT then has `gradient_error.csv`, a row for each policy and layer, and
+`gradient_error.md` with the figures: what each costs in bits an element, and which are
+on the front, where less error costs more bits.
+"""
+
+import csv
+import dataclasses
+import io
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import command, gradient_error_plots
+from benchmarks.captured import Layer, capture
+from dropit_jax import DropIT, compress
+from train import checkpoint, cli, data, loop
+from train import config as config_lib
+from train import job as job_lib
+from train.config import ConfigError
+from train.files import write_atomically
+from train.terminal import Terminal
+
+_OUTPUT = flags.DEFINE_string("output", None, "Where the results go; the workdir.")
+_LAYERS = flags.DEFINE_integer(
+    "layers", 5, "How many layers, from the first to the last.", lower_bound=1
+)
+
+CHUNK_SIZES = (8, 16, 32, 64, 256, 2048, 2**14, None)
+RATES = (0.5, 0.75, 0.875, 0.95, 0.99)
+_TYPES = ("bfloat16", "float16", "int8", "int4", "int2")
+_TIMED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Error:
+    """What a policy does to the weight gradient of a layer.
+
+    Attributes:
+      family: of the policy, as the figures have it.
+      policy: its name.
+      layer: the layer's.
+      elements: of the activation.
+      bits: cached, an element of the activation.
+      error: the norm of the difference to the exact gradient, relative to its norm.
+      cosine: of the angle between the two.
+      compress_ns: time to compress, an element, here.
+    """
+
+    family: str
+    policy: str
+    layer: str
+    elements: int
+    bits: float
+    error: float
+    cosine: float
+    compress_ns: float
+
+
+def grid() -> dict[str, tuple[str, DropIT]]:
+    """Every policy that is measured, by name, and its family."""
+    found: dict[str, tuple[str, DropIT]] = {}
+
+    def add(family: str, **fields: object) -> None:
+        policy = DropIT(**fields)  # type: ignore[arg-type]
+        found[_name(policy)] = family, policy
+
+    for rate in RATES:
+        for chunk_size in CHUNK_SIZES:
+            family = "min-k, D = 16" if chunk_size == 16 else "min-k, other D"
+            add(family, rate=rate, chunk_size=chunk_size)
+        add("random elements", rate=rate, strategy="random")
+        add("channels", rate=rate, granularity="channel")
+        add("mean for the dropped", rate=rate, fill="mean")
+        for value_dtype in _TYPES:
+            add("values of fewer bits", rate=rate, value_dtype=value_dtype)
+            add("mean for the dropped", rate=rate, value_dtype=value_dtype, fill="mean")
+    for value_dtype in _TYPES:
+        add("nothing dropped", rate=0.0, value_dtype=value_dtype)
+    return found
+
+
+def _name(policy: DropIT) -> str:
+    words = [f"{policy.rate:.1%}"]
+    if policy.strategy != "min_k":
+        words.append(policy.strategy)
+    if policy.granularity == "channel":
+        words.append("channels")
+    elif policy.rate:
+        words.append(f"D={policy.chunk_size or 'all'}")
+    if policy.value_dtype:
+        words.append(policy.value_dtype)
+    if policy.fill == "mean":
+        words.append("mean")
+    return " ".join(words)
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Trains, measures, and writes what was measured."""
+    output = Path(_OUTPUT.value or workdir)
+    run(config, workdir, output, grid(), _LAYERS.value, Terminal())
+
+
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    output: Path,
+    policies: Mapping[str, tuple[str, DropIT]],
+    layers: int,
+    terminal: Terminal,
+) -> None:
+    """`main`, for some policies.
+
+    Raises:
+      ConfigError: the config cannot be run, or there are not as many layers.
+    """
+    config = config_lib.plain(config)
+    loop.run(config, workdir, terminal)
+    chosen = _chosen(_captured(config, workdir, terminal), layers)
+    errors: list[Error] = []
+    for number, layer in enumerate(chosen, 1):
+        terminal.say(f"Layer {number} of {layers}: {layer.name} {layer.x.shape}")
+        errors += measure(layer, policies)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "gradient_error.csv", to_csv(errors))
+    means = averaged(errors)
+    gradient_error_plots.front(means, front(means), output / "gradient_error.png")
+    gradient_error_plots.chunks(means, output / "gradient_error_chunks.png")
+    page = to_markdown(means, chosen, config)
+    write_atomically(output / "gradient_error.md", page)
+    terminal.say(f"Results: {output / 'gradient_error.md'}")
+
+
+def measure(layer: Layer, policies: Mapping[str, tuple[str, DropIT]]) -> list[Error]:
+    """What each policy does to a layer's weight gradient."""
+    gradient = jax.jit(layer.kernel_gradient)
+    exact = gradient(layer.x)
+    errors = []
+    for name, (family, policy) in policies.items():
+        key = jax.random.key(0) if policy.needs_key else None
+        keep = jax.jit(lambda x, key, policy=policy: compress(x, policy, key))
+        residual = jax.block_until_ready(keep(layer.x, key))
+        seconds = []
+        for _ in range(_TIMED):
+            start = time.perf_counter()
+            jax.block_until_ready(keep(layer.x, key))
+            seconds.append(time.perf_counter() - start)
+        rebuilt = jax.jit(lambda residual: residual.decompress())(residual)
+        error, cosine = _compared(gradient(rebuilt), exact)
+        errors.append(
+            Error(
+                family,
+                name,
+                layer.name,
+                layer.x.size,
+                8 * residual.nbytes / layer.x.size,
+                error,
+                cosine,
+                1e9 * statistics.median(seconds) / layer.x.size,
+            )
+        )
+    return errors
+
+
+def averaged(errors: Iterable[Error]) -> list[Error]:
+    """Of each policy the mean error over the layers, and its bits over all of them."""
+    by_policy: dict[str, list[Error]] = {}
+    for each in errors:
+        by_policy.setdefault(each.policy, []).append(each)
+    return [
+        Error(
+            of_layers[0].family,
+            policy,
+            "mean",
+            sum(each.elements for each in of_layers),
+            _weighted(of_layers, "bits"),
+            statistics.mean(each.error for each in of_layers),
+            statistics.mean(each.cosine for each in of_layers),
+            _weighted(of_layers, "compress_ns"),
+        )
+        for policy, of_layers in by_policy.items()
+    ]
+
+
+def front(errors: Iterable[Error]) -> list[Error]:
+    """Those that no other one beats, or equals, in both bits and error."""
+    best, least = [], float("inf")
+    for each in sorted(errors, key=lambda each: (each.bits, each.error)):
+        if each.error < least:
+            best.append(each)
+            least = each.error
+    return best
+
+
+def to_csv(errors: Iterable[Error]) -> str:
+    """A row for each policy and layer."""
+    text = io.StringIO()
+    columns = [field.name for field in dataclasses.fields(Error)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for each in errors:
+        writer.writerow(
+            f"{value:.5g}" if isinstance(value, float) else value
+            for value in dataclasses.astuple(each)
+        )
+    return text.getvalue()
+
+
+def to_markdown(
+    means: Sequence[Error], layers: Sequence[Layer], config: ConfigDict
+) -> str:
+    """The front, and the best of each family at about the same bits."""
+    header = ("policy", "bits an element", "error", "cosine", "compress ns an element")
+    elements = ", ".join(f"`{layer.name}` {layer.x.shape}" for layer in layers)
+    return "\n".join(
+        [
+            f"{config.model.name} after {config_lib.steps(config)[1]:,} steps on "
+            f"{config.dataset}. Means over the layers {elements}.",
+            "",
+            "## The front: less error costs more bits",
+            "",
+            command.table("", header, map(_cells, front(means))),
+            "",
+            "![Error against bits](gradient_error.png)",
+            "",
+            "![Error against D](gradient_error_chunks.png)",
+            "",
+            "## Every policy",
+            "",
+            command.table("", header, map(_cells, sorted(means, key=lambda e: e.bits))),
+            "",
+        ]
+    )
+
+
+def _cells(each: Error) -> tuple[str, ...]:
+    return (
+        each.policy,
+        f"{each.bits:.2f}",
+        f"{each.error:.4f}",
+        f"{each.cosine:.4f}",
+        f"{each.compress_ns:.2f}",
+    )
+
+
+def _weighted(errors: Sequence[Error], field: str) -> float:
+    total = sum(each.elements for each in errors)
+    return sum(getattr(each, field) * each.elements for each in errors) / total
+
+
+def _compared(gradient: jax.Array, exact: jax.Array) -> tuple[float, float]:
+    norms = jnp.linalg.norm(gradient), jnp.linalg.norm(exact)
+    error = jnp.linalg.norm(gradient - exact) / norms[1]
+    cosine = jnp.vdot(gradient, exact) / jnp.maximum(norms[0] * norms[1], 1e-30)
+    return float(error), float(cosine)
+
+
+def _captured(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Layer]:
+    job = job_lib.prepare(config)
+    path = workdir / "checkpoints"
+    with checkpoint.Checkpoints(path, terminal.say, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(checkpoints.steps()[-1], job.abstract)
+    batches = data.training_batches(job.dataset, config.batch_size, config.seed)
+    batch = next(batches)
+    batches.close()
+    # The first reads the images, which are there anyway: nothing is cached of it.
+    return capture(config, state, batch)[1:]
+
+
+def _chosen(layers: Sequence[Layer], count: int) -> list[Layer]:
+    if count > len(layers):
+        raise ConfigError(f"--layers={count}: the model has {len(layers)} that cache.")
+    if count == 1:
+        return [layers[0]]
+    places = [round(i * (len(layers) - 1) / (count - 1)) for i in range(count)]
+    return [layers[place] for place in places]
+
+
+if __name__ == "__main__":
+    cli.launch(main)

@@ -1,0 +1,202 @@
+import csv
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import captured, gradient_error
+from benchmarks.captured import Layer
+from configs import digits_resnet18, digits_vit
+from dropit_jax import DropIT
+from train import config as config_lib
+from train import data
+from train import step as step_lib
+from train.config import ConfigError
+from train.terminal import Terminal
+
+
+def _tiny(config, steps=2):
+    config.image_size = 8
+    config.batch_size = 16
+    config.num_epochs = None
+    config.num_steps = steps
+    if config.model.name == "resnet18":
+        config.model.width = 4
+    return config
+
+
+def _batch(config):
+    dataset = data.load(config.dataset, "", config.image_size, config.augmentation)
+    batches = data.training_batches(dataset, config.batch_size, config.seed)
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+class CaptureTest(parameterized.TestCase):
+    @parameterized.parameters(digits_resnet18, digits_vit)
+    def test_kernel_gradients_are_those_of_the_training_step(self, file):
+        config = config_lib.plain(_tiny(file.get_config()))
+        config.label_smoothing = 0.0  # as captured
+        state, batch = step_lib.initialise(config), _batch(config)
+        layers = captured.capture(config, state, batch)
+        key = jax.random.key(0)
+        gradients, _ = jax.jit(step_lib.gradient(config))(
+            state.params, state.batch_stats, batch, key
+        )
+        kernels = {
+            jax.tree_util.keystr(path[:-1], simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+            if path[-1].key == "kernel"
+        }
+        self.assertEqual({layer.name for layer in layers}, set(kernels))
+        for layer in layers:
+            chex.assert_trees_all_close(
+                layer.kernel_gradient(layer.x),
+                kernels[layer.name],
+                rtol=1e-3,
+                atol=1e-6,
+            )
+
+    def test_a_layer_that_is_called_twice_is_refused(self):
+        class Twice(nn.Module):
+            @nn.compact
+            def __call__(self, x, train):
+                dense = nn.Dense(1, name="dense")
+                return dense(dense(x))
+
+        config = config_lib.plain(_tiny(digits_resnet18.get_config()))
+        state, batch = step_lib.initialise(config), _batch(config)
+        params = {"dense": {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}}
+        with (
+            mock.patch.object(step_lib, "create_model", return_value=Twice()),
+            pytest.raises(ValueError, match="dense is called twice"),
+        ):
+            captured.capture(config, state.replace(params=params), batch)
+
+
+class MeasureTest(parameterized.TestCase):
+    def layer(self):
+        rng = np.random.default_rng(0)
+        x, cotangent = (
+            jnp.asarray(rng.normal(size=shape), jnp.float32)
+            for shape in ((6, 32), (6, 5))
+        )
+        module = nn.Dense(5)
+        params = module.init(jax.random.key(0), x)["params"]
+        return Layer("dense", module, params, x, cotangent)
+
+    @parameterized.parameters((0.5, 16), (0.75, 8), (0.875, 32))
+    def test_errors_are_those_of_a_product_by_hand(self, rate, chunk_size):
+        layer = self.layer()
+        policy = DropIT(rate=rate, chunk_size=chunk_size)
+        (measured,) = gradient_error.measure(layer, {"p": ("family", policy)})
+
+        chunks = np.asarray(layer.x).reshape(-1, chunk_size).copy()
+        kept = round((1 - rate) * chunk_size)
+        for chunk in chunks:
+            chunk[np.argsort(np.abs(chunk))[:-kept]] = 0
+        exact = np.asarray(layer.x).T @ np.asarray(layer.cotangent)
+        gradient = chunks.reshape(6, 32).T @ np.asarray(layer.cotangent)
+        norm = np.linalg.norm
+        np.testing.assert_allclose(
+            (measured.error, measured.cosine),
+            (
+                norm(gradient - exact) / norm(exact),
+                np.vdot(gradient, exact) / norm(gradient) / norm(exact),
+            ),
+            rtol=1e-4,
+        )
+        index_bits = 4 if chunk_size <= 16 else 8
+        bits = min(kept / chunk_size * index_bits, 1)  # or a bitmap
+        self.assertAlmostEqual(measured.bits, kept / chunk_size * 32 + bits, places=5)
+        self.assertGreater(measured.compress_ns, 0)
+
+    def test_with_nothing_dropped_nothing_is_wrong(self):
+        policy = DropIT(rate=0.0)
+        (measured,) = gradient_error.measure(self.layer(), {"p": ("family", policy)})
+        self.assertEqual((measured.error, measured.bits), (0.0, 32.0))
+        self.assertAlmostEqual(measured.cosine, 1, places=5)
+
+
+class FrontTest(parameterized.TestCase):
+    @settings(deadline=None, max_examples=50)
+    @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1))
+    def test_no_one_beats_those_on_the_front(self, points):
+        errors = [
+            gradient_error.Error("f", str(i), "l", 1, bits, error, 0, 1)
+            for i, (bits, error) in enumerate(points)
+        ]
+        best = {(each.bits, each.error) for each in gradient_error.front(errors)}
+        beaten = {
+            (x, y)
+            for x, y in points
+            if any((a <= x and b <= y and (a, b) != (x, y)) for a, b in points)
+        }
+        self.assertEqual(best, set(points) - beaten)
+
+    def test_means_weigh_bits_by_elements(self):
+        errors = [
+            gradient_error.Error("f", "p", "one", 100, 4.0, 0.1, 0.9, 1.0),
+            gradient_error.Error("f", "p", "two", 300, 8.0, 0.3, 0.7, 3.0),
+        ]
+        (mean,) = gradient_error.averaged(errors)
+        self.assertEqual((mean.elements, mean.bits, mean.compress_ns), (400, 7.0, 2.5))
+        self.assertAlmostEqual(mean.error, 0.2)
+        self.assertAlmostEqual(mean.cosine, 0.8)
+
+
+class CommandTest(parameterized.TestCase):
+    def test_the_grid_has_every_strategy_rate_size_type_and_fill(self):
+        policies = [policy for _, policy in gradient_error.grid().values()]
+        for field, values in {
+            "strategy": ("min_k", "random"),
+            "granularity": ("element", "channel"),
+            "chunk_size": (8, 16, 32, 64, 256, 2048, 2**14, None),
+            "value_dtype": (None, "bfloat16", "float16", "int8", "int4", "int2"),
+            "fill": ("zero", "mean"),
+        }.items():
+            self.assertEqual({getattr(p, field) for p in policies}, set(values))
+        plain = {p.value_dtype for p in policies if p.rate == 0}
+        self.assertLessEqual({"int8", "int4", "int2"}, plain)
+        self.assertLen(set(policies), len(policies))
+
+    def test_it_trains_measures_and_writes(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        output = directory / "results"
+        names = ("87.5% D=16", "50.0% D=64", "0.0% int8")
+        policies = {name: gradient_error.grid()[name] for name in names}
+        config = _tiny(digits_resnet18.get_config(), steps=2)
+        terminal = Terminal(quiet=True)
+        gradient_error.run(config, directory / "run", output, policies, 2, terminal)
+        with (output / "gradient_error.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        layers = ("stage1_block1/conv1", "head")
+        self.assertEqual(
+            [(row["layer"], row["policy"]) for row in rows],
+            [(layer, name) for layer in layers for name in names],
+        )
+        page = (output / "gradient_error.md").read_text()
+        for name in names:
+            self.assertIn(name, page)
+        for name in ("gradient_error.png", "gradient_error_chunks.png"):
+            self.assertIn(f"({name})", page)
+            self.assertGreater((output / name).stat().st_size, 1000)
+
+        with pytest.raises(ConfigError, match="--layers=100: the model has 20"):
+            gradient_error.run(
+                config, directory / "run", output, policies, 100, terminal
+            )
+
+
+if __name__ == "__main__":
+    absltest.main()
