@@ -69,8 +69,9 @@ def policy(config: ConfigDict) -> dict[str, Any]:
     if dropit is None:
         return {}
     fields = {name: getattr(dropit, name) for name in POLICY}
-    size = dropit.chunk_size
-    if dropit.granularity == "element" and size:
+    if dropit.granularity == "channel":
+        return fields | {"chunk_size": None}  # there are no chunks of channels
+    if size := dropit.chunk_size:
         fields["dropped"] = 1 - dropit.kept(size) / size
     return fields
 

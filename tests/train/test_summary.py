@@ -107,6 +107,15 @@ class PolicyTest(parameterized.TestCase):
             run.dropit.rate, run.dropit.chunk_size = rate, chunk_size
             self.assertEqual(summary.policy(run)["dropped"], dropped)
 
+    def test_channels_have_no_chunks(self):
+        run = ablation.runs(tiny_grid.get_config())[1].config
+        run.dropit.granularity = "channel"
+        policy = summary.policy(run)
+        self.assertEqual(
+            (policy["granularity"], policy["chunk_size"]), ("channel", None)
+        )
+        self.assertNotIn("dropped", policy)
+
     def test_the_baseline_has_none(self):
         self.assertEqual(
             summary.policy(ablation.runs(tiny_grid.get_config())[0].config), {}
