@@ -4,10 +4,10 @@
 [--output=DIR] [--layers=5]`
 
 A model of plain Flax is trained as the config says, in the workdir: what is trained
-there already is taken. Of some of its layers, from the first that caches to the last,
-one batch gives the activation that they read and the gradient that comes back to them.
-With each policy the activation is compressed and rebuilt; the weight gradient of what
-is rebuilt is held against that of the activation itself:
+there already is taken. Of some of its layers, from the first that caches to the last
+that every policy suits, one batch gives the activation that they read and the gradient
+that comes back to them. With each policy the activation is compressed and rebuilt; the
+weight gradient of what is rebuilt is held against that of the activation itself:
 
     error  = |g(â) - g(a)| / |g(a)|       cosine = g(â) · g(a) / (|g(â)| |g(a)|)
 
@@ -18,6 +18,7 @@ on the front, where less error costs more bits.
 
 import csv
 import dataclasses
+import functools
 import io
 import statistics
 import time
@@ -134,7 +135,9 @@ def run(
     """
     config = config_lib.plain(config)
     loop.run(config, workdir, terminal)
-    chosen = _chosen(_captured(config, workdir, terminal), layers)
+    captured = _captured(config, workdir, terminal)
+    suited = [layer for layer in captured if _suits(layer, policies, terminal)]
+    chosen = _chosen(suited, layers)
     errors: list[Error] = []
     for number, layer in enumerate(chosen, 1):
         terminal.say(f"Layer {number} of {layers}: {layer.name} {layer.x.shape}")
@@ -285,9 +288,25 @@ def _captured(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Lay
     return capture(config, state, batch)[1:]
 
 
+def _suits(
+    layer: Layer, policies: Mapping[str, tuple[str, DropIT]], terminal: Terminal
+) -> bool:
+    """Whether every policy can compress what the layer reads."""
+    for _, policy in policies.values():
+        try:
+            key = jax.random.key(0)
+            jax.eval_shape(functools.partial(compress, dropit=policy), layer.x, key=key)
+        except ValueError as error:
+            terminal.say(f"Left out: {layer.name}. {error}")
+            return False
+    return True
+
+
 def _chosen(layers: Sequence[Layer], count: int) -> list[Layer]:
     if count > len(layers):
-        raise ConfigError(f"--layers={count}: the model has {len(layers)} that cache.")
+        raise ConfigError(
+            f"--layers={count}: the model has {len(layers)} that every policy suits."
+        )
     if count == 1:
         return [layers[0]]
     places = [round(i * (len(layers) - 1) / (count - 1)) for i in range(count)]

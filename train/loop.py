@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, resumption."""
 
 import contextlib
+import copy
 import math
 import signal
 from pathlib import Path
@@ -55,12 +56,14 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
       RecordsError: metrics cannot be written.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
-    job = job_lib.prepare(config)
     if config.num_steps is not None and config.num_epochs is not None:
         terminal.say(
             f"config.num_steps={config.num_steps} says how long to train, not "
             f"config.num_epochs={config.num_epochs}."
         )
+        config = copy.deepcopy(config)
+        config.num_epochs = None  # or a run would differ by what does not matter
+    job = job_lib.prepare(config)
     workdir_lib.check(workdir, config)
     check_writable(workdir / "checkpoints", job.state_bytes)
     with Checkpoints(workdir / "checkpoints", terminal.say) as checkpoints:

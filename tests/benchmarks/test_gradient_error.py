@@ -192,10 +192,14 @@ class CommandTest(parameterized.TestCase):
             self.assertIn(f"({name})", page)
             self.assertGreater((output / name).stat().st_size, 1000)
 
-        with pytest.raises(ConfigError, match="--layers=100: the model has 20"):
-            gradient_error.run(
-                config, directory / "run", output, policies, 100, terminal
-            )
+        # A mean takes 8 positions: the inputs are of 8x8 in the first stage (4) and at
+        # the second's beginning (2), of 4x4 up to the third's beginning (3 and 2).
+        with_mean = policies | {"mean": ("f", DropIT(fill="mean"))}
+        for asked, suited in ((policies, 20), (with_mean, 11)):
+            with pytest.raises(ConfigError, match=f"=100: the model has {suited} that"):
+                gradient_error.run(
+                    config, directory / "run", output, asked, 100, terminal
+                )
 
 
 if __name__ == "__main__":
