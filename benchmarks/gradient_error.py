@@ -49,6 +49,8 @@ CHUNK_SIZES = (8, 16, 32, 64, 256, 2048, 2**14, None)
 RATES = (0.5, 0.75, 0.875, 0.95, 0.99)
 _TYPES = ("bfloat16", "float16", "int8", "int4", "int2")
 _TIMED = 5
+# Bits an element, for which the best policies are named.
+_BUDGETS = (0.5, 1, 1.5, 2, 2.5, 3.5, 4.5, 8.5, 16.5, 33)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +232,7 @@ def to_csv(errors: Iterable[Error]) -> str:
 def to_markdown(
     means: Sequence[Error], layers: Sequence[Layer], config: ConfigDict
 ) -> str:
-    """The front, and the best of each family at about the same bits."""
+    """The front, the best of each family within some bits, and every policy."""
     header = ("policy", "bits an element", "error", "cosine", "compress ns an element")
     elements = ", ".join(f"`{layer.name}` {layer.x.shape}" for layer in layers)
     return "\n".join(
@@ -246,12 +248,39 @@ def to_markdown(
             "",
             "![Error against D](gradient_error_chunks.png)",
             "",
+            "## Who wins where: the least error of each family within so many bits",
+            "",
+            _contest(means),
+            "",
             "## Every policy",
             "",
             command.table("", header, map(_cells, sorted(means, key=lambda e: e.bits))),
             "",
         ]
     )
+
+
+def _contest(means: Sequence[Error]) -> str:
+    families = list(dict.fromkeys(each.family for each in means))
+    rows = []
+    for budget in _BUDGETS:
+        within = [each for each in means if each.bits <= budget]
+        least = {
+            family: min(
+                (e for e in within if e.family == family), key=_error, default=None
+            )
+            for family in families
+        }
+        cells = [
+            "-" if each is None else f"{each.error:.4f}" for each in least.values()
+        ]
+        winner = min(within, key=_error).policy if within else "-"
+        rows.append([f"{budget:g}", *cells, winner])
+    return command.table("", ["bits an element", *families, "winner"], rows)
+
+
+def _error(each: Error) -> float:
+    return each.error
 
 
 def _cells(each: Error) -> tuple[str, ...]:

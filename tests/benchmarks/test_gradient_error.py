@@ -144,6 +144,24 @@ class FrontTest(parameterized.TestCase):
         }
         self.assertEqual(best, set(points) - beaten)
 
+    def test_the_winner_has_the_least_error_within_the_bits(self):
+        errors = [
+            gradient_error.Error(family, policy, "l", 1, bits, error, 0, 1)
+            for family, policy, bits, error in (
+                ("a", "cheap", 0.75, 0.5),
+                ("a", "better", 2.0, 0.25),
+                ("b", "best", 2.5, 0.125),
+                ("b", "beaten", 8.0, 0.375),
+            )
+        ]
+        config = digits_resnet18.get_config()
+        rows = gradient_error.to_markdown(errors, [], config).splitlines()
+        self.assertIn("| bits an element | a | b | winner |", rows)
+        self.assertIn("| 0.5 | - | - | - |", rows)
+        self.assertIn("| 1 | 0.5000 | - | cheap |", rows)
+        self.assertIn("| 2 | 0.2500 | - | better |", rows)
+        self.assertIn("| 8.5 | 0.2500 | 0.1250 | best |", rows)
+
     def test_means_weigh_bits_by_elements(self):
         errors = [
             gradient_error.Error("f", "p", "one", 100, 4.0, 0.1, 0.9, 1.0),
