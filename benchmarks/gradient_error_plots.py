@@ -52,6 +52,7 @@ def front(errors: Sequence["Error"], best: Sequence["Error"], path: Path) -> Non
         zorder=0,
     )
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_yscale("log")
     axis.set_xlabel("cached bits an element")
     axis.set_ylabel("relative error of the weight gradient")
