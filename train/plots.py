@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from train import colours
 from train.files import write_atomically
@@ -91,7 +92,7 @@ def histograms(distributions: Mapping[str, Distributions], path: Path) -> None:
     figure, axes = plt.subplots(
         len(rows),
         len(MOMENTS),
-        figsize=(8, 1.7 * len(rows)),
+        figsize=(9, 1.7 * len(rows)),
         layout="constrained",
         squeeze=False,
     )
@@ -106,7 +107,8 @@ def histograms(distributions: Mapping[str, Distributions], path: Path) -> None:
                 counts, at = np.histogram(value, edges)
                 axis.stairs(counts, at, color=colours.of(name), label=name)
             axis.set_yscale("symlog")
-            axis.set_title(f"{part} of {layer}, {moment}", fontsize=9)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.set_title(f"{part} of {layer}, {moment}", fontsize=8)
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.supylabel("elements")
