@@ -1,6 +1,8 @@
 """What Dense and Conv layers of a trained model read, and what comes back to them."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,19 +101,10 @@ def capture(
         for path, (_, output) in shapes.items()
     }
     cotangents, seen = jax.jit(jax.grad(loss, has_aux=True))(probes)
+    params: dict[_Path, Any] = {
+        path: functools.reduce(operator.getitem, path, state.params) for path in modules
+    }
     return [
-        Layer(
-            "/".join(path),
-            module,
-            _at(state.params, path),
-            seen[path][0],
-            cotangents[path],
-        )
+        Layer("/".join(path), module, params[path], seen[path][0], cotangents[path])
         for path, module in modules.items()
     ]
-
-
-def _at(tree: Any, path: _Path) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

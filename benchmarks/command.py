@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from train import tables
+
 
 def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
     """The known names that are asked for, in the order in which they are known.
@@ -31,5 +33,5 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
       header: of the columns.
       rows: of as many cells each.
     """
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    lines = tables.to_markdown(header, rows)
     return "\n".join([title, "", *lines] if title else lines)

@@ -16,10 +16,8 @@ OUTPUT then has `gradient_error.csv`, a row for each policy and layer, and
 on the front, where less error costs more bits.
 """
 
-import csv
 import dataclasses
 import functools
-import io
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,9 +31,8 @@ from ml_collections import ConfigDict
 from benchmarks import command, gradient_error_plots
 from benchmarks.captured import Layer, capture
 from dropit_jax import DropIT, compress
-from train import checkpoint, cli, data, loop
+from train import cli, loop, tables, trained
 from train import config as config_lib
-from train import job as job_lib
 from train.config import ConfigError
 from train.files import write_atomically
 from train.terminal import Terminal
@@ -217,16 +214,15 @@ def front(errors: Iterable[Error]) -> list[Error]:
 
 def to_csv(errors: Iterable[Error]) -> str:
     """A row for each policy and layer."""
-    text = io.StringIO()
     columns = [field.name for field in dataclasses.fields(Error)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for each in errors:
-        writer.writerow(
-            f"{value:.5g}" if isinstance(value, float) else value
-            for value in dataclasses.astuple(each)
-        )
-    return text.getvalue()
+    rows = (
+        {
+            name: f"{value:.5g}" if isinstance(value, float) else value
+            for name, value in dataclasses.asdict(each).items()
+        }
+        for each in errors
+    )
+    return tables.to_csv(columns, rows)
 
 
 def to_markdown(
@@ -306,13 +302,7 @@ def _compared(gradient: jax.Array, exact: jax.Array) -> tuple[float, float]:
 
 
 def _captured(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Layer]:
-    job = job_lib.prepare(config)
-    path = workdir / "checkpoints"
-    with checkpoint.Checkpoints(path, terminal.say, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(checkpoints.steps()[-1], job.abstract)
-    batches = data.training_batches(job.dataset, config.batch_size, config.seed)
-    batch = next(batches)
-    batches.close()
+    _, state, batch = trained.load(config, workdir, terminal.say)
     # The first reads the images, which are there anyway: nothing is cached of it.
     return capture(config, state, batch)[1:]
 

@@ -1,18 +1,18 @@
 """Figures of `benchmarks.gradient_error`."""
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from train import colours
-from train.files import write_atomically
+from train import colours, figures
 
 if TYPE_CHECKING:
     from benchmarks.gradient_error import Error
@@ -53,12 +53,7 @@ def front(errors: Sequence["Error"], best: Sequence["Error"], path: Path) -> Non
     )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_yscale("log")
-    axis.set_xlabel("cached bits an element")
-    axis.set_ylabel("relative error of the weight gradient")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    _save(figure, path)
+    _finish(figure, axis, "cached bits an element", path)
 
 
 def chunks(errors: Sequence["Error"], path: Path) -> None:
@@ -79,16 +74,13 @@ def chunks(errors: Sequence["Error"], path: Path) -> None:
         axis.plot(
             list(line), list(line.values()), "o-", color=colour, label=f"rate {rate}"
         )
+    _finish(figure, axis, "D, elements of a chunk", path)
+
+
+def _finish(figure: Figure, axis: Axes, xlabel: str, path: Path) -> None:
     axis.set_yscale("log")
-    axis.set_xlabel("D, elements of a chunk")
+    axis.set_xlabel(xlabel)
     axis.set_ylabel("relative error of the weight gradient")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    plt.close(figure)
-    write_atomically(path, image.getvalue())
+    figures.save(figure, path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +98,14 @@ def split(x: jax.Array, sizes: tuple[tuple[int, int], ...]) -> list[jax.Array]:
 def join(segments: list[jax.Array]) -> jax.Array:
     """The inverse of `split`: [(..., count, size)] to (..., Σ count·size)."""
     flat = [s.reshape(*s.shape[:-2], s.shape[-2] * s.shape[-1]) for s in segments]
-    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
+    return concatenate(flat)
 
 
-def fill(x: jax.Array, size: int) -> jax.Array:
-    """Chunks of `size` times the same element: (..., count) to (..., count, size)."""
+def concatenate(parts: Sequence[jax.Array]) -> jax.Array:
+    """Parts of rows, along the last axis."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def repeat(x: jax.Array, size: int) -> jax.Array:
+    """Each element `size` times, along a new last axis: (...) to (..., size)."""
     return jax.lax.broadcast_in_dim(x, (*x.shape, size), range(x.ndim))

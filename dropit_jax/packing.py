@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt8
 
+from dropit_jax import chunking
+
 
 def packed_size(count: int, bits: int) -> int:
     """Bytes that hold `count` codes of `bits` bits."""
@@ -42,8 +44,7 @@ def unpack(
     per_byte = 8 // bits
     if per_byte == 1:
         return packed
-    shape, axes = (*packed.shape, per_byte), range(packed.ndim)
-    each = jax.lax.broadcast_in_dim(packed, shape, axes)
+    each = chunking.repeat(packed, per_byte)
     codes = (each >> _places(packed.ndim + 1, bits)) & ((1 << bits) - 1)
     codes = codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)
     if codes.shape[-1] == count:

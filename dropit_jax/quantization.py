@@ -11,7 +11,6 @@ where ⌊·⌋ and ⌈·⌉ round to bfloat16, down and up, so that the codes co
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +115,8 @@ def _stored(
     minima, scales = zip(*ranges, strict=True)
     return Quantized(
         codes=packing.pack(chunking.join(codes), bits),
-        minimum=_joined(minima).astype(jnp.bfloat16),
-        scale=_joined(scales).astype(jnp.bfloat16),
+        minimum=chunking.concatenate(minima).astype(jnp.bfloat16),
+        scale=chunking.concatenate(scales).astype(jnp.bfloat16),
         shape=x.shape,
         bits=bits,
         group_size=group_size,
@@ -140,9 +139,9 @@ def _codes(
     """The codes of the elements of groups."""
     size = values.shape[-1]
     divisor = lax.select(scale == 0, lax.full_like(scale, 1), scale)
-    above = values - chunking.fill(minimum, size)
-    steps = above / chunking.fill(divisor, size) + noise
-    # Which are not negative: to cast them cuts off what is behind the point.
+    above = values - chunking.repeat(minimum, size)
+    steps = above / chunking.repeat(divisor, size) + noise
+    # Not negative, so that the cast, which cuts off the fraction, rounds down.
     return jnp.minimum(steps, levels).astype(jnp.uint8)
 
 
@@ -151,14 +150,6 @@ def _range(values: Array, levels: int) -> tuple[Array, Array]:
     smallest, largest = values.min(axis=-1), values.max(axis=-1)
     minimum = _bfloat16(smallest - _MARGIN * jnp.abs(smallest))
     return minimum, _bfloat16((largest - minimum) * ((1 + _MARGIN) / levels))
-
-
-def _joined(of_segments: Sequence[Array]) -> Array:
-    return (
-        of_segments[0]
-        if len(of_segments) == 1
-        else lax.concatenate(of_segments, of_segments[0].ndim - 1)
-    )
 
 
 def _bfloat16(x: Array) -> Array:

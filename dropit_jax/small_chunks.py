@@ -136,7 +136,7 @@ def _passes(
     for _ in range(k):
         left = scores
         if found:
-            last, at = (chunking.fill(each, scores.shape[-1]) for each in found[-1])
+            last, at = (chunking.repeat(each, scores.shape[-1]) for each in found[-1])
             if len(found) == 1:
                 after = tags != at  # all but the one
             else:
@@ -201,7 +201,7 @@ def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     By selections: XLA's CPU compiler makes a loop of branches out of a concatenation,
     which takes longer to compile and to run.
     """
-    spread = [chunking.fill(part, len(parts)) for part in parts]
+    spread = [chunking.repeat(part, len(parts)) for part in parts]
     stacked, places = spread[-1], _indices(spread[-1])
     for i, part in enumerate(spread[:-1]):
         here = jnp.broadcast_to(places == i, part.shape)

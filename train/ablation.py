@@ -9,9 +9,7 @@ comes first, so that a grid that is stopped has something of each.
 """
 
 import copy
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import cli, loop, records, summary
+from train import cli, loop, records, summary, tables
 from train import config as config_lib
 from train import job as job_lib
 from train import workdir as workdir_lib
@@ -124,15 +122,10 @@ def runs(config: ConfigDict) -> list[Run]:
 
 def table(grid: list[Run], workdir: Path) -> str:
     """The last evaluation of every run that is finished, in CSV."""
-    text = io.StringIO()
     columns = ("variant", "seed", "memory", *summary.POLICY, "dropped", *_REACHED)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for run in grid:
-        rows = _rows(run, workdir)
-        if is_finished(run.config, rows):
-            writer.writerow(_row(run, rows[-1]))
-    return text.getvalue()
+    rows = [(run, _rows(run, workdir)) for run in grid]
+    finished = (_row(run, own[-1]) for run, own in rows if is_finished(run.config, own))
+    return tables.to_csv(columns, finished)
 
 
 def _row(run: Run, last: records.Row) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Parameters and gradients of first, middle and last layers (paper, Figure 4)."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +40,7 @@ def distributions(
         gradients, _ = gradient_fn(state.params, state.batch_stats, batch, rng)
         for part, tree in zip(PARTS, (state.params, gradients), strict=True):
             for layer in layers:
-                kernel = _at(tree, layer)["kernel"]
+                kernel = functools.reduce(operator.getitem, layer, tree)["kernel"]
                 found["/".join(layer)][part, moment] = np.asarray(kernel).ravel()
     return found
 
@@ -66,9 +68,3 @@ def _three(layers: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """The first, the middle and the last, or fewer where there are fewer."""
     places = (0, len(layers) // 2, len(layers) - 1)
     return list(dict.fromkeys(layers[place] for place in places))
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

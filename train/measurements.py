@@ -1,6 +1,5 @@
 """What a config costs: bytes cached, bytes allocated on a GPU, time of a step here."""
 
-import contextlib
 import copy
 import time
 from collections.abc import Mapping
@@ -61,6 +60,4 @@ def _first_batch(config: ConfigDict) -> data.Batch:
     dataset = data.load(
         config.dataset, config.data_dir, config.image_size, config.augmentation
     )
-    batches = data.training_batches(dataset, config.batch_size, config.seed)
-    with contextlib.closing(batches):
-        return next(batches)
+    return data.first_batch(dataset, config.batch_size, config.seed)

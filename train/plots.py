@@ -1,6 +1,5 @@
 """Figures of training runs."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from train import colours
-from train.files import write_atomically
+from train import colours, figures
 from train.histograms import MOMENTS, PARTS, Distributions
 from train.records import Row
 
@@ -49,7 +47,7 @@ def curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylim(0, 1)
     axes[1].legend()
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def against_baseline(
@@ -77,7 +75,7 @@ def against_baseline(
     )
     figure.supxlabel("step")
     figure.supylabel(_AXES[metric])
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def histograms(distributions: Mapping[str, Distributions], path: Path) -> None:
@@ -112,7 +110,7 @@ def histograms(distributions: Mapping[str, Distributions], path: Path) -> None:
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.supylabel("elements")
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def scatter(
@@ -131,7 +129,7 @@ def scatter(
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     axis.grid(alpha=0.3)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _band(
@@ -163,10 +161,3 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     for axis in every[count:]:
         axis.set_axis_off()
     return figure, every[:count]
-
-
-def _save(figure: Any, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    plt.close(figure)
-    write_atomically(path, image.getvalue())

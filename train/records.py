@@ -1,13 +1,13 @@
 """The metrics of a run, one row an evaluation: a CSV file and TensorBoard events."""
 
 import csv
-import io
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import tensorboardX
 
+from train import tables
 from train.files import write_atomically
 
 COLUMNS = (
@@ -65,12 +65,8 @@ class Records:
         self.rows.append(row)
         if self._events is None:
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
         try:
-            write_atomically(self._path, text.getvalue())
+            write_atomically(self._path, tables.to_csv(COLUMNS, self.rows))
             for name in COLUMNS[2:]:
                 self._events.add_scalar(name, row[name], int(row["step"]))
             self._events.flush()

@@ -8,19 +8,16 @@ that differ by the seed alone are one variant, named after its directory. DIR th
 evaluation.
 """
 
-import contextlib
 import statistics
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from train import checkpoint, cli, data, measurements, plots, runs, summary
+from train import cli, measurements, plots, runs, summary, trained
 from train import config as config_lib
-from train import job as job_lib
 from train import step as step_lib
 from train.config import ConfigError
-from train.disk import CheckpointError
 from train.files import write_atomically
 from train.histograms import Distributions, distributions
 from train.runs import Run
@@ -121,18 +118,8 @@ def _measured(
 
 
 def _distributions(run: Run, terminal: Terminal) -> Distributions:
-    job = job_lib.prepare(run.config)
+    job, last, batch = trained.load(run.config, run.path, terminal.say)
     first = step_lib.initialise(run.config, job.shardings)
-    path = run.path / "checkpoints"
-    with checkpoint.Checkpoints(path, terminal.say, read_only=True) as checkpoints:
-        if not (steps := checkpoints.steps()):
-            raise CheckpointError(
-                f"{run.path} has no checkpoint, whose parameters would be drawn."
-            )
-        last, _ = checkpoints.restore(steps[-1], job.abstract)
-    batches = data.training_batches(job.dataset, run.config.batch_size, run.config.seed)
-    with contextlib.closing(batches):
-        batch = next(batches)
     return distributions(run.config, (first, last), batch)
 
 

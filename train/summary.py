@@ -1,8 +1,6 @@
 """What variants of a training reach and cost, as CSV and as Markdown."""
 
-import csv
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +9,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import data, records
+from train import data, records, tables
 from train.runs import Run
 
 # The fields that are said of a policy.
@@ -83,7 +81,7 @@ def to_csv(summaries: Iterable[Summary]) -> str:
         *("test_accuracy", "test_accuracy_error", "train_loss", "train_loss_error"),
         *("cached_bytes", "temp_bytes", "step_ratio"),
     )
-    return _csv(
+    return tables.to_csv(
         columns,
         (
             {
@@ -107,7 +105,7 @@ def to_csv(summaries: Iterable[Summary]) -> str:
 def curves(variants: Mapping[str, Sequence[Run]]) -> str:
     """A row for each evaluation of each run."""
     columns = ("variant", "seed", *records.COLUMNS)
-    return _csv(
+    return tables.to_csv(
         columns,
         (
             {"variant": name, "seed": run.config.seed, **row}
@@ -175,7 +173,7 @@ def _grid(summaries: Sequence[Summary]) -> list[str]:
         for line, of_line in cells.items()
     ]
     title = f"dropped ({summaries[0].variant}: {_percent(summaries[0].test_accuracy)})"
-    return _markdown([title, *(f"{rate:.1%}" for rate in rates)], rows)
+    return tables.to_markdown([title, *(f"{rate:.1%}" for rate in rates)], rows)
 
 
 def table(summaries: Sequence[Summary], target: str) -> list[str]:
@@ -205,13 +203,7 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
         "cached MiB",
         "ratio",
     ]
-    return _markdown([*header, f"temp MiB on {target}", "ratio", "time"], rows)
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)
-    ]
+    return tables.to_markdown([*header, f"temp MiB on {target}", "ratio", "time"], rows)
 
 
 def _percent(accuracy: Mean) -> str:
@@ -223,11 +215,3 @@ def _percent(accuracy: Mean) -> str:
 
 def _error(value: Mean) -> str:
     return "" if math.isnan(value.error) else f"{value.error:.4f}"
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -3,7 +3,12 @@
 from train.data.augment import AUGMENTATIONS
 from train.data.datasets import DATASETS, Dataset, Info, info, load
 from train.data.errors import DataError
-from train.data.pipeline import Batch, evaluation_batches, training_batches
+from train.data.pipeline import (
+    Batch,
+    evaluation_batches,
+    first_batch,
+    training_batches,
+)
 
 __all__ = [
     "AUGMENTATIONS",
@@ -13,6 +18,7 @@ __all__ = [
     "Dataset",
     "Info",
     "evaluation_batches",
+    "first_batch",
     "info",
     "load",
     "training_batches",

@@ -5,6 +5,7 @@ rows do not depend on how many processes, worker processes and threads read them
 """
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -101,6 +102,13 @@ def training_batches(
     )
     mine = parts[process_index::process_count][start:]
     return _iterator(mine, _threads(dataset.train), workers)
+
+
+def first_batch(dataset: Dataset, batch_size: int, seed: int) -> Batch:
+    """The first of `training_batches`, on its own."""
+    batches = training_batches(dataset, batch_size, seed)
+    with contextlib.closing(batches):
+        return next(batches)
 
 
 def evaluation_batches(

@@ -1,0 +1,35 @@
+"""What a run ended with, and a batch to look at it with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from train import data
+from train import job as job_lib
+from train import step as step_lib
+from train.checkpoint import Checkpoints
+from train.disk import CheckpointError
+from train.job import Job
+
+
+def load(
+    config: ConfigDict, workdir: Path, say: Callable[[str], None]
+) -> tuple[Job, step_lib.State, data.Batch]:
+    """The job, the state of the last checkpoint, and the first batch.
+
+    Args:
+      config: of the run.
+      workdir: of the run; nothing in it is changed.
+      say: is told of what is amiss with its checkpoints.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it cannot be read.
+      DataError: the dataset is not there, or damaged.
+    """
+    job = job_lib.prepare(config)
+    with Checkpoints(workdir / "checkpoints", say, read_only=True) as checkpoints:
+        if not (steps := checkpoints.steps()):
+            raise CheckpointError(f"{workdir} has no checkpoint.")
+        state, _ = checkpoints.restore(steps[-1], job.abstract)
+    return job, state, data.first_batch(job.dataset, config.batch_size, config.seed)
