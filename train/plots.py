@@ -113,22 +113,33 @@ def histograms(distributions: Mapping[str, Distributions], path: Path) -> None:
     figures.save(figure, path)
 
 
-def scatter(
+def tradeoff(
     points: Mapping[str, tuple[float, float, float]],
     labels: tuple[str, str],
+    baseline: str,
     path: Path,
 ) -> None:
-    """Draws named points, (x, y, and the error of y), into a PNG file."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, (x, y, error) in points.items():
+    """Draws a row for each name, the least x first, into a PNG file.
+
+    Args:
+      points: x, y, and the error of y, which is NaN where there is none.
+      labels: of x, drawn as bars on the left, and of y, as points on the right.
+      baseline: the name whose y all rows are seen against.
+      path: where the figure goes.
+    """
+    names = sorted(points, key=lambda name: points[name][0], reverse=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 1 + 0.28 * len(names)), layout="constrained", sharey=True
+    )
+    for name in names:
+        x, y, error = points[name]
+        left.barh(name, x, color=colours.of(name))
         bar = None if math.isnan(error) else error
-        axis.errorbar(x, y, bar, fmt="o", color=colours.of(name), capsize=3)
-        axis.annotate(
-            name, (x, y), (4, 4), textcoords="offset points", fontsize=7, rotation=15
-        )
-    axis.set_xlabel(labels[0])
-    axis.set_ylabel(labels[1])
-    axis.grid(alpha=0.3)
+        right.errorbar(y, name, xerr=bar, fmt="o", color=colours.of(name), capsize=3)
+    right.axvline(points[baseline][1], color=colours.of(baseline), linewidth=0.8)
+    for axis, label in zip((left, right), labels, strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3, axis="x")
     figures.save(figure, path)
 
 

@@ -58,7 +58,7 @@ def main(directories: list[Path]) -> None:
     rows = {name: [run.rows for run in each] for name, each in variants.items()}
     for metric in ("accuracy", "loss"):
         plots.against_baseline(rows, baseline, metric, output / f"{metric}.png")
-    plots.scatter(
+    plots.tradeoff(
         {
             each.variant: (
                 each.cached_bytes / 2**20,
@@ -68,6 +68,7 @@ def main(directories: list[Path]) -> None:
             for each in summaries
         },
         ("cached by Conv and Dense in a step, MiB", "test accuracy"),
+        baseline,
         output / "tradeoff.png",
     )
     write_atomically(output / "summary.csv", summary.to_csv(summaries))
