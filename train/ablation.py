@@ -17,8 +17,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import cli, loop, records, summary, tables
-from train import config as config_lib
+from train import cli, loop, records, summary, tables, validation
 from train import job as job_lib
 from train import workdir as workdir_lib
 from train.config import ConfigError
@@ -65,7 +64,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Trains what is not trained yet; writes the table after every run."""
     terminal, grid = Terminal(), runs(config)
     for run in grid:  # before hours are spent on the others
-        config_lib.validate(run.config, jax.device_count())
+        validation.validate(run.config, jax.device_count())
     job_lib.prepare(grid[0].config)
     chosen = _chosen(grid, _VARIANTS.value)
     for number, run in enumerate(chosen, 1):

@@ -6,8 +6,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train import config as config_lib
-from train import data
+from train import data, validation
 from train import mesh as mesh_lib
 from train import step as step_lib
 
@@ -48,7 +47,7 @@ def prepare(config: ConfigDict) -> Job:
       ConfigError: the config cannot be run.
       DataError: the dataset is not there, or damaged.
     """
-    config_lib.validate(config, jax.device_count())
+    validation.validate(config, jax.device_count())
     dataset = data.load(
         config.dataset, config.data_dir, config.image_size, config.augmentation
     )

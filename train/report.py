@@ -14,8 +14,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from train import cli, measurements, plots, runs, summary, trained
-from train import config as config_lib
+from train import cli, measurements, plots, runs, summary, trained, validation
 from train import step as step_lib
 from train.config import ConfigError
 from train.files import write_atomically
@@ -44,7 +43,7 @@ def main(directories: list[Path]) -> None:
     variants = _with_first(runs.find(directories), baseline)
     drawn = _drawn(list(variants), _HISTOGRAMS.value)
     for each in variants.values():
-        config_lib.validate(each[0].config, jax.device_count())
+        validation.validate(each[0].config, jax.device_count())
     output.mkdir(parents=True, exist_ok=True)
 
     terminal.say(f"Drawing parameters and gradients of {', '.join(drawn)} ...")

@@ -7,8 +7,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import config as config_lib
 from train import step as step_lib
+from train import validation
 from train import workdir as workdir_lib
 from train.checkpoint import Checkpoints
 from train.disk import CheckpointError
@@ -30,7 +30,7 @@ def config_of(workdir: Path) -> ConfigDict:
     devices = jax.device_count()
     with config.unlocked(), config.ignore_type():
         config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config_lib.validate(config)
+    validation.validate(config)
     config.accumulate_steps = 1
     config.batch_size = -(-config.batch_size // devices) * devices
     return config

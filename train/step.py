@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import data, losses, models, normalisation, optim
+from train import data, losses, models, normalisation, optim, validation
 from train.accumulation import accumulate
 
 
@@ -208,7 +208,7 @@ def abstract(
     Raises:
       ConfigError: the config cannot be run.
     """
-    config_lib.validate(config)
+    validation.validate(config)
     state = abstract_state(config)
     size = batch_size or config.batch_size
     batch = data.Batch(

@@ -8,7 +8,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from tests.train import commands, tiny_grid
-from train import ablation, records
+from train import ablation, records, validation
 from train import config as config_lib
 from train.config import ConfigError
 
@@ -65,7 +65,7 @@ class GridTest(parameterized.TestCase):
         runs = ablation.runs(config)
         seeds: dict[str, int] = {}
         for run in runs:
-            config_lib.validate(run.config)
+            validation.validate(run.config)
             seeds[run.variant] = seeds.get(run.variant, 0) + 1
         for name in ("baseline", "min_k_80_d16", "min_k_80_d16384", "default"):
             self.assertEqual(seeds[name], 3)

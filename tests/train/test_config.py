@@ -22,7 +22,8 @@ from configs import (
 )
 from dropit_jax import PRESETS, DropIT, preset
 from train import config as config_lib
-from train import data, models
+from train import data, models, validation
+from train import mesh as mesh_lib
 
 _CONFIGS = (
     *(digits_resnet18, digits_vit),
@@ -70,7 +71,7 @@ def _names(section, prefix=""):
 class ValidateTest(parameterized.TestCase):
     @parameterized.product(module=_CONFIGS, num_devices=(1, 2, 8))
     def test_the_shipped_configs_are_valid(self, module, num_devices):
-        config_lib.validate(module.get_config(), num_devices)
+        validation.validate(module.get_config(), num_devices)
 
     @parameterized.parameters(
         ("datset", "digits", r"config\.datset is not a field.*mean config\.dataset\?"),
@@ -221,7 +222,7 @@ class ValidateTest(parameterized.TestCase):
         config = digits_resnet18.get_config()
         _set(config, name, value)
         with pytest.raises(config_lib.ConfigError, match=message):
-            config_lib.validate(config, num_devices=2)
+            validation.validate(config, num_devices=2)
 
     @parameterized.parameters(
         ("model.pool", "max", r"config\.model\.pool: .*'max'; known are 'cls', 'gap'"),
@@ -254,20 +255,20 @@ class ValidateTest(parameterized.TestCase):
         config = digits_vit.get_config()
         _set(config, name, value)
         with pytest.raises(config_lib.ConfigError, match=message):
-            config_lib.validate(config)
+            validation.validate(config)
 
     @parameterized.parameters(*_names(digits_vit.get_config()))
     def test_missing_fields_are_named(self, name):
         config = digits_vit.get_config()
         _delete(config, name)
         if name in ("num_steps", "schedule.decay_epochs", "schedule.decay_factor"):
-            config_lib.validate(config)
+            validation.validate(config)
             return
         message = rf"config\.{name} is missing"
         if name == "num_epochs":
             message = r"A config has config\.num_epochs or config\.num_steps"
         with pytest.raises(config_lib.ConfigError, match=message):
-            config_lib.validate(config)
+            validation.validate(config)
 
     @parameterized.parameters("model.width", "model.stem")
     def test_missing_fields_of_a_resnet_are_named(self, name):
@@ -276,14 +277,14 @@ class ValidateTest(parameterized.TestCase):
         with pytest.raises(
             config_lib.ConfigError, match=rf"{name} is missing: 'resnet18' needs it"
         ):
-            config_lib.validate(config)
+            validation.validate(config)
 
     @parameterized.parameters("schedule.decay_epochs", "schedule.decay_factor")
     def test_what_the_step_schedule_needs_is_named(self, name):
         config = resnet18_cifar100.get_config()
         _delete(config, name)
         with pytest.raises(config_lib.ConfigError, match=f"{name} is missing: the ste"):
-            config_lib.validate(config)
+            validation.validate(config)
 
     @parameterized.parameters(
         {"augmentation": "resized_crop", "normalise": "unit"},
@@ -306,7 +307,7 @@ class ValidateTest(parameterized.TestCase):
     )
     def test_the_bounds_are_allowed(self, **values):
         config = _with(digits_resnet18.get_config, **values)
-        config_lib.validate(config, num_devices=2)
+        validation.validate(config, num_devices=2)
 
     @parameterized.parameters(
         {"pool": "gap", "positions": "sincos"},
@@ -319,34 +320,34 @@ class ValidateTest(parameterized.TestCase):
         config = digits_vit.get_config()
         for name, value in values.items():
             _set(config, f"model.{name}", value)
-        config_lib.validate(config)
+        validation.validate(config)
 
     def test_a_run_has_a_length(self):
         config = digits_resnet18.get_config()
         del config.num_epochs
         with pytest.raises(config_lib.ConfigError, match="num_epochs or"):
-            config_lib.validate(config)
+            validation.validate(config)
         config.num_steps = 10
-        config_lib.validate(config)
+        validation.validate(config)
 
     def test_a_policy_that_nothing_reads_is_an_error(self):
         config = digits_resnet18.get_config()
         config.memory = "baseline"
-        config_lib.validate(config)
+        validation.validate(config)
         config.dropit.rate = 0.5
         with pytest.raises(config_lib.ConfigError, match=r"'baseline' has no policy"):
-            config_lib.validate(config)
+            validation.validate(config)
 
     def test_a_vision_transformer_has_fields_of_its_own(self):
         config = digits_resnet18.get_config()
         config.model = ConfigDict({"name": "vit_ti"})
         with pytest.raises(config_lib.ConfigError, match=r"patch_size is missing"):
-            config_lib.validate(config)
+            validation.validate(config)
         config.model = config_lib.model_section("vit_ti", patch_size=8)
-        config_lib.validate(config)
+        validation.validate(config)
         config.image_size = 20
         with pytest.raises(config_lib.ConfigError, match=r"=20 cannot be cut .*=8"):
-            config_lib.validate(config)
+            validation.validate(config)
 
     def test_a_dataset_that_is_damaged_is_told(self):
         config = resnet18_cifar10.get_config()
@@ -354,7 +355,7 @@ class ValidateTest(parameterized.TestCase):
             error = data.DataError("it is damaged")
             patch.setattr(data, "info", _raises(error))
             with pytest.raises(data.DataError, match="damaged"):
-                config_lib.validate(config)
+                validation.validate(config)
 
 
 def _raises(error):
@@ -369,7 +370,7 @@ class MeshShapeTest(parameterized.TestCase):
         sizes = range(-10, 11)
         for count, *axes in itertools.product(range(1, 9), sizes, sizes):
             try:
-                shape = config_lib.mesh_shape(*axes, count)
+                shape = mesh_lib.shape(*axes, count)
             except ValueError:
                 shape = None
             self.assertEqual(shape, _mesh_shape(axes, count), (axes, count))
@@ -381,14 +382,14 @@ class MeshShapeTest(parameterized.TestCase):
         for axes in itertools.product((-2, -1, 0, 1, 2, 3, 4, 8), repeat=2):
             config.mesh.update(data=axes[0], fsdp=axes[1])
             if _mesh_shape(axes, count):
-                config_lib.validate(config, count)
+                validation.validate(config, count)
                 continue
             with pytest.raises(config_lib.ConfigError, match=r"config\.mesh"):
-                config_lib.validate(config, count)
+                validation.validate(config, count)
 
     def test_two_times_three_are_not_four(self):
         with pytest.raises(ValueError, match="2 x 3 is not 4"):
-            config_lib.mesh_shape(2, 3, 4)
+            mesh_lib.shape(2, 3, 4)
 
 
 def _mesh_shape(axes, count):
@@ -528,7 +529,7 @@ class JsonTest(parameterized.TestCase):
         self.assertEqual(found.to_dict(), config.to_dict())  # tuples among them
         self.assertEqual(config_lib.to_json(found), text)
         self.assertEqual(config_lib.differences(text, config_lib.to_json(found)), [])
-        config_lib.validate(found)
+        validation.validate(found)
         self.assertEqual(config_lib.memory(found), config_lib.memory(config))
         self.assertEqual(config_lib.steps(found), config_lib.steps(config))
 
@@ -554,7 +555,7 @@ class JsonTest(parameterized.TestCase):
     )
     def test_another_object_is_no_valid_config(self, text, message):
         with pytest.raises(config_lib.ConfigError, match=message):
-            config_lib.validate(config_lib.from_json(text))
+            validation.validate(config_lib.from_json(text))
 
     @given(
         st.dictionaries(

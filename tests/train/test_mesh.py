@@ -9,8 +9,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from train import accumulation, data
-from train import config as config_lib
+from train import accumulation, data, validation
 from train import mesh as mesh_lib
 from train import step as step_lib
 from train.config import model_section
@@ -48,7 +47,7 @@ def _config(model="vit", policy="baseline", **fields):
     config.optimizer.clip_norm = 1.0
     with config.unlocked():
         config.update(fields)
-    config_lib.validate(config, _DEVICES)
+    validation.validate(config, _DEVICES)
     return config
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dropit_jax import DropIT
 from tests.data import write_tiny_datasets as tiny
 from train import config as config_lib
-from train import data, models, variants
+from train import data, models, validation, variants
 from train import step as step_lib
 from train.defaults import get_defaults
 
@@ -150,14 +150,14 @@ class ConfigsTest(parameterized.TestCase):
 
     @parameterized.product(name=_NAMES, variant=("", "paper"))
     def test_are_valid(self, name, variant):
-        config_lib.validate(_get(name, variant))
+        validation.validate(_get(name, variant))
 
     @parameterized.product(name=_NAMES, variant=("", "paper"))
     def test_are_valid_on_eight_devices(self, name, variant):
         config = _get(name, variant)
-        config_lib.validate(config, num_devices=8)
+        validation.validate(config, num_devices=8)
         config.mesh.fsdp = 4
-        config_lib.validate(config, num_devices=8)
+        validation.validate(config, num_devices=8)
 
     @parameterized.parameters(*_NAMES)
     def test_drop_what_the_preset_does(self, name):
@@ -221,7 +221,7 @@ class ConfigsTest(parameterized.TestCase):
     def test_of_a_prepared_dataset_the_examples_are_counted(self):
         config = _get("resnet18_cifar10")
         config.data_dir, config.batch_size = str(tiny.DIRECTORY), 16
-        config_lib.validate(config)
+        validation.validate(config)
         examples = data.info("cifar10", str(tiny.DIRECTORY)).train_examples
         self.assertLess(examples, 50_000)
         epoch = examples // 16
@@ -230,7 +230,7 @@ class ConfigsTest(parameterized.TestCase):
         with pytest.raises(
             config_lib.ConfigError, match=f"more than the {examples} training"
         ):
-            config_lib.validate(config)
+            validation.validate(config)
 
 
 class DefaultsTest(parameterized.TestCase):
@@ -246,11 +246,11 @@ class DefaultsTest(parameterized.TestCase):
         }
         for name, value in fields.items():
             with pytest.raises(config_lib.ConfigError, match=r"missing|num_epochs or"):
-                config_lib.validate(config)
+                validation.validate(config)
             *sections, field = name.split(".")
             section = _value(config, ".".join(sections)) if sections else config
             section[field] = value
-        config_lib.validate(config)
+        validation.validate(config)
 
     def test_are_new_every_time(self):
         config = get_defaults()
