@@ -1,8 +1,25 @@
-"""What several commands share: the names that they are given, and their tables."""
+"""What several commands share: their arguments, their tables, and their JSON."""
 
+import argparse
+import dataclasses
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from train import tables
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`, which has `--json`.
+
+    Args:
+      name: of the module.
+      doc: its docstring, of which the first line says what it does.
+    """
+    description = (doc or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"benchmarks.{name}", description=description)
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    return parser
 
 
 def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -35,3 +52,8 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     """
     lines = tables.to_markdown(header, rows)
     return "\n".join([title, "", *lines] if title else lines)
+
+
+def to_json(results: Iterable[Any]) -> str:
+    """Dataclasses as a list of objects."""
+    return json.dumps([dataclasses.asdict(result) for result in results], indent=2)

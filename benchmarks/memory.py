@@ -6,10 +6,8 @@ The GPU need not be there: XLA's own compiler for it is asked. Every row of the 
 compiled in this run, with the same flags.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -152,11 +150,8 @@ def _batch(result: Result, target: str) -> str:
 
 def main() -> None:
     """Prints what was asked for."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.memory", description=(__doc__ or "").split("\n", maxsplit=1)[0]
-    )
+    parser = command.parser("memory", __doc__)
     parser.add_argument("--target", default="h100", help="the GPU to compile for")
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.add_argument(
         "--max_batch",
         action="store_true",
@@ -184,7 +179,7 @@ def main() -> None:
             print(markdown(workload, results), flush=True)
             print(flush=True)
     if flags.json:
-        print(json.dumps([dataclasses.asdict(result) for result in every], indent=2))
+        print(command.to_json(every))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ step, and the bytes that are cached and allocated on a device.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -139,10 +138,7 @@ def _run_devices(output: Path | None, quiet: bool) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.scaling",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-    )
+    parser = command.parser("scaling", __doc__)
     parser.add_argument(
         "--part",
         action="append",
@@ -157,7 +153,6 @@ def _parser() -> argparse.ArgumentParser:
         default="docs/figures",
         help="directory of the plots (default: %(default)s); empty: none are drawn",
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
     return parser
 
 
@@ -179,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             every += _run_devices(output, flags.json)
     if flags.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in every], indent=2))
+        print(command.to_json(every))
     else:
         print(
             f"{timing.DEFINITION} What is added is the difference to {VARIANTS[0]} in "

@@ -14,7 +14,6 @@ a GPU. It is a bound, and nobody measured a time.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -253,10 +252,7 @@ def _text(value: float | str | None, scale: float | None = None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.selection",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-    )
+    parser = command.parser("selection", __doc__)
     parser.add_argument(
         "--elements",
         type=int,
@@ -269,7 +265,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=timing.rounds, default=9, help="(default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
     return parser
 
 
@@ -293,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     least = bounds.bounds(_BOUND_ELEMENTS, flags.rate)
     if flags.json:
         every: list[Result | Bound] = [*results, *least]
-        print(json.dumps([dataclasses.asdict(each) for each in every], indent=2))
+        print(command.to_json(every))
         return
     print(markdown(results), end="\n\n")
     print(

@@ -10,7 +10,6 @@ its spread, is said in `benchmarks.timing` and below the tables.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -183,10 +182,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.step_time",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-    )
+    parser = command.parser("step_time", __doc__)
     parser.add_argument(
         "--model",
         action="append",
@@ -207,7 +203,6 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="how often each step is compiled (default: 1)",
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
     return parser
 
 
@@ -234,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not flags.json:
             print(markdown(results), end="\n\n", flush=True)
     if flags.json:
-        print(json.dumps([dataclasses.asdict(result) for result in every], indent=2))
+        print(command.to_json(every))
     else:
         print(f"{timing.DEFINITION} The baseline is {_BASELINE}.")
 

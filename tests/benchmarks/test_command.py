@@ -1,7 +1,16 @@
+import dataclasses
+import json
+
 import pytest
 from absl.testing import absltest, parameterized
 
 from benchmarks import command
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    name: str
+    seconds: float | None
 
 
 class CommandTest(parameterized.TestCase):
@@ -17,6 +26,23 @@ class CommandTest(parameterized.TestCase):
         self.assertEqual(command.chosen("letter", "", "abc"), ["a", "b", "c"])
         with pytest.raises(ValueError, match="unknown letter 'd'; known are 'a', 'b'"):
             command.chosen("letter", "ad", "ab")
+
+    def test_results_are_a_list_of_objects(self):
+        text = command.to_json([_Result("a", 0.5), _Result("b", None)])
+        self.assertEqual(
+            json.loads(text),
+            [{"name": "a", "seconds": 0.5}, {"name": "b", "seconds": None}],
+        )
+        self.assertEqual(json.loads(command.to_json([])), [])
+
+    def test_a_parser_says_what_the_command_does(self):
+        parser = command.parser("letters", "Counts letters.\n\nOf words.")
+        text = parser.format_help()
+        self.assertIn("usage: benchmarks.letters", text)
+        self.assertIn("Counts letters.", text)
+        self.assertNotIn("words", text)
+        self.assertTrue(parser.parse_args(["--json"]).json)
+        self.assertFalse(parser.parse_args([]).json)
 
 
 if __name__ == "__main__":
