@@ -2,10 +2,9 @@
 
 `python -m benchmarks.data [--data_dir=DIR] [--batches=50] [--rounds=5]`
 
-CIFAR-10 has to be prepared (`python -m train.prepare cifar10`), in DIR, in
-`shared/datasets/tensorflow_datasets` beside the clone, or where TFDS has it. The
-variants take turns in one run, and the ratio of each to the first is that of the same
-turn: the median of all turns is printed.
+CIFAR-10 has to be prepared (`python -m train.prepare cifar10`), in DIR or where TFDS
+has it. The variants take turns in one run, and the ratio of each to the first is that
+of the same turn: the median of all turns is printed.
 """
 
 import argparse
@@ -14,13 +13,10 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from train import data
 
 _DATASET = "cifar10"
-# Datasets that several clones share.
-_SHARED = Path(__file__).parents[2] / "shared" / "datasets" / "tensorflow_datasets"
 _BATCH, _SEED = 128, 0
 # Augmentation, side of the images, and processes that make batches.
 _VARIANTS: tuple[tuple[str, int, int], ...] = (
@@ -77,8 +73,7 @@ def table(rates: Sequence[Sequence[float]]) -> str:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    shared = str(_SHARED) if _SHARED.exists() else ""
-    parser.add_argument("--data_dir", default=shared, help="Where datasets are.")
+    parser.add_argument("--data_dir", default="", help="Where datasets are.")
     parser.add_argument("--batches", type=int, default=50, help="In a turn.")
     parser.add_argument("--rounds", type=int, default=5, help="Turns.")
     args = parser.parse_args()
