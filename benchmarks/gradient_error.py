@@ -6,7 +6,8 @@
 A model of plain Flax is trained as the config says, in the workdir: what is trained
 there already is taken. Of some of its layers, from the first that caches to the last
 that every policy suits, one batch gives the activation that they read and the gradient
-that comes back to them. With each policy the activation is compressed and rebuilt; the
+that comes back to them. (Not of those that read some positions alone, as a shortcut of
+stride 2 does.) With each policy the activation is compressed and rebuilt; the
 weight gradient of what is rebuilt is held against that of the activation itself:
 
     error  = |g(â) - g(a)| / |g(a)|       cosine = g(â) · g(a) / (|g(â)| |g(a)|)
@@ -35,6 +36,7 @@ from train import cli, loop, tables, trained
 from train import config as config_lib
 from train.config import ConfigError
 from train.files import write_atomically
+from train.histograms import reads_all
 from train.terminal import Terminal
 
 _OUTPUT = flags.DEFINE_string("output", None, "Where the results go; the workdir.")
@@ -87,8 +89,9 @@ def grid() -> dict[str, tuple[str, DropIT]]:
         for chunk_size in CHUNK_SIZES:
             family = "min-k, D = 16" if chunk_size == 16 else "min-k, other D"
             add(family, rate=rate, chunk_size=chunk_size)
-        add("random elements", rate=rate, strategy="random")
+            add("random elements", rate=rate, chunk_size=chunk_size, strategy="random")
         add("channels", rate=rate, granularity="channel")
+        add("random channels", rate=rate, granularity="channel", strategy="random")
         add("mean for the dropped", rate=rate, fill="mean")
         for value_dtype in _TYPES:
             add("values of fewer bits", rate=rate, value_dtype=value_dtype)
@@ -303,8 +306,12 @@ def _compared(gradient: jax.Array, exact: jax.Array) -> tuple[float, float]:
 
 def _captured(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Layer]:
     _, state, batch = trained.load(config, workdir, terminal.say)
+    layers = capture(config, state, batch)
+    for layer in layers:
+        if not reads_all(layer.module):
+            terminal.say(f"Left out: {layer.name}, which reads some positions alone.")
     # The first reads the images, which are there anyway: nothing is cached of it.
-    return capture(config, state, batch)[1:]
+    return [layer for layer in layers[1:] if reads_all(layer.module)]
 
 
 def _suits(

@@ -10,7 +10,6 @@ import matplotlib
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from train import colours, figures
 
@@ -22,6 +21,7 @@ _STYLES = {
     "min-k, other D": (colours.PURPLE, "v"),
     "random elements": (colours.SKY, "P"),
     "channels": (colours.BLACK, "X"),
+    "random channels": (colours.GREY, "*"),
     "values of fewer bits": (colours.ORANGE, "D"),
     "mean for the dropped": (colours.BLUE, "o"),
     "nothing dropped": (colours.GREEN, "^"),
@@ -29,9 +29,14 @@ _STYLES = {
 
 
 def front(errors: Sequence["Error"], best: Sequence["Error"], path: Path) -> None:
-    """Draws each policy's error against its bits, and the front, into a PNG file."""
-    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for family, (colour, marker) in _STYLES.items():
+    """Draws each policy's error against its bits, and names the front, into a PNG file.
+
+    Raises:
+      KeyError: a family has no colour.
+    """
+    figure, axis = plt.subplots(figsize=(9, 6.5), layout="constrained")
+    families = dict.fromkeys(each.family for each in errors)
+    for family, (colour, marker) in ((name, _STYLES[name]) for name in families):
         points = [each for each in errors if each.family == family]
         axis.scatter(
             [each.bits for each in points],
@@ -51,36 +56,52 @@ def front(errors: Sequence["Error"], best: Sequence["Error"], path: Path) -> Non
         label="the front",
         zorder=0,
     )
+    for each in best:
+        axis.annotate(
+            each.policy,
+            (each.bits, each.error),
+            (-4, -4),
+            textcoords="offset points",
+            fontsize=6,
+            ha="right",
+            va="top",
+            rotation=30,
+            rotation_mode="anchor",
+        )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    _finish(figure, axis, "cached bits an element", path)
+    axis.set_xlabel("cached bits an element")
+    _with_errors(axis)
+    figures.save(figure, path)
 
 
 def chunks(errors: Sequence["Error"], path: Path) -> None:
-    """Draws the error of min-k against D, a line a rate, into a PNG file."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    lines: dict[str, dict[str, float]] = {}
+    """Draws error and time of min-k against D, a line a rate, into a PNG file."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    lines: dict[str, dict[str, Error]] = {}
     for each in errors:
         if found := re.fullmatch(r"(\S+%) D=(\w+)", each.policy):
-            lines.setdefault(found[1], {})[found[2]] = each.error
-    shades = (
-        colours.BLUE,
-        colours.GREEN,
-        colours.VERMILION,
-        colours.PURPLE,
-        colours.BLACK,
-    )
-    for (rate, line), colour in zip(lines.items(), shades, strict=False):
-        axis.plot(
-            list(line), list(line.values()), "o-", color=colour, label=f"rate {rate}"
-        )
-    _finish(figure, axis, "D, elements of a chunk", path)
+            lines.setdefault(found[1], {})[found[2]] = each
+    colour_map = matplotlib.colormaps["viridis"]
+    for number, (rate, line) in enumerate(lines.items()):
+        # Rates have an order, and the colours of variants belong to variants.
+        colour = colour_map(0.9 * number / max(1, len(lines) - 1))
+        for axis, values in (
+            (axes[0], [each.error for each in line.values()]),
+            (axes[1], [each.compress_ns for each in line.values()]),
+        ):
+            axis.plot(list(line), values, "o-", color=colour, label=f"rate {rate}")
+    for axis in axes:
+        axis.set_xlabel("D, elements of a chunk")
+    _with_errors(axes[0])
+    axes[1].set_ylabel("time to compress here, ns an element")
+    axes[1].set_ylim(bottom=0)
+    axes[1].grid(alpha=0.3)
+    figures.save(figure, path)
 
 
-def _finish(figure: Figure, axis: Axes, xlabel: str, path: Path) -> None:
+def _with_errors(axis: Axes) -> None:
     axis.set_yscale("log")
-    axis.set_xlabel(xlabel)
     axis.set_ylabel("relative error of the weight gradient")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figures.save(figure, path)

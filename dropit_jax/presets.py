@@ -49,6 +49,23 @@ class Preset:
                 f"{', '.join(map(repr, REMATS))}."
             )
 
+    @property
+    def for_vectors(self) -> "Preset":
+        """The same for layers that read one vector a sample, as a model's head does.
+
+        There is no mean over positions to rebuild such an input with: what is dropped
+        of it is zero.
+        """
+        return dataclasses.replace(
+            self,
+            dropit=_zero_filled(self.dropit),
+            conv=_zero_filled(self.conv),
+        )
+
+
+def _zero_filled(policy: DropIT | None) -> DropIT | None:
+    return None if policy is None else dataclasses.replace(policy, fill="zero")
+
 
 # As in the paper, but for the kept values' type: in half the bytes they lose nothing
 # beside what is dropped.

@@ -4,8 +4,9 @@
 
 Every run has a workdir of its own, `DIR/VARIANT/seed_N`, and is a run of `train.main`:
 one that was stopped goes on where it stopped, one that is finished is not run again.
-`DIR/results.csv` has a row for each that is finished. The first seed of every variant
-comes first, so that a grid that is stopped has something of each.
+One whose loss became infinite or NaN is left, and told of at the end.
+`DIR/results.csv` has a row for each. The first seed of every variant comes first, so
+that a grid that is stopped has something of each.
 """
 
 import copy
@@ -13,15 +14,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import cli, loop, records, summary, tables, validation
+from train import cli, failure, loop, records, summary, tables
+from train import config as config_lib
 from train import job as job_lib
 from train import workdir as workdir_lib
 from train.config import ConfigError
 from train.files import write_atomically
+from train.meter import NonFiniteLossError
 from train.runs import is_finished
 from train.terminal import Terminal
 
@@ -63,18 +65,26 @@ class Run:
 def main(config: ConfigDict, workdir: Path) -> None:
     """Trains what is not trained yet; writes the table after every run."""
     terminal, grid = Terminal(), runs(config)
-    for run in grid:  # before hours are spent on the others
-        validation.validate(run.config, jax.device_count())
-    job_lib.prepare(grid[0].config)
     chosen = _chosen(grid, _VARIANTS.value)
+    for run in grid:  # before hours are spent on the others
+        _check(run, workdir)
+    job_lib.prepare(grid[0].config)
+    diverged = []
     for number, run in enumerate(chosen, 1):
         terminal.say(f"Run {number} of {len(chosen)}: {run.path}")
-        if is_finished(run.config, _rows(run, workdir)):
-            workdir_lib.check(workdir / run.path, run.config)
-        else:
-            loop.run(run.config, workdir / run.path, terminal)
+        if not is_finished(run.config, _rows(run, workdir)):
+            try:
+                loop.run(run.config, workdir / run.path, terminal)
+            except NonFiniteLossError as error:
+                terminal.say(f"{run.path}: {error}")
+                diverged.append(str(run.path))
         write_atomically(workdir / "results.csv", table(grid, workdir))
     terminal.say(f"Results: {workdir / 'results.csv'}")
+    if diverged:
+        raise ConfigError(
+            f"The loss of {', '.join(diverged)} became infinite or NaN; the others are "
+            "trained."
+        )
 
 
 def _chosen(grid: list[Run], names: list[str] | None) -> list[Run]:
@@ -82,7 +92,19 @@ def _chosen(grid: list[Run], names: list[str] | None) -> list[Run]:
     for name in names or ():
         if name not in known:
             raise ConfigError(f"--variants={name}: the config has {', '.join(known)}.")
-    return [run for run in grid if names is None or run.variant in names]
+    return [run for run in grid if not names or run.variant in names]
+
+
+def _check(run: Run, workdir: Path) -> None:
+    """Checks that a run can be trained, and that what is trained of it is still it."""
+    try:
+        job_lib.check(run.config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"Variant {run.variant!r} (its memory and dropit, and config.base): {error}"
+        ) from error
+    if _rows(run, workdir):
+        workdir_lib.check_same(workdir / run.path, run.config)
 
 
 def _rows(run: Run, workdir: Path) -> list[records.Row]:
@@ -112,28 +134,39 @@ def runs(config: ConfigDict) -> list[Run]:
                 f"got {seeds!r}."
             )
         for place, seed in enumerate(seeds):
-            one = copy.deepcopy(config.base)
-            one.memory, one.dropit = variant.memory, copy.deepcopy(variant.dropit)
-            one.seed = seed
+            one = config_lib.without_unused(copy.deepcopy(config.base))
+            try:
+                one.memory, one.dropit = variant.memory, copy.deepcopy(variant.dropit)
+                one.seed = seed
+            except TypeError as error:
+                raise ConfigError(f"config.variants.{name}: {error}") from error
             found.append((place, Run(name, one)))
     return [run for _, run in sorted(found, key=lambda each: each[0])]
 
 
 def table(grid: list[Run], workdir: Path) -> str:
-    """The last evaluation of every run that is finished, in CSV."""
-    columns = ("variant", "seed", "memory", *summary.POLICY, "dropped", *_REACHED)
-    rows = [(run, _rows(run, workdir)) for run in grid]
-    finished = (_row(run, own[-1]) for run, own in rows if is_finished(run.config, own))
-    return tables.to_csv(columns, finished)
+    """The last evaluation of every run that is finished, in CSV.
+
+    A run whose loss became infinite or NaN has a row that says so.
+    """
+    columns = ("variant", "seed", "memory", *summary.POLICY, "state", *_REACHED)
+    rows = []
+    for run in grid:
+        own = _rows(run, workdir)
+        if is_finished(run.config, own):
+            last = {name: own[-1][name] for name in _REACHED}
+            rows.append(_row(run) | {"state": "finished"} | last)
+        elif (workdir / run.path / failure.DIRECTORY).exists():
+            rows.append(_row(run) | {"state": "diverged"})
+    return tables.to_csv(columns, rows)
 
 
-def _row(run: Run, last: records.Row) -> dict[str, Any]:
+def _row(run: Run) -> dict[str, Any]:
     return {
         "variant": run.variant,
         "seed": run.config.seed,
         "memory": run.config.memory,
         **summary.policy(run.config),
-        **{name: last[name] for name in _REACHED},
     }
 
 

@@ -10,6 +10,7 @@ ORANGE = "#E69F00"
 PURPLE = "#CC79A7"
 SKY = "#56B4E9"
 BLACK = "#000000"
+GREY = "#888888"
 
 # All others are vermilion: what is drawn with plain Flax, in a panel of its own.
 _OF_VARIANTS = {"baseline": BLUE, "flax": BLUE, "lean": GREEN}

@@ -83,6 +83,18 @@ def plain(config: ConfigDict) -> ConfigDict:
     return variant
 
 
+def without_unused(config: ConfigDict) -> ConfigDict:
+    """The config without `num_epochs` where `num_steps` says how long to train.
+
+    Or two runs would differ by what does not matter.
+    """
+    if config.get("num_steps") is None or config.get("num_epochs") is None:
+        return config
+    config = copy.deepcopy(config)
+    config.num_epochs = None
+    return config
+
+
 def steps(config: ConfigDict) -> tuple[int, int]:
     """Steps in an epoch, and in the whole run."""
     examples = data.info(config.dataset, config.data_dir).train_examples

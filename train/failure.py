@@ -14,6 +14,9 @@ from train.files import write_atomically
 from train.job import Job
 from train.meter import NonFiniteLossError
 
+# In a workdir.
+DIRECTORY = "failure"
+
 
 def write(directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
     """Writes the step, the config and the batches of a loss that is not finite.

@@ -5,8 +5,11 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Writes a file so that a reader, or a crash, sees the old one or the new one.
+
+    Of several processes that write it, one is the last.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
     with partial.open("wb") as file:
         file.write(data)

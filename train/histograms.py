@@ -46,13 +46,18 @@ def distributions(
 
 
 def kernels(config: ConfigDict) -> list[tuple[str, ...]]:
-    """The paths of the layers with a kernel, in the order in which they are called."""
+    """The paths of the layers with a kernel, in the order in which they are called.
+
+    But for those that do not read all of their input.
+    """
     model, found = step_lib.create_model(config), dict[tuple[str, ...], None]()
 
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = next_fun(*args, **kwargs)
-        if context.module.scope and context.module.has_variable("params", "kernel"):
-            found.setdefault(context.module.path)
+        module = context.module
+        has_kernel = module.scope and module.has_variable("params", "kernel")
+        if has_kernel and reads_all(module):
+            found.setdefault(module.path)
         return result
 
     def call(variables: Any, images: Any) -> Any:
@@ -62,6 +67,14 @@ def kernels(config: ConfigDict) -> list[tuple[str, ...]]:
     state = step_lib.abstract_state(config)
     jax.eval_shape(call, state.variables, step_lib.abstract_images(config))
     return list(found)
+
+
+def reads_all(layer: nn.Module) -> bool:
+    """Whether a layer reads all of its input: a shortcut of stride 2 does not."""
+    if not isinstance(layer, nn.Conv):
+        return True
+    strides = np.broadcast_to(layer.strides or 1, np.shape(layer.kernel_size))
+    return bool(np.all(np.asarray(layer.kernel_size) >= strides))
 
 
 def _three(layers: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

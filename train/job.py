@@ -6,9 +6,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from train import config as config_lib
 from train import data, validation
 from train import mesh as mesh_lib
 from train import step as step_lib
+from train.config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,25 @@ class Job:
         )
 
 
+def check(config: ConfigDict) -> None:
+    """Checks a config for the devices that there are, before anything is read.
+
+    Raises:
+      ConfigError: the config cannot be run.
+    """
+    validation.validate(config, jax.device_count())
+    preset = config_lib.memory(config)
+    fills = {policy.fill for policy in (preset.dropit, preset.conv) if policy}
+    if "mean" not in fills:
+        return
+    # Whether there are enough positions for a mean depends on every layer's input.
+    step, args = step_lib.abstract(config)
+    try:
+        jax.eval_shape(step, *args)
+    except ValueError as error:
+        raise ConfigError(f"config.dropit: {error}") from error
+
+
 def prepare(config: ConfigDict) -> Job:
     """Checks a config and opens its dataset; nothing is computed yet.
 
@@ -47,7 +68,7 @@ def prepare(config: ConfigDict) -> Job:
       ConfigError: the config cannot be run.
       DataError: the dataset is not there, or damaged.
     """
-    validation.validate(config, jax.device_count())
+    check(config)
     dataset = data.load(
         config.dataset, config.data_dir, config.image_size, config.augmentation
     )

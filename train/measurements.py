@@ -1,15 +1,17 @@
 """What a config costs: bytes cached, bytes allocated on a GPU, time of a step here."""
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 
 import jax
 from ml_collections import ConfigDict
 
-from dropit_jax import memory
+from dropit_jax import DropIT, Preset, linen, memory
 from train import config as config_lib
 from train import data
+from train import job as job_lib
 from train import mesh as mesh_lib
 from train import step as step_lib
 
@@ -33,18 +35,62 @@ def cached_bytes(config: ConfigDict) -> int:
     return memory.cached_bytes(step, *args)
 
 
+def dropped(config: ConfigDict) -> float:
+    """The share of elements that a step drops, of all that its layers cache.
+
+    It is more than the rate where rounding down, or a chunk of few elements, makes it
+    so: of 16 elements one is kept at any rate from 0.875 on.
+    """
+    preset = config_lib.memory(config)
+    if preset.dropit is None or preset.conv is None:
+        return 0.0
+    plain = config_lib.plain(config)
+    if "scan" in plain.model:
+        plain.model.scan = False  # or one block would stand for all
+    model, state = step_lib.create_model(plain), step_lib.abstract_state(plain)
+    images = step_lib.abstract_images(config, config.batch_size)
+    # What is filled in does not matter here, and would not suit the head.
+    layers = Preset("", preset.dropit, preset.conv).for_vectors
+    with linen.intercept(layers) as found:
+        jax.eval_shape(
+            lambda variables, images: model.apply(variables, images, train=False),
+            state.variables,
+            images,
+        )
+    kept = every = 0
+    for layer in found.layers:
+        if layer.shared_with is None:
+            is_convolution = layer.kind.startswith("Conv")
+            policy = preset.conv if is_convolution else preset.dropit
+            kept += kept_elements(layer.shape, policy)
+            every += math.prod(layer.shape)
+    return 1 - kept / every
+
+
+def kept_elements(shape: tuple[int, ...], policy: DropIT) -> int:
+    """How many elements a policy keeps of an activation of this shape."""
+    size = math.prod(shape)
+    if policy.granularity == "channel":
+        return size // shape[-1] * policy.kept(shape[-1])
+    if policy.chunk_size is None:
+        return policy.kept(size)
+    whole, rest = divmod(size // shape[0], policy.chunk_size)
+    last = policy.kept(rest) if rest else 0
+    return shape[0] * (whole * policy.kept(policy.chunk_size) + last)
+
+
 def step_seconds(
     variants: Mapping[str, ConfigDict], rounds: int = _TIMED_STEPS
 ) -> dict[str, list[float]]:
     """Times of a training step of each variant, taken in turns."""
+    jobs = {name: job_lib.prepare(config) for name, config in variants.items()}
     states, steps, batches = {}, {}, {}
-    for name, config in variants.items():
-        mesh = mesh_lib.create(config)
-        shardings = mesh_lib.state_sharded(mesh, step_lib.abstract_state(config))
-        states[name] = step_lib.initialise(config, shardings)
-        step = step_lib.train_step(config)
-        steps[name] = mesh_lib.compile_training(step, mesh, shardings)
-        batches[name] = mesh_lib.placer(mesh)(_first_batch(config))
+    for name, job in jobs.items():
+        states[name] = step_lib.initialise(job.config, job.shardings)
+        step = step_lib.train_step(job.config)
+        steps[name] = mesh_lib.compile_training(step, job.mesh, job.shardings)
+        batch = data.first_batch(job.dataset, job.config.batch_size, job.config.seed)
+        batches[name] = mesh_lib.placer(job.mesh)(batch)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(1 + rounds):
         for name in variants:
@@ -54,10 +100,3 @@ def step_seconds(
             times[name].append(time.perf_counter() - start)
     # The first step of each compiles.
     return {name: taken[1:] for name, taken in times.items()}
-
-
-def _first_batch(config: ConfigDict) -> data.Batch:
-    dataset = data.load(
-        config.dataset, config.data_dir, config.image_size, config.augmentation
-    )
-    return data.first_batch(dataset, config.batch_size, config.seed)

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from train import colours, figures
 from train.histograms import MOMENTS, PARTS, Distributions
 from train.records import Row
+from train.summary import Mean
 
 _LABELS = {"flax": "Flax", "dropit": "DropIT"}
 _AXES = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
@@ -67,76 +68,83 @@ def against_baseline(
     for axis, name in zip(axes, others, strict=True):
         for variant in (baseline, name):
             for part, style in (("train", ":"), ("test", "-")):
-                _band(axis, runs[variant], f"{part}_{metric}", variant, style)
+                label = f"{'baseline' if variant == baseline else 'variant'}, {part}"
+                _band(axis, runs[variant], f"{part}_{metric}", variant, style, label)
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
-    axes[0].legend(
-        [f"{baseline}, training", f"{baseline}, test", "training", "test"], fontsize=7
-    )
+    axes[0].legend(fontsize=7)
     figure.supxlabel("step")
     figure.supylabel(_AXES[metric])
     figures.save(figure, path)
 
 
-def histograms(distributions: Mapping[str, Distributions], path: Path) -> None:
+def histograms(
+    distributions: Mapping[str, Distributions], baseline: str, path: Path
+) -> None:
     """Draws parameters and gradients at the beginning and the end of training.
 
     Args:
-      distributions: of each variant.
+      distributions: of the baseline and of others, of each in panels of its own, over
+        the baseline's.
+      baseline: the one that all panels have.
       path: where the figure goes.
     """
-    layers = list(next(iter(distributions.values())))
+    others = [name for name in distributions if name != baseline] or [baseline]
+    layers = list(distributions[baseline])
     rows = [(layer, part) for part in PARTS for layer in layers]
+    columns = [(name, moment) for name in others for moment in MOMENTS]
     figure, axes = plt.subplots(
         len(rows),
-        len(MOMENTS),
-        figsize=(9, 1.7 * len(rows)),
+        len(columns),
+        figsize=(1 + 3.2 * len(columns), 1.7 * len(rows)),
         layout="constrained",
         squeeze=False,
     )
     for (layer, part), line in zip(rows, axes, strict=True):
-        for moment, axis in zip(MOMENTS, line, strict=True):
+        for (name, moment), axis in zip(columns, line, strict=True):
             values = {
-                name: each[layer][part, moment] for name, each in distributions.items()
+                each: distributions[each][layer][part, moment]
+                for each in dict.fromkeys((baseline, name))
             }
             reach = max(float(np.abs(value).max()) for value in values.values())
             edges = np.linspace(-reach, reach, _BINS + 1) if reach else _BINS
-            for name, value in values.items():
+            for each, value in values.items():
                 counts, at = np.histogram(value, edges)
-                axis.stairs(counts, at, color=colours.of(name), label=name)
+                axis.stairs(counts, at, color=colours.of(each), label=each)
             axis.set_yscale("symlog")
             axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.set_title(f"{part} of {layer}, {moment}", fontsize=8)
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    for axis in axes[0][:: len(MOMENTS)]:
+        axis.legend(fontsize=8)
     figure.supylabel("elements")
     figures.save(figure, path)
 
 
 def tradeoff(
-    points: Mapping[str, tuple[float, float, float]],
+    points: Mapping[str, tuple[float, Mean]],
     labels: tuple[str, str],
-    baseline: str,
     path: Path,
 ) -> None:
-    """Draws a row for each name, the least x first, into a PNG file.
+    """Draws a row for each name, the least cost below, into a PNG file.
 
     Args:
-      points: x, y, and the error of y, which is NaN where there is none.
-      labels: of x, drawn as bars on the left, and of y, as points on the right.
-      baseline: the name whose y all rows are seen against.
+      points: what each costs, and what it gains, of which 0 has a line.
+      labels: of the costs, drawn as bars on the left, and of the gains, points on the
+        right with their standard errors.
       path: where the figure goes.
     """
-    names = sorted(points, key=lambda name: points[name][0], reverse=True)
+    names = sorted(points, key=lambda name: points[name][0])
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 1 + 0.28 * len(names)), layout="constrained", sharey=True
     )
+    right.axvline(0, color="0.5", linewidth=0.8)
     for name in names:
-        x, y, error = points[name]
-        left.barh(name, x, color=colours.of(name))
-        bar = None if math.isnan(error) else error
-        right.errorbar(y, name, xerr=bar, fmt="o", color=colours.of(name), capsize=3)
-    right.axvline(points[baseline][1], color=colours.of(baseline), linewidth=0.8)
+        cost, gain = points[name]
+        colour = colours.of(name)
+        left.barh(name, cost, color=colour)
+        bar = None if math.isnan(gain.error) else gain.error
+        right.errorbar(gain.mean, name, xerr=bar, fmt="o", color=colour, capsize=3)
     for axis, label in zip((left, right), labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3, axis="x")
@@ -144,12 +152,17 @@ def tradeoff(
 
 
 def _band(
-    axis: Any, runs: Sequence[Sequence[Row]], column: str, variant: str, style: str
+    axis: Any,
+    runs: Sequence[Sequence[Row]],
+    column: str,
+    variant: str,
+    style: str,
+    label: str,
 ) -> None:
     steps = [row["step"] for row in runs[0]]
     values = np.array([[row[column] for row in rows] for rows in runs])
     colour = colours.of(variant)
-    axis.plot(steps, values.mean(axis=0), style, color=colour)
+    axis.plot(steps, values.mean(axis=0), style, color=colour, label=label)
     if len(runs) > 1:
         axis.fill_between(
             steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2

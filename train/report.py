@@ -3,19 +3,18 @@
 `python -m train.report --output=DIR [--baseline=NAME] [--target=h100] RUNS...`
 
 Every argument is a workdir, or holds some: that of `train.ablation`, for instance. Runs
-that differ by the seed alone are one variant, named after its directory. DIR then has
-`report.md` with its figures, `summary.csv`, a row a variant, and `curves.csv`, a row an
-evaluation.
+that differ by the seed alone are one variant, named after its directory. Each is held
+against the baseline's runs of the same seeds. DIR then has `report.md` with its
+figures, `summary.csv`, a row a variant, and `curves.csv`, a row an evaluation.
 """
 
 import statistics
 from pathlib import Path
 
-import jax
 from absl import flags
 
-from train import cli, measurements, plots, runs, summary, trained, validation
-from train import step as step_lib
+from train import cli, initialisation, measurements, plots, runs, summary, trained
+from train import job as job_lib
 from train.config import ConfigError
 from train.files import write_atomically
 from train.histograms import Distributions, distributions
@@ -31,8 +30,9 @@ _BASELINE = flags.DEFINE_string(
 _HISTOGRAMS = flags.DEFINE_list(
     "histograms",
     None,
-    "Variants whose parameters and gradients are drawn beside the baseline's; the "
-    "first other one, if none is named. Their checkpoints have to be there.",
+    "Variants whose parameters and gradients are drawn beside the baseline's, by "
+    "default the first other one by name. Their checkpoints, and the baseline's, have "
+    "to be there.",
 )
 
 
@@ -40,20 +40,27 @@ def main(directories: list[Path]) -> None:
     """Reads the runs, measures what their steps cost, and writes the report."""
     terminal, output, target = Terminal(), Path(_OUTPUT.value), TARGET.value
     baseline = _BASELINE.value
-    variants = _with_first(runs.find(directories), baseline)
+    variants = _with_first(runs.find(directories, terminal.say), baseline)
     drawn = _drawn(list(variants), _HISTOGRAMS.value)
+    seed = _common_seed([variants[name] for name in drawn])
     for each in variants.values():
-        validation.validate(each[0].config, jax.device_count())
+        job_lib.check(each[0].config)
     output.mkdir(parents=True, exist_ok=True)
 
-    terminal.say(f"Drawing parameters and gradients of {', '.join(drawn)} ...")
-    plots.histograms(
-        {name: _distributions(variants[name][0], terminal) for name in drawn},
-        output / "histograms.png",
-    )
-    terminal.say(f"Compiling {len(variants)} steps for {target}, and timing them ...")
-    summaries = _measured(variants, baseline, target)
+    # First what can fail, and last what is written.
+    terminal.say(f"Compiling {len(variants)} steps for {target} ...")
+    temp_bytes = {
+        name: measurements.temp_bytes(each[0].config, target)
+        for name, each in variants.items()
+    }
+    terminal.say(f"Computing gradients of {', '.join(drawn)} ...")
+    found = {
+        name: _distributions(_of_seed(variants[name], seed), terminal) for name in drawn
+    }
+    terminal.say(f"Timing {len(variants)} steps ...")
+    summaries = _summaries(variants, baseline, temp_bytes)
 
+    plots.histograms(found, baseline, output / "histograms.png")
     rows = {name: [run.rows for run in each] for name, each in variants.items()}
     for metric in ("accuracy", "loss"):
         plots.against_baseline(rows, baseline, metric, output / f"{metric}.png")
@@ -61,13 +68,14 @@ def main(directories: list[Path]) -> None:
         {
             each.variant: (
                 each.cached_bytes / 2**20,
-                each.test_accuracy.mean,
-                each.test_accuracy.error,
+                Mean(100 * each.gain.mean, 100 * each.gain.error),
             )
             for each in summaries
         },
-        ("cached by Conv and Dense in a step, MiB", "test accuracy"),
-        baseline,
+        (
+            "cached by Conv and Dense in a step, MiB",
+            f"test accuracy over {baseline} of the same seeds, points",
+        ),
         output / "tradeoff.png",
     )
     write_atomically(output / "summary.csv", summary.to_csv(summaries))
@@ -82,6 +90,16 @@ def main(directories: list[Path]) -> None:
 def _with_first(variants: dict[str, list[Run]], first: str) -> dict[str, list[Run]]:
     if first not in variants:
         raise ConfigError(f"--baseline={first}: there are {', '.join(variants)}.")
+    if len(variants) == 1:
+        raise ConfigError(f"There is no finished run of anything but {first}.")
+    seeds = {run.config.seed for run in variants[first]}
+    for name, each in variants.items():
+        if seeds.isdisjoint(run.config.seed for run in each):
+            raise ConfigError(
+                f"No run of {name} has the seed of one of {first}: "
+                f"{', '.join(map(str, sorted(seeds)))}. What a seed does is not to be "
+                f"taken for what {name} does: train it with one of these."
+            )
     return {first: variants[first]} | variants
 
 
@@ -90,24 +108,52 @@ def _drawn(names: list[str], chosen: list[str] | None) -> list[str]:
     for name in chosen or ():
         if name not in names:
             raise ConfigError(f"--histograms={name}: there are {', '.join(names)}.")
-    return list(dict.fromkeys([baseline, *(others[:1] if chosen is None else chosen)]))
+    return list(dict.fromkeys([baseline, *(chosen or others[:1])]))
 
 
-def _measured(
-    variants: dict[str, list[Run]], baseline: str, target: str
+def _common_seed(variants: list[list[Run]]) -> int:
+    """The first seed that all have; they begin with the same parameters."""
+    seeds = [[run.config.seed for run in each] for each in variants]
+    for seed in seeds[0]:
+        if all(seed in each for each in seeds):
+            return seed
+    raise ConfigError(
+        "No seed was trained in all variants of --histograms: "
+        + "; ".join(
+            f"{each[0].variant}: {', '.join(map(str, own))}"
+            for each, own in zip(variants, seeds, strict=True)
+        )
+    )
+
+
+def _of_seed(each: list[Run], seed: int) -> Run:
+    return next(run for run in each if run.config.seed == seed)
+
+
+def _summaries(
+    variants: dict[str, list[Run]], baseline: str, temp_bytes: dict[str, int]
 ) -> list[Summary]:
     configs = {name: each[0].config for name, each in variants.items()}
     seconds = measurements.step_seconds(configs)
+    of_baseline = {run.config.seed: _accuracy(run) for run in variants[baseline]}
     return [
         Summary(
             variant=name,
             memory=configs[name].memory,
             policy=summary.policy(configs[name]),
+            dropped=measurements.dropped(configs[name]),
             seeds=len(each),
-            test_accuracy=Mean.of([run.rows[-1]["test_accuracy"] for run in each]),
+            test_accuracy=Mean.of([_accuracy(run) for run in each]),
+            gain=Mean.of(
+                [
+                    _accuracy(run) - of_baseline[run.config.seed]
+                    for run in each
+                    if run.config.seed in of_baseline
+                ]
+            ),
             train_loss=Mean.of([run.rows[-1]["train_loss"] for run in each]),
             cached_bytes=measurements.cached_bytes(configs[name]),
-            temp_bytes=measurements.temp_bytes(configs[name], target),
+            temp_bytes=temp_bytes[name],
             step_ratio=statistics.median(
                 own / other
                 for own, other in zip(seconds[name], seconds[baseline], strict=True)
@@ -117,9 +163,13 @@ def _measured(
     ]
 
 
+def _accuracy(run: Run) -> float:
+    return run.rows[-1]["test_accuracy"]
+
+
 def _distributions(run: Run, terminal: Terminal) -> Distributions:
     job, last, batch = trained.load(run.config, run.path, terminal.say)
-    first = step_lib.initialise(run.config, job.shardings)
+    first = initialisation.initial_state(job)
     return distributions(run.config, (first, last), batch)
 
 

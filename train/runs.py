@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import records, workdir
+from train import failure, records, workdir
 from train.config import ConfigError
 from train.records import Row
 
@@ -44,8 +44,14 @@ def is_finished(config: ConfigDict, rows: list[Row]) -> bool:
     return bool(rows) and rows[-1]["step"] == config_lib.steps(config)[1]
 
 
-def find(directories: Iterable[Path]) -> dict[str, list[Run]]:
-    """The finished runs in directories and below them, by variant.
+def find(
+    directories: Iterable[Path], say: Callable[[str], None]
+) -> dict[str, list[Run]]:
+    """The finished runs in directories and below them, by variant, by seed.
+
+    Args:
+      directories: where to look.
+      say: is told of each run that is left out.
 
     Raises:
       ConfigError: there is none in one of them, or they cannot be compared.
@@ -55,6 +61,9 @@ def find(directories: Iterable[Path]) -> dict[str, list[Run]]:
     for directory in directories:
         below = [_read(path.parent) for path in sorted(directory.rglob("config.json"))]
         finished = [run for run in below if is_finished(run.config, run.rows)]
+        for run in below:
+            if run not in finished:
+                say(f"Left out: {run.path}, which {_how_far(run)}.")
         if not finished:
             raise ConfigError(f"{directory} holds no finished run.")
         found |= {run.path.resolve(): run for run in finished}
@@ -62,7 +71,17 @@ def find(directories: Iterable[Path]) -> dict[str, list[Run]]:
     for run in found.values():
         variants.setdefault(run.variant, []).append(run)
     _check_comparable(variants)
-    return variants
+    return {
+        name: sorted(each, key=lambda run: run.config.seed)
+        for name, each in variants.items()
+    }
+
+
+def _how_far(run: Run) -> str:
+    if (run.path / failure.DIRECTORY).exists():
+        return "ended with a loss that is not finite"
+    done = run.rows[-1]["step"] if run.rows else 0
+    return f"has {done} of its {config_lib.steps(run.config)[1]} steps"
 
 
 def _read(path: Path) -> Run:

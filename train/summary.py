@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from ml_collections import ConfigDict
 
+from dropit_jax import DropIT
 from train import config as config_lib
 from train import data, records, tables
 from train.runs import Run
@@ -38,9 +39,11 @@ class Summary:
     Attributes:
       variant: its name.
       memory: the preset.
-      policy: of its convolutions, by field; empty where nothing is dropped.
+      policy: of its layers, by field; empty for plain Flax.
+      dropped: the share of elements that its layers drop.
       seeds: how many runs there are of it.
       test_accuracy: of the last evaluation.
+      gain: of that over the baseline's run of the same seed.
       train_loss: of the last epoch, in nats.
       cached_bytes: what Conv and Dense cache in a step.
       temp_bytes: what a step allocates beside arguments and results on a target.
@@ -50,8 +53,10 @@ class Summary:
     variant: str
     memory: str
     policy: Mapping[str, Any]
+    dropped: float
     seeds: int
     test_accuracy: Mean
+    gain: Mean
     train_loss: Mean
     cached_bytes: int
     temp_bytes: int
@@ -59,18 +64,23 @@ class Summary:
 
 
 def policy(config: ConfigDict) -> dict[str, Any]:
-    """What the convolutions of a config cache.
-
-    The rate is that of a whole chunk, which always keeps one element.
-    """
-    dropit = config_lib.memory(config).conv
-    if dropit is None:
+    """What the layers of a config cache; of Dense and Conv both, where they differ."""
+    preset = config_lib.memory(config)
+    if preset.conv is None or preset.dropit is None:
         return {}
+    conv, dense = _fields(preset.conv), _fields(preset.dropit)
+    return {
+        name: value
+        if value == dense[name]
+        else f"Conv: {value or 'all'}, Dense: {dense[name] or 'all'}"
+        for name, value in conv.items()
+    }
+
+
+def _fields(dropit: DropIT) -> dict[str, Any]:
     fields = {name: getattr(dropit, name) for name in POLICY}
     if dropit.granularity == "channel":
-        return fields | {"chunk_size": None}  # there are no chunks of channels
-    if size := dropit.chunk_size:
-        fields["dropped"] = 1 - dropit.kept(size) / size
+        fields["chunk_size"] = None  # there are no chunks of channels
     return fields
 
 
@@ -78,7 +88,8 @@ def to_csv(summaries: Iterable[Summary]) -> str:
     """A row for each variant."""
     columns = (
         *("variant", "memory", *POLICY, "dropped", "seeds"),
-        *("test_accuracy", "test_accuracy_error", "train_loss", "train_loss_error"),
+        *("test_accuracy", "test_accuracy_error", "gain", "gain_error"),
+        *("train_loss", "train_loss_error"),
         *("cached_bytes", "temp_bytes", "step_ratio"),
     )
     return tables.to_csv(
@@ -88,14 +99,14 @@ def to_csv(summaries: Iterable[Summary]) -> str:
                 "variant": each.variant,
                 "memory": each.memory,
                 **each.policy,
+                "dropped": each.dropped,
                 "seeds": each.seeds,
-                "test_accuracy": f"{each.test_accuracy.mean:.4f}",
-                "test_accuracy_error": _error(each.test_accuracy),
-                "train_loss": f"{each.train_loss.mean:.4f}",
-                "train_loss_error": _error(each.train_loss),
+                **_columns("test_accuracy", each.test_accuracy),
+                **_columns("gain", each.gain),
+                **_columns("train_loss", each.train_loss),
                 "cached_bytes": each.cached_bytes,
                 "temp_bytes": each.temp_bytes,
-                "step_ratio": f"{each.step_ratio:.3f}",
+                "step_ratio": each.step_ratio,
             }
             for each in summaries
         ),
@@ -133,12 +144,16 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
             "",
             *_grid(summaries),
             "",
+            "In brackets the share that is dropped, where it is not the rate.",
+            "",
             "## Every variant",
             "",
             *table(summaries, target),
             "",
-            "Dropped is the share of a whole chunk, which always keeps one element. "
-            f"Times are a step's on this machine, divided by that of `{baseline}`.",
+            "Dropped is the share of the elements that layers cache: rounding, and the "
+            "one that every chunk keeps, make it another than the rate. Gain is in "
+            f"points, over the runs of `{baseline}` of the same seeds. Times are a "
+            f"step's on this machine, divided by that of `{baseline}`.",
             "",
             "![What is cached, and what is reached](tradeoff.png)",
             "",
@@ -154,26 +169,37 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
 
 def _grid(summaries: Sequence[Summary]) -> list[str]:
     """The paper's Table 2: what is dropped of values that are not quantised."""
-    cells: dict[str, dict[float, str]] = {}
+    cells: dict[str, dict[float, list[str]]] = {}
     for each in summaries:
         p = each.policy
         if not p or p["value_dtype"] in ("int2", "int4", "int8") or not p["rate"]:
             continue
         if each.memory != "dropit":
             continue
-        line = f"{p['strategy']}, {p['granularity']}s"
-        if p["granularity"] == "element":
-            line += f", D = {p['chunk_size'] or 'all'}"
-        if p["value_dtype"]:
-            line += f", {p['value_dtype']}"
-        cells.setdefault(line, {})[p["rate"]] = _percent(each.test_accuracy)
+        cell, rate = _percent(each.test_accuracy), f"{p['rate']:.1%}"
+        if (share := f"{each.dropped:.1%}") != rate:
+            cell += f" ({share})"
+        line = cells.setdefault(_selection(p), {})
+        line.setdefault(p["rate"], []).append(cell)
     rates = sorted({rate for line in cells.values() for rate in line})
     rows = [
-        [line, *(of_line.get(rate, "-") for rate in rates)]
+        [line, *("; ".join(of_line.get(rate, ["-"])) for rate in rates)]
         for line, of_line in cells.items()
     ]
-    title = f"dropped ({summaries[0].variant}: {_percent(summaries[0].test_accuracy)})"
+    title = f"rate ({summaries[0].variant}: {_percent(summaries[0].test_accuracy)})"
     return tables.to_markdown([title, *(f"{rate:.1%}" for rate in rates)], rows)
+
+
+def _selection(policy: Mapping[str, Any]) -> str:
+    """What is dropped, but for the rate."""
+    words = [policy["strategy"], f"{policy['granularity']}s"]
+    if policy["granularity"] == "element":
+        words.append(f"D = {policy['chunk_size'] or 'all'}")
+    if policy["value_dtype"]:
+        words.append(policy["value_dtype"])
+    if policy["fill"] != "zero":
+        words.append(policy["fill"])
+    return ", ".join(words)
 
 
 def table(summaries: Sequence[Summary], target: str) -> list[str]:
@@ -182,9 +208,10 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
     rows = [
         [
             f"`{each.variant}`",
-            f"{each.policy['dropped']:.1%}" if "dropped" in each.policy else "-",
+            f"{each.dropped:.1%}" if each.policy else "-",
             str(each.seeds),
             _percent(each.test_accuracy),
+            _percent(each.gain, sign="+") if each.policy else "-",
             f"{each.train_loss.mean:.3f}",
             f"{each.cached_bytes / 2**20:.2f}",
             f"{each.cached_bytes / baseline.cached_bytes:.2f}",
@@ -199,6 +226,7 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
         "dropped",
         "seeds",
         "accuracy",
+        "gain",
         "train loss",
         "cached MiB",
         "ratio",
@@ -206,12 +234,14 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
     return tables.to_markdown([*header, f"temp MiB on {target}", "ratio", "time"], rows)
 
 
-def _percent(accuracy: Mean) -> str:
-    text = f"{100 * accuracy.mean:.1f}"
+def _percent(accuracy: Mean, sign: str = "") -> str:
+    text = f"{100 * accuracy.mean:{sign}.1f}"
     return (
         text if math.isnan(accuracy.error) else f"{text} ± {100 * accuracy.error:.1f}"
     )
 
 
-def _error(value: Mean) -> str:
-    return "" if math.isnan(value.error) else f"{value.error:.4f}"
+def _columns(name: str, value: Mean) -> dict[str, Any]:
+    """As they are: who rounds them again gets what the page has."""
+    error = "" if math.isnan(value.error) else value.error
+    return {name: value.mean, f"{name}_error": error}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from train import config as config_lib
 from train import data
 from train import job as job_lib
 from train import step as step_lib
@@ -24,12 +25,17 @@ def load(
       say: is told of what is amiss with its checkpoints.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it cannot be read.
+      CheckpointError: the last step has no checkpoint, or it cannot be read.
       DataError: the dataset is not there, or damaged.
     """
     job = job_lib.prepare(config)
     with Checkpoints(workdir / "checkpoints", say, read_only=True) as checkpoints:
-        if not (steps := checkpoints.steps()):
-            raise CheckpointError(f"{workdir} has no checkpoint.")
+        steps, total = checkpoints.steps(), config_lib.steps(config)[1]
+        if not steps or steps[-1] != total:
+            raise CheckpointError(
+                f"{workdir} has no checkpoint of step {total}, its last. Train it "
+                "again: train.main with the same config and --workdir takes the steps "
+                "after the last checkpoint that is there."
+            )
         state, _ = checkpoints.restore(steps[-1], job.abstract)
     return job, state, data.first_batch(job.dataset, config.batch_size, config.seed)

@@ -35,6 +35,15 @@ def check(workdir: Path, config: ConfigDict) -> None:
     # Those that are not written to their end have another ending.
     if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         return
+    check_same(workdir, config)
+
+
+def check_same(workdir: Path, config: ConfigDict) -> None:
+    """Checks that the run in a workdir is one of this config.
+
+    Raises:
+      ConfigError: it is one of another, or cannot be read.
+    """
     before = config_lib.to_json(read_config(workdir))
     if changed := config_lib.differences(before, config_lib.to_json(config)):
         raise ConfigError(

@@ -35,6 +35,12 @@ class PresetTest(parameterized.TestCase):
         self.assertEqual(changed.remat, "dots")
         self.assertEqual(hash(changed), hash(dataclasses.replace(changed)))
 
+    def test_of_a_vector_there_is_no_mean(self):
+        mean = preset("lean", rate=0.5, fill="mean")
+        self.assertEqual(mean.for_vectors, preset("lean", rate=0.5))
+        for name in ("baseline", "dropit"):
+            self.assertEqual(preset(name).for_vectors, preset(name))
+
     def test_what_there_is_not_is_named(self):
         with pytest.raises(ValueError, match=r"'leen'; known are .* mean 'lean'\?"):
             preset("leen")

@@ -51,6 +51,8 @@ class GridTest(parameterized.TestCase):
         ),
         (lambda c: setattr(c.variants.half, "seeds", ()), "takes different seeds"),
         (lambda c: setattr(c.variants.half, "seeds", (1, 1)), "takes different seeds"),
+        (lambda c: setattr(c.variants.half, "seeds", (1.5,)), "config.variants.half: "),
+        (lambda c: setattr(c.variants.half, "memory", 3), "config.variants.half: "),
     )
     def test_a_config_that_is_no_grid(self, change, message):
         config = tiny_grid.get_config()
@@ -71,11 +73,22 @@ class GridTest(parameterized.TestCase):
             self.assertEqual(seeds[name], 3)
         for name in ("min_k_50_int4", "lean"):
             self.assertEqual(seeds[name], 3)
+        for name in ("channels_80", "random_80", "min_k_75_int4_mean"):
+            self.assertEqual(seeds[name], 1)
+        for name in ("plain_int4", "plain_int2"):
+            self.assertEqual(seeds[name], 1)
         for rate in (50, 80, 90, 99):
             for chunk_size in (16, 2**14):
                 self.assertIn(f"min_k_{rate}_d{chunk_size}", seeds)
         presets = {run.variant: config_lib.memory(run.config) for run in runs}
         self.assertLen(set(map(repr, presets.values())), len(presets))
+
+    def test_of_two_lengths_the_one_that_counts_is_left(self):
+        config = tiny_grid.get_config()
+        with config.ignore_type():
+            config.base.num_epochs = 7
+        for run in ablation.runs(config):
+            self.assertEqual((run.config.num_epochs, run.config.num_steps), (None, 80))
 
 
 class CommandTest(parameterized.TestCase):
@@ -101,6 +114,7 @@ class CommandTest(parameterized.TestCase):
             row = list(csv.DictReader(file))[-1]
         self.assertEqual(float(row["test_accuracy"]), last["test_accuracy"])
         self.assertEqual((row["strategy"], row["rate"]), ("", ""))
+        self.assertEqual(row["state"], "finished")
 
         # The report of these runs.
         output = directory / "report"
@@ -110,12 +124,25 @@ class CommandTest(parameterized.TestCase):
         self.assertEqual((status, errors), (0, ""))
         self.check_report(output, directory)
 
-        # A run that is another one now is not taken for it.
-        shutil.rmtree(output)
-        changed = ("--config.base.optimizer.learning_rate=0.5",)
+        # A run that is another one now is not taken for it, whatever is to be trained
+        # and whether or not its checkpoints are there.
+        shutil.rmtree(directory / "half/seed_3/checkpoints")
+        table = (directory / "results.csv").read_text()
+        changed = ("--config.variants.half.dropit.rate=0.6", "--variants=baseline")
         status, _, errors = commands.run("train.ablation", _GRID, where, *changed)
         self.assertEqual(status, 2)
-        self.assertIn("holds a run of another config", errors)
+        self.assertIn("half/seed_3 holds a run of another config", errors)
+        self.assertIn("config.dropit.rate: 0.5 -> 0.6", errors)
+        self.assertEqual((directory / "results.csv").read_text(), table)
+
+        # Histograms need the last checkpoint.
+        output = directory / "other"
+        status, _, errors = commands.run(
+            "train.report", f"--output={output}", directory
+        )
+        self.assertEqual(status, 2)
+        self.assertRegex(errors, "half/seed_3 has no checkpoint of step 80, its last")
+        self.assertEqual(list(output.iterdir()), [])
 
     def check_report(self, output, directory):
         with (output / "summary.csv").open(newline="") as file:
@@ -139,6 +166,10 @@ class CommandTest(parameterized.TestCase):
         # Half of the values, in bfloat16, and a bit for each place.
         ratio = int(half["cached_bytes"]) / int(baseline["cached_bytes"])
         self.assertAlmostEqual(ratio, (0.5 * 16 + 1) / 32, delta=0.02)
+        last = records.read(directory / "half/seed_3/metrics.csv")[-1]
+        gain = last["test_accuracy"] - accuracies[0]  # of the same seed
+        self.assertAlmostEqual(float(half["gain"]), gain)
+        self.assertEqual((float(half["dropped"]), float(baseline["gain"])), (0.5, 0))
         for row in (baseline, half):
             self.assertGreater(int(row["temp_bytes"]), 0)
             self.assertGreater(float(row["step_ratio"]), 0)
@@ -153,6 +184,37 @@ class CommandTest(parameterized.TestCase):
     def results(self, directory):
         with (directory / "results.csv").open(newline="") as file:
             return [(row["variant"], row["seed"]) for row in csv.DictReader(file)]
+
+    def test_a_loss_that_is_not_finite_ends_its_run_alone(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        status, _, errors = commands.run(
+            "train.ablation",
+            _GRID,
+            f"--workdir={directory}",
+            "--config.base.optimizer.learning_rate=1e38",
+            "--config.base.schedule.warmup_epochs=0",
+            "--config.variants.baseline.seeds=(3,)",
+        )
+        self.assertEqual(status, 2)
+        self.assertIn("The loss of baseline/seed_3, half/seed_3 became inf", errors)
+        with (directory / "results.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual(
+            [(row["variant"], row["state"], row["test_accuracy"]) for row in rows],
+            [("baseline", "diverged", ""), ("half", "diverged", "")],
+        )
+
+    def test_a_variant_that_cannot_be_trained_is_named(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory())) / "new"
+        status, _, errors = commands.run(
+            "train.ablation",
+            _GRID,
+            f"--workdir={directory}",
+            "--config.variants.half.dropit.rate=1.5",
+        )
+        self.assertEqual(status, 2)
+        self.assertRegex(errors, r"Variant 'half' .*rate must be in \[0, 1\)")
+        self.assertFalse(directory.exists())
 
     def test_a_variant_that_there_is_not(self):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory())) / "new"

@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -105,6 +107,51 @@ class PlainTest(parameterized.TestCase):
         # `nn.gelu` and `nn.relu` of the baseline are Flax's.
         self.assertNotIn("custom_vjp_call", text)
         self.assertTrue(issubclass(dn.Conv, nn.Conv))
+
+
+class HeadTest(parameterized.TestCase):
+    """A head reads one vector a sample, of which there is no mean."""
+
+    @parameterized.parameters(
+        (ResNet(10, (1,), width=4, stem="cifar"),),
+        (ViT(10, 4, 16, num_layers=1, num_heads=2),),
+    )
+    def test_a_model_is_filled_with_means_but_for_its_head(self, model):
+        memory = preset("dropit", rate=0.75, fill="mean", value_dtype=None)
+        images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+        variables = model.init(jax.random.key(0), images, False)
+        # A head of zeros would hand no gradient on.
+        variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+
+        def loss(params, model):
+            state = {name: x for name, x in variables.items() if name != "params"}
+            logits = model.apply({"params": params, **state}, images, False)
+            return jnp.sum(jnp.sin(logits + jnp.arange(10)))
+
+        gradients = {
+            fill: jax.grad(loss)(
+                variables["params"],
+                model.clone(
+                    memory=dataclasses.replace(
+                        memory,
+                        dropit=dataclasses.replace(memory.dropit, fill=fill),
+                        conv=dataclasses.replace(memory.conv, fill=fill),
+                    )
+                ),
+            )
+            for fill in ("zero", "mean")
+        }
+        differ = {
+            jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+            for (path, zero), mean in zip(
+                jax.tree_util.tree_leaves_with_path(gradients["zero"]),
+                jax.tree.leaves(gradients["mean"]),
+                strict=True,
+            )
+            if not bool(jnp.array_equal(zero, mean))
+        }
+        self.assertNotIn("head", differ)
+        self.assertGreater(len(differ), 1)
 
 
 if __name__ == "__main__":

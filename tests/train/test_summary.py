@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from tests.train import tiny_grid
 from train import ablation, summary
+from train.config import dropit_section
 from train.summary import Mean, Summary
 
 
-def _summary(variant, memory="dropit", accuracy=(0.5,), **policy):
+def _summary(variant, memory="dropit", accuracy=(0.5,), dropped=0.5, **policy):
     fields = {
         "strategy": "min_k",
         "granularity": "element",
@@ -25,8 +26,10 @@ def _summary(variant, memory="dropit", accuracy=(0.5,), **policy):
         variant=variant,
         memory=memory,
         policy={} if memory == "baseline" else fields | policy,
+        dropped=dropped,
         seeds=len(accuracy),
         test_accuracy=Mean.of(accuracy),
+        gain=Mean.of([each - 0.55 for each in accuracy]),
         train_loss=Mean.of((1.25,)),
         cached_bytes=2**21 if memory == "baseline" else 2**20,
         temp_bytes=2**22,
@@ -51,12 +54,15 @@ class MeanTest(parameterized.TestCase):
 class PageTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
+        channels = {"granularity": "channel", "chunk_size": None}
         self.summaries = [
             _summary("baseline", "baseline", (0.5, 0.7)),
             _summary("a", accuracy=(0.41,), rate=0.5),
-            _summary("b", accuracy=(0.42,), rate=0.8),
-            _summary("c", accuracy=(0.43,), rate=0.8, chunk_size=2**14),
-            _summary("d", accuracy=(0.44,), rate=0.8, granularity="channel"),
+            _summary("b", accuracy=(0.42,), dropped=13 / 16, rate=0.8),
+            _summary("c", accuracy=(0.43,), dropped=0.8, rate=0.8, chunk_size=2**14),
+            _summary("d", accuracy=(0.44,), dropped=7 / 8, rate=0.8, **channels),
+            _summary("g", accuracy=(0.47,), rate=0.5, fill="mean"),
+            _summary("h", accuracy=(0.48,), rate=0.5),
             _summary("e", accuracy=(0.45,), rate=0.5, value_dtype="int4"),
             _summary("f", memory="lean", accuracy=(0.46,), rate=0.0),
         ]
@@ -73,11 +79,13 @@ class PageTest(parameterized.TestCase):
         self.assertEqual(
             rows,
             [
-                ["dropped (baseline: 60.0 ± 10.0)", "50.0%", "80.0%"],
+                ["rate (baseline: 60.0 ± 10.0)", "50.0%", "80.0%"],
                 ["---", "---", "---"],
-                ["min_k, elements, D = 16", "41.0", "42.0"],
+                # Two variants that differ by something else are both there.
+                ["min_k, elements, D = 16", "41.0; 48.0", "42.0 (81.2%)"],
                 ["min_k, elements, D = 16384", "-", "43.0"],
-                ["min_k, channels", "-", "44.0"],
+                ["min_k, channels", "-", "44.0 (87.5%)"],
+                ["min_k, elements, D = 16, mean", "47.0", "-"],
             ],
         )
 
@@ -87,26 +95,20 @@ class PageTest(parameterized.TestCase):
             self.assertIn(f"| `{each.variant}` |", table)
         self.assertIn("temp MiB on l4", table)
         self.assertIn("| 1.00 | 0.50 | 4.00 | 1.00 | 1.00 |", table)
+        self.assertIn("| `baseline` | - | 2 | 60.0 ± 10.0 | - | 1.250 |", table)
+        self.assertIn("| `a` | 50.0% | 1 | 41.0 | -14.0 | 1.250 |", table)
 
     def test_the_csv_has_what_the_page_has(self):
         rows = list(csv.DictReader(io.StringIO(summary.to_csv(self.summaries))))
-        self.assertEqual([row["variant"] for row in rows], ["baseline", *"abcdef"])
-        self.assertEqual(rows[0]["test_accuracy"], "0.6000")
-        self.assertEqual(rows[0]["test_accuracy_error"], "0.1000")
+        self.assertEqual([row["variant"] for row in rows], ["baseline", *"abcdghef"])
+        self.assertAlmostEqual(float(rows[0]["test_accuracy"]), 0.6)
+        self.assertAlmostEqual(float(rows[0]["test_accuracy_error"]), 0.1)
+        self.assertAlmostEqual(float(rows[1]["gain"]), -0.14)
+        self.assertEqual((rows[1]["gain_error"], rows[1]["dropped"]), ("", "0.5"))
         self.assertEqual((rows[0]["rate"], rows[4]["granularity"]), ("", "channel"))
 
 
 class PolicyTest(parameterized.TestCase):
-    def test_dropped_is_what_a_chunk_loses(self):
-        run = ablation.runs(tiny_grid.get_config())[1].config
-        for rate, chunk_size, dropped in (
-            (0.5, 16, 0.5),
-            (0.99, 16, 15 / 16),
-            (0.9, 2**14, 1 - 1638 / 2**14),
-        ):
-            run.dropit.rate, run.dropit.chunk_size = rate, chunk_size
-            self.assertEqual(summary.policy(run)["dropped"], dropped)
-
     def test_channels_have_no_chunks(self):
         run = ablation.runs(tiny_grid.get_config())[1].config
         run.dropit.granularity = "channel"
@@ -114,7 +116,13 @@ class PolicyTest(parameterized.TestCase):
         self.assertEqual(
             (policy["granularity"], policy["chunk_size"]), ("channel", None)
         )
-        self.assertNotIn("dropped", policy)
+
+    def test_layers_that_differ_are_told_apart(self):
+        run = ablation.runs(tiny_grid.get_config())[1].config
+        run.memory, run.dropit = "lean", dropit_section()
+        policy = summary.policy(run)
+        self.assertEqual(policy["value_dtype"], "Conv: int2, Dense: int4")
+        self.assertEqual(policy["rate"], 0)
 
     def test_the_baseline_has_none(self):
         self.assertEqual(

@@ -2,14 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs import digits_resnet18
+from configs import digits_vit
 from train.config import dropit_section
 
 
 def get_config():
-    base = digits_resnet18.get_config()
-    base.image_size = 8
-    base.model.width = 4
+    base = digits_vit.get_config()
     base.batch_size = 32
     base.num_epochs = None
     base.num_steps = 80

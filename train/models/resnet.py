@@ -159,7 +159,8 @@ class ResNet(nn.Module):
                     name=f"stage{stage + 1}_block{number + 1}",
                 )(x, train)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return tools.Dense(self.num_classes, name="head")(x)
+        head = toolbox(self.memory.for_vectors).Dense(self.num_classes, name="head")
+        return head(x)
 
     def _stem(self, x: Array, train: bool) -> Array:
         tools = toolbox(self.memory)

@@ -91,7 +91,7 @@ class ViT(nn.Module):
             name="Transformer",
         )(x, train)
         x = x[:, 0] if self.pool == "cls" else jnp.mean(x, axis=1, dtype=jnp.float32)
-        head = toolbox(self.memory).Dense(
+        head = toolbox(self.memory.for_vectors).Dense(
             self.num_classes, kernel_init=nn.initializers.zeros, name="head"
         )
         return head(x.astype(jnp.float32))

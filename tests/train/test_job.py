@@ -1,0 +1,31 @@
+"""What is refused before anything is read."""
+
+import pytest
+from absl.testing import absltest, parameterized
+
+from configs import digits_resnet18, digits_vit
+from train import job
+from train.config import ConfigError, dropit_section
+
+
+class CheckTest(parameterized.TestCase):
+    @parameterized.parameters(digits_resnet18, digits_vit)
+    def test_a_mean_suits_the_models(self, file):
+        config = file.get_config()
+        config.dropit = dropit_section(rate=0.75, fill="mean")
+        job.check(config)
+
+    def test_a_layer_of_too_few_positions_for_a_mean_is_told(self):
+        config = digits_resnet18.get_config()
+        config.image_size, config.model.width = 8, 4
+        job.check(config)
+        config.dropit = dropit_section(rate=0.75, fill="mean")
+        # From the third stage on there are 2x2 positions.
+        with pytest.raises(
+            ConfigError, match=r"config.dropit: .*\(64, 2, 2, 16\) has 4"
+        ):
+            job.check(config)
+
+
+if __name__ == "__main__":
+    absltest.main()
