@@ -79,21 +79,22 @@ class Everything(nn.Module):
 
 
 class ToolboxTest(parameterized.TestCase):
-    def setUp(self):
-        super().setUp()
-        self.x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-        self.variables = jax.jit(
-            lambda: Everything(preset("baseline")).init(
-                jax.random.key(1), self.x, False
-            )
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+        cls.variables = jax.jit(
+            lambda: Everything(preset("baseline")).init(jax.random.key(1), cls.x, False)
         )()
 
-    def _run(self, memory):
+    @classmethod
+    @functools.cache
+    def _run(cls, memory):
         model = Everything(memory)
 
         def loss(params, x):
             out, updates = model.apply(
-                self.variables | {"params": params},
+                cls.variables | {"params": params},
                 x,
                 True,
                 mutable=["batch_stats"],
@@ -106,7 +107,7 @@ class ToolboxTest(parameterized.TestCase):
             (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, x)
             return aux, grads
 
-        return jax.jit(run)(self.variables["params"], self.x)
+        return jax.jit(run)(cls.variables["params"], cls.x)
 
     @parameterized.parameters("dropit", "lean")
     def test_the_output_is_flaxs_and_the_gradient_near(self, name):

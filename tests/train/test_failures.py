@@ -16,7 +16,14 @@ from tests.data import write_tiny_datasets as tiny
 from tests.train import commands
 from train import cli, data
 
-_SHORT = ("--config.num_epochs=2",)
+# None of this is about the model; an epoch of 179 steps takes about a second.
+_SMALL = (
+    "--config=configs/digits_vit.py",
+    "--config.memory=baseline",
+    "--config.batch_size=8",
+    "--config.num_epochs=2",
+)
+_EPOCH, _ALL = 179, 358
 
 
 class FailuresTest(parameterized.TestCase):
@@ -25,13 +32,13 @@ class FailuresTest(parameterized.TestCase):
         super().setUpClass()
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.whole = cls.directory / "whole"
-        status, _, errors = cls._train(cls.whole, *_SHORT)
+        status, _, errors = cls._train(cls.whole)
         assert (status, errors) == (0, "")
 
     @classmethod
     def _train(cls, workdir, *more):
         flag = f"--workdir={workdir}"
-        return commands.run("train.main", *commands.TINY, flag, *more)
+        return commands.run("train.main", *_SMALL, flag, *more)
 
     def _copy(self, name):
         """The run, as if it had been stopped before its last row was written."""
@@ -41,25 +48,25 @@ class FailuresTest(parameterized.TestCase):
 
     def test_a_half_written_checkpoint_is_skipped(self):
         workdir = self._copy("half")
-        whole = workdir / "checkpoints" / "88"
-        whole.rename(workdir / "checkpoints" / "88.orbax-checkpoint-tmp")
+        whole = workdir / "checkpoints" / str(_ALL)
+        whole.rename(workdir / "checkpoints" / f"{_ALL}.orbax-checkpoint-tmp")
         (workdir / "metrics.csv").unlink()
         shutil.copy(self.whole / "metrics.csv", workdir)
-        status, out, errors = self._train(workdir, *_SHORT)
+        status, out, errors = self._train(workdir)
         self.assertEqual((status, errors), (0, ""))
-        self.assertRegex(out, r"88.*was not written to its end")
-        self.assertIn("goes on after step 44 of 88", out)
+        self.assertRegex(out, rf"{_ALL}.*was not written to its end")
+        self.assertIn(f"goes on after step {_EPOCH} of {_ALL}", out)
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
 
     def test_a_damaged_checkpoint_is_put_aside(self):
         workdir = self._copy("damaged")
-        newest = workdir / "checkpoints" / "88" / "state"
+        newest = workdir / "checkpoints" / str(_ALL) / "state"
         for path in newest.rglob("*"):
             if path.is_file():
                 os.truncate(path, path.stat().st_size // 2)
-        status, out, errors = self._train(workdir, *_SHORT)
+        status, out, errors = self._train(workdir)
         self.assertEqual((status, errors), (0, ""))
-        self.assertIn("goes on after step 44 of 88", out)
+        self.assertIn(f"goes on after step {_EPOCH} of {_ALL}", out)
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
         self.assertEqual(commands.steps(workdir), commands.steps(self.whole))
 
@@ -69,19 +76,17 @@ class FailuresTest(parameterized.TestCase):
     )
     def test_a_full_disk_costs_no_checkpoint(self, limit, message):
         workdir = self.directory / f"full_{limit}"
-        process = commands.start(
-            "train.main", *commands.TINY, f"--workdir={workdir}", *_SHORT
-        )
+        process = commands.start("train.main", *_SMALL, f"--workdir={workdir}")
         commands.wait_for(lambda: commands.steps(workdir), process)
         # No file may grow from here on: as good as a full disk.
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         _, errors = process.communicate()
         self.assertEqual(process.returncode, 2, errors)
         self.assertIn(message, errors)
-        self.assertEqual(commands.steps(workdir), [44])
-        status, out, errors = self._train(workdir, *_SHORT)
+        self.assertEqual(commands.steps(workdir), [_EPOCH])
+        status, out, errors = self._train(workdir)
         self.assertEqual((status, errors), (0, ""))
-        self.assertIn("goes on after step 44 of 88", out)
+        self.assertIn(f"goes on after step {_EPOCH} of {_ALL}", out)
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
 
     def test_another_dataset_in_the_same_place_is_noticed(self):
@@ -90,15 +95,17 @@ class FailuresTest(parameterized.TestCase):
         flags = (
             "--config.dataset=cifar10",
             f"--config.data_dir={data_dir}",
+            "--config.image_size=32",
+            "--config.model.patch_size=8",
             "--config.num_epochs=1",
             f"--workdir={self.directory / 'moved'}",
         )
-        status, _, errors = commands.run("train.main", *commands.TINY, *flags)
+        status, _, errors = commands.run("train.main", *_SMALL, *flags)
         self.assertEqual((status, errors), (0, ""))
         shutil.rmtree(data_dir)
         with mock.patch.dict(tiny.EXAMPLES, train=40):
             tiny.write(data_dir)
-        status, _, errors = commands.run("train.main", *commands.TINY, *flags)
+        status, _, errors = commands.run("train.main", *_SMALL, *flags)
         self.assertEqual(status, 2)
         self.assertIn("began with 48 training examples of 'cifar10'", errors)
         self.assertNotIn("Traceback", errors)
@@ -106,7 +113,7 @@ class FailuresTest(parameterized.TestCase):
     def test_a_workdir_that_cannot_be_written_is_told_first(self):
         file = self.directory / "file"
         file.touch()
-        status, out, errors = self._train(file / "workdir", *_SHORT)
+        status, out, errors = self._train(file / "workdir")
         self.assertEqual(status, 2)
         self.assertIn(str(file), errors)
         self.assertNotIn("Traceback", errors)
@@ -122,10 +129,14 @@ class FailuresTest(parameterized.TestCase):
 
     def test_a_loss_that_is_not_finite_leaves_what_shows_it_again(self):
         workdir = self.directory / "diverged"
-        steep = ("--config.optimizer.learning_rate=1e30", "--config.checkpoint_steps=1")
+        steep = (
+            "--config.optimizer.learning_rate=1e38",
+            "--config.schedule.warmup_epochs=0",
+            "--config.checkpoint_steps=1",
+        )
         messages = []
         for _ in range(2):
-            status, out, errors = self._train(workdir, *_SHORT, *steep)
+            status, out, errors = self._train(workdir, *steep)
             self.assertEqual(status, 2)
             self.assertNotIn("Traceback", errors)
             messages.append(errors)
@@ -136,7 +147,7 @@ class FailuresTest(parameterized.TestCase):
         self.assertIn(f"at step {step}.", messages[0])
         self.assertEqual(record["checkpoint"], commands.steps(workdir)[-1])
         self.assertLess(record["checkpoint"], step)
-        self.assertEqual(record["config"]["optimizer"]["learning_rate"], 1e30)
+        self.assertEqual(record["config"]["optimizer"]["learning_rate"], 1e38)
         config = record["config"]
         dataset = data.load("digits", "", config["image_size"], config["augmentation"])
         batches = data.training_batches(dataset, config["batch_size"], config["seed"])

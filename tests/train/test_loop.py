@@ -23,6 +23,9 @@ class LoopTest(parameterized.TestCase):
         super().setUpClass()
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.whole = cls.directory / "whole"
+        # A run that never came to a checkpoint may be another one.
+        cls.whole.mkdir()
+        (cls.whole / "config.json").write_text('{"dataset": "cifar10"}')
         cls.result = cls._train(cls.whole)
 
     @classmethod
@@ -59,44 +62,39 @@ class LoopTest(parameterized.TestCase):
         shares = [row["data_wait"] for row in records.read(self.whole / "metrics.csv")]
         self.assertLen([share for share in shares if 0 <= share < 1], _EPOCHS)
 
-    def test_a_finished_run_stays_as_it_is(self):
-        before = (self.whole / "metrics.csv").read_bytes()
-        status, out, _ = self._train(self.whole)
-        self.assertEqual(status, 0)
-        self.assertIn("after step 264 of 264", out)
-        self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
+    def test_a_run_without_a_checkpoint_may_change(self):
+        self.assertEqual(_config(self.whole)["dataset"], "digits")
 
-    def test_sigkill_between_two_checkpoints_costs_nothing_but_time(self):
-        workdir = self.directory / "killed"
-        process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
-        commands.wait_for(
-            lambda: 2 * _STEPS_PER_EPOCH in commands.steps(workdir), process
-        )
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        self.assertEqual(process.returncode, -signal.SIGKILL)
-        self.assertLess(commands.steps(workdir)[-1], _EPOCHS * _STEPS_PER_EPOCH)
-        status, out, _ = self._train(workdir)
-        self.assertEqual(status, 0)
-        self.assertIn("goes on after step", out)
-        self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
-
-    @parameterized.parameters(signal.SIGTERM, signal.SIGINT)
-    def test_a_signal_saves_the_step_that_runs(self, signum):
-        workdir = self.directory / signum.name
-        process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
-        commands.wait_for(lambda: commands.steps(workdir), process)
-        process.send_signal(signum)
-        _, errors = process.communicate()
-        self.assertEqual(process.returncode, 128 + signum)
-        saved = commands.steps(workdir)[-1]
-        self.assertLess(saved, _EPOCHS * _STEPS_PER_EPOCH)
-        self.assertIn(f"Stopped by {signum.name} after step {saved}", errors)
-        self.assertNotIn("Traceback", errors)
+    def test_signals_cost_nothing_but_time(self):
+        """One after the other, each on the run that the one before has stopped."""
+        workdir, saved = self.directory / "stopped", 0
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+            status, out, errors = self._stop_after(saved, workdir, signum)
+            if saved:
+                self.assertIn(f"goes on after step {saved} of", out)
+            saved = commands.steps(workdir)[-1]
+            self.assertLess(saved, _EPOCHS * _STEPS_PER_EPOCH)
+            self.assertNotIn("Traceback", errors)
+            if signum == signal.SIGKILL:
+                self.assertEqual(status, -signum)
+                continue
+            # The step that ran is saved.
+            self.assertEqual(status, 128 + signum)
+            self.assertIn(f"Stopped by {signum.name} after step {saved}", errors)
         status, out, _ = self._train(workdir)
         self.assertEqual(status, 0)
         self.assertIn(f"goes on after step {saved} of", out)
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
+
+    def _stop_after(self, step, workdir, signum):
+        """Starts a run and stops it once it has a checkpoint of a later step."""
+        process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
+        commands.wait_for(
+            lambda: max(commands.steps(workdir), default=0) > step, process
+        )
+        process.send_signal(signum)
+        out, errors = process.communicate()
+        return process.returncode, out, errors
 
     def test_another_config_does_not_touch_the_run(self):
         before = (self.whole / "metrics.csv").read_bytes()
@@ -108,26 +106,27 @@ class LoopTest(parameterized.TestCase):
         self.assertNotIn("Traceback", errors)
         self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
 
-    def test_what_changes_no_result_may_change(self):
+    def test_a_finished_run_stays_as_it_is(self):
+        """And what changes no result may change."""
+        before = (self.whole / "metrics.csv").read_bytes()
         free = ("--config.workers=1", "--config.checkpoint_steps=7")
         status, out, errors = self._train(self.whole, *free)
         self.assertEqual((status, errors), (0, ""))
         self.assertIn("after step 264 of 264", out)
-
-    def test_a_run_without_a_checkpoint_may_change(self):
-        workdir = self.directory / "corrected"
-        workdir.mkdir()
-        (workdir / "config.json").write_text('{"dataset": "cifar10"}')
-        status, _, errors = self._train(workdir, "--config.num_steps=2")
-        self.assertEqual((status, errors), (0, ""))
-        self.assertEqual(_config(workdir)["dataset"], "digits")
+        self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
 
     def test_several_devices_share_a_batch(self):
         results = {}
         for devices in (1, 4):
             workdir = self.directory / f"{devices}_devices"
-            short = ("--config.num_epochs=1", "--config.batch_size=360")
-            status, _, errors = self._train(workdir, *short, devices=devices)
+            status, _, errors = commands.run(
+                "train.main",
+                "--config=configs/digits_vit.py",
+                "--config.num_epochs=1",
+                "--config.batch_size=360",
+                f"--workdir={workdir}",
+                devices=devices,
+            )
             self.assertEqual((status, errors), (0, ""))
             (results[devices],) = commands.metrics(workdir)
         # The same sums in another order.
@@ -149,12 +148,14 @@ class LoopTest(parameterized.TestCase):
             "--config.num_steps=50",
             "--config.schedule.name=step",
             "--config.schedule.decay_epochs=(1,)",
+            "--config.dropit.chunk_size=None",
         )
         self.assertEqual((status, errors), (0, ""))
         rows = commands.metrics(workdir)
         self.assertEqual([row["step"] for row in rows], [44, 50])
         rates = [row["learning_rate"] for row in rows]
         np.testing.assert_allclose(rates, [0.05 * 43 / 44, 0.005], rtol=1e-5)
+        self.assertIsNone(_config(workdir)["dropit"]["chunk_size"])
 
     @parameterized.parameters(
         (["--config.dropit.rat=0.5"], 'Did you mean "rate"'),
@@ -175,14 +176,6 @@ class LoopTest(parameterized.TestCase):
         self.assertIn(message, out + errors)
         self.assertNotIn("Traceback", out + errors)
         self.assertFalse(workdir.exists())
-
-    def test_none_can_be_given_on_the_command_line(self):
-        workdir = self.directory / "none"
-        arguments = ("--config.dropit.chunk_size=None", "--config.num_epochs=1")
-        status, _, errors = self._train(workdir, *arguments)
-        self.assertEqual((status, errors), (0, ""))
-        config = _config(workdir)
-        self.assertIsNone(config["dropit"]["chunk_size"])
 
 
 if __name__ == "__main__":
