@@ -1,6 +1,7 @@
 """The tables of the README say what the files under docs/results/ say."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -16,21 +17,20 @@ _TARGET = "h100"
 
 
 def _compared():
-    """What `make train` prints."""
+    """What `make train` prints: its title, of which there is none, and its lines."""
     results = {
         name: compare.Measurements(**fields)
         for name, fields in json.loads((_RESULTS / "digits.json").read_text()).items()
     }
     text = io.StringIO()
     rich.console.Console(file=text, width=100).print(compare.table(results, _TARGET))
-    return text.getvalue().splitlines()
+    return ("", tuple(text.getvalue().splitlines()))
 
 
 def _allocated():
-    """What `benchmarks.memory` prints."""
+    """What `benchmarks.memory` prints: the title and the lines of each table."""
     rows = json.loads((_RESULTS / "memory.json").read_text())
     results = [memory.Result(**row) for row in rows]
-    lines = []
     for workload in workloads.WORKLOADS:
         own = (workload.model, workload.image_size, workload.batch, workload.dtype)
         of_workload = [
@@ -38,35 +38,46 @@ def _allocated():
             for result in results
             if (result.model, result.image_size, result.batch, result.dtype) == own
         ]
-        lines += memory.markdown(workload, of_workload).splitlines()
-    return lines
+        title, _, *lines = memory.markdown(workload, of_workload).splitlines()
+        table = itertools.takewhile(_is_of_table, lines)
+        yield f"**{title.removeprefix('### ')}**", tuple(table)
+
+
+def _is_of_table(line):
+    return line.startswith(tuple("|│┃┏┡└"))
+
+
+def _tables(lines):
+    """The tables among lines, each with the last line before it that is not empty."""
+    title = ""
+    for is_table, group in itertools.groupby(lines, _is_of_table):
+        own = list(group)
+        if is_table:
+            yield title, tuple(own)
+        else:
+            title = ([""] + [line for line in own if line])[-1]
 
 
 class ReadmeTest(absltest.TestCase):
     def setUp(self):
         super().setUp()
         text = (_ROOT / "README.md").read_text()
-        self.lines = text.splitlines()
-
-    def test_every_number_of_a_table_is_in_a_file(self):
-        known = {*_compared(), *_allocated()}
-        rows = [
-            line
-            for line in self.lines
-            if line.startswith(("|", "│")) and any(map(str.isdigit, line))
+        self.tables = [
+            (title if title.startswith("**") else "", table)
+            for title, table in _tables(text.splitlines())
+            if any(character.isdigit() for line in table for character in line)
         ]
-        self.assertGreater(len(rows), 10)
-        for row in rows:
-            self.assertIn(row, known)
 
-    def test_every_table_is_there(self):
-        wanted = {"make train": _compared(), "memory": _allocated()}
-        for name, lines in wanted.items():
-            with self.subTest(name):
-                shared = set(lines) & set(self.lines)
-                self.assertGreaterEqual(
-                    sum(any(map(str.isdigit, line)) for line in shared), 4
-                )
+    def test_every_table_is_whole_and_under_its_title(self):
+        known = {_compared(), *_allocated()}
+        for title, table in self.tables:
+            with self.subTest(title):
+                self.assertIn((title, table), known)
+
+    def test_there_is_one_of_each_command(self):
+        tables = set(self.tables)
+        self.assertIn(_compared(), tables)
+        self.assertNotEmpty(tables & set(_allocated()))
 
 
 if __name__ == "__main__":
