@@ -40,7 +40,8 @@ class ViT(nn.Module):
         in the first (Touvron et al., 2021, Table 9).
       scan: whether the blocks are one in a loop of the compiled program, which then
         takes as long to compile for any depth. Their parameters are stacked along a
-        first axis.
+        first axis. So is all that a block caches, of which XLA then recomputes nothing
+        by itself: it is meant to go with `memory.remat="blocks"`.
       dtype: of the computation; `None`: that of image and parameters.
       memory: what the model caches. The embedding of the patches is left as it is: its
         input is the image itself (DropIT paper, §3.4).
