@@ -134,7 +134,7 @@ def runs(config: ConfigDict) -> list[Run]:
                 f"got {seeds!r}."
             )
         for place, seed in enumerate(seeds):
-            one = config_lib.without_unused(copy.deepcopy(config.base))
+            one = config_lib.without_unused_epochs(copy.deepcopy(config.base))
             try:
                 one.memory, one.dropit = variant.memory, copy.deepcopy(variant.dropit)
                 one.seed = seed
@@ -149,15 +149,15 @@ def table(grid: list[Run], workdir: Path) -> str:
 
     A run whose loss became infinite or NaN has a row that says so.
     """
-    columns = ("variant", "seed", "memory", *summary.POLICY, "state", *_REACHED)
+    columns = ("variant", "seed", "memory", *summary.POLICY, "status", *_REACHED)
     rows = []
     for run in grid:
         own = _rows(run, workdir)
         if is_finished(run.config, own):
             last = {name: own[-1][name] for name in _REACHED}
-            rows.append(_row(run) | {"state": "finished"} | last)
-        elif (workdir / run.path / failure.DIRECTORY).exists():
-            rows.append(_row(run) | {"state": "diverged"})
+            rows.append(_row(run) | {"status": "finished"} | last)
+        elif failure.is_in(workdir / run.path):
+            rows.append(_row(run) | {"status": "diverged"})
     return tables.to_csv(columns, rows)
 
 

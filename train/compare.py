@@ -49,7 +49,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     job_lib.prepare(config)  # which may be told that it cannot be run
     terminal.say(f"Compiling a step for {target} ...")
     temp = {
-        name: measurements.temp_bytes(variant, target)
+        name: measurements.allocated(variant, target).temp_bytes
         for name, variant in variants.items()
     }
     rows = {

@@ -83,7 +83,7 @@ def plain(config: ConfigDict) -> ConfigDict:
     return variant
 
 
-def without_unused(config: ConfigDict) -> ConfigDict:
+def without_unused_epochs(config: ConfigDict) -> ConfigDict:
     """The config without `num_epochs` where `num_steps` says how long to train.
 
     Or two runs would differ by what does not matter.

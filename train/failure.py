@@ -14,15 +14,19 @@ from train.files import write_atomically
 from train.job import Job
 from train.meter import NonFiniteLossError
 
-# In a workdir.
-DIRECTORY = "failure"
+_DIRECTORY = "failure"
 
 
-def write(directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
+def is_in(workdir: Path) -> bool:
+    """Whether the run in a workdir once ended with a loss that was not finite."""
+    return (workdir / _DIRECTORY).exists()
+
+
+def write(workdir: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
     """Writes the step, the config and the batches of a loss that is not finite.
 
     Args:
-      directory: is made.
+      workdir: gets a directory of them.
       job: what was trained.
       error: which step it was.
       checkpoint: the step of the last checkpoint, or 0.
@@ -30,6 +34,7 @@ def write(directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int)
     Returns:
       What to tell the user.
     """
+    directory = workdir / _DIRECTORY
     try:
         _write(directory, job, error, checkpoint)
     except (OSError, data.DataError) as problem:

@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
             f"config.num_steps={config.num_steps} says how long to train, not "
             f"config.num_epochs={config.num_epochs}."
         )
-    config = config_lib.without_unused(config)
+    config = config_lib.without_unused_epochs(config)
     job = job_lib.prepare(config)
     workdir_lib.check(workdir, config)
     check_writable(workdir / "checkpoints", job.state_bytes)
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
             return _train(job, workdir, terminal, checkpoints)
         except NonFiniteLossError as error:
             last = max(checkpoints.steps(), default=0)
-            terminal.say(failure.write(workdir / failure.DIRECTORY, job, error, last))
+            terminal.say(failure.write(workdir, job, error, last))
             raise
 
 

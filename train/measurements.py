@@ -1,14 +1,16 @@
 """What a config costs: bytes cached, bytes allocated on a GPU, time of a step here."""
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dropit_jax import DropIT, Preset, linen, memory
+from dropit_jax import DropIT, Preset, compress, linen, memory
 from train import config as config_lib
 from train import data
 from train import job as job_lib
@@ -18,10 +20,10 @@ from train import step as step_lib
 _TIMED_STEPS = 8
 
 
-def temp_bytes(config: ConfigDict, target: str) -> int:
-    """What a step allocates beside arguments and results on the target."""
+def allocated(config: ConfigDict, target: str) -> memory.CompileReport:
+    """What a step of a config takes on the target."""
     step, args = step_lib.abstract(config)
-    return memory.compile_report(step, *args, target=target, donate=0).temp_bytes
+    return memory.compile_report(step, *args, target=target, donate=0)
 
 
 def cached_bytes(config: ConfigDict) -> int:
@@ -69,14 +71,16 @@ def dropped(config: ConfigDict) -> float:
 
 def kept_elements(shape: tuple[int, ...], policy: DropIT) -> int:
     """How many elements a policy keeps of an activation of this shape."""
-    size = math.prod(shape)
-    if policy.granularity == "channel":
-        return size // shape[-1] * policy.kept(shape[-1])
-    if policy.chunk_size is None:
-        return policy.kept(size)
-    whole, rest = divmod(size // shape[0], policy.chunk_size)
-    last = policy.kept(rest) if rest else 0
-    return shape[0] * (whole * policy.kept(policy.chunk_size) + last)
+    # What is stored of a float is the float.
+    policy = dataclasses.replace(
+        policy, value_dtype=None, rounding="nearest", fill="zero"
+    )
+    residual = jax.eval_shape(
+        lambda x, key: compress(x, policy, key),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.random.key(0),
+    )
+    return math.prod(residual.values.shape)
 
 
 def step_seconds(

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dropit_jax import memory
-from train import cli
+from train import cli, measurements
 from train import config as config_lib
 from train import step as step_lib
 from train.target import TARGET
@@ -31,7 +31,10 @@ def main(config: ConfigDict, _: Path) -> None:
     variants = {name_of(config): config}
     if config.memory != _BASELINE or config.remat != "none":
         variants = {_BASELINE: config_lib.plain(config)} | variants
-    reports = {name: report(each, TARGET.value) for name, each in variants.items()}
+    reports = {
+        name: measurements.allocated(each, TARGET.value)
+        for name, each in variants.items()
+    }
     plans: dict[str, memory.BatchPlan | None] = {}
     if _MAX_BATCH.value:
         plans = {name: plan(each, TARGET.value) for name, each in variants.items()}
@@ -47,12 +50,6 @@ def name_of(config: ConfigDict) -> str:
     """The preset of a config, and what it recomputes."""
     remat = "" if config.remat == "none" else f"+remat_{config.remat}"
     return f"{config.memory}{remat}"
-
-
-def report(config: ConfigDict, target: str) -> memory.CompileReport:
-    """What the step of a config takes."""
-    step, args = step_lib.abstract(config)
-    return memory.compile_report(step, *args, target=target, donate=0)
 
 
 def plan(config: ConfigDict, target: str) -> memory.BatchPlan | None:

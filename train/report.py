@@ -18,7 +18,7 @@ from train import job as job_lib
 from train.config import ConfigError
 from train.files import write_atomically
 from train.histograms import Distributions, distributions
-from train.runs import Run
+from train.runs import SavedRun
 from train.summary import Mean, Summary
 from train.target import TARGET
 from train.terminal import Terminal
@@ -50,7 +50,7 @@ def main(directories: list[Path]) -> None:
     # First what can fail, and last what is written.
     terminal.say(f"Compiling {len(variants)} steps for {target} ...")
     temp_bytes = {
-        name: measurements.temp_bytes(each[0].config, target)
+        name: measurements.allocated(each[0].config, target).temp_bytes
         for name, each in variants.items()
     }
     terminal.say(f"Computing gradients of {', '.join(drawn)} ...")
@@ -87,7 +87,9 @@ def main(directories: list[Path]) -> None:
     terminal.say(f"Report: {output / 'report.md'}")
 
 
-def _with_first(variants: dict[str, list[Run]], first: str) -> dict[str, list[Run]]:
+def _with_first(
+    variants: dict[str, list[SavedRun]], first: str
+) -> dict[str, list[SavedRun]]:
     if first not in variants:
         raise ConfigError(f"--baseline={first}: there are {', '.join(variants)}.")
     if len(variants) == 1:
@@ -111,7 +113,7 @@ def _drawn(names: list[str], chosen: list[str] | None) -> list[str]:
     return list(dict.fromkeys([baseline, *(chosen or others[:1])]))
 
 
-def _common_seed(variants: list[list[Run]]) -> int:
+def _common_seed(variants: list[list[SavedRun]]) -> int:
     """The first seed that all have; they begin with the same parameters."""
     seeds = [[run.config.seed for run in each] for each in variants]
     for seed in seeds[0]:
@@ -126,12 +128,12 @@ def _common_seed(variants: list[list[Run]]) -> int:
     )
 
 
-def _of_seed(each: list[Run], seed: int) -> Run:
+def _of_seed(each: list[SavedRun], seed: int) -> SavedRun:
     return next(run for run in each if run.config.seed == seed)
 
 
 def _summaries(
-    variants: dict[str, list[Run]], baseline: str, temp_bytes: dict[str, int]
+    variants: dict[str, list[SavedRun]], baseline: str, temp_bytes: dict[str, int]
 ) -> list[Summary]:
     configs = {name: each[0].config for name, each in variants.items()}
     seconds = measurements.step_seconds(configs)
@@ -163,11 +165,11 @@ def _summaries(
     ]
 
 
-def _accuracy(run: Run) -> float:
+def _accuracy(run: SavedRun) -> float:
     return run.rows[-1]["test_accuracy"]
 
 
-def _distributions(run: Run, terminal: Terminal) -> Distributions:
+def _distributions(run: SavedRun, terminal: Terminal) -> Distributions:
     job, last, batch = trained.load(run.config, run.path, terminal.say)
     first = initialisation.initial_state(job)
     return distributions(run.config, (first, last), batch)

@@ -17,8 +17,8 @@ _VARIED = ("memory", "remat", "dropit", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A run that is finished.
+class SavedRun:
+    """A run as it lies on disk.
 
     Attributes:
       path: its workdir.
@@ -46,7 +46,7 @@ def is_finished(config: ConfigDict, rows: list[Row]) -> bool:
 
 def find(
     directories: Iterable[Path], say: Callable[[str], None]
-) -> dict[str, list[Run]]:
+) -> dict[str, list[SavedRun]]:
     """The finished runs in directories and below them, by variant, by seed.
 
     Args:
@@ -57,7 +57,7 @@ def find(
       ConfigError: there is none in one of them, or they cannot be compared.
       RecordsError: the metrics of one cannot be read.
     """
-    found: dict[Path, Run] = {}
+    found: dict[Path, SavedRun] = {}
     for directory in directories:
         below = [_read(path.parent) for path in sorted(directory.rglob("config.json"))]
         finished = [run for run in below if is_finished(run.config, run.rows)]
@@ -67,7 +67,7 @@ def find(
         if not finished:
             raise ConfigError(f"{directory} holds no finished run.")
         found |= {run.path.resolve(): run for run in finished}
-    variants: dict[str, list[Run]] = {}
+    variants: dict[str, list[SavedRun]] = {}
     for run in found.values():
         variants.setdefault(run.variant, []).append(run)
     _check_comparable(variants)
@@ -77,18 +77,18 @@ def find(
     }
 
 
-def _how_far(run: Run) -> str:
-    if (run.path / failure.DIRECTORY).exists():
+def _how_far(run: SavedRun) -> str:
+    if failure.is_in(run.path):
         return "ended with a loss that is not finite"
     done = run.rows[-1]["step"] if run.rows else 0
     return f"has {done} of its {config_lib.steps(run.config)[1]} steps"
 
 
-def _read(path: Path) -> Run:
-    return Run(path, workdir.read_config(path), records.read(path / "metrics.csv"))
+def _read(path: Path) -> SavedRun:
+    return SavedRun(path, workdir.read_config(path), records.read(path / "metrics.csv"))
 
 
-def _check_comparable(variants: dict[str, list[Run]]) -> None:
+def _check_comparable(variants: dict[str, list[SavedRun]]) -> None:
     first = next(iter(variants.values()))[0]
     for name, runs in variants.items():
         for run in runs:
@@ -104,7 +104,9 @@ def _check_comparable(variants: dict[str, list[Run]]) -> None:
             )
 
 
-def _check_alike(a: Run, b: Run, varied: tuple[str, ...], problem: str) -> None:
+def _check_alike(
+    a: SavedRun, b: SavedRun, varied: tuple[str, ...], problem: str
+) -> None:
     alike = copy.deepcopy(b.config)
     for name in varied:
         alike[name] = copy.deepcopy(a.config[name])

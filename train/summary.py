@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dropit_jax import DropIT
 from train import config as config_lib
 from train import data, records, tables
-from train.runs import Run
+from train.runs import SavedRun
 
 # The fields that are said of a policy.
 POLICY = ("strategy", "granularity", "rate", "chunk_size", "value_dtype", "fill")
@@ -113,7 +113,7 @@ def to_csv(summaries: Iterable[Summary]) -> str:
     )
 
 
-def curves(variants: Mapping[str, Sequence[Run]]) -> str:
+def curves(variants: Mapping[str, Sequence[SavedRun]]) -> str:
     """A row for each evaluation of each run."""
     columns = ("variant", "seed", *records.COLUMNS)
     return tables.to_csv(

@@ -114,7 +114,7 @@ class CommandTest(parameterized.TestCase):
             row = list(csv.DictReader(file))[-1]
         self.assertEqual(float(row["test_accuracy"]), last["test_accuracy"])
         self.assertEqual((row["strategy"], row["rate"]), ("", ""))
-        self.assertEqual(row["state"], "finished")
+        self.assertEqual(row["status"], "finished")
 
         # The report of these runs.
         output = directory / "report"
@@ -200,7 +200,7 @@ class CommandTest(parameterized.TestCase):
         with (directory / "results.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         self.assertEqual(
-            [(row["variant"], row["state"], row["test_accuracy"]) for row in rows],
+            [(row["variant"], row["status"], row["test_accuracy"]) for row in rows],
             [("baseline", "diverged", ""), ("half", "diverged", "")],
         )
 

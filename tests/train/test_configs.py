@@ -30,7 +30,6 @@ _STEPS = 3
 # What makes a step cheap and leaves what the config is about. Images of 32x32 are four
 # patches, and 8x8 where an ImageNet ResNet's blocks begin.
 _CHEAP = {
-    # By these, the paper's variants alone: other tests train the rest of them.
     "digits_resnet18": ("--config.model.width=4",),
     "digits_vit": (),
     "resnet18_cifar10": ("--config.model.width=4",),
@@ -58,6 +57,7 @@ _CHEAP = {
         "--config.model.scan=true",
     ),
 }
+# Trained by other tests as they are (test_loop), and here as in the paper.
 _DIGITS = ("digits_resnet18", "digits_vit")
 _PRETRAINED = ("vit_b16_cifar100", "vit_b16_imagenet")
 # Of the class token in the file of weights, and far from what training makes of 0.

@@ -1,10 +1,13 @@
 """What is refused before anything is read."""
 
+import chex
+import jax
 import pytest
 from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18, digits_vit
 from train import job
+from train import step as step_lib
 from train.config import ConfigError, dropit_section
 
 
@@ -14,6 +17,10 @@ class CheckTest(parameterized.TestCase):
         config = file.get_config()
         config.dropit = dropit_section(rate=0.75, fill="mean")
         job.check(config)
+        # What was checked is a step of it.
+        step, (state, batch) = step_lib.abstract(config)
+        new, _ = jax.eval_shape(step, state, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
     def test_a_layer_of_too_few_positions_for_a_mean_is_told(self):
         config = digits_resnet18.get_config()

@@ -48,6 +48,7 @@ class LoopTest(parameterized.TestCase):
             config["model"], {"name": "resnet18", "stem": "cifar", "width": 4}
         )
         self.assertEqual((config["memory"], config["remat"]), ("dropit", "none"))
+        self.assertEqual(config["dropit"]["rate"], "preset")
         self.assertNotEmpty(list((self.whole / "tensorboard").glob("events.*")))
 
     def test_the_last_two_checkpoints_and_the_best_are_kept(self):
@@ -129,6 +130,7 @@ class LoopTest(parameterized.TestCase):
             )
             self.assertEqual((status, errors), (0, ""))
             (results[devices],) = commands.metrics(workdir)
+            self.assertEqual(_config(workdir)["dropit"]["rate"], "preset")
         # The same sums in another order.
         np.testing.assert_allclose(
             list(results[4].values()), list(results[1].values()), rtol=1e-3

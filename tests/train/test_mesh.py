@@ -1,4 +1,6 @@
 import functools
+import itertools
+import math
 
 import chex
 import jax
@@ -9,6 +11,8 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from configs import digits_resnet18
+from tests.train.fields import refusal
 from train import accumulation, data, validation
 from train import mesh as mesh_lib
 from train import step as step_lib
@@ -190,6 +194,45 @@ class StateShardedTest(parameterized.TestCase):
         chex.assert_trees_all_close(
             jax.device_get(state), jax.device_get(expected), rtol=1e-6, atol=1e-7
         )
+
+
+class ShapeTest(parameterized.TestCase):
+    def test_takes_all_devices_or_is_an_error(self):
+        sizes = range(-10, 11)
+        for count, *axes in itertools.product(range(1, 9), sizes, sizes):
+            try:
+                shape = mesh_lib.shape(*axes, count)
+            except ValueError:
+                shape = None
+            self.assertEqual(shape, _mesh_shape(axes, count), (axes, count))
+
+    def test_two_times_three_are_not_four(self):
+        with pytest.raises(ValueError, match="2 x 3 is not 4"):
+            mesh_lib.shape(2, 3, 4)
+
+    @parameterized.parameters(1, 2, 4, 6, 8)
+    def test_a_mesh_takes_all_devices(self, count):
+        config = digits_resnet18.get_config()
+        config.batch_size = 48
+        for axes in itertools.product((-2, -1, 0, 1, 2, 3, 4, 8), repeat=2):
+            config.mesh.update(data=axes[0], fsdp=axes[1])
+            refused = refusal(config, count)
+            if _mesh_shape(axes, count):
+                self.assertIsNone(refused)
+            else:
+                self.assertStartsWith(refused, "config.mesh")
+
+
+def _mesh_shape(axes, count):
+    """The shape by trial: the axes that are -1 may be anything."""
+    found = [
+        shape
+        for shape in itertools.product(range(1, count + 1), repeat=2)
+        if math.prod(shape) == count
+        and all(axis in (-1, size) for axis, size in zip(axes, shape, strict=True))
+    ]
+    # Of two that may be anything, the first takes all.
+    return max(found, default=None)
 
 
 class PlacerTest(parameterized.TestCase):
