@@ -12,9 +12,9 @@ weight gradient of what is rebuilt is held against that of the activation itself
 
     error  = |g(â) - g(a)| / |g(a)|       cosine = g(â) · g(a) / (|g(â)| |g(a)|)
 
-OUTPUT then has `gradient_error.csv`, a row for each policy and layer, and
-`gradient_error.md` with the figures: what each costs in bits an element, and which are
-on the front, where less error costs more bits.
+OUTPUT, by default the workdir, then has `gradient_error.csv`, a row for each policy and
+layer, and `gradient_error.md` with the figures: what each costs in bits an element, and
+which are on the front, where less error costs more bits.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ from train import config as config_lib
 from train.config import ConfigError
 from train.files import write_atomically
 from train.histograms import reads_all
+from train.output import output_path
 from train.terminal import Terminal
 
-_OUTPUT = flags.DEFINE_string("output", None, "Where the results go; the workdir.")
 _LAYERS = flags.DEFINE_integer(
     "layers", 5, "How many layers, from the first to the last.", lower_bound=1
 )
@@ -118,8 +118,7 @@ def _name(policy: DropIT) -> str:
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Trains, measures, and writes what was measured."""
-    output = Path(_OUTPUT.value or workdir)
-    run(config, workdir, output, grid(), _LAYERS.value, Terminal())
+    run(config, workdir, output_path(workdir), grid(), _LAYERS.value, Terminal())
 
 
 def run(

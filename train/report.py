@@ -18,12 +18,12 @@ from train import job as job_lib
 from train.config import ConfigError
 from train.files import write_atomically
 from train.histograms import Distributions, distributions
+from train.output import output_path
 from train.runs import SavedRun
 from train.summary import Mean, Summary
 from train.target import TARGET
 from train.terminal import Terminal
 
-_OUTPUT = flags.DEFINE_string("output", None, "Where the report goes.", required=True)
 _BASELINE = flags.DEFINE_string(
     "baseline", "baseline", "The variant that the others are measured against."
 )
@@ -38,7 +38,7 @@ _HISTOGRAMS = flags.DEFINE_list(
 
 def main(directories: list[Path]) -> None:
     """Reads the runs, measures what their steps cost, and writes the report."""
-    terminal, output, target = Terminal(), Path(_OUTPUT.value), TARGET.value
+    terminal, output, target = Terminal(), output_path(), TARGET.value
     baseline = _BASELINE.value
     variants = _with_first(runs.find(directories, terminal.say), baseline)
     drawn = _drawn(list(variants), _HISTOGRAMS.value)

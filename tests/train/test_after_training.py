@@ -124,6 +124,7 @@ class AfterTrainingTest(parameterized.TestCase):
         ("train.evaluate", ["--workdir="], "--workdir= is empty"),
         ("train.evaluate", ["--num_processes=2"], "Unknown command line flag"),
         ("train.export", ["--output=weights.npz"], "must end in .safetensors"),
+        ("train.export", [], "--output= is missing"),
     )
     def test_errors_are_told_in_a_line(self, command, arguments, message):
         status, out, errors = commands.run(

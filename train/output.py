@@ -1,0 +1,22 @@
+"""The flag of the commands that write where they are told to."""
+
+from pathlib import Path
+
+from absl import flags
+
+from train.config import ConfigError
+
+_OUTPUT = flags.DEFINE_string("output", None, "The directory, or the file, to write.")
+
+
+def output_path(default: Path | None = None) -> Path:
+    """What `--output` names, or the default where the flag is left out.
+
+    Raises:
+      ConfigError: it names nothing, and there is no default.
+    """
+    if _OUTPUT.value is None and default is not None:
+        return default
+    if not _OUTPUT.value:
+        raise ConfigError("--output= is missing: name what to write.")
+    return Path(_OUTPUT.value)
