@@ -50,7 +50,7 @@ def _variants() -> dict[str, ConfigDict]:
         "min_k_75_int4_mean": _variant(
             "dropit", rate=0.75, value_dtype="int4", fill="mean"
         ),
-        "plain_int4": _variant("dropit", rate=0.0, value_dtype="int4"),
+        "plain_int4": _variant("dropit", _SEEDS, rate=0.0, value_dtype="int4"),
         "plain_int2": _variant("dropit", rate=0.0, value_dtype="int2"),
         "lean": _variant("lean", _SEEDS),
     }

@@ -1,15 +1,18 @@
 """The tables of the README say what the files under docs/results/ say."""
 
+import csv
 import io
 import itertools
 import json
+import math
 from pathlib import Path
 
 import rich.console
 from absl.testing import absltest
 
 from benchmarks import memory, workloads
-from train import compare
+from train import compare, summary
+from train.summary import Mean, Summary
 
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "docs" / "results"
@@ -43,6 +46,35 @@ def _allocated():
         yield f"**{title.removeprefix('### ')}**", tuple(table)
 
 
+def _trained():
+    """What `train.report` prints of every variant: the header, and its lines."""
+    with (_RESULTS / "ablation" / "summary.csv").open(newline="") as file:
+        summaries = [_summary(row) for row in csv.DictReader(file)]
+    header, rule, *lines = summary.table(summaries, _TARGET)
+    return [header, rule], lines
+
+
+def _summary(row):
+    def mean(name):
+        error = row[f"{name}_error"]
+        return Mean(float(row[name]), float(error) if error else math.nan)
+
+    policy = {name: row[name] for name in summary.POLICY}
+    return Summary(
+        variant=row["variant"],
+        memory=row["memory"],
+        policy=policy if any(policy.values()) else {},
+        dropped=float(row["dropped"]),
+        seeds=int(row["seeds"]),
+        test_accuracy=mean("test_accuracy"),
+        gain=mean("gain"),
+        train_loss=mean("train_loss"),
+        cached_bytes=int(row["cached_bytes"]),
+        temp_bytes=int(row["temp_bytes"]),
+        step_ratio=float(row["step_ratio"]),
+    )
+
+
 def _is_of_table(line):
     return line.startswith(tuple("|│┃┏┡└"))
 
@@ -56,6 +88,10 @@ def _tables(lines):
             yield title, tuple(own)
         else:
             title = ([""] + [line for line in own if line])[-1]
+
+
+def _is_trained(table):
+    return table[0].startswith("| variant | dropped |")
 
 
 class ReadmeTest(absltest.TestCase):
@@ -72,12 +108,35 @@ class ReadmeTest(absltest.TestCase):
         known = {_compared(), *_allocated()}
         for title, table in self.tables:
             with self.subTest(title):
-                self.assertIn((title, table), known)
+                if not _is_trained(table):
+                    self.assertIn((title, table), known)
+
+    def test_variants_that_were_trained_are_as_the_report_has_them(self):
+        (table,) = [table for _, table in self.tables if _is_trained(table)]
+        head, lines = _trained()
+        self.assertEqual(list(table[:2]), head)
+        chosen = list(table[2:])
+        self.assertEqual(chosen, [line for line in lines if line in chosen])
+        self.assertIn("`baseline`", chosen[0])
 
     def test_there_is_one_of_each_command(self):
         tables = set(self.tables)
         self.assertIn(_compared(), tables)
         self.assertNotEmpty(tables & set(_allocated()))
+
+
+class PageTest(absltest.TestCase):
+    def test_tables_of_results_md_are_those_of_the_reports(self):
+        printed = {
+            line
+            for page in _RESULTS.glob("*/*.md")
+            for line in page.read_text().splitlines()
+        }
+        page = (_ROOT / "docs" / "results.md").read_text()
+        lines = [line for line in page.splitlines() if _is_of_table(line)]
+        self.assertNotEmpty(lines)
+        for line in lines:
+            self.assertIn(line, printed)
 
 
 if __name__ == "__main__":

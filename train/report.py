@@ -74,7 +74,7 @@ def main(directories: list[Path]) -> None:
         },
         (
             "cached by Conv and Dense in a step, MiB",
-            f"test accuracy over {baseline} of the same seeds, points",
+            f"test accuracy over that of {baseline}, points",
         ),
         output / "tradeoff.png",
     )
