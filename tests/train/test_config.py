@@ -141,14 +141,16 @@ class JsonTest(parameterized.TestCase):
         self.assertEqual(json.loads(text), expected)
         self.assertEqual(config_lib.differences(text, text), [])
 
-    @parameterized.product(module=_CONFIGS, variant=("", "paper"))
-    def test_is_read_back(self, module, variant):
-        self._check(module.get_config(variant))
-
-    def test_is_read_back_where_nothing_is_a_default(self):
-        self._check(_CHANGED())
-
-    def _check(self, config):
+    @parameterized.parameters(
+        _CHANGED,
+        *(
+            functools.partial(module.get_config, variant)
+            for module in _CONFIGS
+            for variant in ("", "paper")
+        ),
+    )
+    def test_is_read_back(self, get_config):
+        config = get_config()
         text = config_lib.to_json(config)
         found = config_lib.from_json(text)
         self.assertEqual(found, config)

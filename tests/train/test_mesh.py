@@ -264,21 +264,17 @@ class TrainStepTest(parameterized.TestCase):
         ((8, 1), {"model": "vit", "policy": "dropit"}),
         ((4, 2), {"model": "resnet"}),
         ((1, 8), {"model": "resnet", "policy": "dropit"}),
+        # Whatever else a config asks for.
+        ((4, 2), {"policy": "long_chunks"}),
+        ((4, 2), {"policy": "exact"}),
+        ((4, 2), {"policy": "dropit", "model": "vit_scanned"}),
+        ((4, 2), {"policy": "dropit", "ema_decay": 0.9, "accumulate_steps": 2}),
+        (
+            (4, 2),
+            {"policy": "lean", "mixup": 0.2, "label_smoothing": 0.1, "remat": "blocks"},
+        ),
     )
     def test_is_that_of_one_device(self, shape, fields):
-        self._check(shape, fields)
-
-    @parameterized.parameters(
-        {"policy": "long_chunks"},
-        {"policy": "exact"},
-        {"policy": "dropit", "model": "vit_scanned"},
-        {"policy": "dropit", "ema_decay": 0.9, "accumulate_steps": 2},
-        {"policy": "lean", "mixup": 0.2, "label_smoothing": 0.1, "remat": "blocks"},
-    )
-    def test_whatever_else_the_config_asks_for(self, **fields):
-        self._check((4, 2), fields)
-
-    def _check(self, shape, fields):
         _, _, _, (new, sums) = _one_step_on_mesh(shape, **fields)
         expected, expected_sums = _one_step_on_one_device(**fields)
         chex.assert_trees_all_equal_shapes_and_dtypes(new, expected)
