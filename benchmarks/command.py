@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,6 +41,11 @@ def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
                 f"unknown {what} {name!r}; known are {', '.join(map(repr, known))}"
             )
     return [name for name in known if not names or name in names]
+
+
+def machine(device: str) -> str:
+    """What a time was measured on, given the kind of device."""
+    return f"cpu ({os.cpu_count()} cores)" if device == "cpu" else device
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(PARTS)}; may be repeated; default: all",
     )
     parser.add_argument(
-        "--rounds", type=timing.rounds, default=7, help="(default: %(default)s)"
+        "--rounds", type=timing.count, default=7, help="(default: %(default)s)"
     )
     parser.add_argument(
         "--output",

@@ -2,15 +2,15 @@
 
 `python -m benchmarks.step_time [--model=MLP] [--variants=dropit_16,lean] [--json]`
 
-Runs on the devices that JAX finds. All variants of a model take turns in one run, and
-every ratio is to plain Flax (`flax`), which is always among them. What a ratio is, and
-its spread, is said in `benchmarks.timing` and below the tables.
+Runs on the devices that JAX finds: by default small models on a CPU, and on a GPU those
+of which `benchmarks.memory` prints the memory. All variants of a model take turns in
+one run, and every ratio is to plain Flax (`flax`), which is always among them. What a
+ratio is, and its spread, is said in `benchmarks.timing` and below the tables.
 """
 
 import argparse
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -24,12 +24,17 @@ from benchmarks.workloads import Workload
 _BASELINE = "flax"
 
 # Models, and how many rounds: 15 minutes in all on two cores.
-MODELS: dict[str, tuple[Workload, int]] = {
+CPU_MODELS: dict[str, tuple[Workload, int]] = {
     "MLP": (workloads.mlp(), 25),
     "ResNet-18 (width 16)": (workloads.resnet18(16), 15),
     "ResNet-18 (width 64)": (workloads.resnet18(64), 7),
     "ViT-S/16": (workloads.vit_s16(), 9),
 }
+GPU_MODELS: dict[str, tuple[Workload, int]] = {
+    f"{each.model}, {each.image_size}², {each.dtype}": (each, 9)
+    for each in workloads.WORKLOADS
+}
+MODELS = CPU_MODELS | GPU_MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Result:
       batch: images in the step.
       variant: which way of saving memory.
       device: what it ran on.
-      rounds: how often it ran.
+      dtype: of the computation; parameters are float32.
+      rounds: how often it had its turn.
+      calls: how many steps it made in a turn.
       median_s: seconds a step, the median over the rounds.
       ratio: of a step's time to plain Flax's in the same round, the median.
       ratio_low: its lower quartile.
@@ -58,7 +65,9 @@ class Result:
     batch: int
     variant: str
     device: str
+    dtype: str
     rounds: int
+    calls: int
     median_s: float
     ratio: float
     ratio_low: float
@@ -89,22 +98,27 @@ class CompiledStep:
 
 
 def measure(
-    workload: Workload, names: Sequence[str], rounds: int, compile_rounds: int = 1
+    workload: Workload,
+    names: Sequence[str],
+    rounds: int,
+    compile_rounds: int = 1,
+    calls: int = 1,
 ) -> list[Result]:
     """Times variants of a workload's step.
 
     Args:
       workload: what is trained.
       names: of the variants, plain Flax first.
-      rounds: how often each step runs.
+      rounds: how often each step has its turn.
       compile_rounds: how often each is compiled.
+      calls: steps in a turn.
     """
     arguments = workloads.real_arguments(workload)
     steps = compile_steps(workload, names, compile_rounds)
     runs = {
         name: functools.partial(each.run, *arguments) for name, each in steps.items()
     }
-    times = timing.summarise(timing.interleaved(runs, rounds), names[0])
+    times = timing.summarise(timing.interleaved(runs, rounds, calls=calls), names[0])
     baseline = steps[names[0]].total_s
     return [
         Result(
@@ -113,7 +127,9 @@ def measure(
             workload.batch,
             name,
             jax.devices()[0].device_kind,
+            workload.dtype,
             rounds,
+            calls,
             times[name].median_s,
             times[name].ratio.median,
             times[name].ratio.low,
@@ -175,8 +191,8 @@ def markdown(results: Sequence[Result]) -> str:
         for result in results
     ]
     title = (
-        f"### {first.model}, {first.image_size}², batch {first.batch}, "
-        f"{first.device} ({os.cpu_count()} cores), {first.rounds} rounds"
+        f"### {first.model}, {first.image_size}², batch {first.batch}, {first.dtype}, "
+        f"{command.machine(first.device)}, {first.rounds} rounds"
     )
     return command.table(title, header, rows)
 
@@ -187,7 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         action="append",
         default=[],
-        help=f"one of {', '.join(MODELS)}; may be repeated; default: all",
+        help=f"one of {', '.join(map(repr, MODELS))}; may be repeated; default: the "
+        "first four on a CPU, the others on a GPU",
     )
     parser.add_argument(
         "--variants",
@@ -195,15 +212,25 @@ def _parser() -> argparse.ArgumentParser:
         help=f"some of {','.join(workloads.TIMED_VARIANTS)}; default: all",
     )
     parser.add_argument(
-        "--rounds", type=timing.rounds, help="default: of each model its own"
+        "--rounds", type=timing.count, help="default: of each model its own"
+    )
+    parser.add_argument(
+        "--calls",
+        type=timing.count,
+        default=1,
+        help="steps in a turn, which a GPU computes without a pause (default: 1)",
     )
     parser.add_argument(
         "--compile_rounds",
-        type=timing.rounds,
+        type=timing.count,
         default=1,
         help="how often each step is compiled (default: 1)",
     )
     return parser
+
+
+def _default_models() -> list[str]:
+    return list(GPU_MODELS if jax.default_backend() == "gpu" else CPU_MODELS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:
-        models = command.chosen("model", flags.model, MODELS)
+        models = command.chosen("model", flags.model or _default_models(), MODELS)
         asked = flags.variants.split(",") if flags.variants else []
         names = command.chosen("variant", asked, workloads.TIMED_VARIANTS)
     except ValueError as error:
@@ -224,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workload, rounds = MODELS[model]
         rounds = flags.rounds or rounds
         print(f"{model}: {len(names)} variants, {rounds} rounds", file=sys.stderr)
-        results = measure(workload, names, rounds, flags.compile_rounds)
+        results = measure(workload, names, rounds, flags.compile_rounds, flags.calls)
         every += results
         if not flags.json:
             print(markdown(results), end="\n\n", flush=True)

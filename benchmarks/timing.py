@@ -64,7 +64,10 @@ def orders(names: Iterable[str], rounds: int, seed: int = 0) -> Iterator[list[st
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    seed: int = 0,
+    calls: int = 1,
 ) -> dict[str, list[float]]:
     """Runs functions in turns.
 
@@ -72,27 +75,30 @@ def interleaved(
 
     Args:
       functions: by name. A run is over when all arrays in the result are computed.
-      rounds: how often each runs.
+      rounds: how often each has its turn.
       seed: of the order.
+      calls: how often a function is called in its turn. A GPU computes one while the
+        next is called, as in training; with one call, what it takes to start a program
+        and to hear of its end is in the time.
 
     Returns:
-      By name, the seconds in each round.
+      By name, the seconds of a call in each round.
     """
     for function in functions.values():
         jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for order in orders(functions, rounds, seed):
         for name in order:
-            seconds[name].append(_seconds(functions[name]))
+            seconds[name].append(_seconds(functions[name], calls))
     return seconds
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def _seconds(function: Callable[[], Any], calls: int) -> float:
     start = perf_counter()
-    result = jax.block_until_ready(function())
+    results = jax.block_until_ready([function() for _ in range(calls)])
     stop = perf_counter()
-    del result  # after the clock has stopped, as it is freed here
-    return stop - start
+    del results  # after the clock has stopped, as they are freed here
+    return (stop - start) / calls
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -121,8 +127,8 @@ def summarise(
     }
 
 
-def rounds(text: str) -> int:
-    """A number of rounds on a command line.
+def count(text: str) -> int:
+    """A number of rounds or of calls on a command line.
 
     Raises:
       argparse.ArgumentTypeError: it is not one.

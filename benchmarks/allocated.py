@@ -1,0 +1,213 @@
+"""What a training step really allocates on the GPU at hand, beside what was foretold.
+
+`python -m benchmarks.allocated [--model=NAME] [--variants=lean] [--batch=512] [--json]`
+
+`dropit_jax.memory.compile_report` tells the memory of a step from a description of the
+GPU; here the step runs, and the allocator is asked. Every step runs in a process of its
+own, as an allocator tells only the most that it ever gave. Needs an NVIDIA GPU.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
+
+import jax
+
+from benchmarks import command, workloads
+from benchmarks.step_time import GPU_MODELS
+from dropit_jax import memory
+
+_MIB = 2**-20
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one variant of a training step takes.
+
+    Attributes:
+      model: its name.
+      image_size: side of the images, in pixels.
+      batch: images in the step.
+      dtype: of the computation.
+      variant: which way of saving memory.
+      device: what it ran on.
+      target: the description of a GPU by which it was foretold.
+      foretold_bytes: `CompileReport.peak_bytes`: arguments, results, and temporaries.
+      allocated_bytes: the most that the allocator had given out when two steps had run;
+        `None`: there was not enough memory for them.
+      ratio: of what was allocated to what was foretold; `None`, likewise.
+    """
+
+    model: str
+    image_size: int
+    batch: int
+    dtype: str
+    variant: str
+    device: str
+    target: str
+    foretold_bytes: int
+    allocated_bytes: int | None
+    ratio: float | None
+
+
+def allocated_bytes(model: str, variant: str, batch: int | None) -> int | None:
+    """Runs two steps and asks the allocator; in a process that did nothing before.
+
+    Args:
+      model: one of `GPU_MODELS`.
+      variant: one of `workloads.variants`.
+      batch: images in the step; `None`: the model's.
+
+    Returns:
+      Bytes at the peak; `None`: the step does not fit.
+    """
+    workload = GPU_MODELS[model][0]
+    workload = dataclasses.replace(workload, batch=batch or workload.batch)
+    memory_policy = workloads.variants(workload)[variant]
+    step, _, donate = workloads.training_step(workload, memory_policy)
+    run = jax.jit(step, donate_argnums=donate)
+    try:
+        variables, opt_state, *data = workloads.real_arguments(workload)
+        for _ in range(2):
+            variables, opt_state = run(variables, opt_state, *data)
+        jax.block_until_ready(variables)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
+    stats: Mapping[str, Any] = jax.devices()[0].memory_stats()
+    return int(stats["peak_bytes_in_use"])
+
+
+def measure(
+    model: str,
+    names: Sequence[str],
+    target: str,
+    batch: int | None,
+    processes: Executor,
+) -> list[Result]:
+    """What variants of a model's step take.
+
+    Args:
+      model: one of `GPU_MODELS`.
+      names: of the variants.
+      target: the GPU that is at hand, as of `compile_report`.
+      batch: images in a step; `None`: the model's.
+      processes: where steps run, each in a new process.
+    """
+    workload = GPU_MODELS[model][0]
+    presets = workloads.variants(workload)
+    running = {
+        name: processes.submit(allocated_bytes, model, name, batch) for name in names
+    }
+    results = []
+    for name in names:
+        step, args, donate = workloads.training_step(workload, presets[name], batch)
+        report = memory.compile_report(step, *args, target=target, donate=donate)
+        foretold, allocated = report.peak_bytes, running[name].result()
+        results.append(
+            Result(
+                workload.model,
+                workload.image_size,
+                batch or workload.batch,
+                workload.dtype,
+                name,
+                jax.devices()[0].device_kind,
+                target,
+                foretold,
+                allocated,
+                None if allocated is None else allocated / foretold,
+            )
+        )
+    return results
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The results of a model as a table."""
+    first = results[0]
+    header = ["variant", "foretold MiB", "allocated MiB", "ratio"]
+    rows = [
+        [
+            each.variant,
+            f"{each.foretold_bytes * _MIB:,.0f}",
+            "out of memory"
+            if each.allocated_bytes is None
+            else f"{each.allocated_bytes * _MIB:,.0f}",
+            "-" if each.ratio is None else f"{each.ratio:.3f}",
+        ]
+        for each in results
+    ]
+    title = (
+        f"### {first.model}, {first.image_size}², batch {first.batch}, {first.dtype}, "
+        f"{first.device}"
+    )
+    return command.table(title, header, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints what was asked for."""
+    parser = command.parser("allocated", __doc__)
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help=f"one of {', '.join(map(repr, GPU_MODELS))}; may be repeated; "
+        "default: all",
+    )
+    parser.add_argument(
+        "--variants",
+        default="",
+        help=f"some of {','.join(workloads.VARIANTS)}; default: all",
+    )
+    parser.add_argument("--batch", type=int, help="default: of each model its own")
+    parser.add_argument(
+        "--target", default="h100", help="the GPU at hand (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="how many steps are in memory at a time (default: %(default)s)",
+    )
+    flags = parser.parse_args(arguments)
+    # Or each process would take three quarters of the memory when it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    every: list[Result] = []
+    try:
+        models = command.chosen("model", flags.model, GPU_MODELS)
+        asked = flags.variants.split(",") if flags.variants else []
+        names = command.chosen("variant", asked, workloads.VARIANTS)
+        if flags.batch is not None and flags.batch < 1:
+            raise ValueError(f"--batch: takes a positive integer, got {flags.batch}")
+        if jax.default_backend() != "gpu":
+            raise ValueError(
+                f"an NVIDIA GPU is needed, and JAX finds {jax.devices()[0]}"
+            )
+        with ProcessPoolExecutor(
+            flags.processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        ) as processes:
+            for model in models:
+                known = workloads.variants(GPU_MODELS[model][0])
+                results = measure(
+                    model,
+                    [name for name in names if name in known],
+                    flags.target,
+                    flags.batch,
+                    processes,
+                )
+                every += results
+                if not flags.json:
+                    print(markdown(results), end="\n\n", flush=True)
+    except (ValueError, memory.CompilerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if flags.json:
+        print(command.to_json(every))
+
+
+if __name__ == "__main__":
+    main()
