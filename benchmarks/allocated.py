@@ -3,14 +3,16 @@
 `python -m benchmarks.allocated [--model=NAME] [--variants=lean] [--batch=512] [--json]`
 
 `dropit_jax.memory.compile_report` tells the memory of a step from a description of the
-GPU; here the step runs, and the allocator is asked. Every step runs in a process of its
-own, as an allocator tells only the most that it ever gave. Needs an NVIDIA GPU.
+GPU; here the step runs, and the allocator is asked. As that tells only the most that it
+ever gave, and XLA tries out kernels when it compiles, every step is compiled in one
+process and runs in another. Needs an NVIDIA GPU.
 """
 
 import dataclasses
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any
@@ -20,8 +22,6 @@ import jax
 from benchmarks import command, workloads
 from benchmarks.step_time import GPU_MODELS
 from dropit_jax import memory
-
-_MIB = 2**-20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,10 @@ class Result:
       device: what it ran on.
       target: the description of a GPU by which it was foretold.
       foretold_bytes: `CompileReport.peak_bytes`: arguments, results, and temporaries.
+      compiled_bytes: the same of the program that ran, whose kernels XLA chose by
+        trying them out; `None`: there was not enough memory.
       allocated_bytes: the most that the allocator had given out when two steps had run;
-        `None`: there was not enough memory for them.
+        `None`, likewise.
       ratio: of what was allocated to what was foretold; `None`, likewise.
     """
 
@@ -50,37 +52,51 @@ class Result:
     device: str
     target: str
     foretold_bytes: int
+    compiled_bytes: int | None
     allocated_bytes: int | None
     ratio: float | None
 
 
-def allocated_bytes(model: str, variant: str, batch: int | None) -> int | None:
+def run(
+    model: str, variant: str, batch: int | None, cache: str
+) -> tuple[int, int] | None:
     """Runs two steps and asks the allocator; in a process that did nothing before.
 
     Args:
       model: one of `GPU_MODELS`.
       variant: one of `workloads.variants`.
       batch: images in the step; `None`: the model's.
+      cache: a directory of compiled programs.
 
     Returns:
-      Bytes at the peak; `None`: the step does not fit.
+      Bytes of the compiled program, and of the allocator at the peak; `None`: the step
+      does not fit.
     """
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     workload = GPU_MODELS[model][0]
     workload = dataclasses.replace(workload, batch=batch or workload.batch)
     memory_policy = workloads.variants(workload)[variant]
     step, _, donate = workloads.training_step(workload, memory_policy)
-    run = jax.jit(step, donate_argnums=donate)
     try:
         variables, opt_state, *data = workloads.real_arguments(workload)
+        lowered = jax.jit(step, donate_argnums=donate).lower(
+            variables, opt_state, *data
+        )
+        compiled = lowered.compile()
         for _ in range(2):
-            variables, opt_state = run(variables, opt_state, *data)
+            variables, opt_state = compiled(variables, opt_state, *data)
         jax.block_until_ready(variables)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         raise
-    stats: Mapping[str, Any] = jax.devices()[0].memory_stats()
-    return int(stats["peak_bytes_in_use"])
+    stats = memory.memory_stats(compiled)
+    results = stats["output_bytes"] - stats["aliased_bytes"]
+    compiled_bytes = stats["argument_bytes"] + results + stats["temp_bytes"]
+    allocator: Mapping[str, Any] = jax.devices()[0].memory_stats()
+    return compiled_bytes, int(allocator["peak_bytes_in_use"])
 
 
 def measure(
@@ -101,42 +117,44 @@ def measure(
     """
     workload = GPU_MODELS[model][0]
     presets = workloads.variants(workload)
-    running = {
-        name: processes.submit(allocated_bytes, model, name, batch) for name in names
-    }
     results = []
-    for name in names:
-        step, args, donate = workloads.training_step(workload, presets[name], batch)
-        report = memory.compile_report(step, *args, target=target, donate=donate)
-        foretold, allocated = report.peak_bytes, running[name].result()
-        results.append(
-            Result(
-                workload.model,
-                workload.image_size,
-                batch or workload.batch,
-                workload.dtype,
-                name,
-                jax.devices()[0].device_kind,
-                target,
-                foretold,
-                allocated,
-                None if allocated is None else allocated / foretold,
+    with tempfile.TemporaryDirectory() as cache:
+        tasks = [(model, name, batch, cache) for name in names]
+        for future in [processes.submit(run, *task) for task in tasks]:
+            future.result()
+        running = [processes.submit(run, *task) for task in tasks]
+        for name, future in zip(names, running, strict=True):
+            step, args, donate = workloads.training_step(workload, presets[name], batch)
+            report = memory.compile_report(step, *args, target=target, donate=donate)
+            compiled, allocated = future.result() or (None, None)
+            results.append(
+                Result(
+                    workload.model,
+                    workload.image_size,
+                    batch or workload.batch,
+                    workload.dtype,
+                    name,
+                    jax.devices()[0].device_kind,
+                    target,
+                    report.peak_bytes,
+                    compiled,
+                    allocated,
+                    None if allocated is None else allocated / report.peak_bytes,
+                )
             )
-        )
     return results
 
 
 def markdown(results: Sequence[Result]) -> str:
     """The results of a model as a table."""
     first = results[0]
-    header = ["variant", "foretold MiB", "allocated MiB", "ratio"]
+    header = ["variant", "foretold MiB", "compiled MiB", "allocated MiB", "ratio"]
     rows = [
         [
             each.variant,
-            f"{each.foretold_bytes * _MIB:,.0f}",
-            "out of memory"
-            if each.allocated_bytes is None
-            else f"{each.allocated_bytes * _MIB:,.0f}",
+            _mib(each.foretold_bytes),
+            _mib(each.compiled_bytes),
+            _mib(each.allocated_bytes),
             "-" if each.ratio is None else f"{each.ratio:.3f}",
         ]
         for each in results
@@ -146,6 +164,10 @@ def markdown(results: Sequence[Result]) -> str:
         f"{first.device}"
     )
     return command.table(title, header, rows)
+
+
+def _mib(nbytes: int | None) -> str:
+    return "out of memory" if nbytes is None else f"{nbytes * 2**-20:,.0f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

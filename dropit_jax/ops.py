@@ -66,7 +66,7 @@ def dot_general(
         return product(lhs, rhs)
     (contracted, _), _ = dimension_numbers
     others = [i for i in range(jnp.ndim(lhs)) if i not in contracted]
-    layout = Layout((*others, *contracted), len(contracted))
+    layout = Layout((*others, *contracted), len(contracted), row_major=True)
     return cached_product(product, lhs, rhs, dropit=dropit, layout=layout, key=key)
 
 
@@ -191,4 +191,4 @@ def einsum_layout(equation: str, lhs: Array, rhs: Array) -> Layout:
     activation, kernel = operands.split(",")
     channels = [i for i, c in enumerate(activation) if c in kernel and c not in result]
     others = [i for i in range(len(activation)) if i not in channels]
-    return Layout((*others, *channels), len(channels))
+    return Layout((*others, *channels), len(channels), row_major=True)

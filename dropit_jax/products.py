@@ -25,7 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import derivatives, shardings, sharing
+from dropit_jax import derivatives, layouts, shardings, sharing
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.residual import Residual, compress
 
@@ -40,10 +40,17 @@ class Layout:
     Attributes:
       order: its axes, those of the samples first, those of the channels last.
       channel_axes: how many of the last are the channels.
+      row_major: whether what is compressed, and the cotangent, lie in a GPU's memory in
+        the order of their axes; else XLA lays them out as convolutions like.
     """
 
     order: tuple[int, ...]
     channel_axes: int = 1
+    row_major: bool = False
+
+    def laid_out(self, x: Array) -> Array:
+        """An array as it is to lie in memory."""
+        return layouts.row_major(x) if self.row_major else x
 
 
 _Observe = Callable[[Array, Layout, int], None]
@@ -181,6 +188,7 @@ def _backward(
     else:
         # Without the barrier XLA may decompress early, which keeps the dense â alive
         # through the whole forward pass.
+        cotangent = layout.laid_out(cotangent)
         cached, cotangent = lax.optimization_barrier((cached, cotangent))
         a_hat = _restore(cached, layout)
         # Without this one XLA may decompress for many layers in one kernel, late, which
@@ -221,7 +229,7 @@ def _cached_ahead(
 
 def _compressed(a: Array, dropit: DropIT, layout: Layout, key: Array | None) -> _Cached:
     group = shardings.new_group()
-    arranged = _arrange(shardings.join(a, group), dropit, layout)
+    arranged = layout.laid_out(_arrange(shardings.join(a, group), dropit, layout))
     residual = compress(arranged, dropit, key)
     named = checkpoint_name(residual, RESIDUAL_NAME)
     return _Cached(named, a.shape, shardings.spec(a), group)
@@ -251,8 +259,10 @@ def _arrange(a: Array, dropit: DropIT, layout: Layout) -> Array:
 
 def _restore(cached: _Cached, layout: Layout) -> Array:
     """The decompressed â, as `a` was."""
-    ordered = cached.residual.decompress().reshape(
-        [cached.shape[axis] for axis in layout.order]
+    ordered = layout.laid_out(
+        cached.residual.decompress().reshape(
+            [cached.shape[axis] for axis in layout.order]
+        )
     )
     restored = jnp.transpose(ordered, tuple(np.argsort(layout.order)))
     return shardings.join(shardings.to(restored, cached.spec), cached.group)

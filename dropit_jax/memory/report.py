@@ -199,10 +199,13 @@ def _exported(
     def flat_step(*leaves: Any) -> list[Any]:
         return jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves)))
 
-    # A kernel's program is read by the very same version of JAX that wrote it.
-    kernels = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    # What these do is read by the very same version of JAX that wrote it.
+    unstable = [
+        export.DisabledSafetyCheck.custom_call(target)
+        for target in ("__gpu$xla.gpu.triton", "LayoutConstraint")
+    ]
     exported = export.export(
-        jax.jit(flat_step), platforms=["cuda"], disabled_checks=[kernels]
+        jax.jit(flat_step), platforms=["cuda"], disabled_checks=unstable
     )(*leaves)
     return bytes(exported.serialize()), [i for i, here in enumerate(donated) if here]
 

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
+from dropit_jax import layouts
 from dropit_jax.nn import attention_core as core
 from dropit_jax.nn.recompute import recompute
 
@@ -122,7 +123,9 @@ def dot_product_attention(
         # Functions may hold tracers, and must not outlive this call.
         return _recomputed(function, **options)(*arrays)
     if bits is not None:
-        return recompute(_attending(function, **options), *arrays, compact=(0, 1, 2))
+        return recompute(
+            _from_row_major(function, **options), *arrays, compact=(0, 1, 2)
+        )
     return _recomputed_once_traced(function, **options)(*arrays)
 
 
@@ -148,8 +151,19 @@ def _attend(
 
 
 @functools.lru_cache(maxsize=64)
-def _attending(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
-    return functools.partial(_attend, function, options)
+def _from_row_major(
+    function: Callable[..., Array], **options: Any
+) -> Callable[..., Array]:
+    """`_attend`, of operands that lie in memory as the layers before give them.
+
+    So that no pass over the groups that share a scale is a transposition.
+    """
+
+    def attend(query: Array, key: Array, value: Array, *others: Array | None) -> Array:
+        operands = map(layouts.row_major, (query, key, value))
+        return _attend(function, options, *operands, *others)
+
+    return attend
 
 
 def _recomputed(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:

@@ -14,7 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import shardings
+from dropit_jax import layouts, shardings
 from dropit_jax.quantization import Quantized, quantize
 
 # Elements that share a minimum and a scale.
@@ -54,11 +54,11 @@ def store(
     """
     group = shardings.new_group()
     x = shardings.join(x, group)
-    codes = checkpoint_name(quantize(x, 8, _GROUP_SIZE), name)
+    codes = checkpoint_name(quantize(layouts.of_tokens(x), 8, _GROUP_SIZE), name)
     return x, EightBits(codes, x.dtype, shardings.spec(x), group)
 
 
 def load(stored: EightBits) -> Float[Array, "*shape"]:
     """The array that was stored, as near as 8 bits have it."""
-    x = stored.codes.dequantize(stored.dtype)
+    x = layouts.of_tokens(stored.codes.dequantize(stored.dtype))
     return shardings.join(shardings.to(x, stored.spec), stored.group)
