@@ -1,4 +1,4 @@
-"""What a training step really allocates on the GPU at hand, beside what was foretold.
+"""What a training step really allocates on the GPU at hand, beside what was predicted.
 
 `python -m benchmarks.allocated [--model=NAME] [--variants=lean] [--batch=512] [--json]`
 
@@ -35,13 +35,13 @@ class Result:
       dtype: of the computation.
       variant: which way of saving memory.
       device: what it ran on.
-      target: the description of a GPU by which it was foretold.
-      foretold_bytes: `CompileReport.peak_bytes`: arguments, results, and temporaries.
+      target: the description of a GPU by which it was predicted.
+      predicted_bytes: `CompileReport.peak_bytes`: arguments, results, and temporaries.
       compiled_bytes: the same of the program that ran, whose kernels XLA chose by
         trying them out; `None`: there was not enough memory.
       allocated_bytes: the most that the allocator had given out when two steps had run;
         `None`, likewise.
-      ratio: of what was allocated to what was foretold; `None`, likewise.
+      ratio: of what was allocated to what was predicted; `None`, likewise.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Result:
     variant: str
     device: str
     target: str
-    foretold_bytes: int
+    predicted_bytes: int
     compiled_bytes: int | None
     allocated_bytes: int | None
     ratio: float | None
@@ -148,11 +148,11 @@ def measure(
 def markdown(results: Sequence[Result]) -> str:
     """The results of a model as a table."""
     first = results[0]
-    header = ["variant", "foretold MiB", "compiled MiB", "allocated MiB", "ratio"]
+    header = ["variant", "predicted MiB", "compiled MiB", "allocated MiB", "ratio"]
     rows = [
         [
             each.variant,
-            _mib(each.foretold_bytes),
+            _mib(each.predicted_bytes),
             _mib(each.compiled_bytes),
             _mib(each.allocated_bytes),
             "-" if each.ratio is None else f"{each.ratio:.3f}",

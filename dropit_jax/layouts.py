@@ -5,16 +5,19 @@ what is compressed between them: an axis that is not cut into groups comes to li
 innermost, and every pass over the groups is then a transposition.
 """
 
-import jax.numpy as jnp
+import functools
+
+import jax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Shaped
+
+from dropit_jax.partitioning import on_every_device
+from dropit_jax.platforms import by_platform
 
 
 def row_major(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """`x`; on an NVIDIA GPU it lies in memory in the order of its axes."""
-    return _row_major_p.bind(x)
+    return _laid_out(x, tuple(range(x.ndim)))
 
 
 def of_tokens(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
@@ -25,22 +28,34 @@ def of_tokens(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     return row_major(x) if x.ndim <= 3 else x
 
 
-def _constrained(x: Array) -> Array:
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+def of_heads(
+    x: Shaped[Array, "*batch length heads depth"],
+) -> Shaped[Array, "*batch length heads depth"]:
+    """`x`; on an NVIDIA GPU it lies in memory as (*batch, heads, length, depth).
+
+    So the products of attention read it. In row-major order XLA would add the bias of a
+    projection within its product, from a copy of the bias for each token, which it
+    makes for all layers in advance.
+    """
+    *batch, length, heads, depth = range(x.ndim)
+    return _laid_out(x, (*batch, heads, length, depth))
 
 
-def _batched(operands: tuple[Array], axes: tuple[int]) -> tuple[Array, int]:
-    return row_major(jnp.moveaxis(operands[0], axes[0], 0)), 0
+# Traced once for all arrays of one shape.
+@functools.partial(jax.jit, static_argnames="order", inline=True)
+def _laid_out(x: Array, order: tuple[int, ...]) -> Array:
+    constrained = functools.partial(_constrained, order=order)
+    # XLA would gather what is to be laid out, where several devices share it.
+    everywhere = on_every_device(constrained, results=1, elementwise=True)
+    return by_platform(_as_it_is, cuda=everywhere)(x)
 
 
-_row_major_p = Primitive("dropit_row_major")
-_row_major_p.def_impl(lambda x: x)
-_row_major_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(_row_major_p, lambda cotangent, _: [row_major(cotangent)])
-batching.primitive_batchers[_row_major_p] = _batched
-mlir.register_lowering(_row_major_p, lambda _, x: [x])
-mlir.register_lowering(
-    _row_major_p,
-    mlir.lower_fun(_constrained, multiple_results=False),
-    platform="cuda",
-)
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
+def _constrained(x: Array, order: tuple[int, ...]) -> Array:
+    """The array, its axes in this order, the outermost first, after any more axes."""
+    mapped = x.ndim - len(order)
+    order = (*range(mapped), *(mapped + axis for axis in order))
+    return with_layout_constraint(x, Layout(order))

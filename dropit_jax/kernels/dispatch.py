@@ -1,22 +1,13 @@
-"""Kernels where there is an NVIDIA GPU, their twins elsewhere.
-
-XLA cannot look into a kernel, and would gather whatever it reads on every device; here
-it is told that all axes but the last may be shared out. No kernel sees more than its
-device's part.
-"""
+"""Kernels where there is an NVIDIA GPU, their twins elsewhere."""
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dropit_jax import inlining
@@ -27,6 +18,7 @@ from dropit_jax.kernels.decompress import decompress as _decompress
 from dropit_jax.kernels.lowering import when_lowered
 from dropit_jax.kernels.plan import Plan
 from dropit_jax.kernels.twins import Positions
+from dropit_jax.partitioning import on_every_device
 from dropit_jax.platforms import by_platform
 
 # On arrays of the same leading axes; the results have them too.
@@ -132,79 +124,3 @@ def _within_reach(plan: Plan, x: Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     alike = len(set(mesh.axis_types)) <= 1
     return alike and plans.fits(plan, math.prod(x.shape[:-1]))
-
-
-def on_every_device(kernel: _Operation, results: int) -> _Operation:
-    """A kernel, each device running it on the part of its operands that it holds.
-
-    Args:
-      kernel: takes arrays of the same rank and leading axes, and gives such arrays. It
-        works along the last axis.
-      results: how many it gives.
-    """
-
-    @custom_vmap
-    def mapped(*operands: Array) -> Any:
-        return _shared_out(kernel, results, operands)
-
-    @mapped.def_vmap
-    def _(size: int, batched: Sequence[bool], *operands: Array) -> Any:
-        alike = [
-            x if has else jnp.broadcast_to(x, (size, *x.shape))
-            for x, has in zip(operands, batched, strict=True)
-        ]
-        given = mapped(*alike)
-        return given, jax.tree.map(lambda _: True, given)
-
-    return mapped
-
-
-def _shared_out(kernel: _Operation, results: int, operands: tuple[Array, ...]) -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Manual in mesh.axis_types:
-        return kernel(*operands)
-    if AxisType.Explicit in mesh.axis_types:
-        spec = PartitionSpec(*jax.typeof(operands[0]).sharding.spec[:-1], None)
-        # The kernel computes each element from its own chunk, so nothing is said to be
-        # alike on several devices that is not.
-        return jax.shard_map(kernel, in_specs=spec, out_specs=spec, check_vma=False)(
-            *operands
-        )
-    return _partitioned(kernel, results, operands)(*operands)
-
-
-def _partitioned(
-    kernel: _Operation, results: int, operands: tuple[Array, ...]
-) -> _Operation:
-    """The kernel, and how XLA may share it out among devices."""
-    lead = operands[0].ndim - 1
-
-    def along_lead(mesh: Any, shapes: Any) -> NamedSharding:
-        spec = [*shapes[0].sharding.spec, *[None] * lead][:lead]
-        return NamedSharding(mesh, PartitionSpec(*spec, None))
-
-    def infer(mesh: Any, shapes: Any, result: Any) -> Any:
-        return jax.tree.map(lambda _: along_lead(mesh, shapes), result)
-
-    def partition(mesh: Any, shapes: Any, result: Any) -> Any:
-        sharding = along_lead(mesh, shapes)
-        of_results = jax.tree.map(lambda _: sharding, result)
-        return mesh, kernel, of_results, (sharding,) * len(operands)
-
-    names = (f"i{number}" for number in itertools.count())
-    shared = " ".join(itertools.islice(names, lead))
-    last = list(itertools.islice(names, len(operands) + results))
-    axes = [f"{shared} {name}" for name in last]
-
-    def positional(*operands: Array) -> Any:  # it takes no function with keywords
-        return kernel(*operands)
-
-    partitioned = custom_partitioning(positional)
-    partitioned.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=f"{', '.join(axes[: len(operands)])} -> "
-        f"{', '.join(axes[len(operands) :])}",
-        need_replication_factors=tuple(last),
-    )
-    return partitioned

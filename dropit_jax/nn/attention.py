@@ -123,9 +123,7 @@ def dot_product_attention(
         # Functions may hold tracers, and must not outlive this call.
         return _recomputed(function, **options)(*arrays)
     if bits is not None:
-        return recompute(
-            _from_row_major(function, **options), *arrays, compact=(0, 1, 2)
-        )
+        return recompute(_attending(function, **options), *arrays, compact=(0, 1, 2))
     return _recomputed_once_traced(function, **options)(*arrays)
 
 
@@ -151,16 +149,11 @@ def _attend(
 
 
 @functools.lru_cache(maxsize=64)
-def _from_row_major(
-    function: Callable[..., Array], **options: Any
-) -> Callable[..., Array]:
-    """`_attend`, of operands that lie in memory as the layers before give them.
-
-    So that no pass over the groups that share a scale is a transposition.
-    """
+def _attending(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
+    """`_attend`, of operands that lie in memory as its products and 8 bits like."""
 
     def attend(query: Array, key: Array, value: Array, *others: Array | None) -> Array:
-        operands = map(layouts.row_major, (query, key, value))
+        operands = map(layouts.of_heads, (query, key, value))
         return _attend(function, options, *operands, *others)
 
     return attend

@@ -51,6 +51,19 @@ class MeasuringTest(parameterized.TestCase):
             self.assertGreater(result.decompress_s, 0)
             self.assertEqual(result.compress_bytes, result.decompress_bytes)
 
+    def test_on_a_gpu_the_kernels_have_their_twins_beside_them(self):
+        with mock.patch.object(selection.jax, "default_backend", return_value="gpu"):
+            every = selection.operations(_ROW, 0.875, (16,))
+        self.assertEqual([each.method for each in every[3:]], ["auto", "xla", "top_k"])
+
+    def test_several_calls_in_a_turn(self):
+        with mock.patch.object(
+            selection.timing, "interleaved", return_value=_with_defaults({})
+        ) as interleaved:
+            results = selection.measure(_ROW, 0.875, 3, (16,), calls=5)
+        self.assertEqual(interleaved.call_args.kwargs, {"calls": 5})
+        self.assertEqual({result.calls for result in results}, {5})
+
     def test_rates_follow_from_the_times(self):
         durations = {"compress copy, None": [1.0, 2.0, 1.0]}
         durations["compress lax.top_k, 16384"] = [8.0, 16.0, 8.0]

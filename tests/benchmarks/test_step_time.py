@@ -30,7 +30,8 @@ def _main(*flags):
 
 
 def _tiny_models():
-    return mock.patch.object(step_time, "MODELS", {"tiny": (_TINY, 2)})
+    models = {"tiny": (_TINY, 2)}
+    return mock.patch.multiple(step_time, MODELS=models, CPU_MODELS=models)
 
 
 class MeasuringTest(parameterized.TestCase):
@@ -43,13 +44,16 @@ class MeasuringTest(parameterized.TestCase):
         self.enterContext(_tiny_models())
 
     def test_json_is_a_list_of_objects_for_plain_flax_and_what_was_asked_for(self):
-        printed, progress = _main("--variants=lean", "--rounds=3", "--json")
+        printed, progress = _main(
+            "--variants=lean", "--rounds=3", "--calls=2", "--json"
+        )
         results = json.loads(printed)
         self.assertEqual([result["variant"] for result in results], ["flax", "lean"])
         fields = [field.name for field in dataclasses.fields(step_time.Result)]
         for result in results:
             self.assertCountEqual(result, fields)
             self.assertEqual((result["model"], result["rounds"]), ("tiny", 3))
+            self.assertEqual((result["dtype"], result["calls"]), ("float32", 2))
             for figure in ("median_s", "ratio", "trace_s", "compile_s"):
                 self.assertGreater(result[figure], 0)
             self.assertBetween(
@@ -60,15 +64,15 @@ class MeasuringTest(parameterized.TestCase):
 
     def test_the_table_has_the_variants_and_says_what_a_ratio_is(self):
         flax = step_time.Result(
-            "tiny", 8, 4, "flax", "cpu", 2, 1.5, 1, 1, 1, 0.25, 1.75, 1
+            "tiny", 8, 4, "flax", "cpu", "float32", 2, 1, 1.5, 1, 1, 1, 0.25, 1.75, 1
         )
         lean = dataclasses.replace(flax, variant="lean", median_s=3, ratio=2)
         lean = dataclasses.replace(lean, ratio_high=2.5, compile_ratio=1.25)
         with mock.patch.object(step_time, "measure") as measure:
             measure.return_value = [flax, lean]
             printed, progress = _main("--model=tiny", "--variants=lean")
-        measure.assert_called_once_with(_TINY, ["flax", "lean"], 2, 1)
-        self.assertIn("### tiny, 8², batch 4, cpu", printed)
+        measure.assert_called_once_with(_TINY, ["flax", "lean"], 2, 1, 1)
+        self.assertIn("### tiny, 8², batch 4, float32, cpu (", printed)
         self.assertIn("| flax | 1,500.0 | 1.000 [1.000, 1.000] | 0.2 |", printed)
         self.assertIn("| lean | 3,000.0 | 2.000 [1.000, 2.500] | 0.2 | 1.8 |", printed)
         self.assertIn("divided by the baseline's in the same round", printed)
@@ -98,7 +102,7 @@ class WorkloadsTest(parameterized.TestCase):
     def test_models_and_variants(self):
         described = {
             name: (workload.model, workload.image_size, workload.batch)
-            for name, (workload, _) in step_time.MODELS.items()
+            for name, (workload, _) in step_time.CPU_MODELS.items()
         }
         self.assertEqual(
             described,
@@ -114,6 +118,20 @@ class WorkloadsTest(parameterized.TestCase):
         self.assertEqual(sizes, [None, 16, 32, 2**14, 16, None, None])
         remats = [preset.remat for preset in workloads.TIMED_VARIANTS.values()]
         self.assertEqual(remats, ["none"] * 5 + ["blocks", "dots"])
+
+    def test_a_gpu_has_the_models_of_the_paper(self):
+        workloads_here = [each for each, _ in step_time.GPU_MODELS.values()]
+        self.assertEqual(workloads_here, [*workloads.WORKLOADS])
+        names = [*step_time.GPU_MODELS]
+        self.assertEqual(names[-1], "ViT-B/16, 224², bfloat16")
+        for backend, expected in (("gpu", names), ("cpu", [*step_time.CPU_MODELS])):
+            with (
+                mock.patch.object(jax, "default_backend", return_value=backend),
+                mock.patch.object(step_time, "measure", return_value=[]) as measure,
+            ):
+                _main("--json")
+            asked = [call.args[0] for call in measure.call_args_list]
+            self.assertEqual(asked, [step_time.MODELS[name][0] for name in expected])
 
     @parameterized.parameters(
         ("MLP", 784 * 1024 + 3 * 1024**2 + 4 * 1024 + 10 * 1025),

@@ -49,6 +49,13 @@ class InterleavedTest(parameterized.TestCase):
             self.assertCountEqual(turn, names)
         self.assertGreater(len(set(map(tuple, turns))), rounds // 2)
 
+    def test_a_turn_may_be_of_several_calls(self):
+        durations = {"a": (64, 1, 2, 4, 8), "b": (64, 1, 1, 6, 6)}
+        seconds, calls = _interleaved(durations, 2, calls=2)
+        self.assertEqual(seconds, {"a": [1.5, 6], "b": [1, 6]})
+        turns = [calls[i : i + 2] for i in range(2, len(calls), 2)]
+        self.assertCountEqual(turns, [["a", "a"], ["b", "b"]] * 2)
+
     def test_the_order_is_that_of_the_seed(self):
         durations = {name: [1] * 9 for name in "abcde"}
         _, calls = _interleaved(durations, 8)
@@ -61,7 +68,7 @@ class InterleavedTest(parameterized.TestCase):
         waited = []
         with mock.patch.object(timing.jax, "block_until_ready", waited.append):
             timing.interleaved({"a": lambda: "result"}, 2)
-        self.assertEqual(waited, ["result"] * 3)
+        self.assertEqual(waited, ["result", ["result"], ["result"]])
 
 
 class SummaryTest(parameterized.TestCase):
@@ -85,10 +92,10 @@ class SummaryTest(parameterized.TestCase):
         self.assertEqual(str(timing.spread([1, 2, 3])), "2.000 [1.500, 2.500]")
 
     @parameterized.parameters("0", "-1", "1.5", "many", "")
-    def test_rounds_are_positive_integers(self, text):
-        self.assertEqual(timing.rounds("12"), 12)
+    def test_counts_are_positive_integers(self, text):
+        self.assertEqual(timing.count("12"), 12)
         with pytest.raises(argparse.ArgumentTypeError):
-            timing.rounds(text)
+            timing.count(text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dropit_jax import DropIT
 from dropit_jax.kernels import Plan, dispatch, twins
 from dropit_jax.kernels.compress import compress
 from dropit_jax.kernels.decompress import decompress
+from dropit_jax.partitioning import on_every_device
 from tests.dropit_jax import gpu_programs, reference
 
 _PLAN = Plan(16, 3, "index", "bfloat16")
@@ -31,10 +32,8 @@ _SPECS = (
 _MOVES = re.compile(r" (all-\w+|reduce-scatter|collective-permute)(-start)?\(")
 
 # Emulated, and otherwise as on a GPU.
-_compress = dispatch.on_every_device(
-    functools.partial(compress, plan=_PLAN, interpret=True), 2
-)
-_decompress = dispatch.on_every_device(
+_compress = on_every_device(functools.partial(compress, plan=_PLAN, interpret=True), 2)
+_decompress = on_every_device(
     functools.partial(decompress, plan=_PLAN, dtype="float32", interpret=True), 1
 )
 

@@ -1,0 +1,196 @@
+"""How compressed arrays lie in a GPU's memory, and what that saves."""
+
+import functools
+import math
+from unittest import mock
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dropit_jax
+from dropit_jax import layouts
+from dropit_jax import linen as dn
+from dropit_jax.memory import hlo
+from dropit_jax.partitioning import on_every_device
+from tests.dropit_jax import gpu_programs, reference
+
+_CONSTRAINT = "@LayoutConstraint"
+
+
+def _lowered(function, *shapes, platform="cuda"):
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def _order(*axes):
+    """As a result's layout is written, the innermost axis first."""
+    return f"result_layouts = [dense<{[*reversed(axes)]}>"
+
+
+# What a GPU takes, here too.
+_as_on_a_gpu = on_every_device(
+    functools.partial(layouts._constrained, order=(0, 1, 2)),
+    results=1,
+    elementwise=True,
+)
+
+
+class RowMajorTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.x = jnp.asarray(reference.activation(0, (2, 3, 4)))
+
+    @parameterized.parameters(True, False)
+    def test_changes_nothing(self, jitted):
+        function = jax.jit(layouts.row_major) if jitted else layouts.row_major
+        reference.assert_same_bits(function(self.x), self.x)
+
+    @parameterized.parameters(0, 1, 2)
+    def test_can_be_mapped(self, axis):
+        mapped = jax.vmap(layouts.row_major, axis, axis)
+        reference.assert_same_bits(jax.jit(mapped)(self.x), self.x)
+        text = _lowered(mapped, self.x.shape)
+        self.assertEqual(text.count(_CONSTRAINT), 1)
+        self.assertIn(_order(0, 1, 2), text)
+
+    def test_has_the_derivatives_of_the_identity(self):
+        def total(function):
+            return lambda x: jnp.sum(jnp.sin(function(x)) ** 2)
+
+        for transform in (
+            jax.grad,
+            jax.hessian,
+            lambda f: jax.grad(jax.checkpoint(f)),
+            lambda f: lambda x: jax.jvp(f, (x,), (jnp.cos(x),)),
+        ):
+            chex.assert_trees_all_close(
+                jax.jit(transform(total(layouts.row_major)))(self.x),
+                transform(total(lambda x: x))(self.x),
+                atol=1e-6,
+            )
+
+    @parameterized.parameters("cpu", "tpu", "rocm")
+    def test_elsewhere_xla_chooses(self, platform):
+        text = _lowered(layouts.row_major, (2, 3, 4), platform=platform)
+        self.assertNotIn(_CONSTRAINT, text)
+
+    @parameterized.parameters((1, 1), (3, 1), (4, 0), (5, 0))
+    def test_of_images_convolutions_choose(self, rank, expected):
+        text = _lowered(layouts.of_tokens, tuple(range(2, 2 + rank)))
+        self.assertEqual(text.count(_CONSTRAINT), expected)
+
+    @parameterized.parameters(((2, 3, 4), (1, 0, 2)), ((2, 3, 4, 5), (0, 2, 1, 3)))
+    def test_of_heads_the_tokens_lie_together(self, shape, order):
+        text = _lowered(layouts.of_heads, shape)
+        self.assertIn(_order(*order), text)
+        x = jnp.asarray(reference.activation(0, shape))
+        reference.assert_same_bits(layouts.of_heads(x), x)
+
+    @parameterized.product(
+        spec=(P("data"), P("data", "model"), P(None, None, "model")),
+        axis_type=(AxisType.Auto, AxisType.Explicit),
+    )
+    def test_what_is_laid_out_stays_where_it_is(self, spec, axis_type):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+        x = jnp.asarray(reference.activation(0, (4, 6, 8)))
+        with jax.set_mesh(mesh):
+            x = jax.device_put(x, NamedSharding(mesh, spec))
+            step = jax.jit(_as_on_a_gpu).lower(x).compile()
+            result = step(x)
+        self.assertNotIn(" all-", step.as_text())
+        self.assertTrue(result.sharding.is_equivalent_to(x.sharding, x.ndim))
+        reference.assert_same_bits(np.asarray(result), np.asarray(x))
+
+    def test_within_shard_map(self):
+        mesh = jax.make_mesh((8,), ("data",))
+        spec = P("data")
+        mapped = jax.shard_map(
+            layouts.row_major, mesh=mesh, in_specs=spec, out_specs=spec
+        )
+        x = jax.device_put(
+            jnp.asarray(reference.activation(0, (8, 3))), NamedSharding(mesh, spec)
+        )
+        reference.assert_same_bits(np.asarray(jax.jit(mapped)(x)), np.asarray(x))
+        text = jax.jit(mapped).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+        self.assertIn(_CONSTRAINT, text)
+
+
+_TOKENS, _WIDTH = 97, 128
+
+
+class _Block(nn.Module):
+    """Attention and a dense layer, as in a transformer."""
+
+    preset: str
+
+    @nn.compact
+    def __call__(self, x):
+        tools = dn.toolbox(dropit_jax.preset(self.preset))
+        y = tools.LayerNorm(dtype=x.dtype)(x)
+        x = x + tools.MultiHeadDotProductAttention(2, dtype=x.dtype)(y)
+        y = tools.LayerNorm(dtype=x.dtype)(x)
+        y = tools.gelu(tools.Dense(4 * _WIDTH, dtype=x.dtype)(y))
+        return x + tools.Dense(_WIDTH, dtype=x.dtype)(y)
+
+
+def _program(preset):
+    block = _Block(preset)
+    x = jax.ShapeDtypeStruct((32, _TOKENS, _WIDTH), jnp.bfloat16)
+    params = jax.eval_shape(block.init, jax.random.key(0), x)
+
+    def step(params, x):
+        def loss(params, x):
+            return (block.apply(params, x).astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    _, text = gpu_programs.compiled(step, (params, x))
+    return hlo.parse(text)
+
+
+def _moved(program):
+    """Bytes that the kernels of a program read and write."""
+    entry = program.computations[program.entry]
+
+    def nbytes(instruction):
+        return sum(
+            math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+            for array in instruction.results
+        )
+
+    return sum(
+        nbytes(instruction) + sum(nbytes(entry[name]) for name in instruction.operands)
+        for instruction in entry.values()
+        if instruction.opcode in ("fusion", "custom-call", "copy")
+    )
+
+
+class TrafficTest(parameterized.TestCase):
+    @parameterized.parameters(("lean", 0.95), ("dropit", 0.99))
+    def test_a_transformer_moves_less(self, preset, share):
+        with mock.patch.object(layouts, "_laid_out", lambda x, order: x):
+            jax.clear_caches()  # of what is traced with it
+            free = _moved(_program(preset))
+        jax.clear_caches()
+        self.assertLess(_moved(_program(preset)), share * free)
+
+    def test_no_token_lies_beside_the_next(self):
+        arrays = {
+            array.shape
+            for computation in _program("lean").computations.values()
+            for instruction in computation.values()
+            for array in instruction.results
+        }
+        self.assertIn((32, _TOKENS, _WIDTH), arrays)
+        self.assertNotIn((32, _WIDTH, _TOKENS), arrays)
+
+
+if __name__ == "__main__":
+    absltest.main()
