@@ -21,7 +21,7 @@ train: setup
 		--workdir=runs/digits$(if $(filter cuda,$(DEVICE)),-cuda)
 
 test: setup
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check

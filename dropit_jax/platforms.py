@@ -4,6 +4,8 @@ As `jax.lax.platform_dependent`, which is a choice between branches that XLA has
 apart in every layer anew. This one is what the platform has, in its place.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,17 +35,52 @@ def by_platform(
     """
 
     def operation(*operands: Array) -> Any:
-        jaxpr, shapes = jax.make_jaxpr(default, return_shape=True)(*operands)
+        mesh = jax.sharding.get_abstract_mesh()
+        avals = tuple(map(jax.typeof, operands))
+        general = _Branch(default, avals, mesh)
+        on_cpu = None if cpu is None else _Branch(cpu, avals, mesh)
+        # What will not run here is traced when it is asked for.
+        here = on_cpu if jax.default_backend() == "cpu" else None
+        jaxpr, shapes = (here or general).traced
         results = _operation_p.bind(
             *operands,
-            default=jaxpr,
-            cpu=None if cpu is None else jax.make_jaxpr(cpu)(*operands),
+            default=general,
+            cpu=on_cpu,
+            # Traced now: what is shared out among devices has to be known by then.
             cuda=None if cuda is None else jax.make_jaxpr(cuda)(*operands),
-            mesh=jax.sharding.get_abstract_mesh(),
+            results=tuple(jaxpr.out_avals),
+            mesh=mesh,
         )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return operation
+
+
+# Compared by identity: two functions that are equal may be traced differently.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Branch:
+    """A function that is traced when it is needed.
+
+    Attributes:
+      function: of arrays.
+      avals: the types of its arguments.
+      mesh: that is in force.
+    """
+
+    function: _Operation
+    avals: tuple[Any, ...]
+    mesh: Any
+
+    @functools.cached_property
+    def traced(self) -> tuple[ClosedJaxpr, Any]:
+        """The function traced, and its results' types."""
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            return jax.make_jaxpr(self.function, return_shape=True)(*self.avals)
+
+    @property
+    def flat(self) -> _Operation:
+        """The function of arrays that gives a list of arrays."""
+        return jaxpr_as_fun(self.traced[0])
 
 
 def _run(*operands: Array, **params: Any) -> list[Array]:
@@ -51,20 +88,20 @@ def _run(*operands: Array, **params: Any) -> list[Array]:
 
 
 def _lowered(platform: str) -> Callable[..., Any]:
-    def run(*operands: Array, mesh: Any, **jaxprs: ClosedJaxpr | None) -> list[Array]:
-        jaxpr = jaxprs[platform] or jaxprs["default"]
-        assert jaxpr is not None
+    def run(*operands: Array, mesh: Any, **params: Any) -> list[Array]:
+        given = params[platform] or params["default"]
+        function = given.flat if isinstance(given, _Branch) else jaxpr_as_fun(given)
         with jax.sharding.use_abstract_mesh(mesh):
-            return jaxpr_as_fun(jaxpr)(*operands)
+            return function(*operands)
 
     return mlir.lower_fun(run, multiple_results=True)
 
 
 def _derivative(
-    primals: Any, tangents: Any, *, default: ClosedJaxpr, **_: Any
+    primals: Any, tangents: Any, *, default: _Branch, **_: Any
 ) -> tuple[list[Array], list[Any]]:
     tangents = tuple(map(ad.instantiate_zeros, tangents))
-    results, derivatives = jax.jvp(jaxpr_as_fun(default), tuple(primals), tangents)
+    results, derivatives = jax.jvp(default.flat, tuple(primals), tangents)
     return results, [
         ad.Zero(jax.typeof(result).to_tangent_aval())
         if derivative.dtype == jax.dtypes.float0
@@ -77,20 +114,22 @@ def _batched(
     operands: Any,
     axes: Any,
     *,
-    default: ClosedJaxpr,
-    cpu: ClosedJaxpr | None,
+    default: _Branch,
+    cpu: _Branch | None,
     cuda: ClosedJaxpr | None,
-    mesh: Any,
+    **_: Any,
 ) -> tuple[list[Array], list[int]]:
-    del mesh
+    def mapped(branch: _Branch) -> _Operation:
+        def function(*operands: Array) -> list[Array]:
+            flat = jax.vmap(branch.flat, axes)  # traced no earlier
+            return flat(*operands)
 
-    def mapped(jaxpr: ClosedJaxpr) -> _Operation:
-        return jax.vmap(jaxpr_as_fun(jaxpr), axes)
+        return function
 
     operation = by_platform(
         mapped(default),
         cpu=None if cpu is None else mapped(cpu),
-        cuda=None if cuda is None else mapped(cuda),
+        cuda=None if cuda is None else jax.vmap(jaxpr_as_fun(cuda), axes),
     )
     results = operation(*operands)
     return results, [0] * len(results)
@@ -98,7 +137,7 @@ def _batched(
 
 _operation_p = Primitive("dropit_by_platform")
 _operation_p.multiple_results = True
-_operation_p.def_abstract_eval(lambda *_, default, **__: default.out_avals)
+_operation_p.def_abstract_eval(lambda *_, results, **__: results)
 _operation_p.def_impl(_run)
 ad.primitive_jvps[_operation_p] = _derivative
 batching.primitive_batchers[_operation_p] = _batched

@@ -78,7 +78,7 @@ def store_apart(
     each = shardings.join(each, group)
     if code.shape == x.shape:
         code = each
-    return x, each, _packed(code, lambda code: code, bits, group, name)
+    return x, each, _packed(code, _unchanged, bits, group, name)
 
 
 def load(
@@ -105,17 +105,33 @@ def load(
 def _packed(
     x: Array, code: Callable[[Array], Array], bits: int, group: int, name: str
 ) -> Codes:
-    def packed(x: Array) -> Array:
-        return _pack(chunking.as_rows(code(x), _rows(x.shape, bits)), bits)
+    # The code of a byte may be of one layer alone.
+    pack = _packed_rows if bits >= 8 else _packed_in_call
+    return Codes(checkpoint_name(pack(x, code, bits), name), bits, group)
 
-    return Codes(checkpoint_name(_as_call(packed, bits)(x), name), bits, group)
+
+def _packed_rows(x: Array, code: Callable[[Array], Array], bits: int) -> Array:
+    return _pack(chunking.as_rows(code(x), _rows(x.shape, bits)), bits)
 
 
+# Traced once for all layers of one shape; codes are compared by identity.
+@functools.partial(jax.jit, static_argnames=("code", "bits"), inline=True)
+def _packed_in_call(x: Array, code: Callable[[Array], Array], bits: int) -> Array:
+    pack = functools.partial(_packed_rows, code=code, bits=bits)
+    return _as_call(pack, bits)(x)
+
+
+# Likewise.
+@functools.partial(jax.jit, static_argnames=("bits", "shape"), inline=True)
 def _unpacked(packed: Array, bits: int, shape: tuple[int, ...]) -> Array:
     def unpacked(packed: Array) -> Array:
         return _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
 
     return _as_call(unpacked, bits)(packed)
+
+
+def _unchanged(code: Array) -> Array:
+    return code
 
 
 def _as_call(function: Callable[[Array], Array], bits: int) -> Callable[[Array], Array]:
