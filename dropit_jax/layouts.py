@@ -35,8 +35,11 @@ def of_heads(
 
     So the products of attention read it. In row-major order XLA would add the bias of a
     projection within its product, from a copy of the bias for each token, which it
-    makes for all layers in advance.
+    makes for all layers in advance. An array of less than three axes is left as it is:
+    attention has an error for it.
     """
+    if x.ndim < 3:
+        return x
     *batch, length, heads, depth = range(x.ndim)
     return _laid_out(x, (*batch, heads, length, depth))
 
