@@ -10,6 +10,8 @@ larger ones by bisection (`large_chunks`). Both stay where the data is on a shar
 mesh; `lax.top_k` makes XLA gather the chunks on every device.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -83,18 +85,25 @@ def random_scores(key: Array, shape: tuple[int, ...]) -> Int[Array, "*shape"]:
 
 
 def place(
-    values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
+    values: Shaped[Array, "*rows k"],
+    indices: Integer[Array, "*rows k"] | Sequence[Integer[Array, "*rows 1"]],
+    size: int,
 ) -> Shaped[Array, "*rows {size}"]:
     """Puts values back where they came from, and zero elsewhere.
 
     Args:
       values: kept elements of each chunk.
-      indices: their indices in the chunk, without repetition.
+      indices: their indices in the chunk, without repetition: one array, or an array
+        for each kept element.
       size: elements of the chunk.
     """
-    if size > MAX_SMALL:
-        return large_chunks.scatter(values, indices.astype(jnp.int32), size)
-    return small_chunks.place(values, indices, size)
+    if size <= MAX_SMALL:
+        if isinstance(indices, jax.Array):
+            indices = [indices[..., i : i + 1] for i in range(indices.shape[-1])]
+        return small_chunks.place(values, indices, size)
+    if not isinstance(indices, jax.Array):
+        indices = jnp.concatenate(indices, axis=-1)
+    return large_chunks.scatter(values, indices.astype(jnp.int32), size)
 
 
 def compact(

@@ -5,6 +5,8 @@ chains of selections fuse into a few loops, and need no temporaries of the size 
 sort's. What these cost grows with the size of the chunk, or with its square.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,14 +73,16 @@ def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size
 
 
 def place(
-    values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
+    values: Shaped[Array, "*rows k"],
+    indices: Sequence[Integer[Array, "*rows 1"]],
+    size: int,
 ) -> Shaped[Array, "*rows {size}"]:
-    """Chunks of zeros with values at these indices."""
+    """Chunks of zeros with values at these indices, an array for each value."""
     # A chain of selections, not a sum: it fuses with whatever reads the result.
     placed = lax.full_like(_spread(values, 0, size), 0)
-    slots = _indices(placed, indices.dtype)
-    for i in range(values.shape[-1]):
-        here = indices[..., i : i + 1] == slots
+    slots = _indices(placed, indices[0].dtype)
+    for i, index in enumerate(indices):
+        here = index == slots
         placed = _select(here, _spread(values, i, size), placed)
     return placed
 
