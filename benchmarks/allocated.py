@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import command, workloads
+from benchmarks import command, timing, workloads
 from benchmarks.step_time import GPU_MODELS
 from dropit_jax import memory
 
@@ -159,11 +159,7 @@ def markdown(results: Sequence[Result]) -> str:
         ]
         for each in results
     ]
-    title = (
-        f"### {first.model}, {first.image_size}², batch {first.batch}, {first.dtype}, "
-        f"{first.device}"
-    )
-    return command.table(title, header, rows)
+    return command.table(workloads.title(first, first.device), header, rows)
 
 
 def _mib(nbytes: int | None) -> str:
@@ -191,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=timing.count,
         default=1,
         help="how many steps are in memory at a time (default: %(default)s)",
     )

@@ -130,11 +130,7 @@ def markdown(workload: Workload, results: list[Result]) -> str:
         ]
         for result in results
     ]
-    title = (
-        f"### {workload.model}, {workload.image_size}², batch {workload.batch}, "
-        f"{workload.dtype}, {target}"
-    )
-    text = command.table(title, header, rows)
+    text = command.table(workloads.title(workload, target), header, rows)
     if workload.paper_mb is None:
         return text
     plain, dropped = workload.paper_mb

@@ -190,10 +190,8 @@ def markdown(results: Sequence[Result]) -> str:
         ]
         for result in results
     ]
-    title = (
-        f"### {first.model}, {first.image_size}², batch {first.batch}, {first.dtype}, "
-        f"{command.machine(first.device)}, {first.rounds} rounds"
-    )
+    where = f"{command.machine(first.device)}, {first.rounds} rounds"
+    title = workloads.title(first, where)
     return command.table(title, header, rows)
 
 

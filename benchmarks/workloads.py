@@ -167,6 +167,19 @@ def vit_s16(batch: int = 4) -> Workload:
     )
 
 
+def title(described: Any, where: str) -> str:
+    """Above a table: what was trained, and where.
+
+    Args:
+      described: a workload, or a result of one, which has its fields.
+      where: a device, or the GPU that was compiled for.
+    """
+    return (
+        f"### {described.model}, {described.image_size}², batch {described.batch}, "
+        f"{described.dtype}, {where}"
+    )
+
+
 def variants(workload: Workload) -> dict[str, Preset]:
     """The variants that differ for a workload."""
     without = set()

@@ -53,29 +53,25 @@ def _shared_out(
     kernel: _Operation, results: int, whole: int, operands: tuple[Array, ...]
 ) -> Any:
     """The results, where the last `whole` axes are not shared out."""
-    lead = operands[0].ndim - whole
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in mesh.axis_types:
         return kernel(*operands)
     if AxisType.Explicit in mesh.axis_types:
         given = jax.typeof(operands[0]).sharding.spec
-        spec = PartitionSpec(*given[:lead], *[None] * whole)
+        spec = PartitionSpec(*given[: len(given) - whole], *[None] * whole)
         # The kernel computes each element from its own chunk, so nothing is said to be
         # alike on several devices that is not.
         return jax.shard_map(kernel, in_specs=spec, out_specs=spec, check_vma=False)(
             *operands
         )
-    return _partitioned(kernel, results, lead, whole, operands)(*operands)
+    return _partitioned(kernel, results, whole, operands)(*operands)
 
 
 def _partitioned(
-    kernel: _Operation,
-    results: int,
-    lead: int,
-    whole: int,
-    operands: tuple[Array, ...],
+    kernel: _Operation, results: int, whole: int, operands: tuple[Array, ...]
 ) -> _Operation:
     """The kernel, and how XLA may share it out among devices."""
+    lead = operands[0].ndim - whole
 
     def along_lead(mesh: Any, shapes: Any) -> NamedSharding:
         spec = [*shapes[0].sharding.spec, *[None] * lead][:lead]

@@ -10,8 +10,6 @@ larger ones by bisection (`large_chunks`). Both stay where the data is on a shar
 mesh; `lax.top_k` makes XLA gather the chunks on every device.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -85,25 +83,19 @@ def random_scores(key: Array, shape: tuple[int, ...]) -> Int[Array, "*shape"]:
 
 
 def place(
-    values: Shaped[Array, "*rows k"],
-    indices: Integer[Array, "*rows k"] | Sequence[Integer[Array, "*rows 1"]],
-    size: int,
+    values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
     """Puts values back where they came from, and zero elsewhere.
 
     Args:
       values: kept elements of each chunk.
-      indices: their indices in the chunk, without repetition: one array, or an array
-        for each kept element.
+      indices: their indices in the chunk, without repetition.
       size: elements of the chunk.
     """
-    if size <= MAX_SMALL:
-        if isinstance(indices, jax.Array):
-            indices = [indices[..., i : i + 1] for i in range(indices.shape[-1])]
-        return small_chunks.place(values, indices, size)
-    if not isinstance(indices, jax.Array):
-        indices = jnp.concatenate(indices, axis=-1)
-    return large_chunks.scatter(values, indices.astype(jnp.int32), size)
+    if size > MAX_SMALL:
+        return large_chunks.scatter(values, indices.astype(jnp.int32), size)
+    columns = [indices[..., i : i + 1] for i in range(indices.shape[-1])]
+    return small_chunks.place(values, columns, size)
 
 
 def compact(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8, UInt16
 
-from dropit_jax import packing, selection
+from dropit_jax import packing, selection, small_chunks
 from dropit_jax.kernels.plan import Plan, cast_bits, from_bits, to_bits
 
 # Packed bytes, or indices.
@@ -66,24 +66,25 @@ def placed(
         mask = packing.unpack(positions, 1, plan.unit * plan.size).astype(bool)
         whole = selection.expand(kept, _in_chunks(mask, plan.unit, plan.size))
     else:
-        whole = selection.place(kept, _indices(positions, plan, kept.shape), plan.size)
+        whole = _at_indices(kept, positions, plan)
     return whole.reshape(*lead, plan.unit * plan.size)
 
 
-def _indices(
-    positions: Positions, plan: Plan, shape: tuple[int, ...]
-) -> Array | list[Array]:
-    """The indices of kept elements of this shape."""
-    if not plan.packed:
-        return positions.reshape(shape)
-    if plan.unit > 1:  # a byte has indices of two chunks
-        return packing.unpack(positions, 4, plan.unit * plan.kept).reshape(shape)
-    # Each half of a byte by itself, not side by side, where XLA's CPU compiler would
-    # look for it anew for every element of the chunk.
-    return [
-        positions[..., i // 2 : i // 2 + 1] >> 4 * (i % 2) & 15
-        for i in range(plan.kept)
-    ]
+def _at_indices(
+    kept: Shaped[Array, "*chunks kept"], positions: Positions, plan: Plan
+) -> Shaped[Array, "*chunks size"]:
+    """Chunks with kept elements where their stored indices say."""
+    if plan.packed and plan.unit == 1:
+        # Each half of a byte by itself, not side by side, where XLA's CPU compiler
+        # would look for it anew for every element of the chunk.
+        halves = [
+            positions[..., i // 2 : i // 2 + 1] >> 4 * (i % 2) & 15
+            for i in range(plan.kept)
+        ]
+        return small_chunks.place(kept, halves, plan.size)
+    if plan.packed:  # a byte has indices of two chunks
+        positions = packing.unpack(positions, 4, plan.unit * plan.kept)
+    return selection.place(kept, positions.reshape(kept.shape), plan.size)
 
 
 def _in_chunks(x: Array, unit: int, size: int) -> Array:
