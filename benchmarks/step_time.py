@@ -1,4 +1,4 @@
-"""How long a training step takes, and to compile, for every way of saving memory.
+"""What a training step takes, in time and memory, for every way of saving memory.
 
 `python -m benchmarks.step_time [--model=MLP] [--variants=dropit_16,lean] [--json]`
 
@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +20,7 @@ import jax
 
 from benchmarks import command, timing, workloads
 from benchmarks.workloads import Workload
+from dropit_jax.memory.gpu_compiler import memory_stats
 
 _BASELINE = "flax"
 
@@ -58,6 +59,8 @@ class Result:
         times that it was compiled.
       compile_s: seconds that XLA takes to compile that, likewise.
       compile_ratio: of the sum of both to plain Flax's, likewise.
+      temp_bytes: temporaries of the compiled step: what is alive at the peak, beside
+        its arguments and results.
     """
 
     model: str
@@ -75,6 +78,7 @@ class Result:
     trace_s: float
     compile_s: float
     compile_ratio: float
+    temp_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ class CompiledStep:
       compile_s: seconds to compile that, each time.
     """
 
-    run: Callable[..., Any]
+    run: jax.stages.Compiled
     trace_s: tuple[float, ...]
     compile_s: tuple[float, ...]
 
@@ -137,6 +141,7 @@ def measure(
             timing.spread(step.trace_s).median,
             timing.spread(step.compile_s).median,
             timing.ratio(step.total_s, baseline).median,
+            memory_stats(step.run)["temp_bytes"],
         )
         for name, step in steps.items()
     ]
@@ -178,12 +183,14 @@ def _compile(
 def markdown(results: Sequence[Result]) -> str:
     """The results of a model as a table."""
     first = results[0]
-    header = ["variant", "step ms", "ratio", "trace s", "compile s", "compile ratio"]
+    header = ["variant", "step ms", "ratio", "temporaries MiB"]
+    header += ["trace s", "compile s", "compile ratio"]
     rows = [
         [
             result.variant,
             f"{1000 * result.median_s:,.1f}",
             str(timing.Spread(result.ratio, result.ratio_low, result.ratio_high)),
+            f"{result.temp_bytes / 2**20:,.1f}",
             f"{result.trace_s:.1f}",
             f"{result.compile_s:.1f}",
             f"{result.compile_ratio:.2f}",

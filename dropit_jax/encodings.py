@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
-from dropit_jax import chunking, packing, selection, shardings
+from dropit_jax import barriers, chunking, inlining, packing, selection, shardings
 from dropit_jax.chunking import Chunking
 from dropit_jax.kernels import dispatch, plan
+from dropit_jax.platforms import by_platform
 from dropit_jax.policy import DropIT
 
 
@@ -67,6 +68,7 @@ def decode(
     chunks: Chunking,
     dropit: DropIT,
     dtype: jax.typing.DTypeLike,
+    after: Array | None = None,
 ) -> Array:
     """Kept values in their places, and zero elsewhere.
 
@@ -76,6 +78,7 @@ def decode(
       chunks: how a row is cut.
       dropit: what was kept.
       dtype: the result's.
+      after: as in `Residual.decompress`.
 
     Returns:
       The tensor, of shape (*rows, row size).
@@ -85,9 +88,10 @@ def decode(
         count = chunks.count // by_kernel.unit
         if all(count % shardings.shards(x, -1) == 0 for x in (values, positions)):
             units = _in_units(values, count), _in_units(positions, count)
-            rows = _out_of_units(dispatch.decompress(*units, by_kernel, dtype))
-            return chunking.whole(rows, chunks)
-    rows = _decode_any(values.astype(dtype), positions, chunks, dropit)
+            whole = dispatch.decompress(*units, by_kernel, dtype, after)
+            return chunking.whole(_out_of_units(whole), chunks)
+    decoded = functools.partial(_decode_any, chunks=chunks, dropit=dropit)
+    rows = barriers.after(after, decoded, values.astype(dtype), positions)
     return chunking.whole(rows, chunks)
 
 
@@ -123,6 +127,17 @@ def _encode_any(
     x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
     """`encode` for chunks of any kind, without the cast."""
+    stored = functools.partial(_stored, chunks=chunks, dropit=dropit)
+    operands = (x,) if scores is None else (x, scores)
+    results: tuple[Array, Array]
+    results = by_platform(stored, cpu=inlining.not_inlined(stored))(*operands)
+    return results
+
+
+def _stored(
+    x: Array, scores: Array | None = None, *, chunks: Chunking, dropit: DropIT
+) -> tuple[Array, Array]:
+    """`_encode_any`, in plain operations."""
     segments = chunking.split(x, chunks.segments)
     ranked: list[Array] | list[None] = [None] * len(segments)
     if scores is not None:

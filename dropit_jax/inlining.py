@@ -1,10 +1,16 @@
-"""Functions whose operands XLA's CPU compiler computes once."""
+"""Functions that XLA's CPU compiler leaves as calls.
+
+It heeds no barriers: it takes them out before it decides what is computed when, and
+what twice. A call it can neither look into nor move before its operands.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jaxtyping import Array
 
 
 def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,14 +24,29 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     `platforms.by_platform(..., cpu=...)`.
     """
 
-    @jax.jit
-    def inside(*operands: Any) -> Any:
-        # A call in a fusion ends the compiler: what is called in here is inlined.
-        with set_xla_metadata(inlineable="true"):
-            return function(*operands)
-
     def call(*operands: Any) -> Any:
-        with set_xla_metadata(inlineable="false"):
-            return inside(*operands)
+        # A context would mark loops within, too: what XLA calls in them.
+        return set_xla_metadata(jax.jit(function)(*operands), inlineable="false")
 
     return call
+
+
+def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`not_inlined(function)`, called no sooner than one more operand is known.
+
+    What is rebuilt from a residual for the gradient is else rebuilt when XLA likes, and
+    it likes to at once: in the forward pass, to keep it till the gradient.
+
+    Args:
+      function: of arrays.
+
+    Returns:
+      A function of the array to wait for and of those of `function`.
+    """
+
+    def late(known: Array, *operands: Array) -> Any:
+        # Else JAX leaves out an operand that nothing reads.
+        operands, _ = lax.optimization_barrier((operands, known))
+        return function(*operands)
+
+    return not_inlined(late)

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dropit_jax.policy import DropIT
-from dropit_jax.products import Layout, cached_product
+from dropit_jax.products import Axes, cached_product
 
 
 def dot_general(
@@ -66,8 +66,8 @@ def dot_general(
         return product(lhs, rhs)
     (contracted, _), _ = dimension_numbers
     others = [i for i in range(jnp.ndim(lhs)) if i not in contracted]
-    layout = Layout((*others, *contracted), len(contracted), row_major=True)
-    return cached_product(product, lhs, rhs, dropit=dropit, layout=layout, key=key)
+    axes = Axes((*others, *contracted), len(contracted), row_major=True)
+    return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)
 
 
 def conv_general_dilated(
@@ -133,8 +133,8 @@ def conv_general_dilated(
         return product(lhs, rhs)
     dimensions = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     batch, features, *spatial = dimensions.lhs_spec
-    layout = Layout((batch, *spatial, features))
-    return cached_product(product, lhs, rhs, dropit=dropit, layout=layout, key=key)
+    axes = Axes((batch, *spatial, features))
+    return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)
 
 
 def einsum(
@@ -174,12 +174,12 @@ def einsum(
 
     if dropit is None:
         return product(lhs, rhs)
-    layout = einsum_layout(equation, lhs, rhs)
-    return cached_product(product, lhs, rhs, dropit=dropit, layout=layout, key=key)
+    axes = einsum_axes(equation, lhs, rhs)
+    return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)
 
 
-def einsum_layout(equation: str, lhs: Array, rhs: Array) -> Layout:
-    """The layout of `lhs` in an einsum."""
+def einsum_axes(equation: str, lhs: Array, rhs: Array) -> Axes:
+    """How the axes of `lhs` are read in an einsum."""
     if equation.count("->") != 1 or equation.count(",") != 1:
         raise ValueError(
             "DropIT takes einsum equations of two operands and a result, such as "
@@ -191,4 +191,4 @@ def einsum_layout(equation: str, lhs: Array, rhs: Array) -> Layout:
     activation, kernel = operands.split(",")
     channels = [i for i, c in enumerate(activation) if c in kernel and c not in result]
     others = [i for i in range(len(activation)) if i not in channels]
-    return Layout((*others, *channels), len(channels), row_major=True)
+    return Axes((*others, *channels), len(channels), row_major=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
@@ -32,18 +33,27 @@ def by_platform(
         this one's.
       cpu: what it is on a CPU.
       cuda: what it is on an NVIDIA GPU.
+
+    Returns:
+      A function of the arrays, and of one that has to be `known` before: on a CPU the
+      first operand of `cpu`, and nothing elsewhere, where there are barriers.
     """
 
-    def operation(*operands: Array) -> Any:
+    def operation(*operands: Array, known: Array | None = None) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
+        before = () if known is None else (known,)
         avals = tuple(map(jax.typeof, operands))
         general = _Branch(default, avals, mesh)
-        on_cpu = None if cpu is None else _Branch(cpu, avals, mesh)
+        on_cpu = None
+        if cpu is not None:
+            on_cpu = _Branch(cpu, (*map(jax.typeof, before), *avals), mesh)
         # What will not run here is traced when it is asked for.
         here = on_cpu if jax.default_backend() == "cpu" else None
         jaxpr, shapes = (here or general).traced
         results = _operation_p.bind(
+            *before,
             *operands,
+            before=len(before),
             default=general,
             cpu=on_cpu,
             # Traced now: what is shared out among devices has to be known by then.
@@ -88,8 +98,10 @@ def _run(*operands: Array, **params: Any) -> list[Array]:
 
 
 def _lowered(platform: str) -> Callable[..., Any]:
-    def run(*operands: Array, mesh: Any, **params: Any) -> list[Array]:
+    def run(*operands: Array, before: int, mesh: Any, **params: Any) -> list[Array]:
         given = params[platform] or params["default"]
+        if given is not params["cpu"]:
+            operands = operands[before:]
         function = given.flat if isinstance(given, _Branch) else jaxpr_as_fun(given)
         with jax.sharding.use_abstract_mesh(mesh):
             return function(*operands)
@@ -98,10 +110,10 @@ def _lowered(platform: str) -> Callable[..., Any]:
 
 
 def _derivative(
-    primals: Any, tangents: Any, *, default: _Branch, **_: Any
+    primals: Any, tangents: Any, *, before: int, default: _Branch, **_: Any
 ) -> tuple[list[Array], list[Any]]:
-    tangents = tuple(map(ad.instantiate_zeros, tangents))
-    results, derivatives = jax.jvp(default.flat, tuple(primals), tangents)
+    tangents = tuple(map(ad.instantiate_zeros, tangents[before:]))
+    results, derivatives = jax.jvp(default.flat, tuple(primals[before:]), tangents)
     return results, [
         ad.Zero(jax.typeof(result).to_tangent_aval())
         if derivative.dtype == jax.dtypes.float0
@@ -114,12 +126,20 @@ def _batched(
     operands: Any,
     axes: Any,
     *,
+    before: int,
     default: _Branch,
     cpu: _Branch | None,
     cuda: ClosedJaxpr | None,
-    **_: Any,
-) -> tuple[list[Array], list[int]]:
-    def mapped(branch: _Branch) -> _Operation:
+    **params: Any,
+) -> tuple[list[Array], list[Any]]:
+    if all(axis is None for axis in axes[before:]):
+        # One result for the whole batch, and of what is only waited for, one element.
+        known = (lax.index_in_dim(x, 0, axes[0], False) for x in operands[:before])
+        params |= {"default": default, "cpu": cpu, "cuda": cuda}
+        results = _operation_p.bind(*known, *operands[before:], before=before, **params)
+        return results, [None] * len(results)
+
+    def mapped(branch: _Branch, axes: Any) -> _Operation:
         def function(*operands: Array) -> list[Array]:
             flat = jax.vmap(branch.flat, axes)  # traced no earlier
             return flat(*operands)
@@ -127,11 +147,11 @@ def _batched(
         return function
 
     operation = by_platform(
-        mapped(default),
-        cpu=None if cpu is None else mapped(cpu),
-        cuda=None if cuda is None else jax.vmap(jaxpr_as_fun(cuda), axes),
+        mapped(default, axes[before:]),
+        cpu=None if cpu is None else mapped(cpu, axes),
+        cuda=None if cuda is None else jax.vmap(jaxpr_as_fun(cuda), axes[before:]),
     )
-    results = operation(*operands)
+    results = operation(*operands[before:], known=operands[0] if before else None)
     return results, [0] * len(results)
 
 

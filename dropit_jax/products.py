@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dropit_jax import derivatives, layouts, shardings, sharing
+from dropit_jax.barriers import barrier
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.residual import Residual, compress
 
@@ -34,8 +35,8 @@ RESIDUAL_NAME = "dropit"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an operand is to be read as (batch, *positions, channels).
+class Axes:
+    """How an operand's axes are to be read: as (batch, *positions, channels).
 
     Attributes:
       order: its axes, those of the samples first, those of the channels last.
@@ -53,7 +54,7 @@ class Layout:
         return layouts.row_major(x) if self.row_major else x
 
 
-_Observe = Callable[[Array, Layout, int], None]
+_Observe = Callable[[Array, Axes, int], None]
 _observer: contextvars.ContextVar[_Observe | None]
 _observer = contextvars.ContextVar("observer", default=None)
 
@@ -65,7 +66,7 @@ def cached_product(
     offset: Any = (),
     *,
     dropit: DropIT,
-    layout: Layout,
+    axes: Axes,
     key: Array | None = None,
 ) -> Array:
     """`product(lhs, rhs, *offset)`, caching `lhs` compressed.
@@ -77,7 +78,7 @@ def cached_product(
       rhs: the kernel.
       offset: a tuple of arrays, whose gradient is exact.
       dropit: what of `lhs` to keep for the gradient of `rhs`.
-      layout: which axes of `lhs` are the samples and the channels.
+      axes: which of `lhs` are the samples and the channels.
       key: a PRNG key, for policies that need one.
 
     Raises:
@@ -85,17 +86,17 @@ def cached_product(
     """
     check_policy(dropit)
     observe = _observer.get()
-    nbytes = None if observe is None else _bytes_cached(lhs, dropit, layout)
+    nbytes = None if observe is None else _bytes_cached(lhs, dropit, axes)
     if observe is not None and nbytes is not None:
-        observe(lhs, layout, nbytes)
-    ahead = _cached_ahead(lhs, rhs, dropit, layout, key)
+        observe(lhs, axes, nbytes)
+    ahead = _cached_ahead(lhs, rhs, dropit, axes, key)
     with _forward_mode_explained():
-        return _cached_product(product, dropit, layout, lhs, rhs, offset, key, ahead)
+        return _cached_product(product, dropit, axes, lhs, rhs, offset, key, ahead)
 
 
 @contextlib.contextmanager
 def observed(observe: _Observe) -> Iterator[None]:
-    """Tells of every caching operation: its `lhs`, the layout, the bytes it caches."""
+    """Tells of every caching operation: its `lhs`, its axes, the bytes it caches."""
     token = _observer.set(observe)
     try:
         yield
@@ -129,14 +130,14 @@ class _Cached:
 def _cached_product(
     product: Callable[..., Array],
     dropit: DropIT,
-    layout: Layout,
+    axes: Axes,
     lhs: Array,
     rhs: Array,
     offset: tuple[Array, ...],
     key: Array | None,
     ahead: _Cached | None,
 ) -> Array:
-    del dropit, layout, key, ahead
+    del dropit, axes, key, ahead
     return product(lhs, rhs, *offset)
 
 
@@ -149,7 +150,7 @@ _Saved = tuple[
 def _forward(
     product: Callable[..., Array],
     dropit: DropIT,
-    layout: Layout,
+    axes: Axes,
     lhs: Any,
     rhs: Any,
     offset: Any,
@@ -163,10 +164,10 @@ def _forward(
     )
     cached = None
     if rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
-        cached = _compressed(a, dropit, layout, key) if ahead is None else ahead
+        cached = _compressed(a, dropit, axes, key) if ahead is None else ahead
         once = derivatives.once(a, "DropIT")
         # Without the barrier XLA may compress late, which keeps `a` alive till then.
-        a, _ = lax.optimization_barrier((once, cached.residual))
+        a, _ = barrier((once, cached.residual))
     z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
     return z, (cached, kernel, added, pullback_a)
 
@@ -174,7 +175,7 @@ def _forward(
 def _backward(
     product: Callable[..., Array],
     dropit: DropIT,
-    layout: Layout,
+    axes: Axes,
     saved: _Saved,
     cotangent: Array,
 ) -> tuple[Array, Array | None, Any, None, None]:
@@ -186,14 +187,15 @@ def _backward(
             return to_a, None, (), None, None
         a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
     else:
-        # Without the barrier XLA may decompress early, which keeps the dense â alive
-        # through the whole forward pass.
-        cotangent = layout.laid_out(cotangent)
-        cached, cotangent = lax.optimization_barrier((cached, cotangent))
-        a_hat = _restore(cached, layout)
+        cotangent = axes.laid_out(cotangent)
+        a_hat = sharing.once(
+            lambda: _restored_late(cached, axes, cotangent),
+            tuple(jax.tree.leaves(cached)),
+            (jax.tree.structure(cached), axes),
+        )
         # Without this one XLA may decompress for many layers in one kernel, late, which
         # keeps all their â and cotangents alive until then.
-        a_hat, cotangent = lax.optimization_barrier((a_hat, cotangent))
+        a_hat, cotangent = barrier((a_hat, cotangent))
         (to_a,) = pullback_a(cotangent)
     _, pullback = jax.vjp(functools.partial(product, a_hat), kernel, *offset)
     to_kernel, *to_offset = pullback(cotangent)
@@ -206,7 +208,7 @@ _cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _cached_ahead(
-    lhs: Array, rhs: Array, dropit: DropIT, layout: Layout, key: Array | None
+    lhs: Array, rhs: Array, dropit: DropIT, axes: Axes, key: Array | None
 ) -> _Cached | None:
     """What is cached of `lhs`, before it is known whether anything has to be.
 
@@ -220,26 +222,26 @@ def _cached_ahead(
     operands = (lhs,) if key is None else (lhs, key)
     with contextlib.suppress(TypeError, ValueError):
         return sharing.once(
-            lambda: _compressed(lax.stop_gradient(lhs), dropit, layout, key),
+            lambda: _compressed(lax.stop_gradient(lhs), dropit, axes, key),
             operands,
-            (dropit, layout),
+            (dropit, axes),
         )
     return None
 
 
-def _compressed(a: Array, dropit: DropIT, layout: Layout, key: Array | None) -> _Cached:
+def _compressed(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> _Cached:
     group = shardings.new_group()
-    arranged = layout.laid_out(_arrange(shardings.join(a, group), dropit, layout))
+    arranged = axes.laid_out(_arrange(shardings.join(a, group), dropit, axes))
     residual = compress(arranged, dropit, key)
     named = checkpoint_name(residual, RESIDUAL_NAME)
     return _Cached(named, a.shape, shardings.spec(a), group)
 
 
-def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int | None:
+def _bytes_cached(lhs: Array, dropit: DropIT, axes: Axes) -> int | None:
     """Bytes that are cached of `lhs`; `None` where it does not suit the policy."""
 
     def compressed(a: Array, key: Array) -> Residual:
-        return compress(_arrange(a, dropit, layout), dropit, key)
+        return compress(_arrange(a, dropit, axes), dropit, key)
 
     try:
         return jax.eval_shape(compressed, lhs, jax.random.key(0)).nbytes
@@ -247,24 +249,32 @@ def _bytes_cached(lhs: Array, dropit: DropIT, layout: Layout) -> int | None:
         return None  # which the forward rule says, if a gradient is asked for
 
 
-def _arrange(a: Array, dropit: DropIT, layout: Layout) -> Array:
+def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
     """The operand as (batch, *positions, channels)."""
-    ordered = jnp.transpose(a, layout.order)
-    if layout.channel_axes == 1 or not dropit.per_channel:
+    ordered = jnp.transpose(a, axes.order)
+    if axes.channel_axes == 1 or not dropit.per_channel:
         return ordered  # chunks need no merging of axes
-    lead = ordered.ndim - layout.channel_axes
+    lead = ordered.ndim - axes.channel_axes
     merged = (*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
     return shardings.gather(ordered, keep=lead).reshape(merged)
 
 
-def _restore(cached: _Cached, layout: Layout) -> Array:
-    """The decompressed â, as `a` was."""
-    ordered = layout.laid_out(
-        cached.residual.decompress().reshape(
-            [cached.shape[axis] for axis in layout.order]
+def _restored_late(cached: _Cached, axes: Axes, cotangent: Array) -> Array:
+    """The decompressed â, computed after the first cotangent that asks for it."""
+    # Without the barrier XLA may decompress early, which keeps the dense â alive
+    # through the whole forward pass.
+    cached, cotangent = barrier((cached, cotangent))
+    return _restore(cached, axes, cotangent)
+
+
+def _restore(cached: _Cached, axes: Axes, after: Array) -> Array:
+    """The decompressed â, as `a` was, computed after something else."""
+    ordered = axes.laid_out(
+        cached.residual.decompress(after).reshape(
+            [cached.shape[axis] for axis in axes.order]
         )
     )
-    restored = jnp.transpose(ordered, tuple(np.argsort(layout.order)))
+    restored = jnp.transpose(ordered, tuple(np.argsort(axes.order)))
     return shardings.join(shardings.to(restored, cached.spec), cached.group)
 
 

@@ -15,9 +15,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, UInt8
+from jaxtyping import Array, BFloat16, Float, Shaped, UInt8
 
-from dropit_jax import chunking, inlining, packing, shardings
+from dropit_jax import barriers, chunking, inlining, packing, shardings
 from dropit_jax.platforms import by_platform
 
 # More than a rounding to bfloat16 changes a number by, relative to it.
@@ -50,33 +50,64 @@ class Quantized:
     group_size: int
 
     @functools.partial(jax.jit, static_argnames="dtype")
-    def dequantize(self, dtype: jax.typing.DTypeLike) -> Float[Array, "*shape"]:
+    def dequantize(
+        self,
+        dtype: jax.typing.DTypeLike,
+        after: Shaped[Array, "..."] | None = None,
+    ) -> Float[Array, "*shape"]:
         """The array that the codes stand for.
 
         A group with NaN, infinity or a range that float32 does not hold is NaN.
+
+        Args:
+          dtype: the result's.
+          after: an array; on a CPU the result is not computed before it is. `None`: as
+            part of what the result is used for, if XLA likes.
         """
-        groups = chunking.cut(self.shape, self.group_size)
-        codes = packing.unpack(self.codes, self.bits, groups.row_size)
-        compute = jnp.promote_types(dtype, jnp.float32)
-        singles = tuple((count, 1) for count, _ in groups.segments)
-        segments = [
-            minimum.astype(compute) + code.astype(compute) * scale.astype(compute)
-            for code, minimum, scale in zip(
-                chunking.split(codes, groups.segments),
-                chunking.split(self.minimum, singles),
-                chunking.split(self.scale, singles),
-                strict=True,
-            )
-        ]
-        values = chunking.join(segments)
-        if compute == dtype:
-            return values.reshape(self.shape)
-        # The last code may stand for a little more than the largest of its group, and
-        # that for more than the type holds.
-        largest = jnp.finfo(dtype).max.astype(compute)
-        clipped = jnp.clip(values, -largest, largest)
-        values = jnp.where(jnp.isinf(values), values, clipped)
-        return values.astype(dtype).reshape(self.shape)
+        rows = functools.partial(
+            _rows,
+            shape=self.shape,
+            bits=self.bits,
+            group_size=self.group_size,
+            dtype=dtype,
+        )
+        values = barriers.after(after, rows, self.codes, self.minimum, self.scale)
+        return values.reshape(self.shape)
+
+
+def _rows(
+    codes: UInt8[Array, "*rows bytes"],
+    minimum: BFloat16[Array, "*rows groups"],
+    scale: BFloat16[Array, "*rows groups"],
+    *,
+    shape: tuple[int, ...],
+    bits: int,
+    group_size: int,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "*rows elements"]:
+    """What codes stand for, in the rows that groups are cut from."""
+    groups = chunking.cut(shape, group_size)
+    codes = packing.unpack(codes, bits, groups.row_size)
+    compute = jnp.promote_types(dtype, jnp.float32)
+    singles = tuple((count, 1) for count, _ in groups.segments)
+    segments = [
+        minimum.astype(compute) + code.astype(compute) * scale.astype(compute)
+        for code, minimum, scale in zip(
+            chunking.split(codes, groups.segments),
+            chunking.split(minimum, singles),
+            chunking.split(scale, singles),
+            strict=True,
+        )
+    ]
+    values = chunking.join(segments)
+    if compute == dtype:
+        return values
+    # The last code may stand for a little more than the largest of its group, and
+    # that for more than the type holds.
+    largest = jnp.finfo(dtype).max.astype(compute)
+    clipped = jnp.clip(values, -largest, largest)
+    values = jnp.where(jnp.isinf(values), values, clipped)
+    return values.astype(dtype)
 
 
 # As `dequantize`, traced once for all layers of one shape.

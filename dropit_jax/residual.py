@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from dropit_jax import channels, chunking, encodings, selection, shardings
+from dropit_jax import barriers, channels, chunking, encodings, selection, shardings
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.quantization import Quantized, quantize
 
@@ -55,14 +55,23 @@ class Residual:
             for leaf in jax.tree.leaves(self)
         )
 
-    def decompress(self) -> Float[Array, "*shape"]:
-        """The activation â: what was kept in its place, and the fill elsewhere."""
+    def decompress(
+        self, after: Shaped[Array, "..."] | None = None
+    ) -> Float[Array, "*shape"]:
+        """The activation â: what was kept in its place, and the fill elsewhere.
+
+        Args:
+          after: an array; on a CPU what takes a pass over the whole activation is not
+            computed before it is. XLA heeds barriers elsewhere, and not there.
+        """
         values = self.values
         if isinstance(values, Quantized):
-            values = values.dequantize(self.dtype)
+            values = values.dequantize(self.dtype, after)
         if self.positions is None:
             return values.astype(self.dtype)
-        placed = _place(values, self.positions, self.shape, self.dropit, self.dtype)
+        placed = _place(
+            values, self.positions, self.shape, self.dropit, self.dtype, after
+        )
         if self.means is None:
             return placed
         kept = _kept_mask(self.positions, values, self.shape, self.dropit)
@@ -176,12 +185,15 @@ def _place(
     shape: tuple[int, ...],
     dropit: DropIT,
     dtype: jax.typing.DTypeLike,
+    after: Array | None = None,
 ) -> Array:
     """Kept values in their places, and zero elsewhere."""
     if dropit.granularity == "channel":
-        return channels.place(values.astype(dtype), positions, shape[-1])
+        place = functools.partial(channels.place, count=shape[-1])
+        return barriers.after(after, place, values.astype(dtype), positions)
     chunks = chunking.cut(shape, dropit.chunk_size)
-    return encodings.decode(values, positions, chunks, dropit, dtype).reshape(shape)
+    rows = encodings.decode(values, positions, chunks, dropit, dtype, after)
+    return rows.reshape(shape)
 
 
 def _kept_mask(

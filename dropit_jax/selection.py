@@ -49,8 +49,16 @@ def top_k(
         indices = large_chunks.select(large_chunks.largest(ranked, k), k)
         return large_chunks.take(x, indices), indices
     if scores is None:
-        return small_chunks.top_k_of_magnitudes(x, _magnitude(x), k)
+        values, indices_apart = top_k_apart(x, k)
+        return values, small_chunks.stack(indices_apart)
     return small_chunks.top_k(x, scores, k)
+
+
+def top_k_apart(
+    x: Float[Array, "*rows size"], k: int
+) -> tuple[Float[Array, "*rows {k}"], list[Int[Array, "*rows"]]]:
+    """`top_k` of small chunks, an array of indices for each of the k places."""
+    return small_chunks.top_k_of_magnitudes(x, _magnitude(x), k)
 
 
 def top_k_mask(

@@ -129,8 +129,10 @@ def _batched(operands: Any, axes: Any, *, group: int) -> tuple[Array, int]:
     return join(jnp.moveaxis(operands[0], axes[0], 0), group), 0
 
 
-def _lowered(_: Any, x: Any, *, group: int) -> list[Any]:
-    sdy.sharding_group(x, group)
+def _lowered(context: Any, x: Any, *, group: int) -> list[Any]:
+    # On one device XLA would take the groups out again, in passes of their own.
+    if getattr(context.module_context.axis_context, "num_devices", 0) != 1:
+        sdy.sharding_group(x, group)
     return [x]
 
 

@@ -44,22 +44,24 @@ def top_k(
 
 def top_k_of_magnitudes(
     x: Float[Array, "*rows size"], magnitudes: Int[Array, "*rows size"], k: int
-) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
+) -> tuple[Float[Array, "*rows {k}"], list[Int[Array, "*rows"]]]:
     """`top_k`, where the scores are the elements' bits without the sign.
 
     The passes that find the largest then have all of the element but its sign, which
     goes with its index.
+
+    Returns:
+      The elements, largest first, and the index of each, an array for each place.
     """
     if k > _MAX_PASSES:
-        return top_k(x, magnitudes, k)
+        values, indices = top_k(x, magnitudes, k)
+        return values, [indices[..., i] for i in range(k)]
     signs = magnitudes.dtype.itemsize * 8 - 1
     negative = lax.bitcast_convert_type(x, magnitudes.dtype) >> signs  # -1, or 0
     slots = 2 * _indices(x) - negative.astype(jnp.int32)
     found = _passes(magnitudes, slots, k)
-    scores = _stack([score for score, _ in found])
-    tags = _stack([tag for _, tag in found])
-    bits = scores | tags.astype(scores.dtype) << signs
-    return _from_bits(bits, x), tags >> 1
+    bits = [score | tag.astype(score.dtype) << signs for score, tag in found]
+    return _from_bits(stack(bits), x), [tag >> 1 for _, tag in found]
 
 
 def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
@@ -112,10 +114,24 @@ def expand(
     return placed
 
 
+def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
+    """`jnp.stack` on a new last axis.
+
+    By selections: XLA's CPU compiler makes a loop of branches out of a concatenation,
+    which takes longer to compile and to run.
+    """
+    spread = [chunking.repeat(part, len(parts)) for part in parts]
+    stacked, places = spread[-1], _indices(spread[-1])
+    for i, part in enumerate(spread[:-1]):
+        here = jnp.broadcast_to(places == i, part.shape)
+        stacked = lax.select(shardings.like(here, part), part, stacked)
+    return stacked
+
+
 def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     """Indices of the k largest, largest first, ties to the lower index."""
     if k <= _MAX_PASSES:
-        return _stack([slot for _, slot in _passes(scores, _indices(scores), k)])
+        return stack([slot for _, slot in _passes(scores, _indices(scores), k)])
     order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
     return jnp.where(order, _indices(scores), 0).max(axis=-1)
 
@@ -140,11 +156,13 @@ def _passes(
     for _ in range(k):
         left = scores
         if found:
-            last, at = (chunking.repeat(each, scores.shape[-1]) for each in found[-1])
+            least_found, at_tag = found[-1]
+            at = chunking.repeat(at_tag, scores.shape[-1])
             if len(found) == 1:
                 after = tags != at  # all but the one
             else:
                 # After the last that was found: no need to know the others.
+                last = chunking.repeat(least_found, scores.shape[-1])
                 after = (scores < last) | ((scores == last) & (tags > at))
             left = lax.select(after, scores, least)
         found.append(_first(left, tags))
@@ -197,20 +215,6 @@ def _select(
 ) -> Shaped[Array, "*shape"]:
     """`jnp.where`, without the call that it is to XLA's passes."""
     return lax.select(here, shardings.like(x, here), shardings.like(y, here))
-
-
-def _stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
-    """`jnp.stack` on a new last axis.
-
-    By selections: XLA's CPU compiler makes a loop of branches out of a concatenation,
-    which takes longer to compile and to run.
-    """
-    spread = [chunking.repeat(part, len(parts)) for part in parts]
-    stacked, places = spread[-1], _indices(spread[-1])
-    for i, part in enumerate(spread[:-1]):
-        here = jnp.broadcast_to(places == i, part.shape)
-        stacked = lax.select(shardings.like(here, part), part, stacked)
-    return stacked
 
 
 def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:

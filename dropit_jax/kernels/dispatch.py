@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from dropit_jax import inlining
 from dropit_jax.kernels import plan as plans
@@ -44,7 +44,7 @@ def compress(
     if not _within_reach(plan, x):
         return twin(x)
     operation = by_platform(
-        twin, cpu=_as_call(twin), cuda=on_every_device(kernel, results=2)
+        twin, cpu=_compress_call(twin), cuda=on_every_device(kernel, results=2)
     )
     return operation(x)
 
@@ -55,14 +55,19 @@ def decompress(
     positions: Positions,
     plan: Plan,
     dtype: jax.typing.DTypeLike,
+    after: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, "*rows units elements"]:
-    """`twins.decompress`, in one pass where there is a kernel for it."""
-    return _decompress_differentiably(plan, jnp.dtype(dtype), values, positions)
+    """`twins.decompress`, in one pass where there is a kernel for it.
+
+    On a CPU it is not computed before `after` is.
+    """
+    dtype = jnp.dtype(dtype)
+    return _decompress_differentiably(plan, dtype, values, positions, after)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decompress_differentiably(
-    plan: Plan, dtype: jnp.dtype, values: Array, positions: Array
+    plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
 ) -> Array:
     kernel = when_lowered(
         functools.partial(_decompress, plan=plan, dtype=dtype),
@@ -71,48 +76,79 @@ def _decompress_differentiably(
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
     if not _within_reach(plan, values):
         return twin(values, positions)
-    operation = by_platform(twin, cuda=on_every_device(kernel, results=1))
-    return operation(values, positions)
+    operation = by_platform(
+        twin, cpu=_decompress_call(twin), cuda=on_every_device(kernel, results=1)
+    )
+    return operation(values, positions, known=after)
 
 
 def _decompress_forward(
-    plan: Plan, dtype: jnp.dtype, values: Array, positions: Array
+    plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
 ) -> tuple[Array, Any]:
     # A kernel has no gradient, and neither have the bits that its twin works on.
     def placed(values: Array) -> Array:
         return twins.placed(values.astype(dtype), positions, plan)
 
     _, pullback = jax.vjp(placed, values)
-    return _decompress_differentiably(plan, dtype, values, positions), pullback
+    whole = _decompress_differentiably(plan, dtype, values, positions, after)
+    return whole, pullback
 
 
 def _decompress_backward(
     plan: Plan, dtype: jnp.dtype, pullback: Any, cotangent: Array
-) -> tuple[Array, None]:
+) -> tuple[Array, None, None]:
     del plan, dtype
-    return (*pullback(cotangent), None)
+    return (*pullback(cotangent), None, None)
 
 
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-def _as_call(twin: _Operation) -> _Operation:
-    """`twins.compress` as a call, which takes and gives no axes of size 1.
+def _compress_call(twin: _Operation) -> _Operation:
+    """`twins.compress` as a call of a few axes.
 
-    XLA would copy what has some into another layout, and back.
+    It takes whole rows, as products do: XLA would compute an activation twice that is
+    read in two shapes, and it would copy what has axes of size 1.
     """
 
-    def call(x: Array) -> tuple[Array, ...]:
-        single = [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
+    def call(x: Array) -> Any:
+        *rows, units, elements = x.shape
+        single = _single(x)
 
-        def inside(x: Array) -> list[Array]:
-            results = twin(lax.expand_dims(x, single))
-            return [lax.squeeze(result, single) for result in results]
+        def inside(x: Array) -> Any:
+            squeezed = [size for size in (*rows, units) if size != 1]
+            chunks = lax.expand_dims(x.reshape(*squeezed, elements), single)
+            return jax.tree.map(lambda x: lax.squeeze(x, single), twin(chunks))
 
-        results = inlining.not_inlined(inside)(lax.squeeze(x, single))
-        return tuple(lax.expand_dims(result, single) for result in results)
+        x = x.reshape(*rows, units * elements)
+        x = lax.squeeze(x, [axis for axis in single if axis != len(rows)])
+        results = inlining.not_inlined(inside)(x)
+        return jax.tree.map(lambda x: lax.expand_dims(x, single), results)
 
     return call
+
+
+def _decompress_call(twin: _Operation) -> _Operation:
+    """`twins.decompress` as a call, which takes and gives no axes of size 1."""
+
+    def call(*operands: Array) -> Any:
+        *known, values, positions = operands
+        single = _single(values)
+
+        def inside(*operands: Array) -> Array:
+            whole = twin(*(lax.expand_dims(x, single) for x in operands))
+            return lax.squeeze(whole, single)
+
+        late = inlining.waiting(inside) if known else inlining.not_inlined(inside)
+        squeezed = (lax.squeeze(x, single) for x in (values, positions))
+        return lax.expand_dims(late(*known, *squeezed), single)
+
+    return call
+
+
+def _single(x: Array) -> list[int]:
+    """The axes of size 1, but for the last."""
+    return [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
 
 
 def _within_reach(plan: Plan, x: Array) -> bool:

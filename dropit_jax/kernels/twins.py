@@ -48,11 +48,11 @@ def decompress(
       plan: what they were made by.
       dtype: the result's.
     """
-    kept = cast_bits(to_bits(values), values.dtype, dtype)
     if jnp.dtype(dtype).itemsize == 4:
         # Floats of 32 bits are moved by vector instructions on a CPU, and their bits,
         # as integers, are not. Of 16 bits it loses what is in a NaN.
-        return placed(from_bits(kept, dtype), positions, plan)
+        return placed(values.astype(dtype), positions, plan)
+    kept = cast_bits(to_bits(values), values.dtype, dtype)
     return from_bits(placed(kept, positions, plan), dtype)
 
 
@@ -77,10 +77,8 @@ def _at_indices(
     if plan.packed and plan.unit == 1:
         # Each half of a byte by itself, not side by side, where XLA's CPU compiler
         # would look for it anew for every element of the chunk.
-        halves = [
-            positions[..., i // 2 : i // 2 + 1] >> 4 * (i % 2) & 15
-            for i in range(plan.kept)
-        ]
+        packed = [positions[..., i : i + 1] for i in range(plan.positions)]
+        halves = [half for byte in packed for half in (byte & 15, byte >> 4)]
         return small_chunks.place(kept, halves, plan.size)
     if plan.packed:  # a byte has indices of two chunks
         positions = packing.unpack(positions, 4, plan.unit * plan.kept)
@@ -97,6 +95,13 @@ def _select(
 ) -> tuple[Shaped[Array, "*chunks kept"], Positions]:
     """The kept elements of chunks, and their stored positions."""
     k = plan.kept
+    if plan.packed and plan.ordered and plan.unit == 1:
+        # Two by two into bytes, not side by side first: half the operations to compile.
+        values, apart = selection.top_k_apart(chunks, k)
+        halves = [index.astype(jnp.uint8) for index in apart]
+        low, high = halves[::2], halves[1::2]
+        packed = [a | b << 4 for a, b in zip(low, high, strict=True)]
+        return values, small_chunks.stack(packed)
     if plan.ordered:
         values, indices = selection.top_k(chunks, k)
         if plan.packed:

@@ -235,12 +235,12 @@ def _whole(
         equation = nn.merge_param(
             "einsum_str", module.einsum_str, kwargs.get("einsum_str")
         )
-        layout = ops.einsum_layout(equation, inputs, kernel)
-        return cache(inputs, kernel, layout=layout)
+        axes = ops.einsum_axes(equation, inputs, kernel)
+        return cache(inputs, kernel, axes=axes)
     size = module.kernel_size
     flat, batch = hooks.as_batch(inputs, 1 if isinstance(size, int) else len(size))
-    layout = products.Layout(tuple(range(flat.ndim)))
-    return hooks.unbatch(cache(flat, kernel, layout=layout), batch)
+    axes = products.Axes(tuple(range(flat.ndim)))
+    return hooks.unbatch(cache(flat, kernel, axes=axes), batch)
 
 
 def fields_of(module: Any, layer: type[nn.Module]) -> dict[str, Any]:

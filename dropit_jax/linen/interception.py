@@ -143,8 +143,8 @@ class Interception:
         """The call of a layer, with DropIT."""
         path, policy = model_call.path(module), self.policy(module)
 
-        def observe(lhs: Array, layout: products.Layout, nbytes: int) -> None:
-            reader = call.first_reader(lhs, (layout, policy), path)
+        def observe(lhs: Array, axes: products.Axes, nbytes: int) -> None:
+            reader = call.first_reader(lhs, (axes, policy), path)
             before = math.prod(lhs.shape) * lhs.dtype.itemsize
             shared = reader != path
             self._layers[path] = InterceptedLayer(

@@ -20,6 +20,7 @@ _COPIES = frozenset(
         "join_sharding_group",
         "name",
         "optimization_barrier",
+        "optimization_barrier_by_platform",
         "reduce_precision",  # with which `jax.checkpoint` marks what it saves
         "reshape",
         "sharding_constraint",

@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Inexact, Shaped, UInt
 
-from dropit_jax import chunking, inlining, packing, shardings
+from dropit_jax import barriers, chunking, inlining, packing, shardings
 from dropit_jax.platforms import by_platform
 
 
@@ -94,9 +93,9 @@ def load(
       shape: of the codes, where it is not the array's.
     """
     # Without the barrier XLA may unpack early and keep what is unpacked alive.
-    packed, cotangent = lax.optimization_barrier((codes.packed, cotangent))
+    packed, cotangent = barriers.barrier((codes.packed, cotangent))
     shape = cotangent.shape if shape is None else shape
-    unpacked = _unpacked(packed, codes.bits, shape)
+    unpacked = _unpacked(packed, cotangent, codes.bits, shape)
     unpacked = jnp.broadcast_to(unpacked, cotangent.shape)
     unpacked = shardings.like(unpacked, cotangent)
     return shardings.join(unpacked, codes.group), cotangent
@@ -118,32 +117,26 @@ def _packed_rows(x: Array, code: Callable[[Array], Array], bits: int) -> Array:
 @functools.partial(jax.jit, static_argnames=("code", "bits"), inline=True)
 def _packed_in_call(x: Array, code: Callable[[Array], Array], bits: int) -> Array:
     pack = functools.partial(_packed_rows, code=code, bits=bits)
-    return _as_call(pack, bits)(x)
+    # In one loop with what is before or after, they are vector instructions that take
+    # long to compile for a CPU, and are compiled for each layer anew: XLA compiles two
+    # loops once only where they are the same.
+    return by_platform(pack, cpu=inlining.not_inlined(pack))(x)
 
 
 # Likewise.
 @functools.partial(jax.jit, static_argnames=("bits", "shape"), inline=True)
-def _unpacked(packed: Array, bits: int, shape: tuple[int, ...]) -> Array:
+def _unpacked(
+    packed: Array, cotangent: Array, bits: int, shape: tuple[int, ...]
+) -> Array:
     def unpacked(packed: Array) -> Array:
         return _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
 
-    return _as_call(unpacked, bits)(packed)
+    # Whole bytes are read by what they are used for.
+    return barriers.after(cotangent if bits < 8 else None, unpacked, packed)
 
 
 def _unchanged(code: Array) -> Array:
     return code
-
-
-def _as_call(function: Callable[[Array], Array], bits: int) -> Callable[[Array], Array]:
-    """The function as a call, for XLA's CPU compiler, where it packs or unpacks bits.
-
-    In one loop with what is before or after, they are vector instructions that take
-    long to compile, and are compiled for each layer anew: it compiles two loops once
-    only where they are the same.
-    """
-    if bits >= 8:
-        return function
-    return by_platform(function, cpu=inlining.not_inlined(function))
 
 
 def _rows(shape: tuple[int, ...], bits: int) -> chunking.Chunking:

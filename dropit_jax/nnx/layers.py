@@ -213,7 +213,7 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
         kernel,
         offset,
         dropit=layer.dropit,
-        layout=products.Layout(tuple(range(flat.ndim))),
+        axes=products.Axes(tuple(range(flat.ndim))),
         key=key,
     )
     return hooks.unbatch(out, batch)

@@ -64,17 +64,17 @@ class MeasuringTest(parameterized.TestCase):
 
     def test_the_table_has_the_variants_and_says_what_a_ratio_is(self):
         flax = step_time.Result(
-            "tiny", 8, 4, "flax", "cpu", "float32", 2, 1, 1.5, 1, 1, 1, 0.25, 1.75, 1
+            "tiny", 8, 4, "flax", "cpu", "float32", 2, 1, 1.5, 1, 1, 1, 0.25, 1.75, 1, 0
         )
         lean = dataclasses.replace(flax, variant="lean", median_s=3, ratio=2)
-        lean = dataclasses.replace(lean, ratio_high=2.5, compile_ratio=1.25)
+        lean = dataclasses.replace(lean, ratio_high=2.5, temp_bytes=3 * 2**19)
         with mock.patch.object(step_time, "measure") as measure:
             measure.return_value = [flax, lean]
             printed, progress = _main("--model=tiny", "--variants=lean")
         measure.assert_called_once_with(_TINY, ["flax", "lean"], 2, 1, 1)
         self.assertIn("### tiny, 8², batch 4, float32, cpu (", printed)
-        self.assertIn("| flax | 1,500.0 | 1.000 [1.000, 1.000] | 0.2 |", printed)
-        self.assertIn("| lean | 3,000.0 | 2.000 [1.000, 2.500] | 0.2 | 1.8 |", printed)
+        self.assertIn("| flax | 1,500.0 | 1.000 [1.000, 1.000] | 0.0 | 0.2 |", printed)
+        self.assertIn("| lean | 3,000.0 | 2.000 [1.000, 2.500] | 1.5 | 0.2 |", printed)
         self.assertIn("divided by the baseline's in the same round", printed)
         self.assertEqual(progress, "tiny: 2 variants, 2 rounds\n")
 
@@ -96,6 +96,16 @@ class MeasuringTest(parameterized.TestCase):
         step = steps["flax"]
         self.assertLen(step.total_s, 2)
         self.assertEqual(step.total_s[1], step.trace_s[1] + step.compile_s[1])
+
+    def test_temporaries_are_those_of_the_compiled_step(self):
+        (result,) = step_time.measure(_TINY, ("flax",), rounds=1)
+        step, arguments, _ = workloads.training_step(
+            _TINY, workloads.TIMED_VARIANTS["flax"]
+        )
+        compiled = jax.jit(step).lower(*arguments).compile()
+        self.assertEqual(
+            result.temp_bytes, compiled.memory_analysis().temp_size_in_bytes
+        )
 
 
 class WorkloadsTest(parameterized.TestCase):

@@ -200,9 +200,9 @@ class CpuProgramTest(parameterized.TestCase):
 
         def step(x):
             x = jnp.maximum(x * 3.0 + 1.0, 0.0)
-            return x, pack(x)
+            return x, pack(x.reshape(64, 64, -1))
 
-        x = jax.ShapeDtypeStruct((64, 64, 16 * _PLAN.unit), jnp.float32)
+        x = jax.ShapeDtypeStruct((64, 64 * 16 * _PLAN.unit), jnp.float32)
         text = jax.jit(step).lower(x).compile().as_text()
         return len(re.findall(r"f32\S* multiply\(", text))
 

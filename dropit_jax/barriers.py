@@ -1,0 +1,78 @@
+"""What is not to be computed too early: what is rebuilt for the gradient."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
+
+from dropit_jax import inlining
+from dropit_jax.platforms import by_platform
+
+T = TypeVar("T")
+
+
+def barrier(operands: T) -> T:
+    """A pytree of arrays after `lax.optimization_barrier`; on a CPU, as it is.
+
+    XLA's CPU compiler takes barriers out too late to see that a reshape before one and
+    a reshape after it are none, and too early for any other effect. There it takes
+    `after`.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+    return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))
+
+
+def after(
+    known: Array | None, function: Callable[..., Array], *operands: Array
+) -> Array:
+    """`function(*operands)`; on a CPU it is not computed before `known` is.
+
+    Args:
+      known: an array; `None`: it is computed when XLA likes.
+      function: of arrays.
+      *operands: its arguments.
+    """
+    if known is None:
+        return function(*operands)
+
+    operation = by_platform(function, cpu=inlining.waiting(function))
+    result: Array = operation(*operands, known=known)
+    return result
+
+
+_barrier_p = Primitive("optimization_barrier_by_platform")
+_barrier_p.multiple_results = True
+_barrier_p.def_impl(lambda *operands: list(operands))
+_barrier_p.def_abstract_eval(lambda *operands: list(operands))
+
+
+def _derivative(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return _barrier_p.bind(*primals), _barrier_p.bind(*tangents)
+
+
+def _transposed(cotangents: Any, *_: Any) -> Any:
+    return cotangents
+
+
+def _batched(operands: Any, axes: Any) -> tuple[list[Array], Any]:
+    return _barrier_p.bind(*operands), axes
+
+
+def _barred(*operands: Array) -> tuple[Array, ...]:
+    return lax.optimization_barrier(operands)
+
+
+def _as_they_are(_: Any, *operands: Any) -> tuple[Any, ...]:
+    return operands
+
+
+ad.primitive_jvps[_barrier_p] = _derivative
+ad.primitive_transposes[_barrier_p] = _transposed
+batching.primitive_batchers[_barrier_p] = _batched
+mlir.register_lowering(_barrier_p, mlir.lower_fun(_barred, multiple_results=True))
+mlir.register_lowering(_barrier_p, _as_they_are, platform="cpu")

@@ -1,0 +1,125 @@
+"""What is not computed too early, and that nothing else changes."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dropit_jax.barriers import after, barrier
+
+
+def _lowered(function, *args, platform):
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+class BarrierTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        x, y = np.random.default_rng(0).normal(size=(2, 4, 5)).astype("float32")
+        self.tree = {"x": jnp.asarray(x), "y": (jnp.asarray(y),)}
+
+    @parameterized.parameters(True, False)
+    def test_gives_what_it_is_given(self, jitted):
+        function = jax.jit(barrier) if jitted else barrier
+        chex.assert_trees_all_equal(function(self.tree), self.tree)
+
+    def test_takes_keys_and_integers(self):
+        tree = (jax.random.key(0), jnp.arange(3))
+        key, numbers = jax.jit(barrier)(tree)
+        chex.assert_trees_all_equal(numbers, tree[1])
+        chex.assert_trees_all_equal(*map(jax.random.key_data, (key, tree[0])))
+
+    @parameterized.parameters(("cpu", 0), ("cuda", 1), ("rocm", 1))
+    def test_is_one_but_on_a_cpu(self, platform, count):
+        text = _lowered(barrier, self.tree, platform=platform)
+        self.assertEqual(text.count("stablehlo.optimization_barrier"), count)
+
+    def test_is_linear(self):
+        def total(tree):
+            tree = barrier(tree)
+            return jnp.sum(tree["x"] ** 2 * tree["y"][0])
+
+        def plain(tree):
+            return jnp.sum(tree["x"] ** 2 * tree["y"][0])
+
+        for transform in (jax.grad, jax.hessian, lambda f: jax.grad(jax.checkpoint(f))):
+            chex.assert_trees_all_close(
+                jax.jit(transform(total))(self.tree), transform(plain)(self.tree)
+            )
+
+    def test_keeps_apart_what_is_mapped_and_what_is_not(self):
+        def pair(x, y):
+            return barrier((x, y))
+
+        x, y = self.tree["x"], self.tree["y"][0]
+        mapped = jax.vmap(pair, in_axes=(1, None), out_axes=(1, None))
+        chex.assert_trees_all_equal(jax.jit(mapped)(x, y), (x, y))
+
+
+class AfterTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        x, y = np.random.default_rng(0).normal(size=(2, 64, 64)).astype("float32")
+        self.x, self.y = jnp.asarray(x), jnp.asarray(y)
+
+    @parameterized.parameters(True, False)
+    def test_is_the_function(self, jitted):
+        def run(known, x, y):
+            return after(known, jnp.arctan2, x, y)
+
+        run = jax.jit(run) if jitted else run
+        for known in (self.x[:3], jnp.ones((1, 3, 1)), jnp.float32(jnp.nan), None):
+            chex.assert_trees_all_equal(
+                run(known, self.x, self.y), jax.jit(jnp.arctan2)(self.x, self.y)
+            )
+
+    def test_waits_on_a_cpu(self):
+        def step(x, y):
+            known = jnp.tanh(x @ x)
+            return known, after(known, jnp.arctan2, x, y)
+
+        text = jax.jit(step).lower(self.x, self.y).compile().as_text()
+        (call,) = re.findall(r"= f32\[64,64\]\S* call\((.*?)\)", text)
+        self.assertLen(call.split(", "), 3)
+
+    def test_nothing_waits_elsewhere(self):
+        def step(x, y):
+            return after(x, jnp.sin, y)
+
+        text = _lowered(step, self.x, self.y, platform="cuda")
+        self.assertNotIn("call", text)
+        self.assertIn("inlineable", _lowered(step, self.x, self.y, platform="cpu"))
+
+    def test_what_is_known_has_no_gradient(self):
+        def total(known, x):
+            return jnp.sum(after(known, jnp.sin, x))
+
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(self.x, self.y)
+        chex.assert_trees_all_equal(gradients[0], jnp.zeros_like(self.x))
+        chex.assert_trees_all_close(gradients[1], jnp.cos(self.y), atol=1e-6)
+
+    @parameterized.parameters(((0, None),), ((None, 1),), ((1, 0),))
+    def test_can_be_mapped(self, axes):
+        def run(known, x):
+            return after(known, lambda x: jnp.cumsum(x, axis=0), x)
+
+        given = jax.jit(jax.vmap(run, axes))(self.x, self.y)
+        expected = jax.vmap(lambda known, x: jnp.cumsum(x, axis=0), axes)
+        chex.assert_trees_all_close(given, expected(self.x, self.y), atol=1e-5)
+
+    def test_what_is_not_mapped_is_computed_once_for_the_batch(self):
+        def run(known, x):
+            return after(known, jnp.sin, x).sum()
+
+        shapes = jax.make_jaxpr(jax.vmap(run, (0, None)))(self.x, self.y)
+        for equation in shapes.eqns:
+            for result in equation.outvars:
+                self.assertLessEqual(result.aval.size, self.y.size)
+
+
+if __name__ == "__main__":
+    absltest.main()

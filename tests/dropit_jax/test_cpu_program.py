@@ -1,0 +1,91 @@
+"""What XLA's CPU compiler makes of a training step: what is dropped is not kept."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest, parameterized
+
+from dropit_jax import DropIT, compress, nn, ops
+
+_LAYERS = 8
+_SHAPE = (32, 64, 256)
+_WIDTH = _SHAPE[-1]
+_DENSE = 4 * math.prod(_SHAPE)
+_BITS = math.prod(_SHAPE) // 8
+
+
+def _temp_bytes(product, operands):
+    """Temporaries of the gradient of products with ReLUs of one bit between them."""
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = nn.relu(product(x, kernel)) + x
+        return jnp.sum(x**2)
+
+    step = jax.jit(jax.grad(loss)).lower(*operands)
+    return step.compile().memory_analysis().temp_size_in_bytes
+
+
+def _dense(dropit):
+    return lambda x, kernel: ops.dot_general(
+        x, kernel, (((2,), (0,)), ((), ())), dropit=dropit
+    )
+
+
+def _convolution(dropit):
+    return lambda x, kernel: ops.conv_general_dilated(
+        x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), dropit=dropit
+    )
+
+
+def _operands(*kernel):
+    kernels = [jax.ShapeDtypeStruct(kernel, jnp.float32)] * _LAYERS
+    return kernels, jax.ShapeDtypeStruct(_SHAPE, jnp.float32)
+
+
+class CpuMemoryTest(parameterized.TestCase):
+    @parameterized.parameters(
+        DropIT(),
+        DropIT(value_dtype="bfloat16"),
+        DropIT(chunk_size=64),
+        DropIT(chunk_size=2**13),
+        DropIT(chunk_size=300),  # chunks that do not line up
+        DropIT(selection="top_k"),
+        DropIT(granularity="channel"),
+        DropIT(value_dtype="int8"),
+        DropIT(rate=0, value_dtype="int4"),
+    )
+    def test_a_dense_layer_keeps_what_its_policy_keeps(self, dropit):
+        self._assert_kept(_dense, dropit, _operands(_WIDTH, _WIDTH))
+
+    @parameterized.parameters(DropIT(), DropIT(rate=0, value_dtype="int2"))
+    def test_a_convolution_keeps_what_its_policy_keeps(self, dropit):
+        self._assert_kept(_convolution, dropit, _operands(1, _WIDTH, _WIDTH))
+
+    def test_products_of_one_activation_share_what_is_kept_and_what_is_rebuilt(self):
+        product = _dense(DropIT())
+
+        def loss(kernels, x):
+            x = jnp.sin(x)
+            return sum(jnp.sum(product(x, kernel) ** 2) for kernel in kernels)
+
+        kernels, x = _operands(_WIDTH, _WIDTH)
+        compiled = jax.jit(jax.grad(loss)).lower(kernels[:3], x).compile()
+        calls = re.findall(r" call\(.*inlineable=\"false\"", compiled.as_text())
+        self.assertLen(calls, 2)  # a compression and a decompression
+
+    def _assert_kept(self, product, dropit, operands):
+        """That each layer's residual is alive at the peak, and a few activations."""
+        plain = _temp_bytes(product(None), operands)
+        self.assertGreater(plain, (_LAYERS - 1) * _DENSE)
+        x = jax.ShapeDtypeStruct(_SHAPE, jnp.float32)
+        residual = jax.eval_shape(lambda x: compress(x, dropit), x).nbytes
+        bound = _LAYERS * (residual + _BITS) + 7 * _DENSE
+        self.assertLess(bound, 0.8 * plain)
+        self.assertLess(_temp_bytes(product(dropit), operands), bound)
+
+
+if __name__ == "__main__":
+    absltest.main()
