@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dropit_jax.policy import DropIT
-from dropit_jax.products import Axes, cached_product
+from dropit_jax.products import Axes, Operation, cached_product
 
 
 def dot_general(
@@ -52,16 +52,14 @@ def dot_general(
       ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
         key that it needs is missing.
     """
-    kwargs: dict[str, Any] = {"precision": precision}
+    kwargs = {"precision": precision}
     # Replacements of `lax.dot_general` seldom take these, and seldom are they given.
     if preferred_element_type is not None:
         kwargs["preferred_element_type"] = preferred_element_type
     if out_sharding is not None:
         kwargs["out_sharding"] = out_sharding
 
-    def product(lhs: Array, rhs: Array) -> Array:
-        return operation(lhs, rhs, dimension_numbers, **kwargs)
-
+    product = Operation.of(operation, dimension_numbers, **kwargs)
     if dropit is None:
         return product(lhs, rhs)
     (contracted, _), _ = dimension_numbers
@@ -126,9 +124,7 @@ def conv_general_dilated(
     if out_sharding is not None:
         kwargs["out_sharding"] = out_sharding
 
-    def product(lhs: Array, rhs: Array) -> Array:
-        return operation(lhs, rhs, window_strides, padding, **kwargs)
-
+    product = Operation.of(operation, window_strides, padding, **kwargs)
     if dropit is None:
         return product(lhs, rhs)
     dimensions = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -168,10 +164,7 @@ def einsum(
       TypeError, ValueError: as `dot_general`; and the equation is not of two operands
         and a result.
     """
-
-    def product(lhs: Array, rhs: Array) -> Array:
-        return operation(equation, lhs, rhs, **kwargs)
-
+    product = Operation.of(operation, before=(equation,), **kwargs)
     if dropit is None:
         return product(lhs, rhs)
     axes = einsum_axes(equation, lhs, rhs)

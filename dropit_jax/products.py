@@ -6,8 +6,8 @@ For a product `z = op(a, θ)`, linear in each operand:
     backward   ∇a = opᵀ(·, θ)(∇z)            exact
                ∇θ = opᵀ(â, ·)(∇z)            â = decompress(compress(a))
 
-(paper, Equations 2 and 3). Both transposes are derived from the operation itself, so
-that JAX's own rules decide their dtypes, precision and shardings.
+(paper, Equations 2 and 3). Both transposes are the operation's own at (â, θ), and the
+first does not depend on â: JAX's rules decide their dtypes, precision and shardings.
 """
 
 import contextlib
@@ -52,6 +52,39 @@ class Axes:
     def laid_out(self, x: Array) -> Array:
         """An array as it is to lie in memory."""
         return layouts.row_major(x) if self.row_major else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A product as an operation and its settings: equal ones are traced once.
+
+    Attributes:
+      function: of what comes before the operands, the operands, and what comes after.
+      before: its first arguments.
+      after: its last arguments.
+      settings: its keyword arguments, as pairs.
+    """
+
+    function: Callable[..., Array]
+    before: tuple[Any, ...] = ()
+    after: tuple[Any, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Array],
+        *after: Any,
+        before: tuple[Any, ...] = (),
+        **settings: Any,
+    ) -> "Operation":
+        """An operation, with lists in its arguments as tuples."""
+        pairs = ((name, _as_tuples(value)) for name, value in settings.items())
+        return cls(function, before, _as_tuples(after), tuple(pairs))
+
+    def __call__(self, lhs: Array, rhs: Array) -> Array:
+        """The product."""
+        return self.function(*self.before, lhs, rhs, *self.after, **dict(self.settings))
 
 
 _Observe = Callable[[Array, Axes, int], None]
@@ -141,9 +174,12 @@ def _cached_product(
     return product(lhs, rhs, *offset)
 
 
-# What is cached of `a` (`None`: θ is frozen), θ, offset, and opᵀ(·, θ).
+# What is cached of `a`, θ, offset; and opᵀ(·, θ) instead of the first, if θ is frozen.
 _Saved = tuple[
-    _Cached | None, Array, tuple[Array, ...], Callable[[Array], tuple[Array]]
+    _Cached | None,
+    Array,
+    tuple[Array, ...],
+    Callable[[Array], tuple[Array]] | None,
 ]
 
 
@@ -162,14 +198,14 @@ def _forward(
         (lhs, rhs, offset, key, ahead),
         is_leaf=lambda node: hasattr(node, "perturbed"),
     )
-    cached = None
-    if rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
-        cached = _compressed(a, dropit, axes, key) if ahead is None else ahead
-        once = derivatives.once(a, "DropIT")
-        # Without the barrier XLA may compress late, which keeps `a` alive till then.
-        a, _ = barrier((once, cached.residual))
-    z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
-    return z, (cached, kernel, added, pullback_a)
+    if not rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
+        z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
+        return z, (None, kernel, added, pullback_a)
+    cached = _compressed(a, dropit, axes, key) if ahead is None else ahead
+    once = derivatives.once(a, "DropIT")
+    # Without the barrier XLA may compress late, which keeps `a` alive till then.
+    a, _ = barrier((once, cached.residual))
+    return product(a, kernel, *added), (cached, kernel, added, None)
 
 
 def _backward(
@@ -182,29 +218,55 @@ def _backward(
     del dropit
     cached, kernel, offset, pullback_a = saved
     if cached is None:
+        assert pullback_a is not None
         (to_a,) = pullback_a(cotangent)
         if not offset:
             return to_a, None, (), None, None
-        a_hat = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
-    else:
-        cotangent = axes.laid_out(cotangent)
-        a_hat = sharing.once(
-            lambda: _restored_late(cached, axes, cotangent),
-            tuple(jax.tree.leaves(cached)),
-            (jax.tree.structure(cached), axes),
-        )
-        # Without this one XLA may decompress for many layers in one kernel, late, which
-        # keeps all their â and cotangents alive until then.
-        a_hat, cotangent = barrier((a_hat, cotangent))
-        (to_a,) = pullback_a(cotangent)
-    _, pullback = jax.vjp(functools.partial(product, a_hat), kernel, *offset)
-    to_kernel, *to_offset = pullback(cotangent)
-    to_kernel = None if cached is None else to_kernel
-    return to_a, to_kernel, tuple(to_offset), None, None
+        zeros = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
+        to_offset = jax.vjp(functools.partial(product, zeros, kernel), *offset)[1]
+        return to_a, None, to_offset(cotangent), None, None
+    cotangent = axes.laid_out(cotangent)
+    a_hat = sharing.once(
+        lambda: _restored_late(cached, axes, cotangent),
+        tuple(jax.tree.leaves(cached)),
+        (jax.tree.structure(cached), axes),
+    )
+    # Without the barrier XLA may decompress for many layers in one kernel, late, which
+    # keeps all their â and cotangents alive until then.
+    a_hat, cotangent = barrier((a_hat, cotangent))
+    gradients = _gradients_traced_once if _is_of_jax(product) else _gradients
+    to_a, to_kernel, *rest = gradients(product, cotangent, a_hat, kernel, *offset)
+    return to_a, to_kernel, tuple(rest), None, None
 
 
 # Symbolic zeros tell the forward rule which operands are differentiated.
 _cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _gradients(
+    product: Callable[..., Array], cotangent: Array, *operands: Array
+) -> tuple[Array, ...]:
+    """The gradients of all operands."""
+    _, pullback = jax.vjp(product, *operands)
+    return pullback(cotangent)
+
+
+_OF_JAX = (lax.dot_general, lax.conv_general_dilated, jnp.einsum)
+_gradients_traced_once = jax.jit(_gradients, static_argnums=0, inline=True)
+
+
+def _is_of_jax(product: Callable[..., Array]) -> bool:
+    """Whether it is an operation of JAX, which means the same wherever it is equal.
+
+    Another may be a Flax module, which equals one of other parameters.
+    """
+    if not isinstance(product, Operation) or product.function not in _OF_JAX:
+        return False
+    try:
+        hash(product)
+    except TypeError:
+        return False
+    return True
 
 
 def _cached_ahead(
@@ -231,10 +293,14 @@ def _cached_ahead(
 
 def _compressed(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> _Cached:
     group = shardings.new_group()
-    arranged = axes.laid_out(_arrange(shardings.join(a, group), dropit, axes))
-    residual = compress(arranged, dropit, key)
+    residual = _residual(shardings.join(a, group), dropit, axes, key)
     named = checkpoint_name(residual, RESIDUAL_NAME)
     return _Cached(named, a.shape, shardings.spec(a), group)
+
+
+@functools.partial(jax.jit, static_argnames=("dropit", "axes"), inline=True)
+def _residual(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> Residual:
+    return compress(axes.laid_out(_arrange(a, dropit, axes)), dropit, key)
 
 
 def _bytes_cached(lhs: Array, dropit: DropIT, axes: Axes) -> int | None:
@@ -263,19 +329,25 @@ def _restored_late(cached: _Cached, axes: Axes, cotangent: Array) -> Array:
     """The decompressed â, computed after the first cotangent that asks for it."""
     # Without the barrier XLA may decompress early, which keeps the dense â alive
     # through the whole forward pass.
-    cached, cotangent = barrier((cached, cotangent))
-    return _restore(cached, axes, cotangent)
-
-
-def _restore(cached: _Cached, axes: Axes, after: Array) -> Array:
-    """The decompressed â, as `a` was, computed after something else."""
-    ordered = axes.laid_out(
-        cached.residual.decompress(after).reshape(
-            [cached.shape[axis] for axis in axes.order]
-        )
-    )
-    restored = jnp.transpose(ordered, tuple(np.argsort(axes.order)))
+    residual, cotangent = barrier((cached.residual, cotangent))
+    restored = _restored(residual, cotangent, cached.shape, axes)
     return shardings.join(shardings.to(restored, cached.spec), cached.group)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "axes"), inline=True)
+def _restored(
+    residual: Residual, after: Array, shape: tuple[int, ...], axes: Axes
+) -> Array:
+    """The decompressed â, as `a` was, computed after something else."""
+    ordered = residual.decompress(after).reshape([shape[axis] for axis in axes.order])
+    return jnp.transpose(axes.laid_out(ordered), tuple(np.argsort(axes.order)))
+
+
+def _as_tuples(value: Any) -> Any:
+    """The value, with tuples for all lists in it."""
+    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
+        return value
+    return tuple(map(_as_tuples, value))
 
 
 @contextlib.contextmanager

@@ -228,14 +228,20 @@ def _smooth(function: _Activation, scale: _Scale, name: str, x: Array) -> Array:
 def _smooth_forward(
     function: _Activation, scale: _Scale, name: str, x: Array
 ) -> tuple[Array, Codes]:
-    def code(x: Array) -> Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        _, pullback = jax.vjp(function, wide)
-        return scale.encode(*pullback(jnp.ones_like(wide)))
-
+    code = functools.partial(_derivative_code, function=function, scale=scale)
     x = derivatives.once(x, "An activation")
     x, saved = codes.store(x, code, bits=8, name=name)
     return function(x), saved
+
+
+# Traced once for all activations of one shape.
+@functools.partial(jax.jit, static_argnames=("function", "scale"), inline=True)
+def _derivative_code(
+    x: Float[Array, "*shape"], function: _Activation, scale: _Scale
+) -> UInt8[Array, "*shape"]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    _, pullback = jax.vjp(function, wide)
+    return scale.encode(*pullback(jnp.ones_like(wide)))
 
 
 def _smooth_backward(

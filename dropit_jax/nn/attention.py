@@ -156,7 +156,7 @@ def _attending(function: Callable[..., Array], **options: Any) -> Callable[..., 
         operands = map(layouts.of_heads, (query, key, value))
         return _attend(function, options, *operands, *others)
 
-    return attend
+    return jax.jit(attend, inline=True)  # traced once for all layers of one shape
 
 
 def _recomputed(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:

@@ -213,8 +213,7 @@ def _forward(
     inverse = checkpoint_name(lax.rsqrt(var + norm.epsilon), RESIDUAL_NAME)
     stored = None
     if scale is not None or not norm.constant:
-        x_hat = (x - spread(mean, x, norm)) * spread(inverse, x, norm)
-        _, stored = eight_bits.store(x_hat, RESIDUAL_NAME)
+        _, stored = eight_bits.store(_normalised(x, mean, inverse, norm), RESIDUAL_NAME)
     saved = _Saved(
         x_hat=stored,
         inverse=inverse,
@@ -231,27 +230,44 @@ def _backward(
 ) -> tuple[None, Array, None, None, Array | None, Array | None, None]:
     # Without the barrier XLA may decode early and keep what is decoded alive.
     x_hat, cotangent = lax.optimization_barrier((saved.x_hat, cotangent))
+    decoded = None if x_hat is None else eight_bits.load(x_hat)
+    rest = dataclasses.replace(saved, x_hat=None)
+    to_x, to_scale, to_bias = _gradients(norm, rest, decoded, cotangent)
+    return None, to_x, None, None, to_scale, to_bias, None
+
+
+_compact.defvjp(_forward, _backward)
+
+
+# Traced once for all layers of one shape, and so is what follows.
+@functools.partial(jax.jit, static_argnames="norm", inline=True)
+def _normalised(x: Array, mean: Array, inverse: Array, norm: Norm) -> Array:
+    return (x - spread(mean, x, norm)) * spread(inverse, x, norm)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _gradients(
+    norm: Norm, saved: _Saved, decoded: Array | None, cotangent: Array
+) -> tuple[Array, Array | None, Array | None]:
+    """The gradients of x, γ and β."""
     dtypes = (saved.inverse.dtype, saved.dtype, cotangent.dtype)
     dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
-    decoded: Any = None
-    if x_hat is not None:
-        decoded = shardings.like(eight_bits.load(x_hat).astype(dtype), cotangent)
+    x_hat: Any = None
+    if decoded is not None:
+        x_hat = shardings.like(decoded.astype(dtype), cotangent)
     g = cotangent.astype(dtype)
     to_scale = to_bias = None
     h = g
     if saved.scale is not None:
         h = g * along(saved.scale, g, norm).astype(dtype)
-        to_scale = _sum_to(g * decoded, norm, jax.typeof(saved.scale))
+        to_scale = _sum_to(g * x_hat, norm, jax.typeof(saved.scale))
     if saved.bias is not None:
         to_bias = _sum_to(g, norm, saved.bias)
     to_x = h
     if not norm.constant:
-        to_x = h - _through_statistics(h, decoded, saved.mask, norm)
+        to_x = h - _through_statistics(h, x_hat, saved.mask, norm)
     to_x = to_x * spread(saved.inverse, to_x, norm)
-    return None, to_x.astype(saved.dtype), None, None, to_scale, to_bias, None
-
-
-_compact.defvjp(_forward, _backward)
+    return to_x.astype(saved.dtype), to_scale, to_bias
 
 
 def _through_statistics(
