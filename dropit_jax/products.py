@@ -124,7 +124,8 @@ def cached_product(
         observe(lhs, axes, nbytes)
     ahead = _cached_ahead(lhs, rhs, dropit, axes, key)
     with _forward_mode_explained():
-        return _cached_product(product, dropit, axes, lhs, rhs, offset, key, ahead)
+        run = sharing.run_of(lhs)
+        return _cached_product(product, dropit, axes, run, lhs, rhs, offset, key, ahead)
 
 
 @contextlib.contextmanager
@@ -159,18 +160,19 @@ class _Cached:
     group: int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _cached_product(
     product: Callable[..., Array],
     dropit: DropIT,
     axes: Axes,
+    run: int,
     lhs: Array,
     rhs: Array,
     offset: tuple[Array, ...],
     key: Array | None,
     ahead: _Cached | None,
 ) -> Array:
-    del dropit, axes, key, ahead
+    del dropit, axes, run, key, ahead
     return product(lhs, rhs, *offset)
 
 
@@ -187,12 +189,14 @@ def _forward(
     product: Callable[..., Array],
     dropit: DropIT,
     axes: Axes,
+    run: int,
     lhs: Any,
     rhs: Any,
     offset: Any,
     key: Any,
     ahead: Any,
 ) -> tuple[Array, _Saved]:
+    del run
     a, kernel, added, key, ahead = jax.tree.map(
         lambda operand: operand.value,
         (lhs, rhs, offset, key, ahead),
@@ -212,6 +216,7 @@ def _backward(
     product: Callable[..., Array],
     dropit: DropIT,
     axes: Axes,
+    run: int,
     saved: _Saved,
     cotangent: Array,
 ) -> tuple[Array, Array | None, Any, None, None]:
@@ -226,10 +231,11 @@ def _backward(
         to_offset = jax.vjp(functools.partial(product, zeros, kernel), *offset)[1]
         return to_a, None, to_offset(cotangent), None, None
     cotangent = axes.laid_out(cotangent)
+    # After the first cotangent of a run; the dense â lives on till the last has used it.
     a_hat = sharing.once(
         lambda: _restored_late(cached, axes, cotangent),
         tuple(jax.tree.leaves(cached)),
-        (jax.tree.structure(cached), axes),
+        (jax.tree.structure(cached), axes, run),
     )
     # Without the barrier XLA may decompress for many layers in one kernel, late, which
     # keeps all their â and cotangents alive until then.

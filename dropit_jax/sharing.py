@@ -2,9 +2,13 @@
 
 Query, key and value projections of self-attention all cache the same input. Each is an
 operation of its own to JAX, so that each would compress and cache it; here the second
-finds what the first made.
+finds what the first made. What is rebuilt for the gradient they share too, as they come
+one after the other; operations with others between them do not: it would stay alive as
+long as these take.
 """
 
+import contextvars
+import itertools
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -18,6 +22,25 @@ T = TypeVar("T")
 # a residual lives as long as JAX keeps it for the backward pass, and no longer.
 _Entry = tuple[list[weakref.ref[Any]], Any, list[weakref.ref[Any]], Any]
 _entries: dict[Hashable, _Entry] = {}
+
+# The activation that was read last, and the number of its run.
+_last: contextvars.ContextVar[tuple[weakref.ref[Any] | None, int]]
+_last = contextvars.ContextVar("last", default=(None, 0))
+_runs = itertools.count(1)
+
+
+def run_of(operand: Any) -> int:
+    """A number alike for calls with the same array, with no others between them."""
+    reference, run = _last.get()
+    if reference is not None and reference() is operand:
+        return run
+    try:
+        reference = weakref.ref(operand)
+    except TypeError:
+        reference = None  # a list or a number, which no two calls have in common
+    run = next(_runs)
+    _last.set((reference, run))
+    return run
 
 
 def once(compute: Callable[[], T], operands: tuple[Any, ...], how: Hashable) -> T:
