@@ -231,7 +231,7 @@ def _backward(
         to_offset = jax.vjp(functools.partial(product, zeros, kernel), *offset)[1]
         return to_a, None, to_offset(cotangent), None, None
     cotangent = axes.laid_out(cotangent)
-    # After the first cotangent of a run; the dense â lives on till the last has used it.
+    # After the first cotangent of a run; the last to use it ends its life.
     a_hat = sharing.once(
         lambda: _restored_late(cached, axes, cotangent),
         tuple(jax.tree.leaves(cached)),
