@@ -20,27 +20,26 @@ def barrier(operands: T) -> T:
 
     XLA's CPU compiler takes barriers out too late to see that a reshape before one and
     a reshape after it are none, and too early for any other effect. There it takes
-    `after`.
+    `computed_after`.
     """
     leaves, structure = jax.tree.flatten(operands)
     return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))
 
 
-def after(
-    known: Array | None, function: Callable[..., Array], *operands: Array
+def computed_after(
+    after: Array | None, function: Callable[..., Array], *operands: Array
 ) -> Array:
-    """`function(*operands)`; on a CPU it is not computed before `known` is.
+    """`function(*operands)`; on a CPU it is not computed before `after` is.
 
     Args:
-      known: an array; `None`: it is computed when XLA likes.
+      after: an array; `None`: it is computed when XLA likes.
       function: of arrays.
       *operands: its arguments.
     """
-    if known is None:
+    if after is None:
         return function(*operands)
-
     operation = by_platform(function, cpu=inlining.waiting(function))
-    result: Array = operation(*operands, known=known)
+    result: Array = operation(*operands, after=after)
     return result
 
 

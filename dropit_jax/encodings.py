@@ -91,7 +91,7 @@ def decode(
             whole = dispatch.decompress(*units, by_kernel, dtype, after)
             return chunking.whole(_out_of_units(whole), chunks)
     decoded = functools.partial(_decode_any, chunks=chunks, dropit=dropit)
-    rows = barriers.after(after, decoded, values.astype(dtype), positions)
+    rows = barriers.computed_after(after, decoded, values.astype(dtype), positions)
     return chunking.whole(rows, chunks)
 
 
@@ -127,14 +127,14 @@ def _encode_any(
     x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
     """`encode` for chunks of any kind, without the cast."""
-    stored = functools.partial(_stored, chunks=chunks, dropit=dropit)
+    encoded = functools.partial(_encoded, chunks=chunks, dropit=dropit)
     operands = (x,) if scores is None else (x, scores)
     results: tuple[Array, Array]
-    results = by_platform(stored, cpu=inlining.not_inlined(stored))(*operands)
+    results = by_platform(encoded, cpu=inlining.not_inlined(encoded))(*operands)
     return results
 
 
-def _stored(
+def _encoded(
     x: Array, scores: Array | None = None, *, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
     """`_encode_any`, in plain operations."""

@@ -32,7 +32,7 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`not_inlined(function)`, called no sooner than one more operand is known.
+    """`not_inlined(function)`, called no sooner than one more operand is computed.
 
     What is rebuilt from a residual for the gradient is else rebuilt when XLA likes, and
     it likes to at once: in the forward pass, to keep it till the gradient.
@@ -44,9 +44,9 @@ def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
       A function of the array to wait for and of those of `function`.
     """
 
-    def late(known: Array, *operands: Array) -> Any:
+    def late(after: Array, *operands: Array) -> Any:
         # Else JAX leaves out an operand that nothing reads.
-        operands, _ = lax.optimization_barrier((operands, known))
+        operands, _ = lax.optimization_barrier((operands, after))
         return function(*operands)
 
     return not_inlined(late)

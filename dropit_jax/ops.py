@@ -164,7 +164,7 @@ def einsum(
       TypeError, ValueError: as `dot_general`; and the equation is not of two operands
         and a result.
     """
-    product = Operation.of(operation, before=(equation,), **kwargs)
+    product = Operation.of(operation, first=(equation,), **kwargs)
     if dropit is None:
         return product(lhs, rhs)
     axes = einsum_axes(equation, lhs, rhs)

@@ -35,25 +35,25 @@ def by_platform(
       cuda: what it is on an NVIDIA GPU.
 
     Returns:
-      A function of the arrays, and of one that has to be `known` before: on a CPU the
-      first operand of `cpu`, and nothing elsewhere, where there are barriers.
+      A function of the arrays, and of one that it comes `after`: on a CPU the first
+      operand of `cpu`, and nothing elsewhere, where there are barriers.
     """
 
-    def operation(*operands: Array, known: Array | None = None) -> Any:
+    def operation(*operands: Array, after: Array | None = None) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        before = () if known is None else (known,)
+        waited_for = () if after is None else (after,)
         avals = tuple(map(jax.typeof, operands))
         general = _Branch(default, avals, mesh)
         on_cpu = None
         if cpu is not None:
-            on_cpu = _Branch(cpu, (*map(jax.typeof, before), *avals), mesh)
+            on_cpu = _Branch(cpu, (*map(jax.typeof, waited_for), *avals), mesh)
         # What will not run here is traced when it is asked for.
         here = on_cpu if jax.default_backend() == "cpu" else None
         jaxpr, shapes = (here or general).traced
         results = _operation_p.bind(
-            *before,
+            *waited_for,
             *operands,
-            before=len(before),
+            waits=len(waited_for),
             default=general,
             cpu=on_cpu,
             # Traced now: what is shared out among devices has to be known by then.
@@ -98,10 +98,10 @@ def _run(*operands: Array, **params: Any) -> list[Array]:
 
 
 def _lowered(platform: str) -> Callable[..., Any]:
-    def run(*operands: Array, before: int, mesh: Any, **params: Any) -> list[Array]:
+    def run(*operands: Array, waits: int, mesh: Any, **params: Any) -> list[Array]:
         given = params[platform] or params["default"]
         if given is not params["cpu"]:
-            operands = operands[before:]
+            operands = operands[waits:]
         function = given.flat if isinstance(given, _Branch) else jaxpr_as_fun(given)
         with jax.sharding.use_abstract_mesh(mesh):
             return function(*operands)
@@ -110,10 +110,10 @@ def _lowered(platform: str) -> Callable[..., Any]:
 
 
 def _derivative(
-    primals: Any, tangents: Any, *, before: int, default: _Branch, **_: Any
+    primals: Any, tangents: Any, *, waits: int, default: _Branch, **_: Any
 ) -> tuple[list[Array], list[Any]]:
-    tangents = tuple(map(ad.instantiate_zeros, tangents[before:]))
-    results, derivatives = jax.jvp(default.flat, tuple(primals[before:]), tangents)
+    tangents = tuple(map(ad.instantiate_zeros, tangents[waits:]))
+    results, derivatives = jax.jvp(default.flat, tuple(primals[waits:]), tangents)
     return results, [
         ad.Zero(jax.typeof(result).to_tangent_aval())
         if derivative.dtype == jax.dtypes.float0
@@ -126,17 +126,17 @@ def _batched(
     operands: Any,
     axes: Any,
     *,
-    before: int,
+    waits: int,
     default: _Branch,
     cpu: _Branch | None,
     cuda: ClosedJaxpr | None,
     **params: Any,
 ) -> tuple[list[Array], list[Any]]:
-    if all(axis is None for axis in axes[before:]):
+    if all(axis is None for axis in axes[waits:]):
         # One result for the whole batch, and of what is only waited for, one element.
-        known = (lax.index_in_dim(x, 0, axes[0], False) for x in operands[:before])
+        first = (lax.index_in_dim(x, 0, axes[0], False) for x in operands[:waits])
         params |= {"default": default, "cpu": cpu, "cuda": cuda}
-        results = _operation_p.bind(*known, *operands[before:], before=before, **params)
+        results = _operation_p.bind(*first, *operands[waits:], waits=waits, **params)
         return results, [None] * len(results)
 
     def mapped(branch: _Branch, axes: Any) -> _Operation:
@@ -147,11 +147,11 @@ def _batched(
         return function
 
     operation = by_platform(
-        mapped(default, axes[before:]),
+        mapped(default, axes[waits:]),
         cpu=None if cpu is None else mapped(cpu, axes),
-        cuda=None if cuda is None else jax.vmap(jaxpr_as_fun(cuda), axes[before:]),
+        cuda=None if cuda is None else jax.vmap(jaxpr_as_fun(cuda), axes[waits:]),
     )
-    results = operation(*operands[before:], known=operands[0] if before else None)
+    results = operation(*operands[waits:], after=operands[0] if waits else None)
     return results, [0] * len(results)
 
 

@@ -60,31 +60,31 @@ class Operation:
 
     Attributes:
       function: of what comes before the operands, the operands, and what comes after.
-      before: its first arguments.
-      after: its last arguments.
+      first: its first arguments.
+      last: its last arguments.
       settings: its keyword arguments, as pairs.
     """
 
     function: Callable[..., Array]
-    before: tuple[Any, ...] = ()
-    after: tuple[Any, ...] = ()
+    first: tuple[Any, ...] = ()
+    last: tuple[Any, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(
         cls,
         function: Callable[..., Array],
-        *after: Any,
-        before: tuple[Any, ...] = (),
+        *last: Any,
+        first: tuple[Any, ...] = (),
         **settings: Any,
     ) -> "Operation":
         """An operation, with lists in its arguments as tuples."""
         pairs = ((name, _as_tuples(value)) for name, value in settings.items())
-        return cls(function, before, _as_tuples(after), tuple(pairs))
+        return cls(function, first, _as_tuples(last), tuple(pairs))
 
     def __call__(self, lhs: Array, rhs: Array) -> Array:
         """The product."""
-        return self.function(*self.before, lhs, rhs, *self.after, **dict(self.settings))
+        return self.function(*self.first, lhs, rhs, *self.last, **dict(self.settings))
 
 
 _Observe = Callable[[Array, Axes, int], None]

@@ -65,17 +65,19 @@ class Quantized:
             part of what the result is used for, if XLA likes.
         """
         rows = functools.partial(
-            _rows,
+            _dequantized_rows,
             shape=self.shape,
             bits=self.bits,
             group_size=self.group_size,
             dtype=dtype,
         )
-        values = barriers.after(after, rows, self.codes, self.minimum, self.scale)
+        values = barriers.computed_after(
+            after, rows, self.codes, self.minimum, self.scale
+        )
         return values.reshape(self.shape)
 
 
-def _rows(
+def _dequantized_rows(
     codes: UInt8[Array, "*rows bytes"],
     minimum: BFloat16[Array, "*rows groups"],
     scale: BFloat16[Array, "*rows groups"],

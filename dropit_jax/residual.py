@@ -190,7 +190,7 @@ def _place(
     """Kept values in their places, and zero elsewhere."""
     if dropit.granularity == "channel":
         place = functools.partial(channels.place, count=shape[-1])
-        return barriers.after(after, place, values.astype(dtype), positions)
+        return barriers.computed_after(after, place, values.astype(dtype), positions)
     chunks = chunking.cut(shape, dropit.chunk_size)
     rows = encodings.decode(values, positions, chunks, dropit, dtype, after)
     return rows.reshape(shape)

@@ -79,7 +79,7 @@ def _decompress_differentiably(
     operation = by_platform(
         twin, cpu=_decompress_call(twin), cuda=on_every_device(kernel, results=1)
     )
-    return operation(values, positions, known=after)
+    return operation(values, positions, after=after)
 
 
 def _decompress_forward(
@@ -132,16 +132,16 @@ def _decompress_call(twin: _Operation) -> _Operation:
     """`twins.decompress` as a call, which takes and gives no axes of size 1."""
 
     def call(*operands: Array) -> Any:
-        *known, values, positions = operands
+        *after, values, positions = operands
         single = _single(values)
 
         def inside(*operands: Array) -> Array:
             whole = twin(*(lax.expand_dims(x, single) for x in operands))
             return lax.squeeze(whole, single)
 
-        late = inlining.waiting(inside) if known else inlining.not_inlined(inside)
+        late = inlining.waiting(inside) if after else inlining.not_inlined(inside)
         squeezed = (lax.squeeze(x, single) for x in (values, positions))
-        return lax.expand_dims(late(*known, *squeezed), single)
+        return lax.expand_dims(late(*after, *squeezed), single)
 
     return call
 

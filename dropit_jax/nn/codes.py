@@ -132,7 +132,7 @@ def _unpacked(
         return _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
 
     # Whole bytes are read by what they are used for.
-    return barriers.after(cotangent if bits < 8 else None, unpacked, packed)
+    return barriers.computed_after(cotangent if bits < 8 else None, unpacked, packed)
 
 
 def _unchanged(code: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax.barriers import after, barrier
+from dropit_jax.barriers import barrier, computed_after
 
 
 def _lowered(function, *args, platform):
@@ -60,7 +60,7 @@ class BarrierTest(parameterized.TestCase):
         chex.assert_trees_all_equal(jax.jit(mapped)(x, y), (x, y))
 
 
-class AfterTest(parameterized.TestCase):
+class ComputedAfterTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         x, y = np.random.default_rng(0).normal(size=(2, 64, 64)).astype("float32")
@@ -68,19 +68,19 @@ class AfterTest(parameterized.TestCase):
 
     @parameterized.parameters(True, False)
     def test_is_the_function(self, jitted):
-        def run(known, x, y):
-            return after(known, jnp.arctan2, x, y)
+        def run(first, x, y):
+            return computed_after(first, jnp.arctan2, x, y)
 
         run = jax.jit(run) if jitted else run
-        for known in (self.x[:3], jnp.ones((1, 3, 1)), jnp.float32(jnp.nan), None):
+        for first in (self.x[:3], jnp.ones((1, 3, 1)), jnp.float32(jnp.nan), None):
             chex.assert_trees_all_equal(
-                run(known, self.x, self.y), jax.jit(jnp.arctan2)(self.x, self.y)
+                run(first, self.x, self.y), jax.jit(jnp.arctan2)(self.x, self.y)
             )
 
     def test_waits_on_a_cpu(self):
         def step(x, y):
-            known = jnp.tanh(x @ x)
-            return known, after(known, jnp.arctan2, x, y)
+            first = jnp.tanh(x @ x)
+            return first, computed_after(first, jnp.arctan2, x, y)
 
         text = jax.jit(step).lower(self.x, self.y).compile().as_text()
         (call,) = re.findall(r"= f32\[64,64\]\S* call\((.*?)\)", text)
@@ -88,15 +88,15 @@ class AfterTest(parameterized.TestCase):
 
     def test_nothing_waits_elsewhere(self):
         def step(x, y):
-            return after(x, jnp.sin, y)
+            return computed_after(x, jnp.sin, y)
 
         text = _lowered(step, self.x, self.y, platform="cuda")
         self.assertNotIn("call", text)
         self.assertIn("inlineable", _lowered(step, self.x, self.y, platform="cpu"))
 
-    def test_what_is_known_has_no_gradient(self):
-        def total(known, x):
-            return jnp.sum(after(known, jnp.sin, x))
+    def test_what_is_waited_for_has_no_gradient(self):
+        def total(first, x):
+            return jnp.sum(computed_after(first, jnp.sin, x))
 
         gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(self.x, self.y)
         chex.assert_trees_all_equal(gradients[0], jnp.zeros_like(self.x))
@@ -104,16 +104,16 @@ class AfterTest(parameterized.TestCase):
 
     @parameterized.parameters(((0, None),), ((None, 1),), ((1, 0),))
     def test_can_be_mapped(self, axes):
-        def run(known, x):
-            return after(known, lambda x: jnp.cumsum(x, axis=0), x)
+        def run(first, x):
+            return computed_after(first, lambda x: jnp.cumsum(x, axis=0), x)
 
         given = jax.jit(jax.vmap(run, axes))(self.x, self.y)
-        expected = jax.vmap(lambda known, x: jnp.cumsum(x, axis=0), axes)
+        expected = jax.vmap(lambda first, x: jnp.cumsum(x, axis=0), axes)
         chex.assert_trees_all_close(given, expected(self.x, self.y), atol=1e-5)
 
     def test_what_is_not_mapped_is_computed_once_for_the_batch(self):
-        def run(known, x):
-            return after(known, jnp.sin, x).sum()
+        def run(first, x):
+            return computed_after(first, jnp.sin, x).sum()
 
         shapes = jax.make_jaxpr(jax.vmap(run, (0, None)))(self.x, self.y)
         for equation in shapes.eqns:
