@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import pathlib
 import re
@@ -13,6 +14,17 @@ from jax import lax
 
 from dropit_jax import DropIT, conv_general_dilated, dot_general, memory
 from tests.dropit_jax import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """An operation with a parameter, without which two are equal: as Flax modules."""
+
+    scale: float = dataclasses.field(compare=False)
+
+    def __call__(self, *args, **kwargs):
+        return self.scale * lax.dot_general(*args, **kwargs)
+
 
 _AUTHORS = np.load(pathlib.Path(__file__).parent / "data" / "authors_gradients.npz")
 
@@ -185,6 +197,24 @@ class DotGeneralTest(parameterized.TestCase):
         plain = functools.partial(doubled, dimension_numbers=_DOTS["dense"][2])
         lhs, rhs = _operands(_DOTS["dense"])
         _check(plain, dropped, lhs, rhs, 0.5, 16, range(2))
+
+    def test_operations_that_are_equal_keep_their_own_gradients(self):
+        a, b = np.random.default_rng(0).normal(size=(2, 32, 32)).astype("float32")
+        dimensions = ([[1], [0]], [[], []])  # lists, which are not hashable
+
+        def total(lhs, rhs, operations):
+            each = (
+                dot_general(lhs, rhs, dimensions, dropit=DropIT(), operation=operation)
+                for operation in operations
+            )
+            return sum(result.sum() for result in each)
+
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnums=2)
+        expected = gradients(a, b, (lax.dot_general,))
+        given = gradients(a, b, (_Scaled(2.0), _Scaled(3.0)))
+        chex.assert_trees_all_close(
+            given, jax.tree.map(lambda x: 5 * x, expected), rtol=1e-5
+        )
 
     def test_without_a_policy_it_is_the_plain_operation(self):
         lhs, rhs = _operands(_DOTS["dense"])
