@@ -1,6 +1,7 @@
 """What is not to be computed too early: what is rebuilt for the gradient."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +11,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from dropit_jax import inlining
+from dropit_jax.partitioning import any_element
 from dropit_jax.platforms import by_platform
 
 T = TypeVar("T")
@@ -24,6 +26,34 @@ def barrier(operands: T) -> T:
     """
     leaves, structure = jax.tree.flatten(operands)
     return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))
+
+
+def after(operands: T, computed: Array) -> T:
+    """A pytree of arrays, which are not read before an array is computed.
+
+    On a GPU the array itself need not be in memory for that, as it has to be for
+    `barrier`: what is computed from it and from the operands can be one kernel with it.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+    if not leaves or not computed.size:
+        return operands
+    return jax.tree.unflatten(structure, _after(leaves, computed))
+
+
+# Traced once for all arrays of one shape.
+@functools.partial(jax.jit, inline=True)
+def _after(operands: list[Array], computed: Array) -> list[Array]:
+    def wait_for_all(*operands: Array) -> Sequence[Array]:
+        return lax.optimization_barrier(operands)[:-1]
+
+    def wait_for_one(*operands: Array) -> Sequence[Array]:
+        return wait_for_all(*operands[:-1], any_element(operands[-1]))
+
+    def as_they_are(*operands: Array) -> Sequence[Array]:
+        return operands[:-1]
+
+    operation = by_platform(wait_for_all, cpu=as_they_are, cuda=wait_for_one)
+    return list(operation(*operands, lax.stop_gradient(computed)))
 
 
 def computed_after(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -47,6 +48,46 @@ def on_every_device(
         return given, jax.tree.map(lambda _: True, given)
 
     return mapped
+
+
+@custom_vmap
+def any_element(x: Array) -> Array:
+    """An element of an array, each device taking one of its own part of it.
+
+    Where there is more than one, the result is not the same on all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in mesh.axis_types:
+        return _first(x)
+    if AxisType.Explicit in mesh.axis_types:
+        given, none = jax.typeof(x).sharding.spec, PartitionSpec()
+        return jax.shard_map(_first, in_specs=given, out_specs=none, check_vma=False)(x)
+    partitioned = custom_partitioning(_first)
+    partitioned.def_partition(
+        partition=_first_of_part,
+        infer_sharding_from_operands=lambda mesh, *_: _replicated(mesh),
+        sharding_rule=f"{' '.join(f'i{axis}' for axis in range(x.ndim))} -> ",
+    )
+    return partitioned(x)
+
+
+@any_element.def_vmap
+def _(size: int, batched: Sequence[bool], x: Array) -> tuple[Array, bool]:
+    del size, batched
+    return any_element(x), False
+
+
+def _first(x: Array) -> Array:
+    return lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+
+
+def _first_of_part(mesh: Any, shapes: Any, result: Any) -> Any:
+    del result
+    return mesh, _first, _replicated(mesh), (shapes[0].sharding,)
+
+
+def _replicated(mesh: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def _shared_out(

@@ -186,7 +186,7 @@ def _two_sided_backward(
     sides: _Sides, name: str, saved: Codes, cotangent: Array
 ) -> tuple[Array]:
     del name
-    inside, cotangent = codes.load(saved, cotangent)
+    inside = codes.load(saved, cotangent)
     alike = jnp.where(inside.astype(bool), 1, -1).astype(cotangent.dtype)
     _, pullback = jax.vjp(sides.function, alike)
     return pullback(cotangent)
@@ -248,7 +248,7 @@ def _smooth_backward(
     function: _Activation, scale: _Scale, name: str, saved: Codes, cotangent: Array
 ) -> tuple[Array]:
     del function, name
-    code, cotangent = codes.load(saved, cotangent)
+    code = codes.load(saved, cotangent)
     return ((cotangent * scale.decode(code)).astype(cotangent.dtype),)
 
 

@@ -84,21 +84,21 @@ def load(
     codes: Codes,
     cotangent: Inexact[Array, "*shape"],
     shape: tuple[int, ...] | None = None,
-) -> tuple[UInt[Array, "*shape"], Inexact[Array, "*shape"]]:
-    """The codes of an array, and the cotangent of the same shape to go on with.
+) -> UInt[Array, "*shape"]:
+    """The codes of an array, not unpacked before its cotangent is computed.
 
     Args:
       codes: what was stored.
       cotangent: of the array.
       shape: of the codes, where it is not the array's.
     """
-    # Without the barrier XLA may unpack early and keep what is unpacked alive.
-    packed, cotangent = barriers.barrier((codes.packed, cotangent))
+    # Else XLA may unpack early and keep what is unpacked alive.
+    packed = barriers.after(codes.packed, cotangent)
     shape = cotangent.shape if shape is None else shape
     unpacked = _unpacked(packed, cotangent, codes.bits, shape)
     unpacked = jnp.broadcast_to(unpacked, cotangent.shape)
     unpacked = shardings.like(unpacked, cotangent)
-    return shardings.join(unpacked, codes.group), cotangent
+    return shardings.join(unpacked, codes.group)
 
 
 def _packed(

@@ -94,7 +94,7 @@ def _masked_backward(
     keep_prob: float, shared: frozenset[int], saved: Codes, cotangent: Array
 ) -> tuple[Array, None]:
     shape = _mask_shape(cotangent.shape, shared)
-    mask, cotangent = codes.load(saved, cotangent, shape)
+    mask = codes.load(saved, cotangent, shape)
     kept = lax.select(mask.astype(bool), cotangent, jnp.zeros_like(cotangent))
     return kept / keep_prob, None
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import derivatives, shardings
+from dropit_jax import barriers, derivatives, shardings
 from dropit_jax.nn import eight_bits
 from dropit_jax.nn.eight_bits import EightBits
 
@@ -228,8 +228,8 @@ def _forward(
 def _backward(
     norm: Norm, saved: _Saved, cotangent: Array
 ) -> tuple[None, Array, None, None, Array | None, Array | None, None]:
-    # Without the barrier XLA may decode early and keep what is decoded alive.
-    x_hat, cotangent = lax.optimization_barrier((saved.x_hat, cotangent))
+    # Else XLA may decode early and keep what is decoded alive.
+    x_hat = barriers.after(saved.x_hat, cotangent)
     decoded = None if x_hat is None else eight_bits.load(x_hat)
     rest = dataclasses.replace(saved, x_hat=None)
     to_x, to_scale, to_bias = _gradients(norm, rest, decoded, cotangent)
@@ -256,18 +256,29 @@ def _gradients(
     if decoded is not None:
         x_hat = shardings.like(decoded.astype(dtype), cotangent)
     g = cotangent.astype(dtype)
+    factor = spread(saved.inverse, g, norm)
     to_scale = to_bias = None
     h = g
     if saved.scale is not None:
-        h = g * along(saved.scale, g, norm).astype(dtype)
+        gamma = along(saved.scale, g, norm).astype(dtype)
         to_scale = _sum_to(g * x_hat, norm, jax.typeof(saved.scale))
+        if _is_alike_along_statistics(g, norm):
+            # A factor of the means: their sums are then those of ∇β and ∇γ.
+            factor = factor * gamma
+        else:
+            h = g * gamma
     if saved.bias is not None:
         to_bias = _sum_to(g, norm, saved.bias)
     to_x = h
     if not norm.constant:
         to_x = h - _through_statistics(h, x_hat, saved.mask, norm)
-    to_x = to_x * spread(saved.inverse, to_x, norm)
-    return to_x.astype(saved.dtype), to_scale, to_bias
+    return (to_x * factor).astype(saved.dtype), to_scale, to_bias
+
+
+def _is_alike_along_statistics(x: Array, norm: Norm) -> bool:
+    """Whether elements of x that share statistics share γ."""
+    axes = ({axis % x.ndim for axis in each} for each in (norm.axes, norm.feature_axes))
+    return set.isdisjoint(*axes)
 
 
 def _through_statistics(

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped, UInt
 
+from dropit_jax import barriers
 from dropit_jax.nn import codes
 from dropit_jax.nn.codes import Codes
 
@@ -107,16 +109,85 @@ class _Windows:
             stop = [i + n for i, n in zip(start, self.widths, strict=True)]
             yield lax.slice(padded, start, stop, self.strides)
 
-    def spread(self, elements: Array, place: tuple[int, ...]) -> Array:
-        """Zeros but for one element of each window: the transpose of a slice."""
-        before = [i - pad for i, (pad, _) in zip(place, self.padding, strict=True)]
-        after = [
-            size - start - width
-            for size, start, width in zip(self.inputs, before, self.widths, strict=True)
+    def shares(self, index: Array, cotangent: Array) -> Iterator[Array]:
+        """What each element gets of the windows over it, of the first window first.
+
+        With the stride s an element at s m + r, r < s, counted from the first of the
+        padding, is at place r + s a of window m - a, for a = 0, 1, ... A window's place
+        and cotangent are thus read once for each a, and not once for each place. A
+        share has an axis for r after that for m, where the stride is not 1.
+        """
+        # -0 would stay where nothing is added to it, and XLA takes a sum with 0 out.
+        cotangent = jnp.where(cotangent == 0, 0, cotangent)
+        # Padded in memory, or a GPU looks at each element whether it is of the padding.
+        index, cotangent = barriers.barrier(
+            (self._surrounded(index), self._surrounded(cotangent))
+        )
+        for back in itertools.product(*(reversed(range(n)) for n in self._overlaps)):
+            place = self._places(back)
+            has_it = self._over_elements(index, back).astype(place.dtype) == place
+            given = self._over_elements(cotangent, back)
+            yield jnp.where(has_it, given, jnp.zeros((), given.dtype))
+
+    @property
+    def _overlaps(self) -> list[int]:
+        """The most windows over an element, along each axis."""
+        sizes = zip(self.shape, self.strides, strict=True)
+        return [-(-size // stride) for size, stride in sizes]
+
+    def _places(self, back: tuple[int, ...]) -> np.ndarray:
+        """Elements' places in the window so far back; broadcasts to a share.
+
+        Where it has no such place, that is the number of its places.
+        """
+        place, exists = np.asarray(0), np.asarray(True)
+        for size, stride, windows in zip(self.shape, self.strides, back, strict=True):
+            along = np.arange(stride) + stride * windows
+            axes = (..., None) if stride == 1 else (..., None, None)
+            place, exists = place[axes] * size + along, exists[axes] & (along < size)
+        count = math.prod(self.shape)
+        return np.where(exists, place, count).astype(np.min_scalar_type(count))
+
+    def _surrounded(self, of_windows: Array) -> Array:
+        """Zeros around what windows have, for those that there are none of."""
+        pads = [
+            (overlap - 1, steps - count, 0)
+            for overlap, steps, count in zip(
+                self._overlaps, self._steps, of_windows.shape, strict=True
+            )
         ]
-        between = [stride - 1 for stride in self.strides]
-        pads = list(zip(before, after, between, strict=True))
-        return lax.pad(elements, jnp.zeros((), elements.dtype), pads)
+        return lax.pad(of_windows, jnp.zeros((), of_windows.dtype), pads)
+
+    def _over_elements(self, surrounded: Array, back: tuple[int, ...]) -> Array:
+        """What the windows so far back have; broadcasts to a share."""
+        start = [n - 1 - i for n, i in zip(self._overlaps, back, strict=True)]
+        stop = [i + n for i, n in zip(start, self._steps, strict=True)]
+        shifted = lax.slice(surrounded, start, stop)
+        strided = [axis for axis, stride in enumerate(self.strides) if stride > 1]
+        return jnp.expand_dims(
+            shifted, [i + axis + 1 for i, axis in enumerate(strided)]
+        )
+
+    def elements(self, share: Array) -> Array:
+        """A share, or a sum of shares, in the shape of the array."""
+        pads = []
+        for axis, stride in enumerate(self.strides):
+            if stride > 1:  # one by one: so explicit shardings of the others stay
+                share = lax.collapse(share, axis, axis + 2)
+            before, _ = self.padding[axis]
+            after = before + self.inputs[axis] - share.shape[axis]
+            pads.append((-before, after, 0))
+        return lax.pad(share, jnp.zeros((), share.dtype), pads)
+
+    @property
+    def _steps(self) -> list[int]:
+        """How many times the stride it takes to the end of the array."""
+        return [
+            max(0, -(-(n + before) // stride))
+            for n, (before, _), stride in zip(
+                self.inputs, self.padding, self.strides, strict=True
+            )
+        ]
 
 
 def _windows(
@@ -189,14 +260,9 @@ def _first_largest(windows: _Windows, x: Array) -> UInt[Array, "..."]:
 
 
 def _pool_backward(windows: _Windows, saved: Codes, cotangent: Array) -> tuple[Array]:
-    index, cotangent = codes.load(saved, cotangent)
-    zero = jnp.zeros((), cotangent.dtype)
-    # Of the windows over an element, the first has it in the last of these places.
-    shares = (
-        windows.spread(jnp.where(index == number, cotangent, zero), place)
-        for number, place in reversed(windows.places)
-    )
-    return (functools.reduce(operator.add, shares),)
+    index = codes.load(saved, cotangent)
+    shares = windows.shares(index, cotangent)
+    return (windows.elements(functools.reduce(operator.add, shares)),)
 
 
 _pool.defvjp(_pool_forward, _pool_backward)

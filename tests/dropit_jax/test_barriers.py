@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from dropit_jax.barriers import barrier, computed_after
+from dropit_jax.barriers import after, barrier, computed_after
+from dropit_jax.partitioning import any_element
 
 
 def _lowered(function, *args, platform):
@@ -58,6 +62,83 @@ class BarrierTest(parameterized.TestCase):
         x, y = self.tree["x"], self.tree["y"][0]
         mapped = jax.vmap(pair, in_axes=(1, None), out_axes=(1, None))
         chex.assert_trees_all_equal(jax.jit(mapped)(x, y), (x, y))
+
+
+class AfterTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        x, y = np.random.default_rng(0).normal(size=(2, 4, 5)).astype("float32")
+        self.tree = {"x": jnp.asarray(x), "codes": (jnp.arange(3),)}
+        self.y = jnp.asarray(y)
+
+    @parameterized.product(jitted=(True, False), shape=((4, 5), (), (0, 3), (1, 1, 1)))
+    def test_gives_what_it_is_given(self, jitted, shape):
+        function = jax.jit(after) if jitted else after
+        for tree in (self.tree, (), None):
+            chex.assert_trees_all_equal(function(tree, jnp.ones(shape)), tree)
+
+    @parameterized.parameters(("cpu", []), ("cuda", [""]), ("rocm", ["4x5x"]))
+    def test_what_is_to_be_in_memory(self, platform, expected):
+        text = _lowered(after, self.tree["codes"], self.y, platform=platform)
+        barriers = re.findall(
+            r"optimization_barrier .* : tensor<3xi32>, tensor<(.*)f32>", text
+        )
+        self.assertEqual(barriers, expected)
+
+    def test_has_no_gradient_for_what_is_waited_for(self):
+        def total(x, y):
+            return jnp.sum(jnp.sin(after(x, y)))
+
+        x = self.tree["x"]
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(x, self.y)
+        chex.assert_trees_all_close(gradients[0], jnp.cos(x))
+        chex.assert_trees_all_equal(gradients[1], jnp.zeros_like(self.y))
+
+    @parameterized.parameters(((0, None),), ((None, 1),), ((1, 1),))
+    def test_can_be_mapped(self, axes):
+        mapped = jax.vmap(lambda x, y: after(x, y) * 2, axes)
+        expected = jax.vmap(lambda x, y: x * 2, axes)
+        args = (self.tree["x"], self.y)
+        chex.assert_trees_all_equal(jax.jit(mapped)(*args), expected(*args))
+        traced = jax.jit(mapped).trace(*args)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        self.assertEqual(text.count("optimization_barrier"), 1)
+
+
+class AnyElementTest(parameterized.TestCase):
+    @parameterized.product(
+        spec=(P("data"), P(None, "model"), P(("data", "model"))),
+        axis_type=(AxisType.Auto, AxisType.Explicit),
+    )
+    def test_nothing_moves(self, spec, axis_type):
+        @jax.jit
+        def step(x):
+            y = 2 * x
+            y, element = lax.optimization_barrier((y, any_element(y)))
+            return y, element
+
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+        x = np.arange(64, dtype="float32").reshape(8, 8)
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(x, NamedSharding(mesh, spec))
+            compiled = step.lower(sharded).compile()
+            y, element = compiled(sharded)
+        self.assertNotRegex(compiled.as_text(), "all-|reduce-scatter|collective")
+        self.assertTrue(y.sharding.is_equivalent_to(sharded.sharding, y.ndim))
+        firsts = [float(part.data.ravel()[0]) for part in y.addressable_shards]
+        found = [float(part.data) for part in element.addressable_shards]
+        self.assertEqual(found, firsts)
+
+    def test_of_each_part_within_shard_map(self):
+        mesh = jax.make_mesh((8,), ("data",))
+        run = jax.shard_map(
+            lambda x: any_element(x)[None],
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+        )
+        x = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, P("data")))
+        chex.assert_trees_all_equal(np.asarray(jax.jit(run)(x)), np.arange(0, 16.0, 2))
 
 
 class ComputedAfterTest(parameterized.TestCase):

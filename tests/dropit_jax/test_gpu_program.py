@@ -122,5 +122,46 @@ class KernelsInStepTest(parameterized.TestCase):
         self.assertFalse(all(map(_is_kernel, sources)))
 
 
+_IMAGES = (8, 56, 56, 64)
+
+
+def _written(function):
+    """How many float32 images the function and its gradient write, and all they do."""
+
+    def step(x, cotangent):
+        y, pullback = jax.vjp(function, x)
+        return y, pullback(cotangent)
+
+    x = jax.ShapeDtypeStruct(_IMAGES, "float32")
+    y = jax.eval_shape(function, x)
+    _, text = gpu_programs.compiled(step, (x, y))
+    program = hlo.parse(text)
+    work = [
+        instruction
+        for instruction in program.computations[program.entry].values()
+        if instruction.opcode not in (*_FREE, "parameter", "tuple", "get-tuple-element")
+    ]
+    written = [result for instruction in work for result in instruction.results]
+    return written.count(hlo.Array("float32", _IMAGES)), text
+
+
+class PassesOverActivationsTest(parameterized.TestCase):
+    def test_the_gradient_of_norm_and_relu_is_all_that_is_written(self):
+        def function(x):
+            scale = jnp.linspace(0.5, 2, _IMAGES[-1])
+            return dropit_jax.nn.relu(dropit_jax.nn.batch_norm(x, scale, scale)[0])
+
+        written, _ = _written(function)
+        self.assertEqual(written, 2)  # with the value
+
+    def test_the_gradient_of_relu_and_pooling_is_all_that_is_written(self):
+        def function(x):
+            return dropit_jax.nn.max_pool(dropit_jax.nn.relu(x), (3, 3), (2, 2), "SAME")
+
+        written, text = _written(function)
+        self.assertEqual(written, 1)
+        self.assertNotIn("scatter", text)
+
+
 if __name__ == "__main__":
     absltest.main()
