@@ -28,21 +28,21 @@ def barrier(operands: T) -> T:
     return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))
 
 
-def after(operands: T, computed: Array) -> T:
-    """A pytree of arrays, which are not read before an array is computed.
+def read_after(after: Array, operands: T) -> T:
+    """A pytree of arrays, which are not read before `after` is computed.
 
     On a GPU the array itself need not be in memory for that, as it has to be for
     `barrier`: what is computed from it and from the operands can be one kernel with it.
     """
     leaves, structure = jax.tree.flatten(operands)
-    if not leaves or not computed.size:
+    if not leaves or not after.size:
         return operands
-    return jax.tree.unflatten(structure, _after(leaves, computed))
+    return jax.tree.unflatten(structure, _read_after(after, leaves))
 
 
 # Traced once for all arrays of one shape.
 @functools.partial(jax.jit, inline=True)
-def _after(operands: list[Array], computed: Array) -> list[Array]:
+def _read_after(after: Array, operands: list[Array]) -> list[Array]:
     def wait_for_all(*operands: Array) -> Sequence[Array]:
         return lax.optimization_barrier(operands)[:-1]
 
@@ -53,7 +53,7 @@ def _after(operands: list[Array], computed: Array) -> list[Array]:
         return operands[:-1]
 
     operation = by_platform(wait_for_all, cpu=as_they_are, cuda=wait_for_one)
-    return list(operation(*operands, lax.stop_gradient(computed)))
+    return list(operation(*operands, lax.stop_gradient(after)))
 
 
 def computed_after(

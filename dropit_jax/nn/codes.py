@@ -93,7 +93,7 @@ def load(
       shape: of the codes, where it is not the array's.
     """
     # Else XLA may unpack early and keep what is unpacked alive.
-    packed = barriers.after(codes.packed, cotangent)
+    packed = barriers.read_after(cotangent, codes.packed)
     shape = cotangent.shape if shape is None else shape
     unpacked = _unpacked(packed, cotangent, codes.bits, shape)
     unpacked = jnp.broadcast_to(unpacked, cotangent.shape)

@@ -229,7 +229,7 @@ def _backward(
     norm: Norm, saved: _Saved, cotangent: Array
 ) -> tuple[None, Array, None, None, Array | None, Array | None, None]:
     # Else XLA may decode early and keep what is decoded alive.
-    x_hat = barriers.after(saved.x_hat, cotangent)
+    x_hat = barriers.read_after(cotangent, saved.x_hat)
     decoded = None if x_hat is None else eight_bits.load(x_hat)
     rest = dataclasses.replace(saved, x_hat=None)
     to_x, to_scale, to_bias = _gradients(norm, rest, decoded, cotangent)

@@ -87,11 +87,6 @@ class _Windows:
         size = math.prod(self.shape)
         return 4 if size <= 2**4 else 8 if size <= 2**8 else 16
 
-    @property
-    def places(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The places in a window in row-major order, numbered."""
-        return list(enumerate(itertools.product(*map(range, self.shape))))
-
     def largest(self, x: Array) -> Array:
         """The largest element of each window."""
         lowest = -jnp.inf
@@ -100,10 +95,10 @@ class _Windows:
         )
 
     def slices(self, x: Array) -> Iterator[Array]:
-        """The first elements of all windows, the second elements, and so on."""
+        """The first elements of all windows, and so on, in row-major order."""
         pads = [(*pad, 0) for pad in self.padding]
         padded = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), pads)
-        for _, place in self.places:
+        for place in itertools.product(*map(range, self.shape)):
             # Where there are no windows, neither is there a first element.
             start = [i if n else 0 for i, n in zip(place, self.widths, strict=True)]
             stop = [i + n for i, n in zip(start, self.widths, strict=True)]

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dropit_jax.barriers import after, barrier, computed_after
+from dropit_jax.barriers import barrier, computed_after, read_after
 from dropit_jax.partitioning import any_element
 
 
@@ -64,7 +64,7 @@ class BarrierTest(parameterized.TestCase):
         chex.assert_trees_all_equal(jax.jit(mapped)(x, y), (x, y))
 
 
-class AfterTest(parameterized.TestCase):
+class ReadAfterTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         x, y = np.random.default_rng(0).normal(size=(2, 4, 5)).astype("float32")
@@ -73,13 +73,13 @@ class AfterTest(parameterized.TestCase):
 
     @parameterized.product(jitted=(True, False), shape=((4, 5), (), (0, 3), (1, 1, 1)))
     def test_gives_what_it_is_given(self, jitted, shape):
-        function = jax.jit(after) if jitted else after
+        function = jax.jit(read_after) if jitted else read_after
         for tree in (self.tree, (), None):
-            chex.assert_trees_all_equal(function(tree, jnp.ones(shape)), tree)
+            chex.assert_trees_all_equal(function(jnp.ones(shape), tree), tree)
 
     @parameterized.parameters(("cpu", []), ("cuda", [""]), ("rocm", ["4x5x"]))
     def test_what_is_to_be_in_memory(self, platform, expected):
-        text = _lowered(after, self.tree["codes"], self.y, platform=platform)
+        text = _lowered(read_after, self.y, self.tree["codes"], platform=platform)
         barriers = re.findall(
             r"optimization_barrier .* : tensor<3xi32>, tensor<(.*)f32>", text
         )
@@ -87,7 +87,7 @@ class AfterTest(parameterized.TestCase):
 
     def test_has_no_gradient_for_what_is_waited_for(self):
         def total(x, y):
-            return jnp.sum(jnp.sin(after(x, y)))
+            return jnp.sum(jnp.sin(read_after(y, x)))
 
         x = self.tree["x"]
         gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(x, self.y)
@@ -96,7 +96,7 @@ class AfterTest(parameterized.TestCase):
 
     @parameterized.parameters(((0, None),), ((None, 1),), ((1, 1),))
     def test_can_be_mapped(self, axes):
-        mapped = jax.vmap(lambda x, y: after(x, y) * 2, axes)
+        mapped = jax.vmap(lambda x, y: read_after(y, x) * 2, axes)
         expected = jax.vmap(lambda x, y: x * 2, axes)
         args = (self.tree["x"], self.y)
         chex.assert_trees_all_equal(jax.jit(mapped)(*args), expected(*args))

@@ -1,5 +1,7 @@
 """What XLA's GPU compiler puts around the kernels in a training step: nothing.
 
+And how often the gradients of norms, ReLU and pooling pass over activations.
+
 That a compression fused with a ReLU's bits, or a decompression into another layout,
 would save nothing is read off here.
 """
