@@ -138,11 +138,15 @@ def _encoded(
     x: Array, scores: Array | None = None, *, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
     """`_encode_any`, in plain operations."""
+    by_bitmap = choose(chunks, dropit) == "bitmap"
+    large = chunks.size > selection.MAX_SMALL and chunks.count
+    if by_bitmap and large and dropit.selection == "auto":
+        return _rows_to_bitmap(x, scores, chunks, dropit)
     segments = chunking.split(x, chunks.segments)
     ranked: list[Array] | list[None] = [None] * len(segments)
     if scores is not None:
         ranked = chunking.split(scores, chunks.segments)
-    if choose(chunks, dropit) == "bitmap":
+    if by_bitmap:
         return _to_bitmap(segments, ranked, dropit)
     return _to_indices(segments, ranked, chunks, dropit)
 
@@ -225,10 +229,22 @@ def _to_bitmap(
     return chunking.join(values), packing.pack(chunking.join(masks), 1)
 
 
+def _rows_to_bitmap(
+    x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
+) -> tuple[Array, UInt8[Array, "*rows bytes"]]:
+    """`_to_bitmap` for large chunks: all of a row at once, its shorter chunk too."""
+    kept = [dropit.kept(size) for _, size in chunks.segments]
+    mask = selection.top_k_mask_in_rows(x, chunks.segments, kept, scores)
+    values = selection.compact(x, mask, _kept(chunks, dropit))
+    return values, packing.pack(mask, 1)
+
+
 def _from_bitmap(
     values: Array, positions: Array, chunks: Chunking, dropit: DropIT
 ) -> Array:
     mask = packing.unpack(positions, 1, chunks.row_size).astype(bool)
+    if chunks.size > selection.MAX_SMALL:
+        return selection.expand(values, mask)
     return chunking.join(
         [
             selection.expand(v, m)

@@ -28,14 +28,17 @@ _ROWS = 255
 _WORD = 32
 
 
-def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
+def largest(
+    scores: Int[Array, "*rows size"], k: int | Int[np.ndarray, "chunks"]
+) -> Bool[Array, "*rows size"]:
     """Where the k largest of each chunk are, ties to the lower index.
 
     Args:
       scores: not negative.
-      k: how many of each chunk.
+      k: how many of each chunk, or of each chunk of a row.
     """
-    missing = jnp.full_like(scores[..., :1], k, dtype=jnp.int32)
+    missing = jnp.zeros_like(scores[..., :1], dtype=jnp.int32)
+    missing += np.asarray(k, np.int32)[..., None]
     tied = jnp.ones_like(scores, dtype=bool)
     above = jnp.zeros_like(scores, dtype=bool)
     for shift in reversed(range(0, 8 * scores.dtype.itemsize, _DIGIT)):

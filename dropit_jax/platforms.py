@@ -22,6 +22,7 @@ def by_platform(
     default: _Operation,
     *,
     cpu: _Operation | None = None,
+    one_cpu: _Operation | None = None,
     cuda: _Operation | None = None,
 ) -> _Operation:
     """A function of arrays, which on some platforms is another of the same results.
@@ -32,6 +33,8 @@ def by_platform(
       default: what it is by definition, and where no other is given; a derivative is
         this one's.
       cpu: what it is on a CPU.
+      one_cpu: what it is there in a program for one device, where it need not keep to
+        what arrays may be shared out by.
       cuda: what it is on an NVIDIA GPU.
 
     Returns:
@@ -44,11 +47,14 @@ def by_platform(
         waited_for = () if after is None else (after,)
         avals = tuple(map(jax.typeof, operands))
         general = _Branch(default, avals, mesh)
-        on_cpu = None
-        if cpu is not None:
-            on_cpu = _Branch(cpu, (*map(jax.typeof, waited_for), *avals), mesh)
+        on_cpu, on_one_cpu = (
+            given and _Branch(given, (*map(jax.typeof, waited_for), *avals), mesh)
+            for given in (cpu, one_cpu)
+        )
         # What will not run here is traced when it is asked for.
-        here = on_cpu if jax.default_backend() == "cpu" else None
+        here = None
+        if jax.default_backend() == "cpu":
+            here = on_one_cpu if jax.device_count() == 1 else on_cpu
         jaxpr, shapes = (here or general).traced
         results = _operation_p.bind(
             *waited_for,
@@ -56,6 +62,7 @@ def by_platform(
             waits=len(waited_for),
             default=general,
             cpu=on_cpu,
+            one_cpu=on_one_cpu,
             # Traced now: what is shared out among devices has to be known by then.
             cuda=None if cuda is None else jax.make_jaxpr(cuda)(*operands),
             results=tuple(jaxpr.out_avals),
@@ -109,6 +116,18 @@ def _lowered(platform: str) -> Callable[..., Any]:
     return mlir.lower_fun(run, multiple_results=True)
 
 
+def _lowered_on_cpu(
+    context: Any,
+    *operands: Any,
+    cpu: _Branch | None,
+    one_cpu: _Branch | None,
+    **params: Any,
+) -> Any:
+    devices = getattr(context.module_context.axis_context, "num_devices", 0)
+    given = one_cpu if one_cpu and devices == 1 else cpu
+    return _lowered("cpu")(context, *operands, cpu=given, one_cpu=None, **params)
+
+
 def _derivative(
     primals: Any, tangents: Any, *, waits: int, default: _Branch, **_: Any
 ) -> tuple[list[Array], list[Any]]:
@@ -129,13 +148,15 @@ def _batched(
     waits: int,
     default: _Branch,
     cpu: _Branch | None,
+    one_cpu: _Branch | None,
     cuda: ClosedJaxpr | None,
     **params: Any,
 ) -> tuple[list[Array], list[Any]]:
     if all(axis is None for axis in axes[waits:]):
         # One result for the whole batch, and of what is only waited for, one element.
         first = (lax.index_in_dim(x, 0, axes[0], False) for x in operands[:waits])
-        params |= {"default": default, "cpu": cpu, "cuda": cuda}
+        branches = {"default": default, "cpu": cpu, "one_cpu": one_cpu, "cuda": cuda}
+        params |= branches
         results = _operation_p.bind(*first, *operands[waits:], waits=waits, **params)
         return results, [None] * len(results)
 
@@ -149,6 +170,7 @@ def _batched(
     operation = by_platform(
         mapped(default, axes[waits:]),
         cpu=None if cpu is None else mapped(cpu, axes),
+        one_cpu=None if one_cpu is None else mapped(one_cpu, axes),
         cuda=None if cuda is None else jax.vmap(jaxpr_as_fun(cuda), axes[waits:]),
     )
     results = operation(*operands[waits:], after=operands[0] if waits else None)
@@ -162,5 +184,5 @@ _operation_p.def_impl(_run)
 ad.primitive_jvps[_operation_p] = _derivative
 batching.primitive_batchers[_operation_p] = _batched
 mlir.register_lowering(_operation_p, _lowered("default"))
-for _platform in ("cpu", "cuda"):
-    mlir.register_lowering(_operation_p, _lowered(_platform), platform=_platform)
+mlir.register_lowering(_operation_p, _lowered_on_cpu, platform="cpu")
+mlir.register_lowering(_operation_p, _lowered("cuda"), platform="cuda")

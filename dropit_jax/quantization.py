@@ -49,7 +49,7 @@ class Quantized:
     bits: int
     group_size: int
 
-    @functools.partial(jax.jit, static_argnames="dtype")
+    @functools.partial(jax.jit, static_argnames="dtype", inline=True)
     def dequantize(
         self,
         dtype: jax.typing.DTypeLike,
@@ -113,7 +113,7 @@ def _dequantized_rows(
 
 
 # As `dequantize`, traced once for all layers of one shape.
-@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
+@functools.partial(jax.jit, static_argnames=("bits", "group_size"), inline=True)
 def quantize(
     x: Float[Array, "*shape"], bits: int, group_size: int, key: Array | None = None
 ) -> Quantized:

@@ -10,8 +10,11 @@ larger ones by bisection (`large_chunks`). Both stay where the data is on a shar
 mesh; `lax.top_k` makes XLA gather the chunks on every device.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
@@ -79,6 +82,30 @@ def top_k_mask(
     if x.shape[-1] > MAX_SMALL:
         return large_chunks.largest(scores, k)
     return small_chunks.largest(scores, k)
+
+
+def top_k_mask_in_rows(
+    x: Float[Array, "*rows size"],
+    segments: Sequence[tuple[int, int]],
+    kept: Sequence[int],
+    scores: Int[Array, "*rows size"] | None = None,
+) -> Bool[Array, "*rows size"]:
+    """`top_k_mask` for large chunks and perhaps a shorter one, in one search.
+
+    Args:
+      x: rows of chunks.
+      segments: (number, size) of its chunks, as `Chunking.segments`.
+      kept: how many elements of a chunk to take, for each segment.
+      scores: as in `top_k`.
+    """
+    scores = _magnitude(x) if scores is None else scores
+    counts, sizes = zip(*segments, strict=True)
+    # Zeros at the end come after all else: they are not among the largest.
+    if missing := sizes[0] * sum(counts) - x.shape[-1]:
+        scores = jnp.pad(scores, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    chunks = scores.reshape(*x.shape[:-1], sum(counts), sizes[0])
+    mask = large_chunks.largest(chunks, np.repeat(kept, counts))
+    return mask.reshape(scores.shape)[..., : x.shape[-1]]
 
 
 def random_scores(key: Array, shape: tuple[int, ...]) -> Int[Array, "*shape"]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
 from dropit_jax import chunking, shardings
 from dropit_jax.platforms import by_platform
@@ -24,6 +24,9 @@ _MAX_PASSES = 8
 # of more in two steps, the second over so many parts: three to four times as fast.
 _VECTOR = 16
 _PARTS = 4
+
+# Of fewer elements LLVM makes no loop.
+_LANES = 32
 
 _WORD = 32
 
@@ -58,7 +61,8 @@ def top_k_of_magnitudes(
         return values, [indices[..., i] for i in range(k)]
     signs = magnitudes.dtype.itemsize * 8 - 1
     negative = lax.bitcast_convert_type(x, magnitudes.dtype) >> signs  # -1, or 0
-    slots = 2 * _indices(x) - negative.astype(jnp.int32)
+    even = _in_rows(2 * np.arange(x.shape[-1], dtype=np.int32), x.shape)
+    slots = shardings.like(even, x) - negative.astype(jnp.int32)
     found = _passes(magnitudes, slots, k)
     bits = [score | tag.astype(score.dtype) << signs for score, tag in found]
     return _from_bits(stack(bits), x), [tag >> 1 for _, tag in found]
@@ -81,12 +85,54 @@ def place(
 ) -> Shaped[Array, "*rows {size}"]:
     """Chunks of zeros with values at these indices, an array for each value."""
     # A chain of selections, not a sum: it fuses with whatever reads the result.
-    placed = lax.full_like(_spread(values, 0, size), 0)
+    spread = [_spread(values, i, size) for i in range(len(indices))]
+    placed = lax.full_like(spread[0], 0)
     slots = _indices(placed, indices[0].dtype)
-    for i, index in enumerate(indices):
-        here = index == slots
-        placed = _select(here, _spread(values, i, size), placed)
+    for index, value in zip(indices, spread, strict=True):
+        placed = _select(index == slots, value, placed)
     return placed
+
+
+def place_at_halves(
+    values: Shaped[Array, "*rows k"],
+    packed: UInt8[Array, "*rows bytes"],
+    size: int,
+    grouped: bool = False,
+) -> Shaped[Array, "*rows {size}"]:
+    """`place`, where a byte has two indices, the first in its lower half.
+
+    Args:
+      values: of each chunk.
+      packed: their indices.
+      size: elements of a chunk.
+      grouped: one loop goes through neighbouring chunks, which has to be on one device.
+        LLVM takes a loop of few elements for a CPU apart, which is much longer to
+        compile than the vector instructions that it finds for more of them.
+    """
+    *rows, _ = values.shape
+    groups, together = _groups(values, size) if grouped else (tuple(rows), 1)
+    lanes = np.arange(together * size)
+    whole = (*groups, lanes.size)
+    behind = [_in_rows(lanes >= chunk * size, whole) for chunk in range(1, together)]
+    slots = _in_rows((lanes % size).astype(np.uint8), whole)
+
+    def of_each_lane(x: Array) -> list[Array]:
+        """The numbers of the chunk that a lane is in."""
+        count = x.shape[-1]
+        x = x.reshape(*groups, together * count)
+        found = [_spread(x, i, lanes.size) for i in range(count)]
+        for chunk, here in enumerate(behind, 1):
+            for i in range(count):
+                other = _spread(x, chunk * count + i, lanes.size)
+                found[i] = lax.select(shardings.like(here, other), other, found[i])
+        return found
+
+    kept = of_each_lane(values)
+    indices = [i for byte in of_each_lane(packed) for i in (byte & 15, byte >> 4)]
+    placed = lax.full_like(kept[0], 0)
+    for index, value in zip(indices, kept, strict=True):
+        placed = _select(index == shardings.like(slots, index), value, placed)
+    return placed.reshape(*rows, size)
 
 
 def compact(
@@ -121,9 +167,9 @@ def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     which takes longer to compile and to run.
     """
     spread = [chunking.repeat(part, len(parts)) for part in parts]
-    stacked, places = spread[-1], _indices(spread[-1])
+    stacked, places = spread[-1], np.arange(len(parts))
     for i, part in enumerate(spread[:-1]):
-        here = jnp.broadcast_to(places == i, part.shape)
+        here = _in_rows(places == i, part.shape)
         stacked = lax.select(shardings.like(here, part), part, stacked)
     return stacked
 
@@ -187,13 +233,25 @@ def _reduced(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -
 
     def larger(one: _Pair, other: _Pair) -> _Pair:
         (a, tag_a), (b, tag_b) = one, other
-        first = (a > b) | ((a == b) & (tag_a < tag_b))
+        # a > b, or they are equal and the tag is lower, with one operation less.
+        first = a > b - (tag_a < tag_b).astype(b.dtype)
         return lax.select(first, a, b), lax.select(first, tag_a, tag_b)
 
     least = np.array(-1, scores.dtype)
     greatest = np.array(np.iinfo(np.int32).max, np.int32)
     axes = (scores.ndim - 1,)
     return tuple(lax.reduce((scores, tags), (least, greatest), larger, axes))
+
+
+def _groups(x: Shaped[Array, "*rows k"], size: int) -> tuple[tuple[int, ...], int]:
+    """Rows, of neighbouring chunks with `_LANES` elements, and the chunks of each."""
+    *rows, _ = x.shape
+    together = -(-_LANES // size)
+    outer = [axis for axis, count in enumerate(rows) if count != 1]
+    if not outer or rows[outer[-1]] % together or any(shardings.spec(x)):
+        return tuple(rows), 1
+    rows[outer[-1]] //= together
+    return tuple(rows), together
 
 
 def _indices(
@@ -203,11 +261,18 @@ def _indices(
     return np.arange(x.shape[-1], dtype=dtype).reshape(*[1] * (x.ndim - 1), -1)
 
 
+def _in_rows(
+    x: Shaped[np.ndarray, "size"], shape: tuple[int, ...]
+) -> Shaped[Array, "*shape"]:
+    """The same in each row."""
+    return lax.broadcast_in_dim(x, shape, (len(shape) - 1,))
+
+
 def _spread(
     x: Shaped[Array, "*rows count"], i: int, size: int
 ) -> Shaped[Array, "*rows {size}"]:
     """The i-th element of each row, `size` times."""
-    return jnp.broadcast_to(x[..., i : i + 1], (*x.shape[:-1], size))
+    return chunking.repeat(lax.index_in_dim(x, i, x.ndim - 1, keepdims=False), size)
 
 
 def _select(

@@ -26,7 +26,7 @@ _Operation = Callable[..., Any]
 
 
 # JAX keeps what it has traced: layers of one shape are traced once, not each.
-@functools.partial(jax.jit, static_argnames="plan")
+@functools.partial(jax.jit, static_argnames="plan", inline=True)
 def compress(
     x: Float[Array, "*rows units elements"], plan: Plan
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
@@ -49,7 +49,7 @@ def compress(
     return operation(x)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "dtype"))
+@functools.partial(jax.jit, static_argnames=("plan", "dtype"), inline=True)
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
@@ -77,7 +77,10 @@ def _decompress_differentiably(
     if not _within_reach(plan, values):
         return twin(values, positions)
     operation = by_platform(
-        twin, cpu=_decompress_call(twin), cuda=on_every_device(kernel, results=1)
+        twin,
+        cpu=_decompress_call(twin),
+        one_cpu=_decompress_call(functools.partial(twin, grouped=True)),
+        cuda=on_every_device(kernel, results=1),
     )
     return operation(values, positions, after=after)
 

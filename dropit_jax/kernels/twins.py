@@ -39,6 +39,7 @@ def decompress(
     positions: Positions,
     plan: Plan,
     dtype: jax.typing.DTypeLike,
+    grouped: bool = False,
 ) -> Float[Array, "*rows units elements"]:
     """Puts kept values back in their places, and zero elsewhere.
 
@@ -47,17 +48,21 @@ def decompress(
       positions: as `compress` returns them.
       plan: what they were made by.
       dtype: the result's.
+      grouped: as in `small_chunks.place_at_halves`.
     """
     if jnp.dtype(dtype).itemsize == 4:
         # Floats of 32 bits are moved by vector instructions on a CPU, and their bits,
         # as integers, are not. Of 16 bits it loses what is in a NaN.
-        return placed(values.astype(dtype), positions, plan)
+        return placed(values.astype(dtype), positions, plan, grouped)
     kept = cast_bits(to_bits(values), values.dtype, dtype)
-    return from_bits(placed(kept, positions, plan), dtype)
+    return from_bits(placed(kept, positions, plan, grouped), dtype)
 
 
 def placed(
-    kept: Shaped[Array, "*rows units kept"], positions: Positions, plan: Plan
+    kept: Shaped[Array, "*rows units kept"],
+    positions: Positions,
+    plan: Plan,
+    grouped: bool = False,
 ) -> Shaped[Array, "*rows units elements"]:
     """Kept elements of any type in their places, and zero elsewhere."""
     lead = kept.shape[:-1]
@@ -66,20 +71,19 @@ def placed(
         mask = packing.unpack(positions, 1, plan.unit * plan.size).astype(bool)
         whole = selection.expand(kept, _in_chunks(mask, plan.unit, plan.size))
     else:
-        whole = _at_indices(kept, positions, plan)
+        whole = _at_indices(kept, positions, plan, grouped)
     return whole.reshape(*lead, plan.unit * plan.size)
 
 
 def _at_indices(
-    kept: Shaped[Array, "*chunks kept"], positions: Positions, plan: Plan
+    kept: Shaped[Array, "*chunks kept"],
+    positions: Positions,
+    plan: Plan,
+    grouped: bool,
 ) -> Shaped[Array, "*chunks size"]:
     """Chunks with kept elements where their stored indices say."""
     if plan.packed and plan.unit == 1:
-        # Each half of a byte by itself, not side by side, where XLA's CPU compiler
-        # would look for it anew for every element of the chunk.
-        packed = [positions[..., i : i + 1] for i in range(plan.positions)]
-        halves = [half for byte in packed for half in (byte & 15, byte >> 4)]
-        return small_chunks.place(kept, halves, plan.size)
+        return small_chunks.place_at_halves(kept, positions, plan.size, grouped)
     if plan.packed:  # a byte has indices of two chunks
         positions = packing.unpack(positions, 4, plan.unit * plan.kept)
     return selection.place(kept, positions.reshape(kept.shape), plan.size)
