@@ -121,6 +121,48 @@ class MeshTest(parameterized.TestCase):
         np.testing.assert_array_equal(whole, expected)
 
 
+class GroupedTest(parameterized.TestCase):
+    @parameterized.product(
+        shape=((4, 24), (2, 3, 5), (6, 1), (1, 1), (3, 0), (7,), (2, 8, 1)),
+        size=(8, 12, 16),
+        kept=(2, 4),
+        dtype=("float32", "bfloat16"),
+    )
+    def test_neighbouring_chunks_in_one_loop_are_the_same(
+        self, shape, size, kept, dtype
+    ):
+        plan = Plan(size, kept, "index", "bfloat16")
+        x = reference.activation(0, (*shape, plan.unit * size))
+        values, positions = twins.compress(jnp.asarray(x, dtype), plan)
+        plain, grouped = (
+            np.asarray(twins.decompress(values, positions, plan, dtype, grouped))
+            for grouped in (False, True)
+        )
+        reference.assert_same_bits(grouped, plain)
+
+    @parameterized.parameters(
+        (AxisType.Auto, P(None, None, "model")),
+        (AxisType.Auto, P("model", None, None)),
+        (AxisType.Explicit, P(None, None, "model")),
+        (AxisType.Explicit, P("model", None, None)),
+    )
+    def test_devices_may_have_an_odd_number_of_chunks(self, axis_type, spec):
+        mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+        x = jnp.asarray(reference.activation(0, (8, 3, 8 * 3 * 16)))
+
+        @jax.jit
+        def round_trip(x):
+            return dropit_jax.compress(x, DropIT(chunk_size=16)).decompress()
+
+        expected = np.asarray(round_trip(x))
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(x, NamedSharding(mesh, spec))
+            step = round_trip.lower(sharded).compile()
+            result = step(sharded)
+        self.assertIsNone(_MOVES.search(step.as_text()))
+        reference.assert_same_bits(np.asarray(result), expected)
+
+
 class _Traced(Exception):
     """A kernel was traced."""
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dropit_jax.platforms import by_platform
 
@@ -45,6 +45,19 @@ class ByPlatformTest(parameterized.TestCase):
         text = traced.lower(lowering_platforms=("cpu", "cuda")).as_text()
         self.assertIn("stablehlo.tan", text)
         self.assertIn("stablehlo.sine", text)
+
+    @parameterized.parameters((1, "tan"), (8, "cosine"))
+    def test_one_device_may_have_its_own(self, devices, expected):
+        operation = by_platform(
+            _default,
+            cpu=lambda x, y: {"sum": jnp.cos(x) + y, "larger": x > y},
+            one_cpu=lambda x, y: {"sum": jnp.tan(x) + y, "larger": x > y},
+        )
+        sharding = NamedSharding(jax.make_mesh((devices,), ("data",)), PartitionSpec())
+        jitted = jax.jit(operation, in_shardings=sharding)
+        text = jitted.lower(self.x, self.y).as_text()
+        found = {name for name in ("sine", "cosine", "tan") if f"o.{name} " in text}
+        self.assertEqual(found, {expected})
 
     def test_what_is_given_is_what_runs(self):
         operation = by_platform(_default, cpu=lambda x, y: _default(x + 1, y))
