@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Bool, UInt8
 
 from dropit_jax import barriers, chunking, inlining, packing, selection, shardings
 from dropit_jax.chunking import Chunking
@@ -122,7 +122,7 @@ def _out_of_units(x: Array) -> Array:
 
 
 # JAX keeps what it has traced: layers of one shape are traced once, not each.
-@functools.partial(jax.jit, static_argnames=("chunks", "dropit"))
+@functools.partial(jax.jit, static_argnames=("chunks", "dropit"), inline=True)
 def _encode_any(
     x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
@@ -138,20 +138,11 @@ def _encoded(
     x: Array, scores: Array | None = None, *, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
     """`_encode_any`, in plain operations."""
-    by_bitmap = choose(chunks, dropit) == "bitmap"
-    large = chunks.size > selection.MAX_SMALL and chunks.count
-    if by_bitmap and large and dropit.selection == "auto":
-        return _rows_to_bitmap(x, scores, chunks, dropit)
-    segments = chunking.split(x, chunks.segments)
-    ranked: list[Array] | list[None] = [None] * len(segments)
-    if scores is not None:
-        ranked = chunking.split(scores, chunks.segments)
-    if by_bitmap:
-        return _to_bitmap(segments, ranked, dropit)
-    return _to_indices(segments, ranked, chunks, dropit)
+    to_positions = _to_bitmap if choose(chunks, dropit) == "bitmap" else _to_indices
+    return to_positions(x, scores, chunks, dropit)
 
 
-@functools.partial(jax.jit, static_argnames=("chunks", "dropit"))
+@functools.partial(jax.jit, static_argnames=("chunks", "dropit"), inline=True)
 def _decode_any(
     values: Array, positions: Array, chunks: Chunking, dropit: DropIT
 ) -> Array:
@@ -177,15 +168,22 @@ def _index_bits(chunk_size: int) -> int:
     return 32
 
 
+def _ranked_segments(
+    x: Array, scores: Array | None, chunks: Chunking
+) -> list[tuple[Array, Array | None]]:
+    """The segments of rows, each with the scores of its elements."""
+    segments = chunking.split(x, chunks.segments)
+    if scores is None:
+        return [(segment, None) for segment in segments]
+    return list(zip(segments, chunking.split(scores, chunks.segments), strict=True))
+
+
 def _to_indices(
-    segments: list[Array],
-    scores: list[Array] | list[None],
-    chunks: Chunking,
-    dropit: DropIT,
+    x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
     picked = [
         selection.top_k(s, dropit.kept(s.shape[-1]), dropit.selection, ranked)
-        for s, ranked in zip(segments, scores, strict=True)
+        for s, ranked in _ranked_segments(x, scores, chunks)
     ]
     values = chunking.join([values for values, _ in picked])
     indices = chunking.join([indices for _, indices in picked])
@@ -215,43 +213,67 @@ def _from_indices(
 
 
 def _to_bitmap(
-    segments: list[Array], scores: list[Array] | list[None], dropit: DropIT
-) -> tuple[Array, UInt8[Array, "*rows bytes"]]:
-    kept = [dropit.kept(segment.shape[-1]) for segment in segments]
-    masks = [
-        selection.top_k_mask(segment, k, dropit.selection, ranked)
-        for segment, k, ranked in zip(segments, kept, scores, strict=True)
-    ]
-    values = [
-        selection.compact(segment, mask, k)
-        for segment, mask, k in zip(segments, masks, kept, strict=True)
-    ]
-    return chunking.join(values), packing.pack(chunking.join(masks), 1)
-
-
-def _rows_to_bitmap(
     x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, UInt8[Array, "*rows bytes"]]:
-    """`_to_bitmap` for large chunks: all of a row at once, its shorter chunk too."""
-    kept = [dropit.kept(size) for _, size in chunks.segments]
-    mask = selection.top_k_mask_in_rows(x, chunks.segments, kept, scores)
-    values = selection.compact(x, mask, _kept(chunks, dropit))
-    return values, packing.pack(mask, 1)
+    mask = _mask(x, scores, chunks, dropit)
+    segments, kept = _compacted(chunks, dropit)
+    values = [
+        selection.compact(segment, under, k)
+        for segment, under, (_, k) in zip(
+            chunking.split(x, segments),
+            chunking.split(mask, segments),
+            kept,
+            strict=True,
+        )
+    ]
+    return chunking.join(values), packing.pack(mask, 1)
+
+
+def _mask(
+    x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
+) -> Bool[Array, "*rows size"]:
+    """Where the kept elements are."""
+    if dropit.selection == "auto" and _are_large(chunks):
+        kept = [k for _, k in _kept_segments(chunks, dropit)]
+        return selection.top_k_mask_in_rows(x, chunks.segments, kept, scores)
+    return chunking.join(
+        [
+            selection.top_k_mask(s, dropit.kept(s.shape[-1]), dropit.selection, ranked)
+            for s, ranked in _ranked_segments(x, scores, chunks)
+        ]
+    )
 
 
 def _from_bitmap(
     values: Array, positions: Array, chunks: Chunking, dropit: DropIT
 ) -> Array:
     mask = packing.unpack(positions, 1, chunks.row_size).astype(bool)
-    if chunks.size > selection.MAX_SMALL:
-        return selection.expand(values, mask)
+    segments, kept = _compacted(chunks, dropit)
     return chunking.join(
         [
             selection.expand(v, m)
             for v, m in zip(
-                chunking.split(values, _kept_segments(chunks, dropit)),
-                chunking.split(mask, chunks.segments),
+                chunking.split(values, kept),
+                chunking.split(mask, segments),
                 strict=True,
             )
         ]
     )
+
+
+def _compacted(
+    chunks: Chunking, dropit: DropIT
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """What is compacted by itself: segments of chunks, and (number, kept) of each.
+
+    The kept elements of a row are in the order of their indices, chunk after chunk. So
+    large chunks, whose compaction does not grow with their size, may be one a row.
+    """
+    if _are_large(chunks):
+        return ((1, chunks.row_size),), ((1, _kept(chunks, dropit)),)
+    return chunks.segments, _kept_segments(chunks, dropit)
+
+
+def _are_large(chunks: Chunking) -> bool:
+    """Whether there are chunks, and they are searched by `large_chunks`."""
+    return chunks.count > 0 and chunks.size > selection.MAX_SMALL

@@ -54,7 +54,8 @@ def by_platform(
         # What will not run here is traced when it is asked for.
         here = None
         if jax.default_backend() == "cpu":
-            here = on_one_cpu if jax.device_count() == 1 else on_cpu
+            alone = jax.device_count() == 1
+            here = on_one_cpu if alone and on_one_cpu else on_cpu
         jaxpr, shapes = (here or general).traced
         results = _operation_p.bind(
             *waited_for,
@@ -155,9 +156,16 @@ def _batched(
     if all(axis is None for axis in axes[waits:]):
         # One result for the whole batch, and of what is only waited for, one element.
         first = (lax.index_in_dim(x, 0, axes[0], False) for x in operands[:waits])
-        branches = {"default": default, "cpu": cpu, "one_cpu": one_cpu, "cuda": cuda}
-        params |= branches
-        results = _operation_p.bind(*first, *operands[waits:], waits=waits, **params)
+        results = _operation_p.bind(
+            *first,
+            *operands[waits:],
+            waits=waits,
+            default=default,
+            cpu=cpu,
+            one_cpu=one_cpu,
+            cuda=cuda,
+            **params,
+        )
         return results, [None] * len(results)
 
     def mapped(branch: _Branch, axes: Any) -> _Operation:

@@ -64,7 +64,10 @@ def placed(
     plan: Plan,
     grouped: bool = False,
 ) -> Shaped[Array, "*rows units elements"]:
-    """Kept elements of any type in their places, and zero elsewhere."""
+    """Kept elements of any type in their places, and zero elsewhere.
+
+    The arguments are those of `decompress`.
+    """
     lead = kept.shape[:-1]
     kept = _in_chunks(kept, plan.unit, plan.kept)
     if plan.encoding == "bitmap":

@@ -70,7 +70,7 @@ class TwinTest(parameterized.TestCase):
 
     @parameterized.product(
         shape=((1,), (3,), (1, 1), (2, 5), (1, 17), (3, 15), (2, 3, 100)),
-        chunk_size=(1, 16, 64, 2**14, None),
+        chunk_size=(1, 16, 64, 128, 2**14, None),
         encoding=("index", "bitmap"),
     )
     def test_awkward_sizes(self, shape, chunk_size, encoding):
@@ -85,10 +85,13 @@ class TwinTest(parameterized.TestCase):
                 _decompress(_compress(x, policy)), reference.sparse(x, 0.8, chunk_size)
             )
 
-    @parameterized.parameters((0, 16), (4, 0), (0,))
-    def test_nothing_to_keep(self, *shape):
+    @parameterized.product(
+        shape=((0, 16), (4, 0), (0,)),
+        policy=(DropIT(), DropIT(chunk_size=128, encoding="bitmap")),
+    )
+    def test_nothing_to_keep(self, shape, policy):
         x = jnp.zeros(shape)
-        chex.assert_shape(compress(x, DropIT()).decompress(), shape)
+        chex.assert_shape(compress(x, policy).decompress(), shape)
 
     def test_a_scalar_is_kept(self):
         self.assertEqual(compress(jnp.float32(3), DropIT()).decompress(), 3)
