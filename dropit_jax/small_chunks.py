@@ -61,7 +61,7 @@ def top_k_of_magnitudes(
         return values, [indices[..., i] for i in range(k)]
     signs = magnitudes.dtype.itemsize * 8 - 1
     negative = lax.bitcast_convert_type(x, magnitudes.dtype) >> signs  # -1, or 0
-    even = _in_rows(2 * np.arange(x.shape[-1], dtype=np.int32), x.shape)
+    even = _in_rows(2 * np.arange(x.shape[-1]), x.shape, np.int32)
     slots = shardings.like(even, x) - negative.astype(jnp.int32)
     found = _passes(magnitudes, slots, k)
     bits = [score | tag.astype(score.dtype) << signs for score, tag in found]
@@ -105,34 +105,38 @@ def place_at_halves(
       values: of each chunk.
       packed: their indices.
       size: elements of a chunk.
-      grouped: one loop goes through neighbouring chunks, which has to be on one device.
-        LLVM takes a loop of few elements for a CPU apart, which is much longer to
-        compile than the vector instructions that it finds for more of them.
+      grouped: one loop goes through neighbouring chunks, which are on one device; there
+        is no gradient. LLVM takes a loop of few elements for a CPU apart, which is much
+        longer to compile than the vector instructions that it finds for more of them.
     """
     *rows, _ = values.shape
     groups, together = _groups(values, size) if grouped else (tuple(rows), 1)
     lanes = np.arange(together * size)
     whole = (*groups, lanes.size)
-    behind = [_in_rows(lanes >= chunk * size, whole) for chunk in range(1, together)]
-    slots = _in_rows((lanes % size).astype(np.uint8), whole)
 
     def of_each_lane(x: Array) -> list[Array]:
         """The numbers of the chunk that a lane is in."""
         count = x.shape[-1]
         x = x.reshape(*groups, together * count)
-        found = [_spread(x, i, lanes.size) for i in range(count)]
-        for chunk, here in enumerate(behind, 1):
-            for i in range(count):
-                other = _spread(x, chunk * count + i, lanes.size)
-                found[i] = lax.select(shardings.like(here, other), other, found[i])
+        spread = [_spread(x, i, lanes.size) for i in range(together * count)]
+        found = spread[:count]
+        for chunk in range(1, together):
+            # By bits: of a selection between numbers in memory LLVM makes one of their
+            # addresses, and loads them one by one.
+            ones = np.iinfo(x.dtype).max
+            behind = _in_rows((lanes >= chunk * size) * ones, whole, x.dtype)
+            others = spread[chunk * count : (chunk + 1) * count]
+            found = [a ^ (a ^ b) & behind for a, b in zip(found, others, strict=True)]
         return found
 
-    kept = of_each_lane(values)
+    kept = of_each_lane(values if together == 1 else _bits(values))
     indices = [i for byte in of_each_lane(packed) for i in (byte & 15, byte >> 4)]
+    slots = _in_rows(lanes % size, whole, packed.dtype)
     placed = lax.full_like(kept[0], 0)
     for index, value in zip(indices, kept, strict=True):
         placed = _select(index == shardings.like(slots, index), value, placed)
-    return placed.reshape(*rows, size)
+    placed = placed.reshape(*rows, size)
+    return placed if together == 1 else _from_bits(placed, values)
 
 
 def compact(
@@ -169,7 +173,7 @@ def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     spread = [chunking.repeat(part, len(parts)) for part in parts]
     stacked, places = spread[-1], np.arange(len(parts))
     for i, part in enumerate(spread[:-1]):
-        here = _in_rows(places == i, part.shape)
+        here = _in_rows(places == i, part.shape, bool)
         stacked = lax.select(shardings.like(here, part), part, stacked)
     return stacked
 
@@ -262,10 +266,12 @@ def _indices(
 
 
 def _in_rows(
-    x: Shaped[np.ndarray, "size"], shape: tuple[int, ...]
+    x: Shaped[np.ndarray, "size"],
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
 ) -> Shaped[Array, "*shape"]:
     """The same in each row."""
-    return lax.broadcast_in_dim(x, shape, (len(shape) - 1,))
+    return lax.broadcast_in_dim(x.astype(dtype), shape, (len(shape) - 1,))
 
 
 def _spread(

@@ -127,11 +127,12 @@ class GroupedTest(parameterized.TestCase):
         size=(8, 12, 16),
         kept=(2, 4),
         dtype=("float32", "bfloat16"),
+        value_dtype=("float32", "bfloat16", "float16"),
     )
     def test_neighbouring_chunks_in_one_loop_are_the_same(
-        self, shape, size, kept, dtype
+        self, shape, size, kept, dtype, value_dtype
     ):
-        plan = Plan(size, kept, "index", "bfloat16")
+        plan = Plan(size, kept, "index", value_dtype)
         x = reference.activation(0, (*shape, plan.unit * size))
         values, positions = twins.compress(jnp.asarray(x, dtype), plan)
         plain, grouped = (
