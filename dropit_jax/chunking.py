@@ -104,8 +104,3 @@ def join(segments: list[jax.Array]) -> jax.Array:
 def concatenate(parts: Sequence[jax.Array]) -> jax.Array:
     """Parts of rows, along the last axis."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-
-
-def repeat(x: jax.Array, size: int) -> jax.Array:
-    """Each element `size` times, along a new last axis: (...) to (..., size)."""
-    return jax.lax.broadcast_in_dim(x, (*x.shape, size), range(x.ndim))

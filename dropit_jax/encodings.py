@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt8
+from jaxtyping import Array, UInt8
 
 from dropit_jax import barriers, chunking, inlining, packing, selection, shardings
 from dropit_jax.chunking import Chunking
@@ -58,8 +58,7 @@ def encode(
         units = _in_units(x, chunks.count // by_kernel.unit)
         values, positions = dispatch.compress(units, by_kernel)
         return _out_of_units(values), _out_of_units(positions)
-    values, positions = _encode_any(x, scores, chunks, dropit)
-    return values.astype(value_dtype), positions
+    return _encode_any(x, scores, chunks, dropit, jnp.dtype(value_dtype))
 
 
 def decode(
@@ -90,8 +89,10 @@ def decode(
             units = _in_units(values, count), _in_units(positions, count)
             whole = dispatch.decompress(*units, by_kernel, dtype, after)
             return chunking.whole(_out_of_units(whole), chunks)
-    decoded = functools.partial(_decode_any, chunks=chunks, dropit=dropit)
-    rows = barriers.computed_after(after, decoded, values.astype(dtype), positions)
+    decoded = functools.partial(
+        _decode_any, chunks=chunks, dropit=dropit, dtype=jnp.dtype(dtype)
+    )
+    rows = barriers.computed_after(after, decoded, values, positions)
     return chunking.whole(rows, chunks)
 
 
@@ -122,12 +123,20 @@ def _out_of_units(x: Array) -> Array:
 
 
 # JAX keeps what it has traced: layers of one shape are traced once, not each.
-@functools.partial(jax.jit, static_argnames=("chunks", "dropit"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("chunks", "dropit", "value_dtype"), inline=True
+)
 def _encode_any(
-    x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
+    x: Array,
+    scores: Array | None,
+    chunks: Chunking,
+    dropit: DropIT,
+    value_dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
-    """`encode` for chunks of any kind, without the cast."""
-    encoded = functools.partial(_encoded, chunks=chunks, dropit=dropit)
+    """`encode` for chunks of any kind."""
+    encoded = functools.partial(
+        _encoded, chunks=chunks, dropit=dropit, value_dtype=value_dtype
+    )
     operands = (x,) if scores is None else (x, scores)
     results: tuple[Array, Array]
     results = by_platform(encoded, cpu=inlining.not_inlined(encoded))(*operands)
@@ -135,20 +144,30 @@ def _encode_any(
 
 
 def _encoded(
-    x: Array, scores: Array | None = None, *, chunks: Chunking, dropit: DropIT
+    x: Array,
+    scores: Array | None = None,
+    *,
+    chunks: Chunking,
+    dropit: DropIT,
+    value_dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     """`_encode_any`, in plain operations."""
     to_positions = _to_bitmap if choose(chunks, dropit) == "bitmap" else _to_indices
-    return to_positions(x, scores, chunks, dropit)
+    values, positions = to_positions(x, scores, chunks, dropit)
+    return values.astype(value_dtype), positions
 
 
-@functools.partial(jax.jit, static_argnames=("chunks", "dropit"), inline=True)
+@functools.partial(jax.jit, static_argnames=("chunks", "dropit", "dtype"), inline=True)
 def _decode_any(
-    values: Array, positions: Array, chunks: Chunking, dropit: DropIT
+    values: Array,
+    positions: Array,
+    chunks: Chunking,
+    dropit: DropIT,
+    dtype: jnp.dtype,
 ) -> Array:
-    """`decode` for chunks of any kind, in rows and without the cast."""
+    """`decode` for chunks of any kind, in rows."""
     place = _from_bitmap if choose(chunks, dropit) == "bitmap" else _from_indices
-    return place(values, positions, chunks, dropit)
+    return place(values.astype(dtype), positions, chunks, dropit)
 
 
 def _kept(chunks: Chunking, dropit: DropIT) -> int:
@@ -215,46 +234,40 @@ def _from_indices(
 def _to_bitmap(
     x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, UInt8[Array, "*rows bytes"]]:
-    mask = _mask(x, scores, chunks, dropit)
-    segments, kept = _compacted(chunks, dropit)
+    if dropit.selection == "auto" and _are_large(chunks):
+        kept = [k for _, k in _kept_segments(chunks, dropit)]
+        return selection.top_k_bitmap(x, chunks.segments, kept, scores)
+    mask = chunking.join(
+        [
+            selection.top_k_mask(s, dropit.kept(s.shape[-1]), dropit.selection, ranked)
+            for s, ranked in _ranked_segments(x, scores, chunks)
+        ]
+    )
+    segments, kept_segments = _compacted(chunks, dropit)
     values = [
         selection.compact(segment, under, k)
         for segment, under, (_, k) in zip(
             chunking.split(x, segments),
             chunking.split(mask, segments),
-            kept,
+            kept_segments,
             strict=True,
         )
     ]
     return chunking.join(values), packing.pack(mask, 1)
 
 
-def _mask(
-    x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
-) -> Bool[Array, "*rows size"]:
-    """Where the kept elements are."""
-    if dropit.selection == "auto" and _are_large(chunks):
-        kept = [k for _, k in _kept_segments(chunks, dropit)]
-        return selection.top_k_mask_in_rows(x, chunks.segments, kept, scores)
-    return chunking.join(
-        [
-            selection.top_k_mask(s, dropit.kept(s.shape[-1]), dropit.selection, ranked)
-            for s, ranked in _ranked_segments(x, scores, chunks)
-        ]
-    )
-
-
 def _from_bitmap(
     values: Array, positions: Array, chunks: Chunking, dropit: DropIT
 ) -> Array:
+    if _are_large(chunks):
+        return selection.from_bitmap(values, positions, chunks.segments)
     mask = packing.unpack(positions, 1, chunks.row_size).astype(bool)
-    segments, kept = _compacted(chunks, dropit)
     return chunking.join(
         [
             selection.expand(v, m)
             for v, m in zip(
-                chunking.split(values, kept),
-                chunking.split(mask, segments),
+                chunking.split(values, _kept_segments(chunks, dropit)),
+                chunking.split(mask, chunks.segments),
                 strict=True,
             )
         ]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt8
 
-from dropit_jax import chunking
+from dropit_jax import blocks
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -27,14 +27,11 @@ def pack(codes: Shaped[Array, "*rows count"], bits: int) -> UInt8[Array, "*rows 
     per_byte = 8 // bits
     if per_byte == 1:
         return codes
-    *rows, count = codes.shape
-    if missing := -count % per_byte:
-        codes = jnp.pad(codes, [(0, 0)] * len(rows) + [(0, missing)])
-    codes = codes.reshape(*rows, (count + missing) // per_byte, per_byte)
+    codes = blocks.split(codes, per_byte)
     # A sum, not a chain of slices and shifts: XLA's CPU compiler, which heeds no
     # barriers, would fuse such a chain into whatever unpacks it, and compute all that
     # is packed once more for each of the codes.
-    return jnp.sum(codes << _places(codes.ndim, bits), axis=-1, dtype=jnp.uint8)
+    return jnp.sum(codes << _places(codes, bits), axis=-1, dtype=jnp.uint8)
 
 
 def unpack(
@@ -44,15 +41,16 @@ def unpack(
     per_byte = 8 // bits
     if per_byte == 1:
         return packed
-    each = chunking.repeat(packed, per_byte)
-    codes = (each >> _places(packed.ndim + 1, bits)) & ((1 << bits) - 1)
+    each = blocks.spread(packed, per_byte)
+    codes = (each >> _places(each, bits)) & ((1 << bits) - 1)
     codes = codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)
     if codes.shape[-1] == count:
         return codes
     return jax.lax.slice_in_dim(codes, 0, count, axis=-1)
 
 
-def _places(rank: int, bits: int) -> UInt8[np.ndarray, "*ones codes"]:
-    """Where the codes of a byte begin, along the last axis."""
-    places = np.arange(0, 8, bits, dtype=np.uint8)
-    return places.reshape(*[1] * (rank - 1), -1)
+def _places(
+    each: UInt8[Array, "*rows codes"], bits: int
+) -> UInt8[Array, "*rows codes"]:
+    """Where the codes of bytes begin, for each code."""
+    return blocks.along(np.arange(0, 8, bits, dtype=np.uint8), each)

@@ -14,10 +14,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Shaped, UInt8
 
-from dropit_jax import barriers, chunking, inlining, packing, shardings
+from dropit_jax import barriers, blocks, chunking, inlining, packing, shardings
 from dropit_jax.platforms import by_platform
 
 # More than a rounding to bfloat16 changes a number by, relative to it.
@@ -71,16 +72,20 @@ class Quantized:
             group_size=self.group_size,
             dtype=dtype,
         )
-        values = barriers.computed_after(
-            after, rows, self.codes, self.minimum, self.scale
-        )
+        groups = chunking.cut(self.shape, self.group_size)
+        ranges = (_without_groups(x, groups) for x in (self.minimum, self.scale))
+        values = barriers.computed_after(after, rows, self.codes, *ranges)
         return values.reshape(self.shape)
 
 
+# Traced once, whatever it is to wait for.
+@functools.partial(
+    jax.jit, static_argnames=("shape", "bits", "group_size", "dtype"), inline=True
+)
 def _dequantized_rows(
     codes: UInt8[Array, "*rows bytes"],
-    minimum: BFloat16[Array, "*rows groups"],
-    scale: BFloat16[Array, "*rows groups"],
+    minimum: BFloat16[Array, "..."],
+    scale: BFloat16[Array, "..."],
     *,
     shape: tuple[int, ...],
     bits: int,
@@ -91,17 +96,16 @@ def _dequantized_rows(
     groups = chunking.cut(shape, group_size)
     codes = packing.unpack(codes, bits, groups.row_size)
     compute = jnp.promote_types(dtype, jnp.float32)
-    singles = tuple((count, 1) for count, _ in groups.segments)
     segments = [
-        minimum.astype(compute) + code.astype(compute) * scale.astype(compute)
-        for code, minimum, scale in zip(
-            chunking.split(codes, groups.segments),
-            chunking.split(minimum, singles),
-            chunking.split(scale, singles),
+        low + code.astype(compute) * step
+        for code, low, step in zip(
+            _in_groups(codes, groups),
+            _of_each(minimum.astype(compute), groups),
+            _of_each(scale.astype(compute), groups),
             strict=True,
         )
     ]
-    values = chunking.join(segments)
+    values = _in_rows(segments, groups)
     if compute == dtype:
         return values
     # The last code may stand for a little more than the largest of its group, and
@@ -110,6 +114,41 @@ def _dequantized_rows(
     clipped = jnp.clip(values, -largest, largest)
     values = jnp.where(jnp.isinf(values), values, clipped)
     return values.astype(dtype)
+
+
+def _of_each(x: Array, groups: chunking.Chunking) -> list[Array]:
+    """What groups have, for each of their elements, of every segment."""
+    if _rows_are_groups(groups):
+        return [blocks.spread(x, groups.size)]
+    starts = np.cumsum([0, *(count for count, _ in groups.segments)])
+    return [
+        blocks.spread(lax.slice_in_dim(x, start, start + count, axis=-1), size)
+        for start, (count, size) in zip(starts, groups.segments, strict=False)
+    ]
+
+
+def _rows_are_groups(groups: chunking.Chunking) -> bool:
+    """Whether there is one group in a row, which then needs no axis of groups.
+
+    Without it heads, each a row of one group, take the same loops on a CPU as the
+    groups of a row of all heads, and these are compiled once.
+    """
+    return groups.count == 1 and not groups.tail
+
+
+def _without_groups(x: Array, groups: chunking.Chunking) -> Array:
+    """What groups have, without their axis where it has one element."""
+    return lax.squeeze(x, (x.ndim - 1,)) if _rows_are_groups(groups) else x
+
+
+def _in_groups(rows: Array, groups: chunking.Chunking) -> list[Array]:
+    """The groups of rows, in segments."""
+    return [rows] if _rows_are_groups(groups) else chunking.split(rows, groups.segments)
+
+
+def _in_rows(segments: list[Array], groups: chunking.Chunking) -> Array:
+    """The inverse of `_in_groups`."""
+    return segments[0] if _rows_are_groups(groups) else chunking.join(segments)
 
 
 # As `dequantize`, traced once for all layers of one shape.
@@ -127,33 +166,33 @@ def quantize(
     """
     stored = functools.partial(_stored, bits=bits, group_size=group_size)
     operands = (x,) if key is None else (x, key)
-    return by_platform(stored, cpu=inlining.not_inlined(stored))(*operands)
+    operation = by_platform(stored, cpu=inlining.not_inlined(stored))
+    codes, minimum, scale = operation(*operands)
+    if _rows_are_groups(chunking.cut(x.shape, group_size)):
+        minimum, scale = (lax.expand_dims(x, (x.ndim,)) for x in (minimum, scale))
+    return Quantized(codes, minimum, scale, x.shape, bits, group_size)
 
 
 def _stored(
     x: Float[Array, "*shape"], key: Array | None = None, *, bits: int, group_size: int
-) -> Quantized:
-    """`quantize`, in plain operations."""
+) -> tuple[Array, Array, Array]:
+    """Codes, minimum and scale, these `_without_groups`."""
     groups = chunking.cut(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
     rows = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
-    segments = chunking.split(rows, groups.segments)
+    segments = _in_groups(rows, groups)
     noise = _noise(key, rows, groups)
     ranges = [_range(values, levels) for values in segments]
     codes = [
         _codes(values, *of_group, offset, levels)
         for values, of_group, offset in zip(segments, ranges, noise, strict=True)
     ]
-    minima, scales = zip(*ranges, strict=True)
-    return Quantized(
-        codes=packing.pack(chunking.join(codes), bits),
-        minimum=chunking.concatenate(minima).astype(jnp.bfloat16),
-        scale=chunking.concatenate(scales).astype(jnp.bfloat16),
-        shape=x.shape,
-        bits=bits,
-        group_size=group_size,
+    minimum, scale = (
+        chunking.concatenate(of_groups).astype(jnp.bfloat16)
+        for of_groups in zip(*ranges, strict=True)
     )
+    return packing.pack(_in_rows(codes, groups), bits), minimum, scale
 
 
 def _noise(
@@ -163,7 +202,7 @@ def _noise(
     if key is None:
         return [0.5] * len(groups.segments)
     uniform = jax.random.uniform(key, rows.shape, rows.dtype)
-    return [*chunking.split(shardings.like(uniform, rows), groups.segments)]
+    return [*_in_groups(shardings.like(uniform, rows), groups)]
 
 
 def _codes(
@@ -172,8 +211,8 @@ def _codes(
     """The codes of the elements of groups."""
     size = values.shape[-1]
     divisor = lax.select(scale == 0, lax.full_like(scale, 1), scale)
-    above = values - chunking.repeat(minimum, size)
-    steps = above / chunking.repeat(divisor, size) + noise
+    above = values - blocks.spread(minimum, size)
+    steps = above / blocks.spread(divisor, size) + noise
     # Not negative, so that the cast, which cuts off the fraction, rounds down.
     return jnp.minimum(steps, levels).astype(jnp.uint8)
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
-from dropit_jax import large_chunks, small_chunks
+from dropit_jax import bit_vectors, blocks, large_chunks, small_chunks
 from dropit_jax.policy import Selection
 
 # The largest chunk that selects by comparisons. Beyond, they cost more than bisection.
@@ -48,20 +48,24 @@ def top_k(
         indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
         return jnp.take_along_axis(x, indices, axis=-1), indices
     if x.shape[-1] > MAX_SMALL:
-        ranked = _magnitude(x) if scores is None else scores
+        ranked = magnitude(x) if scores is None else scores
         indices = large_chunks.select(large_chunks.largest(ranked, k), k)
         return large_chunks.take(x, indices), indices
     if scores is None:
-        values, indices_apart = top_k_apart(x, k)
-        return values, small_chunks.stack(indices_apart)
+        values, apart = small_chunks.top_k_of_magnitudes(x, k)
+        return values, small_chunks.stack(apart).astype(jnp.int32)
     return small_chunks.top_k(x, scores, k)
 
 
-def top_k_apart(
+def top_k_in_bytes(
     x: Float[Array, "*rows size"], k: int
-) -> tuple[Float[Array, "*rows {k}"], list[Int[Array, "*rows"]]]:
-    """`top_k` of small chunks, an array of indices for each of the k places."""
-    return small_chunks.top_k_of_magnitudes(x, _magnitude(x), k)
+) -> tuple[Float[Array, "*rows {k}"], UInt8[Array, "*rows bytes"]]:
+    """`top_k` in chunks of at most 16 for an even k, with two indices in a byte.
+
+    The first of them is in the lower half.
+    """
+    values, apart = small_chunks.top_k_of_magnitudes(x, k, halves=True)
+    return values, small_chunks.stack(apart)
 
 
 def top_k_mask(
@@ -78,34 +82,55 @@ def top_k_mask(
         indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
         ones = jnp.ones(indices.shape, bool)
         return large_chunks.scatter(ones, indices, x.shape[-1])
-    scores = _magnitude(x) if scores is None else scores
+    scores = magnitude(x) if scores is None else scores
     if x.shape[-1] > MAX_SMALL:
-        return large_chunks.largest(scores, k)
+        return bit_vectors.to_mask(large_chunks.largest(scores, k), x.shape[-1])
     return small_chunks.largest(scores, k)
 
 
-def top_k_mask_in_rows(
-    x: Float[Array, "*rows size"],
+def top_k_bitmap(
+    x: Shaped[Array, "*rows size"],
     segments: Sequence[tuple[int, int]],
     kept: Sequence[int],
     scores: Int[Array, "*rows size"] | None = None,
-) -> Bool[Array, "*rows size"]:
-    """`top_k_mask` for large chunks and perhaps a shorter one, in one search.
+) -> tuple[Shaped[Array, "*rows kept"], UInt8[Array, "*rows bytes"]]:
+    """The largest of large chunks and perhaps a shorter one, in one search for a row.
 
     Args:
       x: rows of chunks.
       segments: (number, size) of its chunks, as `Chunking.segments`.
       kept: how many elements of a chunk to take, for each segment.
       scores: as in `top_k`.
+
+    Returns:
+      The elements, in the order of their indices, and a bit for each element of a row.
     """
-    scores = _magnitude(x) if scores is None else scores
+    ranked = magnitude(x) if scores is None else scores
+    *rows, row_size = x.shape
     counts, sizes = zip(*segments, strict=True)
+    count, size = sum(counts), sizes[0]
     # Zeros at the end come after all else: they are not among the largest.
-    if missing := sizes[0] * sum(counts) - x.shape[-1]:
-        scores = jnp.pad(scores, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    chunks = scores.reshape(*x.shape[:-1], sum(counts), sizes[0])
-    mask = large_chunks.largest(chunks, np.repeat(kept, counts))
-    return mask.reshape(scores.shape)[..., : x.shape[-1]]
+    ranked = blocks.filled(ranked, count * size)
+    chunks = ranked.reshape(*rows, count, size)
+    words = large_chunks.largest(chunks, np.repeat(kept, counts))
+    words = bit_vectors.in_rows(words, size, row_size)
+    indices = large_chunks.select(words, sum(np.multiply(counts, kept)))
+    bitmap = bit_vectors.to_bytes(words, -(-row_size // 8))
+    return large_chunks.take(x, indices), bitmap
+
+
+def from_bitmap(
+    values: Shaped[Array, "*rows kept"],
+    bitmap: UInt8[Array, "*rows bytes"],
+    segments: Sequence[tuple[int, int]],
+) -> Shaped[Array, "*rows size"]:
+    """The inverse of `top_k_bitmap`: rows of elements in their places, else zeros."""
+    counts, sizes = zip(*segments, strict=True)
+    row_size = sum(count * size for count, size in segments)
+    # As many words as `top_k_bitmap` counts in.
+    number = bit_vectors.word_count(sum(counts) * sizes[0])
+    words = bit_vectors.from_bytes(bitmap, number)
+    return large_chunks.expand(values, words, row_size)
 
 
 def random_scores(key: Array, shape: tuple[int, ...]) -> Int[Array, "*shape"]:
@@ -138,7 +163,8 @@ def compact(
 ) -> Shaped[Array, "*rows {k}"]:
     """The k elements under the mask, in the order of their indices."""
     if x.shape[-1] > MAX_SMALL:
-        return large_chunks.take(x, large_chunks.select(mask, k))
+        indices = large_chunks.select(bit_vectors.to_words(mask), k)
+        return large_chunks.take(x, indices)
     return small_chunks.compact(x, mask, k)
 
 
@@ -146,12 +172,13 @@ def expand(
     values: Shaped[Array, "*rows k"], mask: Bool[Array, "*rows size"]
 ) -> Shaped[Array, "*rows size"]:
     """The inverse of `compact`: values under the mask, zero elsewhere."""
-    if mask.shape[-1] > MAX_SMALL:
-        return large_chunks.expand(values, mask)
+    size = mask.shape[-1]
+    if size > MAX_SMALL:
+        return large_chunks.expand(values, bit_vectors.to_words(mask), size)
     return small_chunks.expand(values, mask)
 
 
-def _magnitude(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+def magnitude(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     """|x| as an integer of the same order.
 
     The bits of a non-negative float order like the float, with NaN above infinity,

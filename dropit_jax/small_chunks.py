@@ -5,6 +5,7 @@ chains of selections fuse into a few loops, and need no temporaries of the size 
 sort's. What these cost grows with the size of the chunk, or with its square.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
-from dropit_jax import chunking, shardings
+from dropit_jax import blocks, shardings
 from dropit_jax.platforms import by_platform
 
 # Up to so many kept elements a chunk, taking the maximum that many times is faster and
@@ -23,14 +24,17 @@ _MAX_PASSES = 8
 # XLA's CPU compiler makes vector instructions of a reduction of up to so many elements;
 # of more in two steps, the second over so many parts: three to four times as fast.
 _VECTOR = 16
-_PARTS = 4
+_PARTS = 8
 
 # Of fewer elements LLVM makes no loop.
 _LANES = 32
 
 _WORD = 32
 
-# Scores and their tags.
+# The tag of what has none, which comes after all others.
+_NO_SLOT = 255
+
+# Numbers and their tags.
 _Pair = tuple[Array, Array]
 
 
@@ -46,35 +50,39 @@ def top_k(
 
 
 def top_k_of_magnitudes(
-    x: Float[Array, "*rows size"], magnitudes: Int[Array, "*rows size"], k: int
-) -> tuple[Float[Array, "*rows {k}"], list[Int[Array, "*rows"]]]:
-    """`top_k`, where the scores are the elements' bits without the sign.
+    x: Float[Array, "*rows size"], k: int, halves: bool = False
+) -> tuple[Float[Array, "*rows {k}"], list[UInt8[Array, "*rows"]]]:
+    """`top_k`, where the scores are the elements' magnitudes.
 
-    The passes that find the largest then have all of the element but its sign, which
-    goes with its index.
+    Args:
+      x: chunks.
+      k: how many elements of each to take.
+      halves: a byte has two indices, which are below 16, the first in its lower half;
+        k is even.
 
     Returns:
-      The elements, largest first, and the index of each, an array for each place.
+      The elements, largest first, and their indices, an array for each place, or for
+      each two.
     """
-    if k > _MAX_PASSES:
-        values, indices = top_k(x, magnitudes, k)
-        return values, [indices[..., i] for i in range(k)]
-    signs = magnitudes.dtype.itemsize * 8 - 1
-    negative = lax.bitcast_convert_type(x, magnitudes.dtype) >> signs  # -1, or 0
-    even = _in_rows(2 * np.arange(x.shape[-1]), x.shape, np.int32)
-    slots = shardings.like(even, x) - negative.astype(jnp.int32)
-    found = _passes(magnitudes, slots, k)
-    bits = [score | tag.astype(score.dtype) << signs for score, tag in found]
-    return _from_bits(stack(bits), x), [tag >> 1 for _, tag in found]
+    signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+    if k <= _MAX_PASSES:
+        found = _passes(signed, k, halves)
+        values = _from_bits(stack([bits for bits, _ in found]), x)
+        return values, [tag for _, tag in (found[1::2] if halves else found)]
+    values, indices = top_k(x, signed & np.iinfo(signed.dtype).max, k)
+    apart = [indices[..., i].astype(jnp.uint8) for i in range(k)]
+    if halves:
+        apart = [a | b << 4 for a, b in zip(apart[::2], apart[1::2], strict=True)]
+    return values, apart
 
 
 def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
     """Where the k largest scores of each chunk are, ties to the lower index."""
     if k > _MAX_PASSES:
         return _ranks(scores) < k
-    slots = _indices(scores)
-    score, slot = _passes(scores, slots, k)[-1]
+    score, slot = _passes(scores, k)[-1]
     last, at = score[..., None], slot[..., None]
+    slots = _indices(scores, np.uint8)
     return (scores > last) | ((scores == last) & (slots <= at))
 
 
@@ -170,7 +178,7 @@ def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     By selections: XLA's CPU compiler makes a loop of branches out of a concatenation,
     which takes longer to compile and to run.
     """
-    spread = [chunking.repeat(part, len(parts)) for part in parts]
+    spread = [blocks.spread(part, len(parts)) for part in parts]
     stacked, places = spread[-1], np.arange(len(parts))
     for i, part in enumerate(spread[:-1]):
         here = _in_rows(places == i, part.shape, bool)
@@ -181,70 +189,79 @@ def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
 def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     """Indices of the k largest, largest first, ties to the lower index."""
     if k <= _MAX_PASSES:
-        return stack([slot for _, slot in _passes(scores, _indices(scores), k)])
+        slots = [slot for _, slot in _passes(scores, k)]
+        return stack(slots).astype(jnp.int32)
     order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
     return jnp.where(order, _indices(scores), 0).max(axis=-1)
 
 
 def _passes(
-    scores: Int[Array, "*rows size"],
-    tags: Int[Array | np.ndarray, "*#rows size"],
-    k: int,
-) -> list[tuple[Int[Array, "*rows"], Int[Array, "*rows"]]]:
-    """The k largest scores, ties to the lower tag, and their tags, one by one.
+    signed: Int[Array, "*rows size"], k: int, halves: bool = False
+) -> list[tuple[Int[Array, "*rows"], UInt8[Array, "*rows"]]]:
+    """The k elements of largest magnitude, ties to the lower index, one by one.
 
     Args:
-      scores: not negative.
-      tags: in the order of the indices.
+      signed: numbers, or the bits of floats; the sign is no part of the magnitude.
       k: how many.
+      halves: as in `top_k_of_magnitudes`.
+
+    Returns:
+      Elements and their indices; with `halves` of each second the byte of two.
     """
-    tags = jnp.asarray(tags)
-    if tags.shape != scores.shape:
-        tags += jnp.zeros_like(scores, dtype=jnp.int32)  # sharded like the scores
-    least = lax.full_like(scores, -1)
-    found: list[_Pair] = []
-    for _ in range(k):
-        left = scores
-        if found:
-            least_found, at_tag = found[-1]
-            at = chunking.repeat(at_tag, scores.shape[-1])
-            if len(found) == 1:
-                after = tags != at  # all but the one
-            else:
-                # After the last that was found: no need to know the others.
-                last = chunking.repeat(least_found, scores.shape[-1])
-                after = (scores < last) | ((scores == last) & (tags > at))
-            left = lax.select(after, scores, least)
-        found.append(_first(left, tags))
+    size, ones = signed.shape[-1], np.iinfo(signed.dtype).max
+    magnitudes = signed & ones
+    slots = _in_rows(np.arange(size), signed.shape, np.uint8)
+    slots = shardings.like(slots, signed)
+    none, no_slot = lax.full_like(signed, 0), lax.full_like(slots, _NO_SLOT)
+    found = [_first(signed, slots)]
+    at = blocks.spread(found[0][1], size)
+    for i in range(1, k):
+        if i == 1:
+            after = slots != at  # all but the one
+        else:
+            # After the last that was found: no need to know the others. Below it, or
+            # equal and of a higher index, with one operation less.
+            last = blocks.spread(found[-1][0] & ones, size)
+            after = magnitudes - (slots > at).astype(signed.dtype) < last
+        # Two in a byte are in the order of its upper half.
+        second = halves and i % 2 == 1
+        tags = slots << np.uint8(4) | at if second else slots
+        left = lax.select(after, signed, none), lax.select(after, tags, no_slot)
+        bits, tag = _first(*left)
+        found.append((bits, tag))
+        at = blocks.spread(tag >> np.uint8(4) if second else tag, size)
     return found
 
 
-def _first(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -> _Pair:
-    """The largest score of each chunk, ties to the lower tag, and its tag."""
-    size = scores.shape[-1]
+# Traced once for all passes.
+@functools.partial(jax.jit, inline=True)
+def _first(signed: Int[Array, "*rows size"], tags: UInt8[Array, "*rows size"]) -> _Pair:
+    """The largest magnitude of each chunk, ties to the lower tag, and its tag."""
+    size = signed.shape[-1]
     if size <= _VECTOR or size % _PARTS:
-        return _reduced(scores, tags)
+        return _reduced(signed, tags)
 
-    def by_parts(scores: Array, tags: Array) -> _Pair:
-        parts = (*scores.shape[:-1], _PARTS, size // _PARTS)
-        return _reduced(*_reduced(scores.reshape(parts), tags.reshape(parts)))
+    def by_parts(signed: Array, tags: Array) -> _Pair:
+        parts = (*signed.shape[:-1], _PARTS, size // _PARTS)
+        return _reduced(*_reduced(signed.reshape(parts), tags.reshape(parts)))
 
-    return by_platform(_reduced, cpu=by_parts)(scores, tags)
+    return by_platform(_reduced, cpu=by_parts)(signed, tags)
 
 
-def _reduced(scores: Int[Array, "*rows size"], tags: Int[Array, "*rows size"]) -> _Pair:
+def _reduced(
+    signed: Int[Array, "*rows size"], tags: UInt8[Array, "*rows size"]
+) -> _Pair:
     """`_first`, as one reduction."""
+    ones = np.iinfo(signed.dtype).max
 
     def larger(one: _Pair, other: _Pair) -> _Pair:
         (a, tag_a), (b, tag_b) = one, other
-        # a > b, or they are equal and the tag is lower, with one operation less.
-        first = a > b - (tag_a < tag_b).astype(b.dtype)
+        # |a| > |b|, or they are equal and the tag is lower, with one operation less.
+        first = a & ones > (b & ones) - (tag_a < tag_b).astype(b.dtype)
         return lax.select(first, a, b), lax.select(first, tag_a, tag_b)
 
-    least = np.array(-1, scores.dtype)
-    greatest = np.array(np.iinfo(np.int32).max, np.int32)
-    axes = (scores.ndim - 1,)
-    return tuple(lax.reduce((scores, tags), (least, greatest), larger, axes))
+    none = np.array(0, signed.dtype), np.array(_NO_SLOT, np.uint8)
+    return tuple(lax.reduce((signed, tags), none, larger, (signed.ndim - 1,)))
 
 
 def _groups(x: Shaped[Array, "*rows k"], size: int) -> tuple[tuple[int, ...], int]:
@@ -278,7 +295,7 @@ def _spread(
     x: Shaped[Array, "*rows count"], i: int, size: int
 ) -> Shaped[Array, "*rows {size}"]:
     """The i-th element of each row, `size` times."""
-    return chunking.repeat(lax.index_in_dim(x, i, x.ndim - 1, keepdims=False), size)
+    return blocks.spread(lax.index_in_dim(x, i, x.ndim - 1, keepdims=False), size)
 
 
 def _select(

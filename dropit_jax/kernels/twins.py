@@ -3,6 +3,8 @@
 Values are copied by their bits, and cast only to `Plan.value_dtype` and back.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8, UInt16
@@ -28,12 +30,17 @@ def compress(
       (*rows, units, plan.positions).
     """
     lead = x.shape[:-1]
-    values, positions = _select(_in_chunks(x, plan.unit, plan.size), lead, plan)
+    if _is_large_bitmap(plan):
+        values, positions = _select_large(x, plan)
+    else:
+        values, positions = _select(_in_chunks(x, plan.unit, plan.size), lead, plan)
     if values.dtype != plan.value_dtype:
         values = values.astype(plan.value_dtype)
     return values.reshape(*lead, plan.unit * plan.kept), positions
 
 
+# Traced once, whatever it is to wait for.
+@functools.partial(jax.jit, static_argnames=("plan", "dtype", "grouped"), inline=True)
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
@@ -68,6 +75,8 @@ def placed(
 
     The arguments are those of `decompress`.
     """
+    if _is_large_bitmap(plan):
+        return selection.from_bitmap(kept, positions, ((plan.unit, plan.size),))
     lead = kept.shape[:-1]
     kept = _in_chunks(kept, plan.unit, plan.kept)
     if plan.encoding == "bitmap":
@@ -97,18 +106,30 @@ def _in_chunks(x: Array, unit: int, size: int) -> Array:
     return x if unit == 1 else x.reshape(*x.shape[:-1], unit, size)
 
 
+def _is_large_bitmap(plan: Plan) -> bool:
+    """Whether all chunks of a unit are compacted as one."""
+    return plan.encoding == "bitmap" and plan.size > selection.MAX_SMALL
+
+
+def _select_large(
+    x: Float[Array, "*rows units elements"], plan: Plan
+) -> tuple[Float[Array, "*rows units kept"], Positions]:
+    """`_select` where `_is_large_bitmap`, of whole units."""
+    segments = ((plan.unit, plan.size),)
+    magnitudes = selection.magnitude(x)
+    bits, bitmap = selection.top_k_bitmap(
+        to_bits(x), segments, (plan.kept,), magnitudes
+    )
+    return from_bits(bits, x.dtype), bitmap
+
+
 def _select(
     chunks: Float[Array, "*chunks size"], lead: tuple[int, ...], plan: Plan
 ) -> tuple[Shaped[Array, "*chunks kept"], Positions]:
     """The kept elements of chunks, and their stored positions."""
     k = plan.kept
     if plan.packed and plan.ordered and plan.unit == 1:
-        # Two by two into bytes, not side by side first: half the operations to compile.
-        values, apart = selection.top_k_apart(chunks, k)
-        halves = [index.astype(jnp.uint8) for index in apart]
-        low, high = halves[::2], halves[1::2]
-        packed = [a | b << 4 for a, b in zip(low, high, strict=True)]
-        return values, small_chunks.stack(packed)
+        return selection.top_k_in_bytes(chunks, k)
     if plan.ordered:
         values, indices = selection.top_k(chunks, k)
         if plan.packed:

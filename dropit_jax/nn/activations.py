@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from dropit_jax import derivatives
@@ -186,10 +187,21 @@ def _two_sided_backward(
     sides: _Sides, name: str, saved: Codes, cotangent: Array
 ) -> tuple[Array]:
     del name
-    inside = codes.load(saved, cotangent)
-    alike = jnp.where(inside.astype(bool), 1, -1).astype(cotangent.dtype)
-    _, pullback = jax.vjp(sides.function, alike)
-    return pullback(cotangent)
+    return (codes.apply(saved, cotangent, _gradient_of(sides.function)),)
+
+
+# Functions are compared by identity where JAX keeps what it has traced.
+@functools.cache
+def _gradient_of(function: _Activation) -> Callable[[Array, Array], Array]:
+    """The gradient by which side an element is on, and the cotangent."""
+
+    def gradient(inside: Array, cotangent: Array) -> Array:
+        there, beyond = (lax.full_like(cotangent, sign) for sign in (1, -1))
+        alike = lax.select(inside.astype(bool), there, beyond)
+        _, pullback = jax.vjp(function, alike)
+        return pullback(cotangent)[0]
+
+    return gradient
 
 
 _two_sided.defvjp(_two_sided_forward, _two_sided_backward)
@@ -209,13 +221,15 @@ class _Scale:
 
     def encode(self, derivative: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
         """The nearest codes."""
-        code = jnp.clip(jnp.round(derivative * self.steps) + self.zero, 0, 254)
-        return jnp.where(jnp.isnan(derivative), 255, code).astype(jnp.uint8)
+        code = lax.round(derivative * self.steps, lax.RoundingMethod.TO_NEAREST_EVEN)
+        code = lax.clamp(0.0, code + self.zero, 254.0)
+        of_nan = lax.full_like(code, 255)
+        return lax.select(jnp.isnan(derivative), of_nan, code).astype(jnp.uint8)
 
     def decode(self, code: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The derivatives, in float32."""
         derivative = (code.astype(jnp.float32) - self.zero) / self.steps
-        return jnp.where(code == 255, jnp.nan, derivative)
+        return lax.select(code == 255, lax.full_like(derivative, jnp.nan), derivative)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

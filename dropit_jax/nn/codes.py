@@ -101,6 +101,24 @@ def load(
     return shardings.join(unpacked, codes.group)
 
 
+def apply(
+    codes: Codes,
+    cotangent: Inexact[Array, "*shape"],
+    function: Callable[[Array, Array], Array],
+) -> Inexact[Array, "*shape"]:
+    """`function(code, cotangent)`, element by element, as one loop.
+
+    Args:
+      codes: what was stored of the array.
+      cotangent: of the array.
+      function: of `load(codes, cotangent)` and the cotangent; one that equals it is the
+        same to JAX.
+    """
+    packed = barriers.read_after(cotangent, codes.packed)
+    applied = _applied(packed, cotangent, codes.bits, function)
+    return shardings.join(applied, codes.group)
+
+
 def _packed(
     x: Array, code: Callable[[Array], Array], bits: int, group: int, name: str
 ) -> Codes:
@@ -133,6 +151,23 @@ def _unpacked(
 
     # Whole bytes are read by what they are used for.
     return barriers.computed_after(cotangent if bits < 8 else None, unpacked, packed)
+
+
+# Likewise.
+@functools.partial(jax.jit, static_argnames=("bits", "function"), inline=True)
+def _applied(
+    packed: Array,
+    cotangent: Array,
+    bits: int,
+    function: Callable[[Array, Array], Array],
+) -> Array:
+    def applied(packed: Array, cotangent: Array) -> Array:
+        shape = cotangent.shape
+        code = _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
+        return function(shardings.like(code, cotangent), cotangent)
+
+    in_call = inlining.not_inlined(applied)
+    return by_platform(applied, cpu=in_call)(packed, cotangent)
 
 
 def _unchanged(code: Array) -> Array:

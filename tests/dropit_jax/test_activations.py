@@ -209,6 +209,13 @@ class CpuProgramTest(parameterized.TestCase):
     def test_what_is_rectified_is_computed_once(self):
         self.assertEqual(self.computed((64, 64, 16)), 1)
 
+    @parameterized.parameters(((64, 256),), ((8, 16, 16, 64),))
+    def test_bits_are_unpacked_in_the_loop_that_reads_them(self, shape):
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        pullback = jax.eval_shape(lambda x: jax.vjp(dropit_jax.nn.relu, x)[1], x)
+        program = jax.jit(lambda pullback, g: pullback(g)).lower(pullback, x).compile()
+        self.assertLen(re.findall("kind=kLoop", program.as_text()), 1)
+
     def test_and_would_not_be_if_packing_were_inlined(self):
         with mock.patch.object(inlining, "not_inlined", lambda function: function):
             self.assertGreater(self.computed((64, 32, 16)), 1)

@@ -257,6 +257,23 @@ class CpuProgramTest(parameterized.TestCase):
         pack = functools.partial(twins.compress, plan=_PLAN)
         self.assertGreater(self.multiplications(pack), 1)
 
+    @parameterized.parameters(
+        (2**4, 4, 2), (2**5, 10, 2), (2**10, 22, 4), (2**14, 24, 4)
+    )
+    def test_few_loops_are_compiled(self, size, packing, unpacking):
+        # Each takes as long to compile, however little is in it.
+        policy = DropIT(chunk_size=size, value_dtype="bfloat16")
+        compress = functools.partial(dropit_jax.compress, dropit=policy)
+        x = jax.ShapeDtypeStruct((8, 6, 4 * size), jnp.float32)
+        residual = jax.eval_shape(compress, x)
+        programs = (
+            jax.jit(compress).lower(x),
+            jax.jit(lambda residual, x: residual.decompress(x)).lower(residual, x),
+        )
+        loops = [len(re.findall("kind=kLoop", p.compile().as_text())) for p in programs]
+        self.assertBetween(loops[0], 1, packing)
+        self.assertBetween(loops[1], 1, unpacking)
+
 
 class GpuProgramTest(parameterized.TestCase):
     """What XLA's GPU compiler makes of it; one activation of 32 MiB."""
