@@ -48,7 +48,7 @@ def from_bytes(
     packed: UInt8[Array, "*rows bytes"], count: int
 ) -> UInt32[Array, "*rows {count}"]:
     """The inverse of `to_bytes`, with so many words: enough, or more."""
-    packed = blocks.filled(packed, count * _BYTES.size)
+    packed = blocks.pad(packed, count * _BYTES.size)
     return join(blocks.split(packed, *_BYTES.shape), _BYTES)
 
 
@@ -89,7 +89,7 @@ def rank(
     return blocks.spread(before, *BITS.shape) + within
 
 
-def before(words: UInt32[Array, "*rows words"]) -> Int[Array, "*rows words"]:
+def set_before(words: UInt32[Array, "*rows words"]) -> Int[Array, "*rows words"]:
     """How many bits are set before each word."""
     return _sums_before(lax.population_count(words).astype(jnp.int32))
 

@@ -16,7 +16,7 @@ def split(
     *rows, n = x.shape
     block = math.prod(sizes)
     count = -(-n // block)
-    return filled(x, count * block, fill).reshape(*rows, count, *sizes)
+    return pad(x, count * block, fill).reshape(*rows, count, *sizes)
 
 
 def merge(
@@ -28,8 +28,8 @@ def merge(
     return flat if count is None else lax.slice_in_dim(flat, 0, count, axis=ndim - 1)
 
 
-def filled(x: Shaped[Array, "*rows n"], size: int, value: int = 0) -> Array:
-    """Rows filled up to a size."""
+def pad(x: Shaped[Array, "*rows n"], size: int, value: int = 0) -> Array:
+    """Rows filled up to a size at their end."""
     *rows, n = x.shape
     if n == size:
         return x

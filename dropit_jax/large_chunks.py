@@ -40,7 +40,7 @@ def largest(
     kth = blocks.spread(kth, *each.shape[lead:])
     tied = each == kth
     words = bit_vectors.join(tied)
-    before = bit_vectors.before(blocks.merge(words, lead + 1)).reshape(words.shape)
+    before = bit_vectors.set_before(blocks.merge(words, lead + 1)).reshape(words.shape)
     first = bit_vectors.rank(words, before) < blocks.spread(missing, *each.shape[lead:])
     kept = bit_vectors.join((each > kth) | (tied & first))
     return blocks.merge(kept, lead + 1, bit_vectors.word_count(size))
@@ -53,9 +53,9 @@ def select(words: UInt32[Array, "*rows words"], k: int) -> Int[Array, "*rows {k}
       words: of at least k set bits in each chunk.
       k: how many.
     """
-    before = bit_vectors.before(words)
-    word = _last_up_to_its_place(before, k)
-    bit = bit_vectors.nth_bit(take(words, word), _places(word) - take(before, word))
+    before = bit_vectors.set_before(words)
+    word = _word_of_each(before, k)
+    bit = bit_vectors.nth_bit(take(words, word), _iota(word) - take(before, word))
     return word * bit_vectors.BITS.size + bit
 
 
@@ -85,7 +85,7 @@ def expand(
 ) -> Shaped[Array, "*rows {size}"]:
     """Values, in the order of the set bits, where these are, and zero elsewhere."""
     places = jnp.minimum(
-        bit_vectors.rank(words, bit_vectors.before(words)), values.shape[-1] - 1
+        bit_vectors.rank(words, bit_vectors.set_before(words)), values.shape[-1] - 1
     )
     found = take(values, blocks.merge(places, words.ndim, size))
     return lax.select(bit_vectors.to_mask(words, size), found, lax.full_like(found, 0))
@@ -142,31 +142,28 @@ def _kth_largest(
     return kth, wanted() - above
 
 
-def _last_up_to_its_place(x: Int[Array, "*rows size"], k: int) -> Array:
-    """For the numbers from 0 to k - 1, the last index at which x is no larger.
+def _word_of_each(before: Int[Array, "*rows words"], k: int) -> Int[Array, "*rows {k}"]:
+    """The number of the word in which each of the first k set bits is, by bisection.
 
     Args:
-      x: in ascending order, and at first 0.
+      before: how many bits are set before each word.
       k: how many.
-
-    Returns:
-      Indices, of shape (*rows, k).
     """
-    last = x.shape[-1] - 1
+    last = before.shape[-1] - 1
 
     def next_bit(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        bit, found = state
-        candidate = jnp.minimum(found + bit, last)
-        reached = take(x, candidate) <= _places(found)
-        return bit >> 1, lax.select(reached, candidate, found)
+        bit, word = state
+        candidate = jnp.minimum(word + bit, last)
+        reached = take(before, candidate) <= _iota(word)
+        return bit >> 1, lax.select(reached, candidate, word)
 
     highest = jnp.asarray((1 << last.bit_length()) >> 1, jnp.int32)
-    none = lax.full_like(x, 0, shape=(*x.shape[:-1], k))
-    state = (highest, shardings.like(none, x))
+    first = lax.full_like(before, 0, shape=(*before.shape[:-1], k))
+    state = (highest, shardings.like(first, before))
     return lax.while_loop(lambda state: state[0] > 0, next_bit, state)[1]
 
 
-def _places(like: Shaped[Array, "*rows n"]) -> Int[Array, "*rows n"]:
+def _iota(like: Shaped[Array, "*rows n"]) -> Int[Array, "*rows n"]:
     """0, 1, 2, ... in each row."""
-    places = lax.broadcasted_iota(jnp.int32, like.shape, like.ndim - 1)
-    return shardings.like(places, like)
+    numbers = lax.broadcasted_iota(jnp.int32, like.shape, like.ndim - 1)
+    return shardings.like(numbers, like)

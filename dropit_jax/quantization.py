@@ -120,11 +120,9 @@ def _of_each(x: Array, groups: chunking.Chunking) -> list[Array]:
     """What groups have, for each of their elements, of every segment."""
     if _rows_are_groups(groups):
         return [blocks.spread(x, groups.size)]
-    starts = np.cumsum([0, *(count for count, _ in groups.segments)])
-    return [
-        blocks.spread(lax.slice_in_dim(x, start, start + count, axis=-1), size)
-        for start, (count, size) in zip(starts, groups.segments, strict=False)
-    ]
+    counts, sizes = zip(*groups.segments, strict=True)
+    parts = jnp.split(x, np.cumsum(counts)[:-1], axis=-1) if groups.tail else [x]
+    return [blocks.spread(*each) for each in zip(parts, sizes, strict=True)]
 
 
 def _rows_are_groups(groups: chunking.Chunking) -> bool:

@@ -110,11 +110,12 @@ def top_k_bitmap(
     counts, sizes = zip(*segments, strict=True)
     count, size = sum(counts), sizes[0]
     # Zeros at the end come after all else: they are not among the largest.
-    ranked = blocks.filled(ranked, count * size)
+    ranked = blocks.pad(ranked, count * size)
     chunks = ranked.reshape(*rows, count, size)
     words = large_chunks.largest(chunks, np.repeat(kept, counts))
     words = bit_vectors.in_rows(words, size, row_size)
-    indices = large_chunks.select(words, sum(np.multiply(counts, kept)))
+    of_row = sum(number * k for number, k in zip(counts, kept, strict=True))
+    indices = large_chunks.select(words, of_row)
     bitmap = bit_vectors.to_bytes(words, -(-row_size // 8))
     return large_chunks.take(x, indices), bitmap
 

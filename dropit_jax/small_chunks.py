@@ -120,7 +120,6 @@ def place_at_halves(
     *rows, _ = values.shape
     groups, together = _groups(values, size) if grouped else (tuple(rows), 1)
     lanes = np.arange(together * size)
-    whole = (*groups, lanes.size)
 
     def of_each_lane(x: Array) -> list[Array]:
         """The numbers of the chunk that a lane is in."""
@@ -132,17 +131,18 @@ def place_at_halves(
             # By bits: of a selection between numbers in memory LLVM makes one of their
             # addresses, and loads them one by one.
             ones = np.iinfo(x.dtype).max
-            behind = _in_rows((lanes >= chunk * size) * ones, whole, x.dtype)
             others = spread[chunk * count : (chunk + 1) * count]
+            mask = ((lanes >= chunk * size) * ones).astype(x.dtype)
+            behind = blocks.along(mask, others[0])
             found = [a ^ (a ^ b) & behind for a, b in zip(found, others, strict=True)]
         return found
 
     kept = of_each_lane(values if together == 1 else _bits(values))
     indices = [i for byte in of_each_lane(packed) for i in (byte & 15, byte >> 4)]
-    slots = _in_rows(lanes % size, whole, packed.dtype)
+    slots = blocks.along((lanes % size).astype(packed.dtype), indices[0])
     placed = lax.full_like(kept[0], 0)
     for index, value in zip(indices, kept, strict=True):
-        placed = _select(index == shardings.like(slots, index), value, placed)
+        placed = _select(index == slots, value, placed)
     placed = placed.reshape(*rows, size)
     return placed if together == 1 else _from_bits(placed, values)
 
@@ -181,8 +181,7 @@ def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     spread = [blocks.spread(part, len(parts)) for part in parts]
     stacked, places = spread[-1], np.arange(len(parts))
     for i, part in enumerate(spread[:-1]):
-        here = _in_rows(places == i, part.shape, bool)
-        stacked = lax.select(shardings.like(here, part), part, stacked)
+        stacked = lax.select(blocks.along(places == i, part), part, stacked)
     return stacked
 
 
@@ -210,8 +209,7 @@ def _passes(
     """
     size, ones = signed.shape[-1], np.iinfo(signed.dtype).max
     magnitudes = signed & ones
-    slots = _in_rows(np.arange(size), signed.shape, np.uint8)
-    slots = shardings.like(slots, signed)
+    slots = blocks.along(np.arange(size, dtype=np.uint8), signed)
     none, no_slot = lax.full_like(signed, 0), lax.full_like(slots, _NO_SLOT)
     found = [_first(signed, slots)]
     at = blocks.spread(found[0][1], size)
@@ -280,15 +278,6 @@ def _indices(
 ) -> Int[np.ndarray, "*ones size"]:
     """Each element's index in its chunk; of the same rank, which takes no broadcast."""
     return np.arange(x.shape[-1], dtype=dtype).reshape(*[1] * (x.ndim - 1), -1)
-
-
-def _in_rows(
-    x: Shaped[np.ndarray, "size"],
-    shape: tuple[int, ...],
-    dtype: jax.typing.DTypeLike,
-) -> Shaped[Array, "*shape"]:
-    """The same in each row."""
-    return lax.broadcast_in_dim(x.astype(dtype), shape, (len(shape) - 1,))
 
 
 def _spread(

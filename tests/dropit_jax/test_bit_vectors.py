@@ -44,7 +44,7 @@ class BitVectorTest(parameterized.TestCase):
     def test_ranks_are_sums_of_what_is_before(self, size, share):
         mask = _mask(size, share=share)
         words = bit_vectors.to_words(mask)
-        before = jax.jit(bit_vectors.before)(words)
+        before = jax.jit(bit_vectors.set_before)(words)
         expected = np.cumsum(mask, axis=-1) - mask
         chex.assert_trees_all_equal(before, expected[:, ::32].astype(np.int32))
         rank = bit_vectors.rank(words, before).reshape(3, -1)[:, :size]
