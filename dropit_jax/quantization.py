@@ -6,7 +6,8 @@ Of a group x, with codes of b bits,
     code    = round((x - minimum) / scale)
     x̂       = minimum + code · scale,    |x̂ - x| ≤ scale / 2 (stochastic: ≤ scale)
 
-where ⌊·⌋ and ⌈·⌉ round to bfloat16, down and up, so that the codes cover the group.
+where ⌊·⌋ and ⌈·⌉ round to bfloat16, down and up, so that the codes cover the group; a
+scale is no smaller than the smallest normal number of bfloat16.
 """
 
 import dataclasses
@@ -23,6 +24,9 @@ from dropit_jax.platforms import by_platform
 
 # More than a rounding to bfloat16 changes a number by, relative to it.
 _MARGIN = 2.0**-8
+
+# Of a group of zeros it is this, which, unlike 0, divides them.
+_SMALLEST_SCALE = float(jnp.finfo(jnp.bfloat16).tiny)
 
 
 @functools.partial(
@@ -195,31 +199,33 @@ def _stored(
 
 def _noise(
     key: Array | None, rows: Array, groups: chunking.Chunking
-) -> list[Array | float]:
-    """What is added before a code is cut off, of every segment."""
+) -> list[Array | None]:
+    """What is added before a code is cut off, of every segment; `None`: a half."""
     if key is None:
-        return [0.5] * len(groups.segments)
+        return [None] * len(groups.segments)
     uniform = jax.random.uniform(key, rows.shape, rows.dtype)
     return [*_in_groups(shardings.like(uniform, rows), groups)]
 
 
 def _codes(
-    values: Array, minimum: Array, scale: Array, noise: Array | float, levels: int
+    values: Array, minimum: Array, scale: Array, noise: Array | None, levels: int
 ) -> Array:
     """The codes of the elements of groups."""
     size = values.shape[-1]
-    divisor = lax.select(scale == 0, lax.full_like(scale, 1), scale)
     above = values - blocks.spread(minimum, size)
-    steps = above / blocks.spread(divisor, size) + noise
-    # Not negative, so that the cast, which cuts off the fraction, rounds down.
-    return jnp.minimum(steps, levels).astype(jnp.uint8)
+    steps = above * blocks.spread(1 / scale, size)
+    # Not negative, so that the cast, which cuts off the fraction, rounds down. The
+    # largest is `levels` and a rounding of float32: more than a half can be too much.
+    steps = steps + 0.5 if noise is None else jnp.minimum(steps + noise, levels)
+    return steps.astype(jnp.uint8)
 
 
 def _range(values: Array, levels: int) -> tuple[Array, Array]:
     """Minimum and scale along the last axis, as numbers that bfloat16 has exactly."""
     smallest, largest = values.min(axis=-1), values.max(axis=-1)
     minimum = _bfloat16(smallest - _MARGIN * jnp.abs(smallest))
-    return minimum, _bfloat16((largest - minimum) * ((1 + _MARGIN) / levels))
+    scale = _bfloat16((largest - minimum) * ((1 + _MARGIN) / levels))
+    return minimum, jnp.maximum(scale, _SMALLEST_SCALE)
 
 
 def _bfloat16(x: Array) -> Array:

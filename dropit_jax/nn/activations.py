@@ -242,20 +242,22 @@ def _smooth(function: _Activation, scale: _Scale, name: str, x: Array) -> Array:
 def _smooth_forward(
     function: _Activation, scale: _Scale, name: str, x: Array
 ) -> tuple[Array, Codes]:
-    code = functools.partial(_derivative_code, function=function, scale=scale)
     x = derivatives.once(x, "An activation")
-    x, saved = codes.store(x, code, bits=8, name=name)
-    return function(x), saved
+    value, code = _value_and_code(x, function, scale)
+    value, _, saved = codes.store_apart(value, code, bits=8, name=name)
+    return value, saved
 
 
 # Traced once for all activations of one shape.
 @functools.partial(jax.jit, static_argnames=("function", "scale"), inline=True)
-def _derivative_code(
+def _value_and_code(
     x: Float[Array, "*shape"], function: _Activation, scale: _Scale
-) -> UInt8[Array, "*shape"]:
+) -> tuple[Float[Array, "*shape"], UInt8[Array, "*shape"]]:
+    """The function, and its derivative as bytes."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    _, pullback = jax.vjp(function, wide)
-    return scale.encode(*pullback(jnp.ones_like(wide)))
+    value, pullback = jax.vjp(function, wide)
+    code = scale.encode(*pullback(jnp.ones_like(wide)))
+    return value if wide.dtype == x.dtype else function(x), code
 
 
 def _smooth_backward(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dropit_jax import derivatives, shardings
+from dropit_jax import barriers, derivatives, shardings
 from dropit_jax.nn import eight_bits
 
 # The name of what is cached, for `jax.checkpoint_policies` and reports.
@@ -80,8 +80,11 @@ def _backward(
     saved: tuple[Any, ...],
     cotangent: Any,
 ) -> tuple[Any, ...]:
-    # Without the barrier XLA may merge this with the forward pass, and keep that.
-    saved, cotangent = lax.optimization_barrier((saved, cotangent))
+    # Without the barrier XLA may merge this with the forward pass, and keep that. On a
+    # CPU it costs more to compile than it is good for if all that is computed anew is
+    # computed from other numbers.
+    wait = barriers.barrier if all(rounded) else lax.optimization_barrier
+    saved, cotangent = wait((saved, cotangent))
     leaves = [
         eight_bits.load(kept) if is_rounded else kept
         for kept, is_rounded in zip(saved, rounded, strict=True)
