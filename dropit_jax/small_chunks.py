@@ -113,7 +113,7 @@ def place_at_halves(
       values: of each chunk.
       packed: their indices.
       size: elements of a chunk.
-      grouped: one loop goes through neighbouring chunks, which are on one device; there
+      grouped: one loop goes through two chunks of 16, which are on one device; there
         is no gradient. LLVM takes a loop of few elements for a CPU apart, which is much
         longer to compile than the vector instructions that it finds for more of them.
     """
@@ -265,7 +265,8 @@ def _reduced(
 def _groups(x: Shaped[Array, "*rows k"], size: int) -> tuple[tuple[int, ...], int]:
     """Rows, of neighbouring chunks with `_LANES` elements, and the chunks of each."""
     *rows, _ = x.shape
-    together = -(-_LANES // size)
+    # Of more and smaller chunks LLVM makes no vector instructions.
+    together = _LANES // size if size == _VECTOR else 1
     outer = [axis for axis, count in enumerate(rows) if count != 1]
     if not outer or rows[outer[-1]] % together or any(shardings.spec(x)):
         return tuple(rows), 1
