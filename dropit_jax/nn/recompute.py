@@ -80,9 +80,9 @@ def _backward(
     saved: tuple[Any, ...],
     cotangent: Any,
 ) -> tuple[Any, ...]:
-    # Without the barrier XLA may merge this with the forward pass, and keep that. On a
-    # CPU it costs more to compile than it is good for if all that is computed anew is
-    # computed from other numbers.
+    # Without the barrier XLA may merge this with the forward pass, and keep that. Where
+    # all is computed from rounded numbers there is nothing to merge, and a CPU, whose
+    # compiler drops barriers late, does without.
     wait = barriers.barrier if all(rounded) else lax.optimization_barrier
     saved, cotangent = wait((saved, cotangent))
     leaves = [
