@@ -214,8 +214,9 @@ def _codes(
     size = values.shape[-1]
     above = values - blocks.spread(minimum, size)
     steps = above * blocks.spread(1 / scale, size)
-    # Not negative, so that the cast, which cuts off the fraction, rounds down. The
-    # largest is `levels` and a rounding of float32: more than a half can be too much.
+    # Not negative, so that the cast, which cuts off the fraction, rounds down. They are
+    # `levels` at most, but for a rounding of float32: with a half more they stay below
+    # the next number, which with noise they may reach.
     steps = steps + 0.5 if noise is None else jnp.minimum(steps + noise, levels)
     return steps.astype(jnp.uint8)
 

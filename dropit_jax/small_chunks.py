@@ -26,9 +26,6 @@ _MAX_PASSES = 8
 _VECTOR = 16
 _PARTS = 8
 
-# Of fewer elements LLVM makes no loop.
-_LANES = 32
-
 _WORD = 32
 
 # The tag of what has none, which comes after all others.
@@ -105,7 +102,7 @@ def place_at_halves(
     values: Shaped[Array, "*rows k"],
     packed: UInt8[Array, "*rows bytes"],
     size: int,
-    grouped: bool = False,
+    paired: bool = False,
 ) -> Shaped[Array, "*rows {size}"]:
     """`place`, where a byte has two indices, the first in its lower half.
 
@@ -113,38 +110,38 @@ def place_at_halves(
       values: of each chunk.
       packed: their indices.
       size: elements of a chunk.
-      grouped: one loop goes through two chunks of 16, which are on one device; there
-        is no gradient. LLVM takes a loop of few elements for a CPU apart, which is much
+      paired: one loop goes through two chunks of 16, which are on one device; there is
+        no gradient. LLVM takes a loop of few elements for a CPU apart, which is much
         longer to compile than the vector instructions that it finds for more of them.
     """
-    *rows, _ = values.shape
-    groups, together = _groups(values, size) if grouped else (tuple(rows), 1)
-    lanes = np.arange(together * size)
+    pairs = _rows_of_pairs(values, size) if paired else None
+    lanes = np.arange(size if pairs is None else 2 * size)
 
     def of_each_lane(x: Array) -> list[Array]:
         """The numbers of the chunk that a lane is in."""
         count = x.shape[-1]
-        x = x.reshape(*groups, together * count)
-        spread = [_spread(x, i, lanes.size) for i in range(together * count)]
-        found = spread[:count]
-        for chunk in range(1, together):
-            # By bits: of a selection between numbers in memory LLVM makes one of their
-            # addresses, and loads them one by one.
-            ones = np.iinfo(x.dtype).max
-            others = spread[chunk * count : (chunk + 1) * count]
-            mask = ((lanes >= chunk * size) * ones).astype(x.dtype)
-            behind = blocks.along(mask, others[0])
-            found = [a ^ (a ^ b) & behind for a, b in zip(found, others, strict=True)]
-        return found
+        if pairs is None:
+            return [_spread(x, i, size) for i in range(count)]
+        x = x.reshape(*pairs, 2 * count)
+        spread = [_spread(x, i, lanes.size) for i in range(2 * count)]
+        # By bits: of a selection between numbers in memory LLVM makes one of their
+        # addresses, and loads them one by one.
+        mask = ((lanes >= size) * np.iinfo(x.dtype).max).astype(x.dtype)
+        second = blocks.along(mask, spread[0])
+        return [
+            a ^ (a ^ b) & second
+            for a, b in zip(spread[:count], spread[count:], strict=True)
+        ]
 
-    kept = of_each_lane(values if together == 1 else _bits(values))
+    kept = of_each_lane(values if pairs is None else _bits(values))
     indices = [i for byte in of_each_lane(packed) for i in (byte & 15, byte >> 4)]
     slots = blocks.along((lanes % size).astype(packed.dtype), indices[0])
     placed = lax.full_like(kept[0], 0)
     for index, value in zip(indices, kept, strict=True):
         placed = _select(index == slots, value, placed)
-    placed = placed.reshape(*rows, size)
-    return placed if together == 1 else _from_bits(placed, values)
+    if pairs is None:
+        return placed
+    return _from_bits(placed.reshape(*values.shape[:-1], size), values)
 
 
 def compact(
@@ -262,16 +259,17 @@ def _reduced(
     return tuple(lax.reduce((signed, tags), none, larger, (signed.ndim - 1,)))
 
 
-def _groups(x: Shaped[Array, "*rows k"], size: int) -> tuple[tuple[int, ...], int]:
-    """Rows, of neighbouring chunks with `_LANES` elements, and the chunks of each."""
+def _rows_of_pairs(x: Shaped[Array, "*rows k"], size: int) -> tuple[int, ...] | None:
+    """The rows of neighbouring chunks, two by two; `None` where each stays by itself.
+
+    Of two chunks that have not 16 elements each LLVM makes no vector instructions.
+    """
     *rows, _ = x.shape
-    # Of more and smaller chunks LLVM makes no vector instructions.
-    together = _LANES // size if size == _VECTOR else 1
     outer = [axis for axis, count in enumerate(rows) if count != 1]
-    if not outer or rows[outer[-1]] % together or any(shardings.spec(x)):
-        return tuple(rows), 1
-    rows[outer[-1]] //= together
-    return tuple(rows), together
+    if size != _VECTOR or not outer or rows[outer[-1]] % 2 or any(shardings.spec(x)):
+        return None
+    rows[outer[-1]] //= 2
+    return tuple(rows)
 
 
 def _indices(

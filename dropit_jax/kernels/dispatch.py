@@ -79,7 +79,7 @@ def _decompress_differentiably(
     operation = by_platform(
         twin,
         cpu=_decompress_call(twin),
-        one_cpu=_decompress_call(functools.partial(twin, grouped=True)),
+        one_cpu=_decompress_call(functools.partial(twin, paired=True)),
         cuda=on_every_device(kernel, results=1),
     )
     return operation(values, positions, after=after)

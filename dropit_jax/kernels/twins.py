@@ -40,13 +40,13 @@ def compress(
 
 
 # Traced once, whatever it is to wait for.
-@functools.partial(jax.jit, static_argnames=("plan", "dtype", "grouped"), inline=True)
+@functools.partial(jax.jit, static_argnames=("plan", "dtype", "paired"), inline=True)
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
     plan: Plan,
     dtype: jax.typing.DTypeLike,
-    grouped: bool = False,
+    paired: bool = False,
 ) -> Float[Array, "*rows units elements"]:
     """Puts kept values back in their places, and zero elsewhere.
 
@@ -55,21 +55,21 @@ def decompress(
       positions: as `compress` returns them.
       plan: what they were made by.
       dtype: the result's.
-      grouped: as in `small_chunks.place_at_halves`.
+      paired: as in `small_chunks.place_at_halves`.
     """
     if jnp.dtype(dtype).itemsize == 4:
         # Floats of 32 bits are moved by vector instructions on a CPU, and their bits,
         # as integers, are not. Of 16 bits it loses what is in a NaN.
-        return placed(values.astype(dtype), positions, plan, grouped)
+        return placed(values.astype(dtype), positions, plan, paired)
     kept = cast_bits(to_bits(values), values.dtype, dtype)
-    return from_bits(placed(kept, positions, plan, grouped), dtype)
+    return from_bits(placed(kept, positions, plan, paired), dtype)
 
 
 def placed(
     kept: Shaped[Array, "*rows units kept"],
     positions: Positions,
     plan: Plan,
-    grouped: bool = False,
+    paired: bool = False,
 ) -> Shaped[Array, "*rows units elements"]:
     """Kept elements of any type in their places, and zero elsewhere.
 
@@ -83,7 +83,7 @@ def placed(
         mask = packing.unpack(positions, 1, plan.unit * plan.size).astype(bool)
         whole = selection.expand(kept, _in_chunks(mask, plan.unit, plan.size))
     else:
-        whole = _at_indices(kept, positions, plan, grouped)
+        whole = _at_indices(kept, positions, plan, paired)
     return whole.reshape(*lead, plan.unit * plan.size)
 
 
@@ -91,11 +91,11 @@ def _at_indices(
     kept: Shaped[Array, "*chunks kept"],
     positions: Positions,
     plan: Plan,
-    grouped: bool,
+    paired: bool,
 ) -> Shaped[Array, "*chunks size"]:
     """Chunks with kept elements where their stored indices say."""
     if plan.packed and plan.unit == 1:
-        return small_chunks.place_at_halves(kept, positions, plan.size, grouped)
+        return small_chunks.place_at_halves(kept, positions, plan.size, paired)
     if plan.packed:  # a byte has indices of two chunks
         positions = packing.unpack(positions, 4, plan.unit * plan.kept)
     return selection.place(kept, positions.reshape(kept.shape), plan.size)

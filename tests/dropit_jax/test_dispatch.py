@@ -121,7 +121,7 @@ class MeshTest(parameterized.TestCase):
         np.testing.assert_array_equal(whole, expected)
 
 
-class GroupedTest(parameterized.TestCase):
+class PairedTest(parameterized.TestCase):
     @parameterized.product(
         shape=((4, 24), (2, 3, 5), (6, 1), (1, 1), (3, 0), (7,), (2, 8, 1)),
         kept=(2, 4),
@@ -134,21 +134,24 @@ class GroupedTest(parameterized.TestCase):
         plan = Plan(16, kept, "index", value_dtype)
         x = reference.activation(0, (*shape, plan.unit * plan.size))
         values, positions = twins.compress(jnp.asarray(x, dtype), plan)
-        plain, grouped = (
-            np.asarray(twins.decompress(values, positions, plan, dtype, grouped))
-            for grouped in (False, True)
+        plain, paired = (
+            np.asarray(twins.decompress(values, positions, plan, dtype, paired))
+            for paired in (False, True)
         )
-        reference.assert_same_bits(grouped, plain)
+        reference.assert_same_bits(paired, plain)
 
-    @parameterized.parameters((8, False), (12, False), (16, True))
-    def test_chunks_of_16_are_grouped_and_others_are_not(self, size, expected):
-        plan = Plan(size, 2, "index", "float32")
+    @parameterized.product(
+        size_and_expected=((8, False), (12, False), (16, True)), kept=(2, 4)
+    )
+    def test_chunks_of_16_are_paired_and_others_are_not(self, size_and_expected, kept):
+        size, expected = size_and_expected
+        plan = Plan(size, kept, "index", "float32")
         x = jax.ShapeDtypeStruct((4, 24, plan.unit * size), jnp.float32)
         stored = jax.eval_shape(lambda x: twins.compress(x, plan), x)
 
-        def program(grouped):
+        def program(paired):
             decompress = functools.partial(
-                twins.decompress, plan=plan, dtype=jnp.float32, grouped=grouped
+                twins.decompress, plan=plan, dtype=jnp.float32, paired=paired
             )
             return str(jax.make_jaxpr(decompress)(*stored))
 
