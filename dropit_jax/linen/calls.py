@@ -18,6 +18,7 @@ from flax.core import meta
 from jaxtyping import Array
 
 from dropit_jax import hooks, ops, products, sharing
+from dropit_jax.linen import parameters
 from dropit_jax.policy import DropIT, check_policy
 
 # The Flax layers whose product can be replaced, with the field that replaces it.
@@ -134,7 +135,7 @@ def cached(
     for layer, hook, operation in _HOOKED:
         if isinstance(module, layer):
             caching = functools.partial(operation, dropit=dropit, key=key)
-            with _caching(module, hook, caching):
+            with _caching(module, hook, caching), parameters.read_by_shape(module):
                 return method(inputs, **kwargs)
     if not module.has_variable("params", "kernel"):  # it is about to be initialised
         return method(inputs, **kwargs)

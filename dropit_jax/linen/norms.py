@@ -16,6 +16,7 @@ from flax.linen import normalization
 from jaxtyping import Array, Float
 
 from dropit_jax import norm_layers
+from dropit_jax.linen import parameters
 from dropit_jax.nn import norm_gradient
 from dropit_jax.nn.norm_gradient import Norm
 
@@ -111,7 +112,8 @@ def compact(
     x = jnp.asarray(x)
     if module.is_initializing() or not jnp.issubdtype(x.dtype, jnp.floating):
         return method(x, **arguments)
-    with norm_layers.statistics_noted(normalization) as noted:
+    by_shape = parameters.read_by_shape(module)
+    with norm_layers.statistics_noted(normalization) as noted, by_shape:
         y = method(jax.lax.stop_gradient(x), **arguments)
     constant = _uses_running_average(module, use_running_average)
     norm = norm_layers.describe(module, x, LAYERS, constant)
