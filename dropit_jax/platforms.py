@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
@@ -51,6 +52,7 @@ def by_platform(
             given and _Branch(given, (*map(jax.typeof, waited_for), *avals), mesh)
             for given in (cpu, one_cpu)
         )
+        on_cuda = cuda and _Branch(cuda, avals, mesh)
         # What will not run here is traced when it is asked for.
         here = None
         if jax.default_backend() == "cpu":
@@ -64,8 +66,8 @@ def by_platform(
             default=general,
             cpu=on_cpu,
             one_cpu=on_one_cpu,
-            # Traced now: what is shared out among devices has to be known by then.
-            cuda=None if cuda is None else jax.make_jaxpr(cuda)(*operands),
+            cuda=on_cuda,
+            partitioning=None if cuda is None else _partitioning(),
             results=tuple(jaxpr.out_avals),
             mesh=mesh,
         )
@@ -101,6 +103,22 @@ class _Branch:
         return jaxpr_as_fun(self.traced[0])
 
 
+@functools.cache
+def _partitioning() -> ClosedJaxpr:
+    """A program, never run, with what JAX looks for to know what it lowers for.
+
+    A program that is shared out in a way of its own among devices is lowered with these
+    given. What is traced no earlier than that JAX cannot have seen.
+    """
+
+    def unused(x: Any, *_: Any) -> Any:
+        return x
+
+    partitioned = custom_partitioning(unused)
+    partitioned.def_partition(partition=unused, sharding_rule="->")
+    return jax.make_jaxpr(partitioned)(0.0)
+
+
 def _run(*operands: Array, **params: Any) -> list[Array]:
     return jax.jit(lambda *operands: _operation_p.bind(*operands, **params))(*operands)
 
@@ -110,9 +128,9 @@ def _lowered(platform: str) -> Callable[..., Any]:
         given = params[platform] or params["default"]
         if given is not params["cpu"]:
             operands = operands[waits:]
-        function = given.flat if isinstance(given, _Branch) else jaxpr_as_fun(given)
         with jax.sharding.use_abstract_mesh(mesh):
-            return function(*operands)
+            results: list[Array] = given.flat(*operands)
+            return results
 
     return mlir.lower_fun(run, multiple_results=True)
 
@@ -150,7 +168,7 @@ def _batched(
     default: _Branch,
     cpu: _Branch | None,
     one_cpu: _Branch | None,
-    cuda: ClosedJaxpr | None,
+    cuda: _Branch | None,
     **params: Any,
 ) -> tuple[list[Array], list[Any]]:
     if all(axis is None for axis in axes[waits:]):
@@ -179,7 +197,7 @@ def _batched(
         mapped(default, axes[waits:]),
         cpu=None if cpu is None else mapped(cpu, axes),
         one_cpu=None if one_cpu is None else mapped(one_cpu, axes),
-        cuda=None if cuda is None else jax.vmap(jaxpr_as_fun(cuda), axes[waits:]),
+        cuda=None if cuda is None else mapped(cuda, axes[waits:]),
     )
     results = operation(*operands[waits:], after=operands[0] if waits else None)
     return results, [0] * len(results)

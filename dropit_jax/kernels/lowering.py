@@ -1,8 +1,4 @@
-"""Kernels that are traced where they are lowered.
-
-`platforms.by_platform` traces what it takes for every platform, a kernel for a GPU also
-where a step is lowered for a CPU.
-"""
+"""Kernels that are traced where they are lowered, for the mesh that they run on."""
 
 from collections.abc import Callable
 from typing import Any
