@@ -134,11 +134,14 @@ class _Sides:
       inside: whether a number is inside of the range.
       of_value: whether `inside` says the same of the function's value, which is in
         memory anyway, as of its argument.
+      zero_outside: whether the gradient outside is 0, of any cotangent, and inside the
+        cotangent.
     """
 
     function: _Activation
     inside: Callable[[Array], Array]
     of_value: bool
+    zero_outside: bool = False
 
 
 def _is_positive(x: Array) -> Array:
@@ -153,7 +156,7 @@ def _is_between_0_and_6(x: Array) -> Array:
     return (x > 0) & (x < 6)
 
 
-_RELU = _Sides(jax.nn.relu, _is_positive, of_value=True)
+_RELU = _Sides(jax.nn.relu, _is_positive, of_value=True, zero_outside=True)
 _RELU6 = _Sides(jax.nn.relu6, _is_between_0_and_6, of_value=True)
 
 
@@ -187,7 +190,12 @@ def _two_sided_backward(
     sides: _Sides, name: str, saved: Codes, cotangent: Array
 ) -> tuple[Array]:
     del name
-    return (codes.apply(saved, cotangent, _gradient_of(sides.function)),)
+    gradient = _zero_outside if sides.zero_outside else _gradient_of(sides.function)
+    return (codes.apply(saved, cotangent, gradient),)
+
+
+def _zero_outside(inside: Array, cotangent: Array) -> Array:
+    return lax.select(inside.astype(bool), cotangent, lax.full_like(cotangent, 0))
 
 
 # Functions are compared by identity where JAX keeps what it has traced.
