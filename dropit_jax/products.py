@@ -324,11 +324,15 @@ def _bytes_cached(lhs: Array, dropit: DropIT, axes: Axes) -> int | None:
 def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
     """The operand as (batch, *positions, channels)."""
     ordered = jnp.transpose(a, axes.order)
-    if axes.channel_axes == 1 or not dropit.per_channel:
-        return ordered  # chunks need no merging of axes
+    if axes.channel_axes == 1:
+        return ordered
     lead = ordered.ndim - axes.channel_axes
-    merged = (*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
-    return shardings.gather(ordered, keep=lead).reshape(merged)
+    if dropit.per_channel:
+        ordered = shardings.gather(ordered, keep=lead)
+    elif any(shardings.spec(ordered)):
+        return ordered  # chunks are the same, and no axis need be gathered
+    # What is compressed alike is compiled once: heads as the features of other layers.
+    return ordered.reshape(*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
 
 
 def _restored_late(cached: _Cached, axes: Axes, cotangent: Array) -> Array:

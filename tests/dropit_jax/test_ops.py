@@ -180,6 +180,28 @@ class DotGeneralTest(parameterized.TestCase):
             _dot("tokens"), dropped, lhs, rhs, 0.5, 16, range(3)
         )
 
+    @parameterized.product(
+        chunk_size=(16, 24, 48, 100, None), strategy=("min_k", "random")
+    )
+    def test_several_axes_of_channels_are_cut_as_one(self, chunk_size, strategy):
+        x = jnp.asarray(reference.finite(0, (2, 5, 3, 32)))
+        kernel = jnp.asarray(reference.finite(1, (3, 32, 7)))
+        dropit = DropIT(chunk_size=chunk_size, strategy=strategy)
+
+        def loss(kernel, axes):
+            # Of the heads' axes, or of the one that they are merged to.
+            shapes = (2, 5, *kernel.shape[:-1]), (*kernel.shape[:-1], 7)
+            operands = (a.reshape(s) for a, s in zip((x, kernel), shapes, strict=True))
+            contracted = (tuple(2 + a for a in axes), axes), ((), ())
+            product = dot_general(
+                *operands, contracted, dropit=dropit, key=jax.random.key(3)
+            )
+            return jnp.sum(product * jnp.arange(7))
+
+        apart = jax.grad(loss)(kernel, (0, 1))
+        merged = jax.grad(loss)(kernel.reshape(96, 7), (0,))
+        np.testing.assert_array_equal(apart.reshape(merged.shape), merged)
+
     def test_options_reach_the_product(self):
         options = {
             "precision": lax.Precision.HIGHEST,
