@@ -23,9 +23,10 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     `platforms.by_platform(..., cpu=...)`.
     """
 
-    def call(*operands: Any) -> Any:
+    def call(*operands: Any, **options: Any) -> Any:
         # A context would mark loops within, too: what XLA calls in them.
-        return set_xla_metadata(jax.jit(function)(*operands), inlineable="false")
+        results = jax.jit(function)(*operands, **options)
+        return set_xla_metadata(results, inlineable="false")
 
     return call
 

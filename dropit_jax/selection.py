@@ -57,17 +57,6 @@ def top_k(
     return small_chunks.top_k(x, scores, k)
 
 
-def top_k_in_bytes(
-    x: Float[Array, "*rows size"], k: int
-) -> tuple[Float[Array, "*rows {k}"], UInt8[Array, "*rows bytes"]]:
-    """`top_k` in chunks of at most 16 for an even k, with two indices in a byte.
-
-    The first of them is in the lower half.
-    """
-    values, apart = small_chunks.top_k_of_magnitudes(x, k, halves=True)
-    return values, small_chunks.stack(apart)
-
-
 def top_k_mask(
     x: Float[Array, "*rows size"],
     k: int,

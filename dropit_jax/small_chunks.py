@@ -31,6 +31,10 @@ _WORD = 32
 # The tag of what has none, which comes after all others.
 _NO_SLOT = 255
 
+# What `top_2_of_magnitudes` takes for the byte of those before the first. It looks for
+# an index by the byte of that and a 1, which this is not, and makes such a byte of it.
+BEFORE_FIRST = 0x10
+
 # Numbers and their tags.
 _Pair = tuple[Array, Array]
 
@@ -73,6 +77,35 @@ def top_k_of_magnitudes(
     return values, apart
 
 
+def top_2_of_magnitudes(
+    x: Float[Array, "*rows size"], before: UInt8[Array, "*rows"]
+) -> tuple[Float[Array, "*rows 2"], UInt8[Array, "*rows"]]:
+    """`top_k_of_magnitudes` for two, with `halves`, both found in the same way.
+
+    Args:
+      x: chunks.
+      before: `BEFORE_FIRST` for each. It is an operand so that XLA does not know what
+        it is: on a CPU one loop for both is compiled, in place of two.
+
+    Returns:
+      The elements, the larger first, and the byte of their indices.
+    """
+    signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+    size = signed.shape[-1]
+    slots = np.arange(size, dtype=np.uint8) << 4
+    upper, marks = blocks.along(slots, signed), blocks.along(slots | 1, signed)
+    none, no_slot = lax.full_like(signed, 0), lax.full_like(upper, _NO_SLOT)
+    found, tag = [], before
+    for _ in range(2):
+        at = blocks.spread(tag, size)
+        other = marks != at
+        tags = upper | at >> np.uint8(4)
+        left = lax.select(other, signed, none), lax.select(other, tags, no_slot)
+        bits, tag = _first(*left)
+        found.append(bits)
+    return _from_bits(stack(found), x), tag
+
+
 def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
     """Where the k largest scores of each chunk are, ties to the lower index."""
     if k > _MAX_PASSES:
@@ -99,49 +132,46 @@ def place(
 
 
 def place_at_halves(
-    values: Shaped[Array, "*rows k"],
-    packed: UInt8[Array, "*rows bytes"],
-    size: int,
-    paired: bool = False,
+    values: Shaped[Array, "*rows k"], packed: UInt8[Array, "*rows bytes"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """`place`, where a byte has two indices, the first in its lower half.
+    """`place`, where a byte has two indices, the first in its lower half."""
+    columns = [packed[..., i : i + 1] for i in range(packed.shape[-1])]
+    indices = [i for byte in columns for i in (byte & 15, byte >> 4)]
+    return place(values, indices, size)
+
+
+def place_by_reduction(
+    values: Shaped[Array, "*rows k"],
+    positions: UInt8[Array, "*rows stored"],
+    size: int,
+    halves: bool,
+) -> Shaped[Array, "*rows {size}"]:
+    """`place`, or `place_at_halves`, by as few operations for any number of values.
+
+    It is for a CPU, where XLA makes vector instructions of it for chunks of any size.
+    There is no gradient, and what reads the result does not fuse with it.
 
     Args:
       values: of each chunk.
-      packed: their indices.
+      positions: their indices, or with `halves` bytes of two.
       size: elements of a chunk.
-      paired: one loop goes through two chunks of 16, which are on one device; there is
-        no gradient. LLVM takes a loop of few elements for a CPU apart, which is much
-        longer to compile than the vector instructions that it finds for more of them.
+      halves: as in `top_k_of_magnitudes`.
     """
-    pairs = _rows_of_pairs(values, size) if paired else None
-    lanes = np.arange(size if pairs is None else 2 * size)
-
-    def of_each_lane(x: Array) -> list[Array]:
-        """The numbers of the chunk that a lane is in."""
-        count = x.shape[-1]
-        if pairs is None:
-            return [_spread(x, i, size) for i in range(count)]
-        x = x.reshape(*pairs, 2 * count)
-        spread = [_spread(x, i, lanes.size) for i in range(2 * count)]
-        # By bits: of a selection between numbers in memory LLVM makes one of their
-        # addresses, and loads them one by one.
-        mask = ((lanes >= size) * np.iinfo(x.dtype).max).astype(x.dtype)
-        second = blocks.along(mask, spread[0])
-        return [
-            a ^ (a ^ b) & second
-            for a, b in zip(spread[:count], spread[count:], strict=True)
-        ]
-
-    kept = of_each_lane(values if pairs is None else _bits(values))
-    indices = [i for byte in of_each_lane(packed) for i in (byte & 15, byte >> 4)]
-    slots = blocks.along((lanes % size).astype(packed.dtype), indices[0])
-    placed = lax.full_like(kept[0], 0)
-    for index, value in zip(indices, kept, strict=True):
-        placed = _select(index == slots, value, placed)
-    if pairs is None:
-        return placed
-    return _from_bits(placed.reshape(*values.shape[:-1], size), values)
+    bits = blocks.spread(_bits(values), size)
+    slots = np.arange(size, dtype=np.uint8)
+    if halves:
+        at = blocks.spread(positions, 2, size).reshape(bits.shape)
+        half = np.stack([np.full_like(slots, 0x0F), np.full_like(slots, 0xF0)])
+        wanted = np.stack([slots, slots << 4])
+        half, wanted = (np.tile(x, (positions.shape[-1], 1)) for x in (half, wanted))
+        here = at & blocks.along(half, at) == blocks.along(wanted, at)
+    else:
+        here = blocks.spread(positions, size) == blocks.along(slots, bits)
+    apart = lax.select(here, bits, lax.full_like(bits, 0))
+    none = np.zeros((), bits.dtype)
+    return _from_bits(
+        lax.reduce(apart, none, lax.bitwise_or, (apart.ndim - 2,)), values
+    )
 
 
 def compact(
@@ -257,19 +287,6 @@ def _reduced(
 
     none = np.array(0, signed.dtype), np.array(_NO_SLOT, np.uint8)
     return tuple(lax.reduce((signed, tags), none, larger, (signed.ndim - 1,)))
-
-
-def _rows_of_pairs(x: Shaped[Array, "*rows k"], size: int) -> tuple[int, ...] | None:
-    """The rows of neighbouring chunks, two by two; `None` where each stays by itself.
-
-    Of two chunks that have not 16 elements each LLVM makes no vector instructions.
-    """
-    *rows, _ = x.shape
-    outer = [axis for axis, count in enumerate(rows) if count != 1]
-    if size != _VECTOR or not outer or rows[outer[-1]] % 2 or any(shardings.spec(x)):
-        return None
-    rows[outer[-1]] //= 2
-    return tuple(rows)
 
 
 def _indices(

@@ -44,7 +44,10 @@ def compress(
     if not _within_reach(plan, x):
         return twin(x)
     operation = by_platform(
-        twin, cpu=_compress_call(twin), cuda=on_every_device(kernel, results=2)
+        twin,
+        cpu=_compress_call(twin),
+        one_cpu=_compress_call(twin, functools.partial(twins.before_first, plan=plan)),
+        cuda=on_every_device(kernel, results=2),
     )
     return operation(x)
 
@@ -78,8 +81,7 @@ def _decompress_differentiably(
         return twin(values, positions)
     operation = by_platform(
         twin,
-        cpu=_decompress_call(twin),
-        one_cpu=_decompress_call(functools.partial(twin, paired=True)),
+        cpu=_decompress_call(functools.partial(twin, by_reduction=True)),
         cuda=on_every_device(kernel, results=1),
     )
     return operation(values, positions, after=after)
@@ -107,25 +109,36 @@ def _decompress_backward(
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-def _compress_call(twin: _Operation) -> _Operation:
+def _compress_call(
+    twin: _Operation, before_first: Callable[..., Any] = lambda _: None
+) -> _Operation:
     """`twins.compress` as a call of a few axes.
 
     It takes whole rows, as products do: XLA would compute an activation twice that is
     read in two shapes, and it would copy what has axes of size 1.
+
+    Args:
+      twin: `twins.compress`, with a plan.
+      before_first: `twins.before_first`, likewise.
     """
 
     def call(x: Array) -> Any:
         *rows, units, elements = x.shape
         single = _single(x)
 
-        def inside(x: Array) -> Any:
-            squeezed = [size for size in (*rows, units) if size != 1]
-            chunks = lax.expand_dims(x.reshape(*squeezed, elements), single)
-            return jax.tree.map(lambda x: lax.squeeze(x, single), twin(chunks))
+        squeezed = [size for size in (*rows, units) if size != 1]
+        before = before_first(squeezed)
+
+        def inside(x: Array, **before: Array) -> Any:
+            expanded = functools.partial(lax.expand_dims, dimensions=single)
+            chunks = expanded(x.reshape(*squeezed, elements))
+            results = twin(chunks, **jax.tree.map(expanded, before))
+            return jax.tree.map(lambda x: lax.squeeze(x, single), results)
 
         x = x.reshape(*rows, units * elements)
         x = lax.squeeze(x, [axis for axis in single if axis != len(rows)])
-        results = inlining.not_inlined(inside)(x)
+        options = {} if before is None else {"before": before}
+        results = inlining.not_inlined(inside)(x, **options)
         return jax.tree.map(lambda x: lax.expand_dims(x, single), results)
 
     return call

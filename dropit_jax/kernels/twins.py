@@ -4,9 +4,11 @@ Values are copied by their bits, and cast only to `Plan.value_dtype` and back.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt8, UInt16
 
 from dropit_jax import packing, selection, small_chunks
@@ -17,13 +19,16 @@ Positions = UInt8[Array, "*rows units stored"] | UInt16[Array, "*rows units stor
 
 
 def compress(
-    x: Float[Array, "*rows units elements"], plan: Plan
+    x: Float[Array, "*rows units elements"],
+    plan: Plan,
+    before: UInt8[Array, "*rows units"] | None = None,
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Keeps the largest magnitudes of each chunk.
 
     Args:
       x: `elements` is `plan.unit * plan.size`: whole chunks.
       plan: how they are stored.
+      before: of `before_first`, or `None`.
 
     Returns:
       The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
@@ -33,20 +38,35 @@ def compress(
     if _is_large_bitmap(plan):
         values, positions = _select_large(x, plan)
     else:
-        values, positions = _select(_in_chunks(x, plan.unit, plan.size), lead, plan)
+        chunks = _in_chunks(x, plan.unit, plan.size)
+        values, positions = _select(chunks, lead, plan, before)
     if values.dtype != plan.value_dtype:
         values = values.astype(plan.value_dtype)
     return values.reshape(*lead, plan.unit * plan.kept), positions
 
 
+def before_first(
+    units: Sequence[int], plan: Plan
+) -> UInt8[Array, "*rows units"] | None:
+    """What `compress` may take as `before`; `None`: nothing.
+
+    It is for the chunks of the default. Those of fewer elements it takes longer.
+    """
+    if not _in_halves(plan) or (plan.size, plan.kept) != (16, 2):
+        return None
+    return lax.full(units, small_chunks.BEFORE_FIRST, jnp.uint8)
+
+
 # Traced once, whatever it is to wait for.
-@functools.partial(jax.jit, static_argnames=("plan", "dtype", "paired"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("plan", "dtype", "by_reduction"), inline=True
+)
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
     plan: Plan,
     dtype: jax.typing.DTypeLike,
-    paired: bool = False,
+    by_reduction: bool = False,
 ) -> Float[Array, "*rows units elements"]:
     """Puts kept values back in their places, and zero elsewhere.
 
@@ -55,21 +75,21 @@ def decompress(
       positions: as `compress` returns them.
       plan: what they were made by.
       dtype: the result's.
-      paired: as in `small_chunks.place_at_halves`.
+      by_reduction: as `small_chunks.place_by_reduction` does, where chunks are small
+        and their positions are indices. There is no gradient then.
     """
     if jnp.dtype(dtype).itemsize == 4:
-        # Floats of 32 bits are moved by vector instructions on a CPU, and their bits,
-        # as integers, are not. Of 16 bits it loses what is in a NaN.
-        return placed(values.astype(dtype), positions, plan, paired)
+        # Of 16 bits XLA's CPU compiler loses what is in a NaN.
+        return placed(values.astype(dtype), positions, plan, by_reduction)
     kept = cast_bits(to_bits(values), values.dtype, dtype)
-    return from_bits(placed(kept, positions, plan, paired), dtype)
+    return from_bits(placed(kept, positions, plan, by_reduction), dtype)
 
 
 def placed(
     kept: Shaped[Array, "*rows units kept"],
     positions: Positions,
     plan: Plan,
-    paired: bool = False,
+    by_reduction: bool = False,
 ) -> Shaped[Array, "*rows units elements"]:
     """Kept elements of any type in their places, and zero elsewhere.
 
@@ -83,7 +103,7 @@ def placed(
         mask = packing.unpack(positions, 1, plan.unit * plan.size).astype(bool)
         whole = selection.expand(kept, _in_chunks(mask, plan.unit, plan.size))
     else:
-        whole = _at_indices(kept, positions, plan, paired)
+        whole = _at_indices(kept, positions, plan, by_reduction)
     return whole.reshape(*lead, plan.unit * plan.size)
 
 
@@ -91,19 +111,29 @@ def _at_indices(
     kept: Shaped[Array, "*chunks kept"],
     positions: Positions,
     plan: Plan,
-    paired: bool,
+    by_reduction: bool,
 ) -> Shaped[Array, "*chunks size"]:
     """Chunks with kept elements where their stored indices say."""
-    if plan.packed and plan.unit == 1:
-        return small_chunks.place_at_halves(kept, positions, plan.size, paired)
-    if plan.packed:  # a byte has indices of two chunks
+    halves = _in_halves(plan)
+    if plan.packed and not halves:  # a byte has indices of two chunks
         positions = packing.unpack(positions, 4, plan.unit * plan.kept)
-    return selection.place(kept, positions.reshape(kept.shape), plan.size)
+    if not halves:
+        positions = positions.reshape(kept.shape)
+    if by_reduction and plan.size <= selection.MAX_SMALL:
+        return small_chunks.place_by_reduction(kept, positions, plan.size, halves)
+    if halves:
+        return small_chunks.place_at_halves(kept, positions, plan.size)
+    return selection.place(kept, positions, plan.size)
 
 
 def _in_chunks(x: Array, unit: int, size: int) -> Array:
     """(..., unit · size) as (..., unit, size); of one chunk, as it is."""
     return x if unit == 1 else x.reshape(*x.shape[:-1], unit, size)
+
+
+def _in_halves(plan: Plan) -> bool:
+    """Whether a byte has two indices, both of one chunk."""
+    return plan.ordered and plan.packed and plan.unit == 1
 
 
 def _is_large_bitmap(plan: Plan) -> bool:
@@ -124,15 +154,21 @@ def _select_large(
 
 
 def _select(
-    chunks: Float[Array, "*chunks size"], lead: tuple[int, ...], plan: Plan
+    chunks: Float[Array, "*chunks size"],
+    lead: tuple[int, ...],
+    plan: Plan,
+    before: UInt8[Array, "*chunks"] | None,
 ) -> tuple[Shaped[Array, "*chunks kept"], Positions]:
     """The kept elements of chunks, and their stored positions."""
     k = plan.kept
-    if plan.packed and plan.ordered and plan.unit == 1:
-        return selection.top_k_in_bytes(chunks, k)
     if plan.ordered:
-        values, indices = selection.top_k(chunks, k)
-        if plan.packed:
+        halves = _in_halves(plan)
+        if before is not None:
+            values, indices = small_chunks.top_2_of_magnitudes(chunks, before)
+        else:
+            values, apart = small_chunks.top_k_of_magnitudes(chunks, k, halves)
+            indices = small_chunks.stack(apart)
+        if plan.packed and not halves:
             indices = indices.reshape(*lead, plan.unit * k)
             return values, packing.pack(indices, plan.index_bits)
     else:
@@ -143,4 +179,4 @@ def _select(
             return values, packing.pack(mask, 1)
         slots = jnp.broadcast_to(jnp.arange(plan.size), chunks.shape)
         indices = selection.compact(slots, mask, k)
-    return values, indices.reshape(*lead, k).astype(plan.position_dtype)
+    return values, indices.reshape(*lead, plan.positions).astype(plan.position_dtype)

@@ -1,7 +1,9 @@
 """Where kernels run, and that they move nothing between devices."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 import re
 from unittest import mock
 
@@ -121,37 +123,65 @@ class MeshTest(parameterized.TestCase):
         np.testing.assert_array_equal(whole, expected)
 
 
-class PairedTest(parameterized.TestCase):
+class CpuTwinTest(parameterized.TestCase):
+    """What a CPU computes in another way than the twins do by default."""
+
     @parameterized.product(
-        shape=((4, 24), (2, 3, 5), (6, 1), (1, 1), (3, 0), (7,), (2, 8, 1)),
-        kept=(2, 4),
+        activation=(reference.activation, reference.finite),
+        shape=((4, 24), (2, 3, 5), (3, 0), (7,)),
+        dtype=("float32", "bfloat16", "float16"),
+    )
+    def test_two_elements_by_one_loop_are_the_same(self, activation, shape, dtype):
+        plan = Plan(16, 2, "index", dtype)
+        x = jnp.asarray(activation(0, (*shape, 16), dtype))
+        before = twins.before_first(shape, plan)
+        self.assertEqual(before.shape, shape)
+        alike, alone = twins.compress(x, plan, before), twins.compress(x, plan)
+        for given, expected in zip(alike, alone, strict=True):
+            reference.assert_same_bits(given, expected)
+
+    @parameterized.parameters((16, 1), (16, 4), (8, 2), (32, 2))
+    def test_one_loop_is_for_two_of_16(self, size, kept):
+        plan = Plan(size, kept, "index", "float32")
+        self.assertIsNone(twins.before_first((4, 6), plan))
+
+    @parameterized.product(
+        shape=((4, 24), (2, 3, 5), (3, 0), (7,), (2, 8, 1)),
+        size_and_kept=((16, 2), (16, 3), (16, 4), (8, 2), (12, 6), (32, 4), (64, 40)),
         dtype=("float32", "bfloat16"),
         value_dtype=("float32", "bfloat16", "float16"),
     )
-    def test_neighbouring_chunks_in_one_loop_are_the_same(
-        self, shape, kept, dtype, value_dtype
+    def test_placing_by_a_reduction_is_the_same(
+        self, shape, size_and_kept, dtype, value_dtype
     ):
-        plan = Plan(16, kept, "index", value_dtype)
+        plan = Plan(*size_and_kept, "index", value_dtype)
         x = reference.activation(0, (*shape, plan.unit * plan.size))
         values, positions = twins.compress(jnp.asarray(x, dtype), plan)
-        plain, paired = (
-            np.asarray(twins.decompress(values, positions, plan, dtype, paired))
-            for paired in (False, True)
+        plain, reduced = (
+            np.asarray(twins.decompress(values, positions, plan, dtype, by_reduction))
+            for by_reduction in (False, True)
         )
-        reference.assert_same_bits(paired, plain)
+        reference.assert_same_bits(reduced, plain)
 
-    @parameterized.product(
-        size_and_expected=((8, False), (12, False), (16, True)), kept=(2, 4)
+    @parameterized.parameters(
+        ("index", 16, 3, True),
+        ("index", 64, 8, True),
+        ("index", 128, 4, False),
+        ("bitmap", 16, 3, False),
     )
-    def test_chunks_of_16_are_paired_and_others_are_not(self, size_and_expected, kept):
-        size, expected = size_and_expected
-        plan = Plan(size, kept, "index", "float32")
+    def test_indices_in_small_chunks_are_placed_by_a_reduction(
+        self, encoding, size, kept, expected
+    ):
+        plan = Plan(size, kept, encoding, "float32")
         x = jax.ShapeDtypeStruct((4, 24, plan.unit * size), jnp.float32)
         stored = jax.eval_shape(lambda x: twins.compress(x, plan), x)
 
-        def program(paired):
+        def program(by_reduction):
             decompress = functools.partial(
-                twins.decompress, plan=plan, dtype=jnp.float32, paired=paired
+                twins.decompress,
+                plan=plan,
+                dtype=jnp.float32,
+                by_reduction=by_reduction,
             )
             return str(jax.make_jaxpr(decompress)(*stored))
 
@@ -251,6 +281,23 @@ class PlatformTest(parameterized.TestCase):
         np.testing.assert_array_equal(gradient.reshape(-1), expected)
 
 
+def _fused_computations(text):
+    return re.findall(r"^%?fused_computation\S* .*?^}", text, re.MULTILINE | re.DOTALL)
+
+
+def _without_names(computation):
+    """A computation with numbers for all names, the first time by the order they come.
+
+    So are those of the functions that reductions apply: all of a program do the same.
+    """
+    names = itertools.count()
+    numbers = collections.defaultdict(lambda: f"%{next(names)}")
+    plain = re.sub(r", (metadata|frontend_attributes)={.*?}", "", computation)
+    header, _, body = plain.partition("\n")
+    shapes = re.findall(r"\w+\[[\d,]*\]", header)
+    return shapes, re.sub(r"%[\w.-]+", lambda name: numbers[name[0]], body)
+
+
 class CpuProgramTest(parameterized.TestCase):
     """What XLA's CPU compiler makes of a compression."""
 
@@ -272,6 +319,15 @@ class CpuProgramTest(parameterized.TestCase):
     def test_and_would_not_be_if_the_twin_were_inlined(self):
         pack = functools.partial(twins.compress, plan=_PLAN)
         self.assertGreater(self.multiplications(pack), 1)
+
+    def test_the_first_and_the_second_element_are_found_by_one_loop(self):
+        plan = Plan(16, 2, "index", "bfloat16")
+        compress = functools.partial(dispatch.compress, plan=plan)
+        x = jax.ShapeDtypeStruct((8, 24, 16), jnp.float32)
+        text = jax.jit(compress).lower(x).compile().as_text()
+        loops = [loop for loop in _fused_computations(text) if " reduce(" in loop]
+        self.assertLen(loops, 2)
+        self.assertEqual(*map(_without_names, loops))
 
     @parameterized.parameters(
         (2**4, 4, 2), (2**5, 10, 2), (2**10, 22, 4), (2**14, 24, 4)
