@@ -306,7 +306,7 @@ def _compressed(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> _Cac
 
 @functools.partial(jax.jit, static_argnames=("dropit", "axes"), inline=True)
 def _residual(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> Residual:
-    return compress(axes.laid_out(_arrange(a, dropit, axes)), dropit, key)
+    return compress(_arrange(a, dropit, axes), dropit, key)
 
 
 def _bytes_cached(lhs: Array, dropit: DropIT, axes: Axes) -> int | None:
@@ -323,7 +323,7 @@ def _bytes_cached(lhs: Array, dropit: DropIT, axes: Axes) -> int | None:
 
 def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
     """The operand as (batch, *positions, channels)."""
-    ordered = jnp.transpose(a, axes.order)
+    ordered = axes.laid_out(jnp.transpose(a, axes.order))
     if axes.channel_axes == 1:
         return ordered
     lead = ordered.ndim - axes.channel_axes
