@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
@@ -124,15 +124,25 @@ def _run(*operands: Array, **params: Any) -> list[Array]:
 
 
 def _lowered(platform: str) -> Callable[..., Any]:
-    def run(*operands: Array, waits: int, mesh: Any, **params: Any) -> list[Array]:
+    def lower(context: Any, *operands: Any, waits: int, **params: Any) -> Any:
         given = params[platform] or params["default"]
         if given is not params["cpu"]:
+            context = context.replace(avals_in=context.avals_in[waits:])
             operands = operands[waits:]
-        with jax.sharding.use_abstract_mesh(mesh):
-            results: list[Array] = given.flat(*operands)
-            return results
+        jaxpr = given.traced[0].jaxpr
+        by_variable = dict(zip(jaxpr.invars, operands, strict=True))
+        if all(isinstance(v, Var) and v in by_variable for v in jaxpr.outvars):
+            return [by_variable[variable] for variable in jaxpr.outvars]
+        run = functools.partial(_run_branch, given, params["mesh"])
+        return mlir.lower_fun(run, multiple_results=True)(context, *operands)
 
-    return mlir.lower_fun(run, multiple_results=True)
+    return lower
+
+
+def _run_branch(branch: _Branch, mesh: Any, *operands: Array) -> list[Array]:
+    with jax.sharding.use_abstract_mesh(mesh):
+        results: list[Array] = branch.flat(*operands)
+        return results
 
 
 def _lowered_on_cpu(
