@@ -23,10 +23,9 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     `platforms.by_platform(..., cpu=...)`.
     """
 
-    def call(*operands: Any, **options: Any) -> Any:
+    def call(*operands: Any) -> Any:
         # A context would mark loops within, too: what XLA calls in them.
-        results = jax.jit(function)(*operands, **options)
-        return set_xla_metadata(results, inlineable="false")
+        return set_xla_metadata(jax.jit(function)(*operands), inlineable="false")
 
     return call
 

@@ -67,7 +67,7 @@ def by_platform(
             cpu=on_cpu,
             one_cpu=on_one_cpu,
             cuda=on_cuda,
-            partitioning=None if cuda is None else _partitioning(),
+            partitioning=None if cuda is None else _custom_partitioning(),
             results=tuple(jaxpr.out_avals),
             mesh=mesh,
         )
@@ -104,11 +104,11 @@ class _Branch:
 
 
 @functools.cache
-def _partitioning() -> ClosedJaxpr:
-    """A program, never run, with what JAX looks for to know what it lowers for.
+def _custom_partitioning() -> ClosedJaxpr:
+    """A program that is never run, of an operation with its own way of partitioning.
 
-    A program that is shared out in a way of its own among devices is lowered with these
-    given. What is traced no earlier than that JAX cannot have seen.
+    Where JAX finds one, it lowers a step for the devices that it knows. Those of a
+    GPU's branch are traced too late for it to find.
     """
 
     def unused(x: Any, *_: Any) -> Any:

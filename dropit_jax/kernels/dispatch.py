@@ -15,7 +15,7 @@ from dropit_jax.kernels import plan as plans
 from dropit_jax.kernels import twins
 from dropit_jax.kernels.compress import compress as _compress
 from dropit_jax.kernels.decompress import decompress as _decompress
-from dropit_jax.kernels.lowering import when_lowered
+from dropit_jax.kernels.gpu_mesh import for_a_gpu
 from dropit_jax.kernels.plan import Plan
 from dropit_jax.kernels.twins import Positions
 from dropit_jax.partitioning import on_every_device
@@ -34,19 +34,15 @@ def compress(
 
     It has no gradient: what is kept is what a gradient is computed from.
     """
-    kernel = when_lowered(
-        functools.partial(_compress, plan=plan),
-        (plan.unit * plan.kept, plan.value_dtype),
-        (plan.positions, plan.position_dtype),
-    )
+    kernel = for_a_gpu(functools.partial(_compress, plan=plan))
     twin = functools.partial(twins.compress, plan=plan)
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
     operation = by_platform(
         twin,
-        cpu=_compress_call(twin),
-        one_cpu=_compress_call(twin, functools.partial(twins.before_first, plan=plan)),
+        cpu=_compress_call(plan),
+        one_cpu=_compress_call(plan, alone=True),
         cuda=on_every_device(kernel, results=2),
     )
     return operation(x)
@@ -72,10 +68,7 @@ def decompress(
 def _decompress_differentiably(
     plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
 ) -> Array:
-    kernel = when_lowered(
-        functools.partial(_decompress, plan=plan, dtype=dtype),
-        (plan.unit * plan.size, dtype),
-    )
+    kernel = for_a_gpu(functools.partial(_decompress, plan=plan, dtype=dtype))
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
     if not _within_reach(plan, values):
         return twin(values, positions)
@@ -109,36 +102,33 @@ def _decompress_backward(
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-def _compress_call(
-    twin: _Operation, before_first: Callable[..., Any] = lambda _: None
-) -> _Operation:
+def _compress_call(plan: Plan, alone: bool = False) -> _Operation:
     """`twins.compress` as a call of a few axes.
 
     It takes whole rows, as products do: XLA would compute an activation twice that is
     read in two shapes, and it would copy what has axes of size 1.
 
     Args:
-      twin: `twins.compress`, with a plan.
-      before_first: `twins.before_first`, likewise.
+      plan: how chunks are stored.
+      alone: whether it is for one device, on which `twins.before_first` is given too.
     """
 
     def call(x: Array) -> Any:
         *rows, units, elements = x.shape
         single = _single(x)
-
         squeezed = [size for size in (*rows, units) if size != 1]
-        before = before_first(squeezed)
+        before = twins.before_first(squeezed, plan) if alone else None
 
-        def inside(x: Array, **before: Array) -> Any:
-            expanded = functools.partial(lax.expand_dims, dimensions=single)
-            chunks = expanded(x.reshape(*squeezed, elements))
-            results = twin(chunks, **jax.tree.map(expanded, before))
+        def inside(x: Array, *before: Array) -> Any:
+            chunks = x.reshape(*squeezed, elements)
+            x, *others = (lax.expand_dims(x, single) for x in (chunks, *before))
+            results = twins.compress(x, plan, *others)
             return jax.tree.map(lambda x: lax.squeeze(x, single), results)
 
         x = x.reshape(*rows, units * elements)
         x = lax.squeeze(x, [axis for axis in single if axis != len(rows)])
-        options = {} if before is None else {"before": before}
-        results = inlining.not_inlined(inside)(x, **options)
+        operands = (x,) if before is None else (x, before)
+        results = inlining.not_inlined(inside)(*operands)
         return jax.tree.map(lambda x: lax.expand_dims(x, single), results)
 
     return call

@@ -86,6 +86,28 @@ class MeshTest(parameterized.TestCase):
         sharding = NamedSharding(_mesh(AxisType.Auto), P(None, None, None, "model"))
         self.assert_as_the_twins(jax.jit(_round_trip)(jax.device_put(self.x, sharding)))
 
+    @parameterized.parameters(
+        (AxisType.Auto, P(None, None, "model")),
+        (AxisType.Auto, P("model", None, None)),
+        (AxisType.Explicit, P(None, None, "model")),
+        (AxisType.Explicit, P("model", None, None)),
+    )
+    def test_devices_may_have_an_odd_number_of_chunks(self, axis_type, spec):
+        mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+        x = jnp.asarray(reference.activation(0, (8, 3, 8 * 3 * 16)))
+
+        @jax.jit
+        def round_trip(x):
+            return dropit_jax.compress(x, DropIT(chunk_size=16)).decompress()
+
+        expected = np.asarray(round_trip(x))
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(x, NamedSharding(mesh, spec))
+            step = round_trip.lower(sharded).compile()
+            result = step(sharded)
+        self.assertIsNone(_MOVES.search(step.as_text()))
+        reference.assert_same_bits(np.asarray(result), expected)
+
     def test_within_shard_map(self):
         spec = P("data", "model")
         mapped = jax.shard_map(
@@ -121,93 +143,6 @@ class MeshTest(parameterized.TestCase):
         one = jnp.broadcast_to(values[0], values.shape)
         expected = twins.decompress(one, positions, _PLAN, "float32")
         np.testing.assert_array_equal(whole, expected)
-
-
-class CpuTwinTest(parameterized.TestCase):
-    """What a CPU computes in another way than the twins do by default."""
-
-    @parameterized.product(
-        activation=(reference.activation, reference.finite),
-        shape=((4, 24), (2, 3, 5), (3, 0), (7,)),
-        dtype=("float32", "bfloat16", "float16"),
-    )
-    def test_two_elements_by_one_loop_are_the_same(self, activation, shape, dtype):
-        plan = Plan(16, 2, "index", dtype)
-        x = jnp.asarray(activation(0, (*shape, 16), dtype))
-        before = twins.before_first(shape, plan)
-        self.assertEqual(before.shape, shape)
-        alike, alone = twins.compress(x, plan, before), twins.compress(x, plan)
-        for given, expected in zip(alike, alone, strict=True):
-            reference.assert_same_bits(given, expected)
-
-    @parameterized.parameters((16, 1), (16, 4), (8, 2), (32, 2))
-    def test_one_loop_is_for_two_of_16(self, size, kept):
-        plan = Plan(size, kept, "index", "float32")
-        self.assertIsNone(twins.before_first((4, 6), plan))
-
-    @parameterized.product(
-        shape=((4, 24), (2, 3, 5), (3, 0), (7,), (2, 8, 1)),
-        size_and_kept=((16, 2), (16, 3), (16, 4), (8, 2), (12, 6), (32, 4), (64, 40)),
-        dtype=("float32", "bfloat16"),
-        value_dtype=("float32", "bfloat16", "float16"),
-    )
-    def test_placing_by_a_reduction_is_the_same(
-        self, shape, size_and_kept, dtype, value_dtype
-    ):
-        plan = Plan(*size_and_kept, "index", value_dtype)
-        x = reference.activation(0, (*shape, plan.unit * plan.size))
-        values, positions = twins.compress(jnp.asarray(x, dtype), plan)
-        plain, reduced = (
-            np.asarray(twins.decompress(values, positions, plan, dtype, by_reduction))
-            for by_reduction in (False, True)
-        )
-        reference.assert_same_bits(reduced, plain)
-
-    @parameterized.parameters(
-        ("index", 16, 3, True),
-        ("index", 64, 8, True),
-        ("index", 128, 4, False),
-        ("bitmap", 16, 3, False),
-    )
-    def test_indices_in_small_chunks_are_placed_by_a_reduction(
-        self, encoding, size, kept, expected
-    ):
-        plan = Plan(size, kept, encoding, "float32")
-        x = jax.ShapeDtypeStruct((4, 24, plan.unit * size), jnp.float32)
-        stored = jax.eval_shape(lambda x: twins.compress(x, plan), x)
-
-        def program(by_reduction):
-            decompress = functools.partial(
-                twins.decompress,
-                plan=plan,
-                dtype=jnp.float32,
-                by_reduction=by_reduction,
-            )
-            return str(jax.make_jaxpr(decompress)(*stored))
-
-        self.assertEqual(program(True) != program(False), expected)
-
-    @parameterized.parameters(
-        (AxisType.Auto, P(None, None, "model")),
-        (AxisType.Auto, P("model", None, None)),
-        (AxisType.Explicit, P(None, None, "model")),
-        (AxisType.Explicit, P("model", None, None)),
-    )
-    def test_devices_may_have_an_odd_number_of_chunks(self, axis_type, spec):
-        mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
-        x = jnp.asarray(reference.activation(0, (8, 3, 8 * 3 * 16)))
-
-        @jax.jit
-        def round_trip(x):
-            return dropit_jax.compress(x, DropIT(chunk_size=16)).decompress()
-
-        expected = np.asarray(round_trip(x))
-        with jax.set_mesh(mesh):
-            sharded = jax.device_put(x, NamedSharding(mesh, spec))
-            step = round_trip.lower(sharded).compile()
-            result = step(sharded)
-        self.assertIsNone(_MOVES.search(step.as_text()))
-        reference.assert_same_bits(np.asarray(result), expected)
 
 
 class _Traced(Exception):

@@ -1,7 +1,8 @@
 """JAX's and Flax's transformations of models with DropIT layers.
 
-`vmap`, `scan` and `checkpoint` of single operations are in `test_ops.py`, lifted
-transformations without keys in `test_linen.py`, meshes in `test_sharding.py`.
+`vmap`, `scan` and `checkpoint` of single operations are in
+`test_ops_transformations.py`, lifted transformations without keys in `test_linen.py`,
+meshes in `test_sharding.py`.
 """
 
 import collections
