@@ -1,15 +1,16 @@
 # `make train` and `make test` need Python 3.11 or newer and nothing else: each sets up
-# .venv first, with the versions in constraints.txt.
+# $(VENV) first, with the versions in constraints.txt.
 
 PYTHON ?= python3
+VENV ?= .venv
 # cpu, or cuda on a machine with an NVIDIA GPU.
 DEVICE ?= cpu
 
-PY := .venv/bin/python
-PIP := $(PY) -m pip --quiet --disable-pip-version-check
-# Beside the environment, not in it: there the plugin would complain of the missing GPU
-# at every start of JAX.
-export DROPIT_GPU_COMPILER := $(CURDIR)/.venv/gpu-compiler
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Beside the environment's packages: dropit_jax/memory/toolchain.py says why, and looks
+# for it here.
+COMPILER := $(VENV)/gpu-compiler
 ifeq ($(DEVICE),cpu)
 export JAX_PLATFORMS := cpu
 endif
@@ -17,29 +18,37 @@ endif
 .PHONY: train test lint setup clean
 
 train: setup
-	$(PY) -m train.compare --config=configs/digits_resnet18.py \
+	@$(PY) -m train.compare --config=configs/digits_resnet18.py \
 		--workdir=runs/digits$(if $(filter cuda,$(DEVICE)),-cuda)
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 
-setup: .venv/installed-$(DEVICE)
+setup: $(VENV)/installed-$(DEVICE) $(COMPILER)/installed
 
-.venv/installed-cpu .venv/installed-cuda: pyproject.toml constraints.txt
+$(VENV)/installed-cpu $(VENV)/installed-cuda: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name it with make PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[dev$(if $(filter cuda,$(DEVICE)),$(comma)cuda)]'
-	$(PIP) install -c constraints.txt --no-deps --upgrade --target .venv/gpu-compiler \
-		jax-cuda12-plugin jax-cuda12-pjrt
+	@echo "Setting up $(VENV): some minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[dev$(if $(filter cuda,$(DEVICE)),$(comma)cuda)]' \
+		> $(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log; exit 1; }
 	@touch $@
+
+# For Linux alone there is one; all else goes on without it.
+$(COMPILER)/installed: constraints.txt | $(VENV)/installed-$(DEVICE)
+	@rm -rf $(COMPILER)
+	@if $(PIP) --target $(COMPILER) jax-cuda12-plugin nvidia-cuda-nvcc-cu12 \
+		> $(VENV)/gpu-compiler.log 2>&1; then touch $@; else \
+		echo "No GPU compiler: $$(grep -m 1 ERROR $(VENV)/gpu-compiler.log);" \
+		"the memory of GPUs stays unknown"; fi
 
 comma := ,
 
 clean:
-	rm -rf .venv runs
+	rm -rf $(VENV) runs

@@ -6,11 +6,10 @@ from typing import Any, TypeVar
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from dropit_jax import inlining
+from dropit_jax.compat import Primitive, ad, batching, mlir
 from dropit_jax.partitioning import any_element
 from dropit_jax.platforms import by_platform
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
+
+from dropit_jax.compat import set_xla_metadata
 
 
 def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,9 +8,9 @@ innermost, and every pass over the groups is then a transposition.
 import functools
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Shaped
 
+from dropit_jax.compat import Layout, with_layout_constraint
 from dropit_jax.partitioning import on_every_device
 from dropit_jax.platforms import by_platform
 

@@ -3,11 +3,12 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxtyping import Array
 
+from dropit_jax import compat
 from dropit_jax.nn.norm_gradient import Across, Norm
 
 
@@ -43,10 +44,7 @@ def statistics_noted(
 ) -> contextlib.AbstractContextManager[list[tuple[Array, Array]]]:
     """Takes note of the statistics that Flax's layers compute in the context.
 
-    Computed a second time they would be the same numbers, but on a mesh of devices XLA
-    would also move them a second time. Flax has no public hook for this. Outside of the
-    context its private one does what it did; where a version has none, nothing is
-    noted.
+    Where a version of Flax has no hook for this, nothing is noted.
 
     Args:
       flax: its module of normalisations.
@@ -72,10 +70,10 @@ def _noting() -> Iterator[list[tuple[Array, Array]]]:
 
 @functools.cache
 def _let_note(flax: Any) -> None:
-    compute = getattr(flax, "_compute_stats", None)
-    if compute is None:
-        return
+    compat.wrap_flax_statistics(flax, _noted_by)
 
+
+def _noted_by(compute: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compute)
     def compute_and_note(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
         statistics: tuple[Array, Array] = compute(*args, **kwargs)
@@ -83,7 +81,7 @@ def _let_note(flax: Any) -> None:
             noted.append(statistics)
         return statistics
 
-    flax._compute_stats = compute_and_note
+    return compute_and_note
 
 
 def _groups(layer: Any, x: Array) -> int:

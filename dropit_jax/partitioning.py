@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from dropit_jax.compat import custom_partitioning
 
 # On arrays of the same leading axes; the results have them too.
 _Operation = Callable[..., Any]

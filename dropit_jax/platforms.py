@@ -11,10 +11,18 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import ClosedJaxpr, Primitive, Var, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
+
+from dropit_jax import compat
+from dropit_jax.compat import (
+    Primitive,
+    Var,
+    ad,
+    batching,
+    custom_partitioning,
+    jaxpr_as_fun,
+    mlir,
+)
 
 _Operation = Callable[..., Any]
 
@@ -92,7 +100,7 @@ class _Branch:
     mesh: Any
 
     @functools.cached_property
-    def traced(self) -> tuple[ClosedJaxpr, Any]:
+    def traced(self) -> tuple[Any, Any]:
         """The function traced, and its results' types."""
         with jax.sharding.use_abstract_mesh(self.mesh):
             return jax.make_jaxpr(self.function, return_shape=True)(*self.avals)
@@ -104,7 +112,7 @@ class _Branch:
 
 
 @functools.cache
-def _custom_partitioning() -> ClosedJaxpr:
+def _custom_partitioning() -> Any:
     """A program that is never run, of an operation with its own way of partitioning.
 
     Where JAX finds one, it lowers a step for the devices that it knows. Those of a
@@ -125,11 +133,14 @@ def _run(*operands: Array, **params: Any) -> list[Array]:
 
 def _lowered(platform: str) -> Callable[..., Any]:
     def lower(context: Any, *operands: Any, waits: int, **params: Any) -> Any:
+        if platform == "cuda":
+            compat.hush_triton()
         given = params[platform] or params["default"]
         if given is not params["cpu"]:
             context = context.replace(avals_in=context.avals_in[waits:])
             operands = operands[waits:]
-        jaxpr = given.traced[0].jaxpr
+        jaxpr = compat.open_jaxpr(given.traced[0])
+        by_variable: dict[Any, Any]
         by_variable = dict(zip(jaxpr.invars, operands, strict=True))
         if all(isinstance(v, Var) and v in by_variable for v in jaxpr.outvars):
             return [by_variable[variable] for variable in jaxpr.outvars]
@@ -152,8 +163,8 @@ def _lowered_on_cpu(
     one_cpu: _Branch | None,
     **params: Any,
 ) -> Any:
-    devices = getattr(context.module_context.axis_context, "num_devices", 0)
-    given = one_cpu if one_cpu and devices == 1 else cpu
+    alone = compat.num_devices(context) == 1
+    given = one_cpu if one_cpu and alone else cpu
     return _lowered("cpu")(context, *operands, cpu=given, one_cpu=None, **params)
 
 

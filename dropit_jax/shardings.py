@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.extend.mlir.dialects import sdy
-from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
+
+from dropit_jax import compat
+from dropit_jax.compat import Primitive, ad, batching, mlir, sdy
 
 Spec = tuple[str | tuple[str, ...] | None, ...]
 
@@ -131,7 +131,7 @@ def _batched(operands: Any, axes: Any, *, group: int) -> tuple[Array, int]:
 
 def _lowered(context: Any, x: Any, *, group: int) -> list[Any]:
     # On one device XLA would take the groups out again, in passes of their own.
-    if getattr(context.module_context.axis_context, "num_devices", 0) != 1:
+    if compat.num_devices(context) != 1:
         sdy.sharding_group(x, group)
     return [x]
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
-from jax.extend.core import get_opaque_trace_state
+
+from dropit_jax.compat import get_opaque_trace_state
 
 T = TypeVar("T")
 

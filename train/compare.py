@@ -8,11 +8,13 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import rich.console
 import rich.table
 from ml_collections import ConfigDict
 
+from dropit_jax import memory
 from train import cli, loop, measurements, plots
 from train import config as config_lib
 from train import job as job_lib
@@ -34,38 +36,34 @@ class Measurements:
         of the same layers.
       temp_bytes: what a step allocates beside arguments and results on the target.
       step_seconds: median time of a step here.
+
+    What could not be measured is `None`.
     """
 
     test_accuracy: float
-    cached_bytes: int
-    temp_bytes: int
-    step_seconds: float
+    cached_bytes: int | None
+    temp_bytes: int | None
+    step_seconds: float | None
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Compiles, times and trains both variants, and writes the comparison."""
+    """Trains both variants, measures them, and writes the comparison."""
     target, terminal = TARGET.value, Terminal()
+    memory.target_path(target)  # an unknown one is told before anything is trained
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
     job_lib.prepare(config)  # which may be told that it cannot be run
-    terminal.say(f"Compiling a step for {target} ...")
-    temp = {
-        name: measurements.allocated(variant, target).temp_bytes
-        for name, variant in variants.items()
-    }
     rows = {
         name: loop.run(variant, workdir / name, terminal)
         for name, variant in variants.items()
     }
-    terminal.say("Timing steps ...")
-    seconds = measurements.step_seconds(variants)
+    terminal.say(f"Timing steps, and compiling one for {target} ...")
+    measured = _measured(variants, target, terminal)
     results = {
         name: Measurements(
             test_accuracy=rows[name][-1]["test_accuracy"],
-            cached_bytes=measurements.cached_bytes(variant),
-            temp_bytes=temp[name],
-            step_seconds=statistics.median(seconds[name]),
+            **{what: each[name] for what, each in measured.items()},
         )
-        for name, variant in variants.items()
+        for name in variants
     }
     plots.curves(rows, workdir / "curves.png")
     summary = {name: dataclasses.asdict(result) for name, result in results.items()}
@@ -74,13 +72,60 @@ def main(config: ConfigDict, workdir: Path) -> None:
     terminal.say(f"Curves: {workdir / 'curves.png'}")
 
 
+def _measured(
+    variants: dict[str, ConfigDict], target: str, terminal: Terminal
+) -> dict[str, dict[str, Any]]:
+    """Measures each variant; says why where it cannot.
+
+    Returns:
+      For each field of `Measurements`, the value of each variant.
+    """
+
+    def cached() -> dict[str, int]:
+        return {n: measurements.cached_bytes(each) for n, each in variants.items()}
+
+    def temporary() -> dict[str, int]:
+        return {
+            name: measurements.allocated(each, target).temp_bytes
+            for name, each in variants.items()
+        }
+
+    def seconds() -> dict[str, float]:
+        times = measurements.step_seconds(variants)
+        return {name: statistics.median(each) for name, each in times.items()}
+
+    found: dict[str, dict[str, Any]] = {}
+    for measure, field, label in (
+        (cached, "cached_bytes", "What layers cache"),
+        (temporary, "temp_bytes", f"The memory of a step on {target}"),
+        (seconds, "step_seconds", "The time of a step"),
+    ):
+        try:
+            found[field] = measure()
+        except Exception as error:  # what was trained is reported
+            found[field] = dict.fromkeys(variants)
+            terminal.say(f"{label} could not be measured: {_reason(error)}")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """An error in a line: of several, the last says why."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
 def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
-    """The measurements of each variant, with their ratio to plain Flax."""
+    """The measurements of each variant, with their ratio to plain Flax.
+
+    There is no row for what could not be measured.
+    """
     flax, dropit = results[_FLAX], results[_DROPIT]
     shown = rich.table.Table("", "Flax", "DropIT", "DropIT / Flax")
 
     def add(label: str, field: str, scale: float, form: str) -> None:
         values = [getattr(result, field) for result in (flax, dropit)]
+        if None in values:
+            return
         texts = [format(value * scale, form) for value in values]
         shown.add_row(label, *texts, f"{values[1] / values[0]:.2f}")
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32, Integer, UInt32
 
+from dropit_jax.compat import pallas as pl
+from dropit_jax.compat import triton as plgpu
 from dropit_jax.kernels import plan as plans
 from dropit_jax.kernels import search
 from dropit_jax.kernels.plan import MAX_ORDERED, Plan, power_of_two

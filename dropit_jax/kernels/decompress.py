@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
+from dropit_jax.compat import pallas as pl
+from dropit_jax.compat import triton as plgpu
 from dropit_jax.kernels import plan as plans
 from dropit_jax.kernels.plan import Plan, power_of_two
 from dropit_jax.kernels.search import places

@@ -13,9 +13,7 @@ from jaxtyping import Array, Float, Shaped
 from dropit_jax import inlining
 from dropit_jax.kernels import plan as plans
 from dropit_jax.kernels import twins
-from dropit_jax.kernels.compress import compress as _compress
-from dropit_jax.kernels.decompress import decompress as _decompress
-from dropit_jax.kernels.gpu_mesh import for_a_gpu
+from dropit_jax.kernels.on_gpu import kernel_or_twin
 from dropit_jax.kernels.plan import Plan
 from dropit_jax.kernels.twins import Positions
 from dropit_jax.partitioning import on_every_device
@@ -34,8 +32,8 @@ def compress(
 
     It has no gradient: what is kept is what a gradient is computed from.
     """
-    kernel = for_a_gpu(functools.partial(_compress, plan=plan))
     twin = functools.partial(twins.compress, plan=plan)
+    kernel = kernel_or_twin(functools.partial(_compress_kernel, plan=plan), twin)
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
@@ -68,8 +66,10 @@ def decompress(
 def _decompress_differentiably(
     plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
 ) -> Array:
-    kernel = for_a_gpu(functools.partial(_decompress, plan=plan, dtype=dtype))
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
+    kernel = kernel_or_twin(
+        functools.partial(_decompress_kernel, plan=plan, dtype=dtype), twin
+    )
     if not _within_reach(plan, values):
         return twin(values, positions)
     operation = by_platform(
@@ -100,6 +100,21 @@ def _decompress_backward(
 
 
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
+
+
+# These import Pallas, which takes long, where a program for a GPU is made.
+def _compress_kernel(x: Array, plan: Plan) -> Any:
+    from dropit_jax.kernels import compress  # noqa: PLC0415
+
+    return compress.compress(x, plan)
+
+
+def _decompress_kernel(
+    values: Array, positions: Array, plan: Plan, dtype: jnp.dtype
+) -> Array:
+    from dropit_jax.kernels import decompress  # noqa: PLC0415
+
+    return decompress.decompress(values, positions, plan, dtype)
 
 
 def _compress_call(plan: Plan, alone: bool = False) -> _Operation:

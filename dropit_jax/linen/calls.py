@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array
 
-from dropit_jax import hooks, ops, products, sharing
+from dropit_jax import compat, hooks, ops, products, sharing
 from dropit_jax.linen import parameters
 from dropit_jax.policy import DropIT, check_policy
 
@@ -66,7 +66,7 @@ def is_layer_call(context: Any) -> bool:
       context: `flax.linen.module.InterceptorContext`.
     """
     module = context.module
-    if is_product() or context.orig_method.func not in FLAX_CALLS:
+    if is_product() or compat.flax_function(context) not in FLAX_CALLS:
         return False
     names = (hook for layer, hook, _ in _HOOKED if isinstance(module, layer))
     return not any(_caches(getattr(module, hook)) for hook in names)
@@ -171,8 +171,7 @@ def _key(module: nn.Module, dropit: DropIT, inputs: Any) -> Array | None:
     """
     if not (dropit.needs_key and module.has_rng("dropit")):
         return None
-    scope: Any = module.scope
-    stream = scope.rngs["dropit"].rng  # one and the same array in all layers
+    stream = compat.flax_stream(module.scope, "dropit")
     return sharing.once(
         lambda: module.make_rng("dropit"), (inputs, stream), "a layer's key"
     )

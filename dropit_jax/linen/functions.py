@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 from flax.linen import activation, pooling
-from jax.extend.core import Var
 from jaxtyping import Array
 
 from dropit_jax import hooks
 from dropit_jax import nn as compact
+from dropit_jax.compat import Var, open_jaxpr
 
 # What caches a bit or an index, and what 8 bits. `swish` is `silu`.
 _ONE_BIT = ("relu", "relu6", "leaky_relu", "max_pool")
@@ -209,7 +209,7 @@ def kept_bytes(
         _, pullback = jax.vjp(of_floating, {i: arrays[i] for i in floating})
         return pullback
 
-    jaxpr = jax.make_jaxpr(residual)(shapes).jaxpr
+    jaxpr = open_jaxpr(jax.make_jaxpr(residual)(shapes))
     kept = {v for v in jaxpr.outvars if isinstance(v, Var)}
     if not arguments:
         kept -= set(jaxpr.invars)

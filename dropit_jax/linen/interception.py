@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array
 
-from dropit_jax import matching, presets, products
+from dropit_jax import compat, matching, presets, products
 from dropit_jax.linen import calls, functions, model_call, parts, report, tools
 from dropit_jax.linen.model_call import ModelCall
 from dropit_jax.linen.report import InterceptedLayer, Unreached
@@ -373,7 +373,7 @@ def _functions_caught(context: Any) -> Iterator[None]:
     decisions = tuple(_taker(bits, path) is not None for bits in (1, 8))
     with (
         _traced_within((*(each.key for each in every), decisions)),
-        functions.catching(caller, context.module, context.orig_method.func),
+        functions.catching(caller, context.module, compat.flax_function(context)),
     ):
         yield
 
@@ -388,7 +388,7 @@ def _tell_of_unreached(context: Any) -> None:
     own = parts.with_own_call(context)
     if own is not None and not any(each.saw(path) for each in _interceptions.get()):
         found.append((own, kind, "a __call__ of its own"))
-    hidden = functions.out_of_reach(module, context.orig_method.func)
+    hidden = functions.out_of_reach(module, compat.flax_function(context))
     found += [(caught.bits, caught.name, where) for caught, where in hidden]
     for what, name, why in found:
         if (taker := _taker(what, path)) is not None:

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import flax.linen as nn
 from flax.core import Scope
-from flax.linen import transforms
 from jaxtyping import Array
+
+from dropit_jax import compat
 
 
 @dataclasses.dataclass
@@ -102,14 +103,13 @@ class Decider(Protocol):
 def tell_paths_to_jit(decider: Callable[[], Decider]) -> None:
     """Lets `nn.jit` know modules of different paths apart while layers are replaced.
 
-    It keeps a trace for all modules that are alike, and a trace holds what was decided
-    for the path that it was made with. Flax has no public hook for this; outside of
-    `intercept` the private one does what it did.
+    A trace that it keeps holds what was decided for the path that it was made with.
+    Outside of `intercept` the proxies do what they did.
 
     Args:
       decider: gives the innermost interception that there is, in a call of a model.
     """
-    proxies: Any = transforms._HashableProxy
+    proxies = compat.flax_jit_proxies()
     plain = proxies.from_module
 
     def from_module(module: nn.Module) -> Any:

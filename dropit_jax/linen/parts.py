@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dropit_jax import hooks
+from dropit_jax import compat, hooks
 from dropit_jax import nn as compact
 from dropit_jax.linen import calls, functions, norms, stochastic
 
@@ -63,7 +63,7 @@ def part(context: Any) -> Part | None:
     Args:
       context: as in `calls.is_layer_call`.
     """
-    call = context.orig_method.func
+    call = compat.flax_function(context)
     found = next((each for each in PARTS if call in each.calls), None)
     is_twin = found is not None and isinstance(context.module, found.twins)
     return None if is_twin else found
@@ -75,7 +75,7 @@ def without_twin(context: Any) -> int | None:
     Args:
       context: as in `calls.is_layer_call`.
     """
-    if not str(context.orig_method.func.__module__).startswith("flax."):
+    if not str(compat.flax_function(context).__module__).startswith("flax."):
         return None
     for kind, method, bits in _WITHOUT_TWIN:
         if isinstance(context.module, kind) and context.method_name == method:
@@ -93,7 +93,7 @@ def with_own_call(context: Any) -> nn.Module | int | None:
       One of `calls.LAYERS`, without a policy of its own, or the bits of another `Part`.
       Whether the call comes to Flax's nobody knows before.
     """
-    module, call = context.module, context.orig_method.func
+    module, call = context.module, compat.flax_function(context)
     if context.method_name != "__call__" or call in calls.FLAX_CALLS:
         return None
     if isinstance(module, calls.LAYERS):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from dropit_jax import compat
 from dropit_jax.nn.recompute import recompute
 from dropit_jax.presets import Preset, Remat
 
@@ -70,12 +71,12 @@ def recomputed(block: type[nn.Module]) -> type[nn.Module]:
         # Outside of the scope, which must not be reached from a function of arrays.
         plain, mutable = self.clone(parent=None), self.scope.mutable
         # How many random numbers the block has drawn, so that it goes on from there.
-        before, after = _copied(self.scope.rng_counters), {}
+        before, after = _copied(compat.flax_counters(self.scope)), {}
 
         def counted(module: Any, *args: Any, **kwargs: Any) -> Any:
-            module.scope.rng_counters = _copied(before)
+            compat.set_flax_counters(module.scope, _copied(before))
             out = call(module, *args, **kwargs)
-            after.update(_copied(module.scope.rng_counters))
+            after.update(_copied(compat.flax_counters(module.scope)))
             return out
 
         def run(
@@ -96,7 +97,7 @@ def recomputed(block: type[nn.Module]) -> type[nn.Module]:
 
         rngs = dict(self.scope.rngs)
         out, updates = recompute(run, x, self.variables, rngs, arrays)
-        self.scope.rng_counters.update(after)
+        compat.flax_counters(self.scope).update(after)
         for collection, values in updates.items():
             for name, value in values.items():
                 self.put_variable(collection, name, value)

@@ -8,15 +8,20 @@ differentiation keeps, before any compiler.
 from dropit_jax.memory.batches import BatchPlan, NoBatchFitsError, max_batch
 from dropit_jax.memory.buffers import Buffer
 from dropit_jax.memory.cached import cached_bytes
-from dropit_jax.memory.devices import TargetError, device_bytes, targets
-from dropit_jax.memory.gpu_compiler import memory_stats
-from dropit_jax.memory.report import (
-    COMPILER_PATH_VARIABLE,
-    CompileReport,
-    CompilerError,
-    compile_report,
+from dropit_jax.memory.devices import (
+    TargetError,
+    device_bytes,
+    target_path,
+    targets,
 )
+from dropit_jax.memory.gpu_compiler import memory_stats
+from dropit_jax.memory.report import CompileReport, compile_report
 from dropit_jax.memory.residuals import SavedResidual, SavedResiduals, saved_residuals
+from dropit_jax.memory.toolchain import (
+    COMPILER_PATH_VARIABLE,
+    CompilerError,
+    CompilerMissingError,
+)
 
 __all__ = [
     "COMPILER_PATH_VARIABLE",
@@ -24,6 +29,7 @@ __all__ = [
     "Buffer",
     "CompileReport",
     "CompilerError",
+    "CompilerMissingError",
     "NoBatchFitsError",
     "SavedResidual",
     "SavedResiduals",
@@ -34,5 +40,6 @@ __all__ = [
     "max_batch",
     "memory_stats",
     "saved_residuals",
+    "target_path",
     "targets",
 ]

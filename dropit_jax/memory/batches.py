@@ -7,7 +7,8 @@ from typing import Any
 
 from dropit_jax.memory import search
 from dropit_jax.memory.devices import TargetError, device_bytes
-from dropit_jax.memory.report import CompileReport, CompilerError, compile_report
+from dropit_jax.memory.report import CompileReport, compile_report
+from dropit_jax.memory.toolchain import CompilerError
 
 # A step, its abstract arguments, and the arguments whose memory it may take over.
 Step = tuple[Callable[..., Any], Sequence[Any], int | Sequence[int]]

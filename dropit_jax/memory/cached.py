@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, Var, jaxprs_in_params
 
+from dropit_jax.compat import CUSTOM_VJP, Jaxpr, Var, jaxprs_in_params, open_jaxpr
 from dropit_jax.products import RESIDUAL_NAME
 
 
@@ -20,7 +20,7 @@ def cached_bytes(fn: Callable[..., Any], *abstract_args: Any) -> int:
       fn: a function that differentiates, such as a training step.
       *abstract_args: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
     """
-    jaxpr = jax.make_jaxpr(fn)(*abstract_args).jaxpr
+    jaxpr = open_jaxpr(jax.make_jaxpr(fn)(*abstract_args))
     return _named_bytes(jaxpr, RESIDUAL_NAME)[0]
 
 
@@ -38,7 +38,7 @@ def _named_bytes(jaxpr: Jaxpr, name: str) -> tuple[int, list[bool]]:
         for inner in jaxprs_in_params(equation.params):
             nbytes, inputs_read = _named_bytes(inner, name)
             total += repeats * nbytes
-            if equation.primitive.name == "custom_vjp_call":
+            if equation.primitive.name == CUSTOM_VJP:
                 # It is not differentiated: what only its forward rule reads is not.
                 inputs = inputs_read
         read |= {

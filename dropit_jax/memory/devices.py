@@ -15,7 +15,7 @@ def targets() -> list[str]:
     return sorted(path.stem for path in _DESCRIPTIONS.glob("*.textproto"))
 
 
-def find(target: str | Path) -> Path:
+def target_path(target: str | Path) -> Path:
     """The description of a GPU, given its name or that very path.
 
     Raises:
@@ -41,7 +41,7 @@ def device_bytes(target: str | Path) -> int:
     Raises:
       TargetError: the target is unknown, or its description does not say.
     """
-    description = find(target)
+    description = target_path(target)
     size = re.search(r"device_memory_size: *(\d+)", description.read_text())
     if size is None:
         raise TargetError(f"{description} states no device_memory_size.")

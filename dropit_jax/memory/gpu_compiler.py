@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 from jax import export
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+
+from dropit_jax.compat import topologies
 
 # The options by which the compiler leaves notes.
 NOTES_OPTIONS = ("xla_dump_to", "xla_dump_hlo_as_text")

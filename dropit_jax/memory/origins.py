@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
+
+from dropit_jax import compat
+from dropit_jax.compat import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
 # What no operation makes.
 ARGUMENT, CONSTANT = "argument", "constant"
@@ -135,10 +137,11 @@ def _find_outside(
         return frame.origin(variable, ARGUMENT, name)
     index = inputs.index(variable)
     if call.primitive.name == "scan":
-        number = index - call.params["num_consts"]
+        constants, carries = compat.scan_counts(call)
+        number = index - constants
         if number < 0 or variable in carried:  # the same in each step
             return frame.origin(variable, "scan", name)
-        if number < call.params["num_carry"]:
+        if number < carries:
             # What the step before returned: another array than what this one does.
             result = frame.jaxpr.outvars[number]
             before = _find(result, frame, name, (*carried, variable))

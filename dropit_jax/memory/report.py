@@ -6,9 +6,7 @@ before JAX starts.
 """
 
 import dataclasses
-import importlib.machinery
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,13 +17,9 @@ from typing import Any
 import jax
 from jax import export
 
-from dropit_jax.memory import buffers, devices, flops, gpu_compiler, hlo
+from dropit_jax.memory import buffers, devices, flops, gpu_compiler, hlo, toolchain
 from dropit_jax.memory.buffers import Buffer
-
-# A directory that holds JAX's CUDA plugin where the environment itself does not:
-# installed beside other packages, the plugin reports at every start of JAX on a machine
-# without a GPU that it found none.
-COMPILER_PATH_VARIABLE = "DROPIT_GPU_COMPILER"
+from dropit_jax.memory.toolchain import CompilerError
 
 # Autotuning times kernels, which takes the device; without the second flag matrix
 # products of some odd shapes do not compile.
@@ -68,10 +62,6 @@ class CompileReport:
         return self.argument_bytes + results + self.temp_bytes
 
 
-class CompilerError(RuntimeError):
-    """The GPU compiler is missing or failed."""
-
-
 def compile_report(
     step: Callable[..., Any],
     *abstract_args: Any,
@@ -98,7 +88,9 @@ def compile_report(
       ValueError: `donate` names an argument that there is not, or `compiler_options`
         what the report sets itself.
       TargetError: the target is unknown.
-      CompilerError: the CUDA plugin is missing, or the compilation failed.
+      CompilerMissingError: XLA's GPU compiler is not installed; the message has the
+        command for it.
+      CompilerError: the compilation failed.
     """
     donate = _donated_arguments(donate, len(abstract_args))
     options = dict(compiler_options or {})
@@ -112,7 +104,7 @@ def compile_report(
             compiled = gpu_compiler.compile_with_notes(lowered, directory, options)
             stats = gpu_compiler.memory_stats(compiled)
         else:
-            description = devices.find(target)
+            description = devices.target_path(target)
             name, names = description.stem, _names(abstract_args)
             stats = _compile_apart(
                 step, abstract_args, donate, description, directory, options
@@ -142,11 +134,9 @@ def _compile_apart(
     options: dict[str, str | bool],
 ) -> dict[str, int]:
     """Compiles in a process, which leaves its notes in the directory."""
-    environment = _compiler_environment()
+    environment = toolchain.find().environment(_XLA_FLAGS)
     program, donated = _exported(step, abstract_args, donate)
-    # By its path, as the package's own imports would take longer than JAX's; -P, as
-    # the files beside it are no top-level modules.
-    command = [sys.executable, "-P", gpu_compiler.__file__]
+    command = [sys.executable, "-P", "-m", gpu_compiler.__name__]
     command += [str(description), json.dumps(donated), directory, json.dumps(options)]
     done = subprocess.run(
         command, input=program, env=environment, capture_output=True, check=False
@@ -158,31 +148,6 @@ def _compile_apart(
         )
     stats: dict[str, int] = json.loads(done.stdout)
     return stats
-
-
-def _compiler_environment() -> dict[str, str]:
-    """The environment of the process that compiles.
-
-    Raises:
-      CompilerError: there is no CUDA plugin in it.
-    """
-    extra = os.environ.get(COMPILER_PATH_VARIABLE)
-    path = [entry or str(Path.cwd()) for entry in sys.path]
-    path = [extra, *path] if extra else path
-    find = importlib.machinery.PathFinder.find_spec
-    if not any(find(f"jax_cuda{n}_plugin", path) for n in (12, 13)):
-        raise CompilerError(
-            "Compiling for a GPU takes JAX's CUDA plugin (no GPU and no CUDA needed): "
-            f'pip install "jax-cuda12-plugin=={jax.__version__}"'
-        )
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": _XLA_FLAGS,
-        "PYTHONPATH": os.pathsep.join(path),
-        # What comes from a cache leaves no notes.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
-    return os.environ | settings
 
 
 def _exported(

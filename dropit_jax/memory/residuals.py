@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Var
-from jax.interpreters import partial_eval
 
+from dropit_jax.compat import Var, dce_jaxpr, open_jaxpr
 from dropit_jax.memory import origins, scopes
 
 
@@ -103,7 +102,7 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> SavedResiduals:
 
         return pullback.take_apart(*jax.vjp(of_given, *[leaves[i] for i in given]))
 
-    jaxpr = jax.make_jaxpr(forward)(*leaves).jaxpr
+    jaxpr = open_jaxpr(jax.make_jaxpr(forward)(*leaves))
     avals = [variable.aval for variable in jaxpr.outvars]
     read = [
         variable
@@ -129,8 +128,8 @@ class _Pullback:
 
     def reads(self, avals: Sequence[Any]) -> list[bool]:
         """Of each residual of these types, whether the backward pass reads it."""
-        jaxpr = jax.make_jaxpr(self._call)(avals, self._floating()).jaxpr
-        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        jaxpr = open_jaxpr(jax.make_jaxpr(self._call)(avals, self._floating()))
+        _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         return used[: len(avals)]
 
     def _floating(self) -> list[Any]:

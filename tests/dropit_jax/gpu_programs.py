@@ -10,6 +10,6 @@ def compiled(function, args, target="h100", options=None):
     """The memory statistics and the text of a compiled program."""
     with tempfile.TemporaryDirectory() as directory:
         stats = report._compile_apart(
-            function, args, (), devices.find(target), directory, options or {}
+            function, args, (), devices.target_path(target), directory, options or {}
         )
         return stats, Path(directory, gpu_compiler.PROGRAM_FILE).read_text()

@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 import dropit_jax
 from dropit_jax import DropIT
-from dropit_jax.kernels import Plan, dispatch, twins
+from dropit_jax.kernels import dispatch, twins
 from dropit_jax.kernels.compress import compress
 from dropit_jax.kernels.decompress import decompress
+from dropit_jax.kernels.plan import Plan
 from dropit_jax.partitioning import on_every_device
 from tests.dropit_jax import gpu_programs, reference
 

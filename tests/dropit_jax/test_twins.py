@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax.kernels import Plan, twins
+from dropit_jax.kernels import twins
+from dropit_jax.kernels.plan import Plan
 from tests.dropit_jax import reference
 
 

@@ -1,0 +1,221 @@
+"""Everything private or experimental of JAX and Flax that the library uses.
+
+No other file of the library reaches past their public interfaces;
+`tests/dropit_jax/test_compat.py` sees to it, and fails with the name of what is gone.
+Each entry says why it is needed, and what takes its place.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+# Tells XLA how to share out a kernel. `jax.shard_map` does where the axes of a mesh are
+# Explicit or Manual; of Auto ones XLA has to be told.
+from jax.experimental.custom_partitioning import custom_partitioning
+
+# Lays an array out in a GPU's memory. Nothing else does so inside of a function.
+from jax.experimental.layout import Layout, with_layout_constraint
+
+# Marks a call as not to be inlined. Nothing else reaches XLA's CPU compiler.
+from jax.experimental.xla_metadata import set_xla_metadata
+
+# `jax.extend` is where JAX wants extensions to take these from, and promises little:
+# traced programs, which `memory` reads and `platforms` holds (`jaxprs_in_params` gives
+# open ones, whatever a version of JAX keeps in the parameters of an equation); the
+# state that tells two traces apart, so that no array leaks; and primitives, as
+# `jax.lax.platform_dependent` leaves a choice in the program that XLA takes apart in
+# every layer anew. `jax.experimental.hijax` may take the place of primitives.
+from jax.extend.core import (
+    Jaxpr,
+    JaxprEqn,
+    Primitive,
+    Var,
+    get_opaque_trace_state,
+    jaxpr_as_fun,
+    jaxprs_in_params,
+)
+
+# Groups of arrays that are sharded alike: `jax.experimental.shard_alike` takes pairs.
+from jax.extend.mlir.dialects import sdy
+
+# The rules of our primitives.
+from jax.interpreters import ad, batching, mlir
+
+# Tells which residuals a backward pass reads.
+from jax.interpreters.partial_eval import dce_jaxpr
+
+__all__ = [
+    "CUSTOM_VJP",
+    "Jaxpr",
+    "JaxprEqn",
+    "Layout",
+    "Primitive",
+    "Var",
+    "ad",
+    "batching",
+    "custom_partitioning",
+    "dce_jaxpr",
+    "flax_counters",
+    "flax_function",
+    "flax_jit_proxies",
+    "flax_stream",
+    "get_opaque_trace_state",
+    "has_triton",
+    "hush_triton",
+    "jaxpr_as_fun",
+    "jaxprs_in_params",
+    "mlir",
+    "num_devices",
+    "open_jaxpr",
+    "scan_counts",
+    "sdy",
+    "set_flax_counters",
+    "set_xla_metadata",
+    "with_layout_constraint",
+    "wrap_flax_statistics",
+]
+
+# Modules that take long to import, or may be gone: attributes of this module all the
+# same. `topologies` describes GPUs that are not there. `pallas` writes kernels, and
+# `triton` is its backend for GPUs, deprecated from JAX 0.12 on: `has_triton`.
+_LAZY = {
+    "pallas": "jax.experimental.pallas",
+    "topologies": "jax.experimental.topologies",
+    "triton": "jax.experimental.pallas.triton",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(_LAZY[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The primitive of a function with a backward rule of its own. It says of a traced
+# function that it is not differentiated.
+CUSTOM_VJP = "custom_vjp_call"
+
+
+def open_jaxpr(closed: Any) -> Jaxpr:
+    """The program that `jax.make_jaxpr` made, without its constants.
+
+    From JAX 0.11 on there is one class for both, and the attribute is to go.
+    """
+    return getattr(closed, "jaxpr", closed)
+
+
+def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a `scan` are constants, and how many are carried.
+
+    JAX 0.11 put one tree of the operands, `ft_in`, in place of the two counts.
+    """
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carried, _ = params["ft_in"].update(range(len(equation.invars))).unpack()
+    return len(list(consts)), len(list(carried))
+
+
+def num_devices(context: mlir.LoweringRuleContext) -> int:
+    """For how many devices a program is lowered; 0 if that is not known yet.
+
+    On one device there is nothing to share out. JAX tells a lowering rule nowhere else.
+    """
+    return getattr(context.module_context.axis_context, "num_devices", 0)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether this JAX has Pallas's Triton backend; once, a warning if not.
+
+    Mosaic GPU, which JAX names as its successor, cannot take its place here:
+    docs/performance.md says why.
+    """
+    if importlib.util.find_spec(_LAZY["triton"]) is not None:
+        return True
+    logging.getLogger("dropit_jax").warning(
+        "This JAX has no Triton backend of Pallas: on GPUs DropIT compresses by plain "
+        "JAX operations, which is slower."
+    )
+    return False
+
+
+def hush_triton() -> None:
+    """Ignores the warning that JAX 0.12 gives wherever a Triton kernel is lowered.
+
+    A user can do nothing about it, and `has_triton` deals with the removal. It is a
+    filter for this one message, as JAX lowers some kernels in a call of XLA's, where no
+    context of ours is around.
+    """
+    warnings.filterwarnings(
+        "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+    )
+
+
+# The parts of Flax below are reached for by `intercept` and `nnx.apply`, which change
+# models from outside: `linen.intercept_methods` alone is public.
+
+
+def flax_function(context: Any) -> Callable[..., Any]:
+    """The function that Flax wrapped as the method that an interceptor is told of.
+
+    By it a method of Flax's own is told from one that overrides it.
+
+    Args:
+      context: `flax.linen.module.InterceptorContext`.
+    """
+    return context.orig_method.func
+
+
+def flax_jit_proxies() -> Any:
+    """The class by whose instances `flax.linen.jit` tells modules apart.
+
+    It keeps a trace for all modules that are alike, and a trace holds what was decided
+    for the path that it was made with.
+    """
+    from flax.linen import transforms  # noqa: PLC0415  # not all users have Flax models
+
+    return transforms._HashableProxy
+
+
+def wrap_flax_statistics(
+    normalization: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Wraps the function that computes the statistics of Flax's norm layers.
+
+    Computed a second time they would be the same numbers, but on a mesh of devices XLA
+    would also move them a second time. Does nothing where a version has no such
+    function.
+
+    Args:
+      normalization: the module of linen or of nnx.
+      wrap: takes the function, and gives what is to be in its place.
+    """
+    compute = getattr(normalization, "_compute_stats", None)
+    if compute is not None:
+        normalization._compute_stats = wrap(compute)
+
+
+def flax_stream(scope: Any, name: str) -> Any:
+    """The key that a scope of linen draws the numbers of an RNG stream from.
+
+    It is one array for all layers, by which they are known to share a stream.
+    """
+    return scope.rngs[name].rng
+
+
+def flax_counters(scope: Any) -> dict[Any, Any]:
+    """How many random numbers a scope of linen has drawn from each stream.
+
+    A block that runs again, in a scope of its own, has to go on from there.
+    """
+    return scope.rng_counters
+
+
+def set_flax_counters(scope: Any, counters: dict[Any, Any]) -> None:
+    """Sets what `flax_counters` gives."""
+    scope.rng_counters = counters

@@ -1,0 +1,190 @@
+"""Finds XLA's GPU compiler: JAX's CUDA plugin, and the files of CUDA that it reads.
+
+Neither a GPU nor an installed CUDA is needed. The compiler lies beside the packages of
+an environment, not among them: there the plugin would report at every start of JAX, on
+a machine without a GPU, that it found none.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+import site
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+# Names the only directory to look into.
+COMPILER_PATH_VARIABLE = "DROPIT_GPU_COMPILER"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Release:
+    """JAX's plugin for one release of CUDA.
+
+    Attributes:
+      package: the plugin's.
+      cuda_packages: NVIDIA's, which bring the files of CUDA.
+      cuda: where these put them.
+    """
+
+    package: str
+    cuda_packages: tuple[str, ...]
+    cuda: Path
+
+    @property
+    def module(self) -> str:
+        """The plugin's top-level module."""
+        return self.package.replace("-", "_")
+
+
+_RELEASES = (
+    _Release(
+        "jax-cuda12-plugin", ("nvidia-cuda-nvcc-cu12",), Path("nvidia", "cuda_nvcc")
+    ),
+    _Release(
+        "jax-cuda13-plugin", ("nvidia-cuda-nvcc", "nvidia-nvvm"), Path("nvidia", "cu13")
+    ),
+)
+_PIP = "pip install --upgrade"
+_JAXLIB = metadata.version("jaxlib")
+
+# The assembler, and the library of mathematical functions.
+_CUDA_FILES = (Path("bin", "ptxas"), Path("nvvm", "libdevice", "libdevice.10.bc"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plugin:
+    """A plugin that is installed in a directory."""
+
+    release: _Release
+    directory: Path
+    version: str
+
+
+class CompilerError(RuntimeError):
+    """The GPU compiler failed."""
+
+
+class CompilerMissingError(CompilerError):
+    """The GPU compiler, or a part of it, is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Toolchain:
+    """An installed GPU compiler.
+
+    Attributes:
+      plugin: the directory that holds JAX's plugin.
+      cuda: the directory that holds `bin/ptxas` and `nvvm/libdevice`.
+    """
+
+    plugin: Path
+    cuda: Path
+
+    def environment(self, xla_flags: str) -> dict[str, str]:
+        """Returns the environment variables of a process that compiles.
+
+        It sees no other CUDA: else JAX would take one from `CUDA_ROOT`, and XLA its
+        `nvlink` from `PATH`.
+
+        Args:
+          xla_flags: options of XLA, in place of those of this process.
+        """
+        return os.environ | {
+            "CUDA_ROOT": str(self.cuda),
+            "PATH": str(self.cuda / "bin"),
+            "XLA_FLAGS": f"{xla_flags} --xla_gpu_cuda_data_dir={self.cuda}",
+            "PYTHONPATH": os.pathsep.join([str(self.plugin), *_import_path()]),
+            "JAX_PLATFORMS": "cpu",
+            # A program from a cache leaves no notes.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
+
+
+def find() -> Toolchain:
+    """Returns the GPU compiler that belongs to the installed JAX.
+
+    Looks into the directory that `DROPIT_GPU_COMPILER` names; if it names none, into
+    `gpu-compiler` beside this environment, then into the environment itself.
+
+    Raises:
+      CompilerMissingError: a part of it is not installed. The message is one sentence,
+        and the command that installs that part.
+    """
+    directories = list(_directories())
+    plugins = [
+        _Plugin(release, directory, version)
+        for release in _RELEASES
+        for directory in directories
+        if (version := _version(release, directory)) is not None
+    ]
+    for plugin in filter(_fits, plugins):
+        for directory in directories:
+            cuda = directory / plugin.release.cuda
+            if all((cuda / file).is_file() for file in _CUDA_FILES):
+                return Toolchain(plugin.directory, cuda)
+    raise CompilerMissingError(_missing(plugins))
+
+
+def _missing(plugins: Sequence[_Plugin]) -> str:
+    """Says which part is not installed, and the command that installs it."""
+    for plugin in filter(_fits, plugins):
+        packages = " ".join(plugin.release.cuda_packages)
+        return (
+            f"XLA's GPU compiler in {plugin.directory} lacks NVIDIA's ptxas and "
+            f"libdevice: {_PIP} --target {_target()} {packages}"
+        )
+    release = _RELEASES[0]
+    packages = " ".join((f"{release.package}=={_JAXLIB}", *release.cuda_packages))
+    command = f"{_PIP} --target {_target()} {packages}"
+    for plugin in plugins:
+        return (
+            f"XLA's GPU compiler in {plugin.directory} is of JAX {plugin.version}, and "
+            f"this is JAX {_JAXLIB}: {command}"
+        )
+    return (
+        "XLA's GPU compiler is not installed; it needs Linux, but neither a GPU nor "
+        f"CUDA: {command}"
+    )
+
+
+def _target() -> str:
+    """The directory to install into, as a shell takes it."""
+    return shlex.quote(str(next(_directories())))
+
+
+def _directories() -> Iterator[Path]:
+    """The directories to look into, in order; into the first one may be written."""
+    if named := os.environ.get(COMPILER_PATH_VARIABLE):
+        yield Path(named).absolute()
+        return
+    roots = sorted((sys.prefix, site.getuserbase()), key=_is_read_only)
+    yield from (Path(root, "gpu-compiler") for root in roots)
+    yield from map(Path, _import_path())
+
+
+def _is_read_only(directory: str) -> bool:
+    return not os.access(directory, os.W_OK)
+
+
+def _import_path() -> list[str]:
+    return [entry or str(Path.cwd()) for entry in sys.path]
+
+
+def _version(release: _Release, directory: Path) -> str | None:
+    """The version of the plugin in a directory; `None`: it is not there."""
+    if not (directory / release.module).is_dir():
+        return None
+    installed = metadata.Distribution.discover(
+        name=release.package, path=[str(directory)]
+    )
+    return next((each.version for each in installed), "unknown")
+
+
+def _fits(plugin: _Plugin) -> bool:
+    """Whether JAX takes this plugin: its version has the numbers of jaxlib's."""
+    numbers = (re.match(r"[\d.]*\d", v) for v in (plugin.version, _JAXLIB))
+    found, wanted = (each and each[0] for each in numbers)
+    return found is not None and found == wanted
