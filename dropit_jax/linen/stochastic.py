@@ -47,7 +47,8 @@ def compact(
     still = nn.merge_param("deterministic", module.deterministic, deterministic)
     x = jnp.asarray(inputs)
     floating = jnp.issubdtype(x.dtype, jnp.floating)
-    if still or module.rate in (0.0, 1.0) or not floating:
+    # In Flax's order: `still` may be traced where the rate is 0.
+    if module.rate == 0.0 or still or module.rate == 1.0 or not floating:
         return method(inputs, deterministic, rng)
     key: jax.Array = module.make_rng(module.rng_collection) if rng is None else rng
     return dropout(x, module.rate, key, broadcast_dims=tuple(module.broadcast_dims))

@@ -27,10 +27,12 @@ class Dropout(nnx.Dropout):
         still = self.deterministic if deterministic is None else deterministic
         source = self.rngs if rngs is None else rngs
         x = jnp.asarray(inputs)
+        # In Flax's order: `still` may be traced where the rate is 0.
         if (
-            still
+            self.rate == 0.0
             or still is None
-            or self.rate in (0.0, 1.0)
+            or still
+            or self.rate == 1.0
             or not isinstance(source, nnx.Rngs | nnx.RngStream | jax.Array)
             or not jnp.issubdtype(x.dtype, jnp.floating)
         ):

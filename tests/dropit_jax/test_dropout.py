@@ -1,3 +1,4 @@
+import contextlib
 import functools
 
 import chex
@@ -8,6 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
@@ -160,6 +162,46 @@ class TransformationsTest(parameterized.TestCase):
             self.assertNotRegex(compiled.as_text(), "all-|collective|reduce-scatter")
             actual = jax.device_get(compiled(sharded))
         chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+class TracedTest(parameterized.TestCase):
+    """`deterministic` as an array, as `flax.linen.remat` makes it.
+
+    Flax looks at the rate first, and never at it where nothing is dropped.
+    """
+
+    @parameterized.parameters(nn, dropit_jax.linen)
+    def test_nothing_is_dropped_in_linen(self, layers):
+        x = jnp.arange(12.0).reshape(3, 4)
+
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, deterministic):
+                return layers.Dropout(0.0)(jnp.sin(x), deterministic=deterministic)
+
+        block = nn.remat(Block)()
+        for preset in (None, "dropit"):
+            context = contextlib.nullcontext()
+            if preset is not None:
+                context = dropit_jax.linen.intercept(preset)
+            with context:
+                dropped = jax.jit(lambda x, still: block.apply({}, x, still))(x, False)
+            chex.assert_trees_all_close(dropped, jnp.sin(x), rtol=1e-6)
+
+    def test_nothing_is_dropped_in_nnx(self):
+        x = jnp.arange(12.0).reshape(3, 4)
+        for layers in (nnx, dropit_jax.nnx):
+            layer = layers.Dropout(0.0)
+            run = jax.jit(lambda x, still, f=layer: f(x, deterministic=still))
+            chex.assert_trees_all_equal(run(x, False), x)
+
+    def test_with_a_rate_it_is_flaxs_error(self):
+        x = jnp.ones((3, 4))
+        for layers in (nn, dropit_jax.linen):
+            layer = layers.Dropout(1.0)
+            run = jax.jit(lambda x, still, f=layer: f.apply({}, x, deterministic=still))
+            with pytest.raises(jax.errors.TracerBoolConversionError):
+                run(x, False)
 
 
 class NamesTest(parameterized.TestCase):

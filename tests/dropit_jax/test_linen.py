@@ -75,6 +75,8 @@ _EINSUMS = (
     ({"shape": (4, 8, 6), "einsum_str": "bhd,hde->bhe"}, (2, 4, 8)),
     ({"shape": (16, 3), "einsum_str": "...d,de->...e", "use_bias": False}, (2, 5, 16)),
     ({"shape": (16, 8), "einsum_str": "db, df -> bf"}, (16, 3)),
+    ({"shape": (7, 6), "einsum_str": " ab c , c d - > a b d"}, (3, 4, 7)),
+    ({"shape": (7, 6), "einsum_str": "abc,cd- >abd", "use_bias": False}, (3, 4, 7)),
     ({"shape": (16, 8), "einsum_str": "bd,df->bf", "dtype": jnp.bfloat16}, (4, 16)),
     (
         {"shape": (16, 8), "einsum_str": "bd,df->bf", "param_dtype": jnp.bfloat16},

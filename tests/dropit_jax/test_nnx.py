@@ -80,6 +80,8 @@ _DENSES = (
     *_grid("Einsum", _HEADS, (2, 5, 16), _INITS, _METADATA | _HALF | _FLOAT_OUT),
     *_grid("Einsum", _HEADS, (2, 5, 16), _FULL | {"einsum_op": _doubled(jnp.einsum)}),
     *_grid("Einsum", ("...a, ab -> ...b", (16, 3)), (2, 3, 5, 16), _HALF_PARAMS),
+    *_grid("Einsum", (" ab c , c d - > a b d", (7, 6), (6,)), (3, 4, 7), {}),
+    *_grid("Einsum", ("abc,cd- >abd", (7, 6)), (3, 4, 7), {}),
     *_grid("Einsum", ("btgd,gdh->btgh", (4, 16, 3), (4, 3)), (2, 5, 4, 16), {}),
 )
 _CONVS = (

@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from dropit_jax import memory
 from train import records
 
 _ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ TINY = (
 _CACHE = Path(tempfile.gettempdir()) / f"dropit-jax-tests-{os.getuid()}"
 
 
-def start(module, *arguments, devices=1):
+def start(module, *arguments, devices=1, variables=()):
     """Starts `python -m module`; its output is text."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -32,6 +33,7 @@ def start(module, *arguments, devices=1):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # Compiled as for users: rounding decides what is trained in the end.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **dict(variables),
     }
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
@@ -43,10 +45,12 @@ def start(module, *arguments, devices=1):
     )
 
 
-def run(module, *arguments, devices=1):
+def run(module, *arguments, devices=1, variables=()):
     """Runs `python -m module` to its end: (exit status, output, errors)."""
-    process = start(module, *arguments, devices=devices)
+    process = start(module, *arguments, devices=devices, variables=variables)
     out, errors = process.communicate()
+    if process.returncode == 2 and errors.startswith("error: XLA's GPU compiler"):
+        raise memory.CompilerMissingError(errors)
     return process.returncode, out, errors
 
 

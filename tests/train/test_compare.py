@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import PIL.Image
 import rich.console
 from absl.testing import absltest, parameterized
 
+from dropit_jax import memory
+from dropit_jax.memory import toolchain
 from tests.train import commands
 from train import compare
 
 
 class CompareTest(parameterized.TestCase):
     def test_the_command_prints_the_table_and_writes_it_and_the_curves(self):
+        toolchain.find()  # or this cannot be tested here
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         arguments = (*commands.TINY, "--config.num_epochs=1", f"--workdir={directory}")
         status, out, errors = commands.run("train.compare", *arguments)
@@ -35,9 +39,34 @@ class CompareTest(parameterized.TestCase):
             self.assertGreater(result["step_seconds"], 0)
             self.assertBetween(result["test_accuracy"], 0, 1)
         self.assertIn("temp bytes of a step on h100", out)
+        self.assertNotIn("could not be measured", out)
         self.assertIn(f"{dropit['cached_bytes'] / flax['cached_bytes']:.2f}", out)
         with PIL.Image.open(directory / "curves.png") as figure:
             self.assertEqual(figure.format, "PNG")
+
+    def test_what_cannot_be_measured_is_said_after_training(self):
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        arguments = (*commands.TINY, "--config.num_epochs=1", f"--workdir={directory}")
+        nowhere = {memory.COMPILER_PATH_VARIABLE: str(directory / "none")}
+        status, out, errors = commands.run(
+            "train.compare", *arguments, variables=nowhere
+        )
+        self.assertEqual((status, errors), (0, ""))
+        results = json.loads((directory / "comparison.json").read_text())
+        for result in results.values():
+            self.assertIsNone(result["temp_bytes"])
+            self.assertGreater(result["test_accuracy"], 0)
+        (reason,) = re.findall(r"^.*could not be measured.*$", out, re.MULTILINE)
+        self.assertIn("The memory of a step on h100", reason)
+        self.assertIn("XLA's GPU compiler is not installed", reason)
+        self.assertIn("pip install", reason)
+        self.assertNotIn("temp bytes", out)
+        self.assertIn("time of a step here", out)
+
+    def test_of_an_error_of_many_lines_the_last_says_why(self):
+        error = memory.CompilerError("Compiling for h100 failed:\n  at line 3\nno file")
+        self.assertEqual(compare._reason(error), "no file")
+        self.assertEqual(compare._reason(KeyError()), "KeyError")
 
     def test_a_target_that_is_unknown_is_told_before_training(self):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory())) / "run"

@@ -1,0 +1,248 @@
+"""What is private or experimental in JAX and Flax is there, and in one file."""
+
+import ast
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from flax import nnx
+
+import dropit_jax
+from dropit_jax import compat
+from dropit_jax.kernels import on_gpu
+
+_PACKAGE = Path(dropit_jax.__file__).parent
+_COMPAT = Path(compat.__file__)
+
+_NOT_PUBLIC = re.compile(
+    r"(jax|flax)\.(_src|experimental|extend|interpreters)\b|jaxlib\.|flax\.core\.scope"
+)
+# Attributes of objects of JAX and Flax that no interface promises.
+_ATTRIBUTES = frozenset(
+    {"axis_context", "module_context", "orig_method", "rng_counters"}
+)
+
+
+def _imported():
+    """The names that `compat` imports from JAX, with their modules."""
+    for node in ast.walk(ast.parse(_COMPAT.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jax"):
+            for alias in node.names:
+                yield node.module, alias.name
+
+
+def _reaches(path):
+    """Where a file reaches past a public interface: the lines, and the names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            if node.attr in _ATTRIBUTES or _is_private(node):
+                yield node.lineno, node.attr
+            names = [ast.unparse(node)]
+        for name in names:
+            if _NOT_PUBLIC.match(name):
+                yield node.lineno, name
+
+
+def _is_private(node):
+    """Whether an attribute is private, and of something of another's."""
+    if not node.attr.startswith("_") or node.attr.startswith("__"):
+        return False
+    owner = ast.unparse(node.value)
+    return owner.split(".")[0] in ("jax", "flax", "nn", "nnx", "lax", "jnp")
+
+
+class OneFileTest(parameterized.TestCase):
+    def test_no_other_file_reaches_past_public_interfaces(self):
+        found = [
+            f"{path.relative_to(_PACKAGE)}:{line} {name}"
+            for path in sorted(_PACKAGE.rglob("*.py"))
+            if path != _COMPAT
+            for line, name in _reaches(path)
+        ]
+        self.assertEmpty(found, "These belong into dropit_jax/compat.py.")
+
+    def test_such_files_are_found(self):
+        path = Path(self.enterContext(tempfile.TemporaryDirectory()), "file.py")
+        path.write_text(
+            "import jax\n"
+            "from jax.experimental import topologies\n"
+            "from jax.interpreters import mlir\n"
+            "jax._src.core\n"
+            "context.module_context\n"
+            "self._own\n"
+        )
+        lines = {line for line, _ in _reaches(path)}
+        self.assertEqual(lines, {2, 3, 4, 5})
+
+
+class ThereTest(parameterized.TestCase):
+    """One test for each entry: what fails says what is gone."""
+
+    @parameterized.parameters(*_imported())
+    def test_names_of_jax(self, module, name):
+        self.assertTrue(
+            hasattr(importlib.import_module(module), name)
+            or importlib.util.find_spec(f"{module}.{name}"),
+            f"{module}.{name} is gone from JAX {jax.__version__}: see "
+            "dropit_jax/compat.py for what it was for.",
+        )
+
+    @parameterized.parameters(*compat._LAZY.items())
+    def test_modules_of_jax(self, name, module):
+        self.assertIsNotNone(
+            importlib.util.find_spec(module),
+            f"{module} is gone from JAX {jax.__version__}.",
+        )
+        self.assertEqual(getattr(compat, name).__name__, module)
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            compat.nothing  # noqa: B018
+
+    def test_names_of_primitives(self):
+        @jax.custom_vjp
+        def function(x):
+            return x
+
+        function.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent,))
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(function)(1.0)).eqns
+        self.assertEqual(equation.primitive.name, compat.CUSTOM_VJP)
+
+    @parameterized.product(constants=[0, 2], carried=[0, 1, 3])
+    def test_counts_of_a_scan(self, constants, carried):
+        def loop(held, carry, xs):
+            def body(carry, x):
+                return [each * (x + sum(held)) for each in carry], sum(held) + x
+
+            return jax.lax.scan(body, carry, xs)
+
+        args = constants * [2.0], carried * [1.0], jnp.ones(3)
+        equations = compat.open_jaxpr(jax.make_jaxpr(loop)(*args)).eqns
+        (scan,) = [each for each in equations if each.primitive.name == "scan"]
+        self.assertEqual(compat.scan_counts(scan), (constants, carried))
+
+    @parameterized.parameters(1, 2)
+    def test_number_of_devices(self, count):
+        seen = []
+        primitive = compat.Primitive("seen_in_tests")
+        primitive.def_abstract_eval(lambda x: x)
+
+        def lower(context, x):
+            seen.append(compat.num_devices(context))
+            return [x]
+
+        compat.mlir.register_lowering(primitive, lower)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), "x")
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)
+        jax.jit(primitive.bind).lower(x)
+        self.assertEqual(seen, [count])
+
+    def test_flax_tells_the_function_of_a_method(self):
+        seen = []
+
+        def interceptor(method, args, kwargs, context):
+            seen.append(compat.flax_function(context))
+            return method(*args, **kwargs)
+
+        with nn.intercept_methods(interceptor):
+            nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
+        self.assertIn(nn.Dense.__call__.__wrapped__, seen, f"Flax {flax.__version__}")
+
+    def test_flax_tells_modules_apart_by_proxies(self):
+        proxies = compat.flax_jit_proxies()
+        proxy = proxies.from_module(nn.Dense(2, parent=None))
+        self.assertTrue(hasattr(proxy, "hash_key"), f"Flax {flax.__version__}")
+
+    def test_flax_computes_statistics_in_one_function(self):
+        for name, layer in (
+            ("flax.linen.normalization", nn.LayerNorm()),
+            ("flax.nnx.nn.normalization", nnx.LayerNorm(3, rngs=nnx.Rngs(0))),
+        ):
+            module, calls = importlib.import_module(name), []
+
+            def counted(compute, calls=calls):
+                def compute_and_count(*args, **kwargs):
+                    calls.append(1)
+                    return compute(*args, **kwargs)
+
+                return compute_and_count
+
+            with mock.patch.object(module, "_compute_stats", module._compute_stats):
+                compat.wrap_flax_statistics(module, counted)
+                if isinstance(layer, nn.Module):
+                    layer.init(jax.random.key(0), jnp.ones((2, 3)))
+                else:
+                    layer(jnp.ones((2, 3)))
+            self.assertEqual(calls, [1], f"{name} of Flax {flax.__version__}")
+
+    def test_flax_counts_the_random_numbers_of_a_scope(self):
+        test = self
+
+        class Drawing(nn.Module):
+            @nn.compact
+            def __call__(self):
+                before = dict(compat.flax_counters(self.scope))
+                key = compat.flax_stream(self.scope, "numbers")
+                test.assertEqual(jax.random.key_data(key).shape, (2,))
+                first = self.make_rng("numbers")
+                test.assertNotEqual(compat.flax_counters(self.scope), before)
+                compat.set_flax_counters(self.scope, before)
+                return first, self.make_rng("numbers")
+
+        first, again = Drawing().apply({}, rngs={"numbers": jax.random.key(1)})
+        self.assertEqual(*map(str, map(jax.random.key_data, (first, again))))
+
+
+class TritonTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        compat.has_triton.cache_clear()
+        self.addCleanup(compat.has_triton.cache_clear)
+
+    def test_without_it_the_twin_runs_and_that_is_said_once(self):
+        run = on_gpu.kernel_or_twin(self.fail, lambda x: x + 1)
+        gone = {compat._LAZY["triton"]: None}
+        with (
+            mock.patch.dict(sys.modules, gone),
+            self.assertLogs("dropit_jax", logging.WARNING) as logs,
+        ):
+            results = [run(1), run(2)]
+        self.assertEqual(results, [2, 3])
+        self.assertLen(logs.output, 1)
+        self.assertIn("no Triton backend", logs.output[0])
+
+    def test_with_it_the_kernel_runs(self):
+        self.assertEqual(on_gpu.kernel_or_twin(lambda x: x + 1, self.fail)(1), 2)
+
+    def test_its_deprecation_reaches_no_user(self):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compat.hush_triton()
+            warnings.warn(
+                "The Pallas Triton backend is deprecated and will be removed",
+                DeprecationWarning,
+                stacklevel=1,
+            )
+            warnings.warn("something else", DeprecationWarning, stacklevel=1)
+        self.assertEqual([str(each.message) for each in caught], ["something else"])
+
+
+if __name__ == "__main__":
+    absltest.main()
