@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from dropit_jax import compat
@@ -60,7 +61,7 @@ def by_platform(
             given and _Branch(given, (*map(jax.typeof, waited_for), *avals), mesh)
             for given in (cpu, one_cpu)
         )
-        on_cuda = cuda and _Branch(cuda, avals, mesh)
+        on_cuda = cuda and _Branch(cuda, *_on_a_gpu(avals, mesh))
         # What will not run here is traced when it is asked for.
         here = None
         if jax.default_backend() == "cpu":
@@ -77,7 +78,6 @@ def by_platform(
             cuda=on_cuda,
             partitioning=None if cuda is None else _custom_partitioning(),
             results=tuple(jaxpr.out_avals),
-            mesh=mesh,
         )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -111,6 +111,26 @@ class _Branch:
         return jaxpr_as_fun(self.traced[0])
 
 
+def _on_a_gpu(avals: tuple[Any, ...], mesh: Any) -> tuple[tuple[Any, ...], Any]:
+    """The types and the mesh, of some GPU where they are of none.
+
+    From version 0.11 on JAX asks which GPU a kernel is lowered for. Ours are the same
+    for all.
+    """
+    device = mesh.abstract_device
+    if device.platform == "gpu" if device else jax.default_backend() == "gpu":
+        return avals, mesh
+    some = jax.sharding.AbstractDevice("NVIDIA A100", None, "gpu")
+    on_gpu = mesh.update(abstract_device=some)
+
+    def moved(aval: Any) -> Any:
+        if aval.sharding.mesh.empty:
+            return aval
+        return aval.update(sharding=NamedSharding(on_gpu, aval.sharding.spec))
+
+    return tuple(map(moved, avals)), on_gpu
+
+
 @functools.cache
 def _custom_partitioning() -> Any:
     """A program that is never run, of an operation with its own way of partitioning.
@@ -137,21 +157,21 @@ def _lowered(platform: str) -> Callable[..., Any]:
             compat.hush_triton()
         given = params[platform] or params["default"]
         if given is not params["cpu"]:
-            context = context.replace(avals_in=context.avals_in[waits:])
             operands = operands[waits:]
+        context = context.replace(avals_in=list(given.avals))
         jaxpr = compat.open_jaxpr(given.traced[0])
         by_variable: dict[Any, Any]
         by_variable = dict(zip(jaxpr.invars, operands, strict=True))
         if all(isinstance(v, Var) and v in by_variable for v in jaxpr.outvars):
             return [by_variable[variable] for variable in jaxpr.outvars]
-        run = functools.partial(_run_branch, given, params["mesh"])
+        run = functools.partial(_run_branch, given)
         return mlir.lower_fun(run, multiple_results=True)(context, *operands)
 
     return lower
 
 
-def _run_branch(branch: _Branch, mesh: Any, *operands: Array) -> list[Array]:
-    with jax.sharding.use_abstract_mesh(mesh):
+def _run_branch(branch: _Branch, *operands: Array) -> list[Array]:
+    with jax.sharding.use_abstract_mesh(branch.mesh):
         results: list[Array] = branch.flat(*operands)
         return results
 

@@ -196,7 +196,7 @@ class PlatformTest(parameterized.TestCase):
 
     def test_kernels_are_traced_for_a_gpu_alone(self):
         size = 16 * 17  # of a shape that nothing else here has: JAX keeps traces
-        with mock.patch.object(dispatch, "_compress", side_effect=_Traced):
+        with mock.patch.object(dispatch, "_compress_kernel", side_effect=_Traced):
             x = jax.ShapeDtypeStruct((3, size), jnp.float32)
             traced = jax.jit(lambda x: dropit_jax.compress(x, DropIT())).trace(x)
             traced.lower(lowering_platforms=("cpu",))
@@ -278,7 +278,9 @@ class CpuProgramTest(parameterized.TestCase):
             jax.jit(compress).lower(x),
             jax.jit(lambda residual, x: residual.decompress(x)).lower(residual, x),
         )
-        loops = [len(re.findall("kind=kLoop", p.compile().as_text())) for p in programs]
+        # From JAX 0.11 on single operations are wrapped as loops, too.
+        loop = re.compile(r"%(?!wrapped_)\S+ = .*kind=kLoop")
+        loops = [len(loop.findall(p.compile().as_text())) for p in programs]
         self.assertBetween(loops[0], 1, packing)
         self.assertBetween(loops[1], 1, unpacking)
 
