@@ -62,6 +62,20 @@ class DocsTest(parameterized.TestCase):
         self.assertIn("h100", targets)
         self.assertGreater(temp_bytes, 0)
 
+    def test_readme_names_the_versions_that_are_tested(self):
+        pinned = (_ROOT / "constraints.txt").read_text()
+        text = " ".join(_README.read_text().split())
+        for python, marker in (("3.11", "<"), ("3.13", ">=")):
+            versions = [
+                re.search(rf'^{name}==(\S+); python_version {marker} "', pinned, re.M)[
+                    1
+                ]
+                for name in ("jax", "flax")
+            ]
+            self.assertIn(
+                "Python {} with JAX {} and Flax {}".format(python, *versions), text
+            )
+
 
 if __name__ == "__main__":
     absltest.main()
