@@ -191,8 +191,18 @@ def _lowered_on_cpu(
 def _derivative(
     primals: Any, tangents: Any, *, waits: int, default: _Branch, **_: Any
 ) -> tuple[list[Array], list[Any]]:
-    tangents = tuple(map(ad.instantiate_zeros, tangents[waits:]))
-    results, derivatives = jax.jvp(default.flat, tuple(primals[waits:]), tangents)
+    primals, tangents = list(primals[waits:]), list(tangents[waits:])
+    moving = [i for i, each in enumerate(tangents) if not isinstance(each, ad.Zero)]
+
+    def of_moving(*values: Array) -> list[Array]:
+        operands = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
+        given: list[Array] = default.flat(*operands.values())
+        return given
+
+    # With tangents of zero for the others, JAX 0.12 cannot transpose a barrier.
+    results, derivatives = jax.jvp(
+        of_moving, [primals[i] for i in moving], [tangents[i] for i in moving]
+    )
     return results, [
         ad.Zero(jax.typeof(result).to_tangent_aval())
         if derivative.dtype == jax.dtypes.float0

@@ -1,7 +1,6 @@
 import functools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from dropit_jax.kernels import twins
 from dropit_jax.kernels.compress import compress
 from dropit_jax.kernels.decompress import decompress
 from dropit_jax.kernels.plan import Plan, supported
+from dropit_jax.memory import toolchain
+from tests import xla_flags
 from tests.dropit_jax import reference
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -83,6 +84,8 @@ def kernels(args):
         for (plan, dtype), (x, values, positions) in zip(plans, args)
     ]
 
+some = jax.sharding.AbstractDevice("NVIDIA A100", None, "gpu")
+on_gpu = jax.sharding.get_abstract_mesh().update(abstract_device=some)
 for description, directory in targets:
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=Path(description).read_text(), topology="1x1x1"
@@ -90,7 +93,8 @@ for description, directory in targets:
     mesh = topologies.make_mesh(topology, (1,), ("d",))
     device = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda s: s.update(sharding=device), shapes)
-    lowered = jax.jit(kernels).lower(args)
+    with jax.sharding.use_abstract_mesh(on_gpu):
+        lowered = jax.jit(kernels).lower(args)
     compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
     print(compiled.memory_analysis().temp_size_in_bytes)
 """
@@ -289,13 +293,8 @@ class CompileTest(parameterized.TestCase):
 def _compiled():
     """The PTX of all kernels and the bytes of temporaries, for each target."""
     package = Path(twins.__file__).parents[1]
-    path = [os.environ.get("DROPIT_GPU_COMPILER", ""), str(package.parent), *sys.path]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "PYTHONPATH": os.pathsep.join(path),
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
-    }
+    flags = f"--xla_gpu_autotune_level=0 {xla_flags.KEEP_PTX}"
+    environment = toolchain.find().environment(flags)
     names = [name for name, _ in _TARGETS]
     with tempfile.TemporaryDirectory() as parent:
         directories = [Path(parent, name) for name in names]

@@ -81,14 +81,12 @@ class CompileReportTest(parameterized.TestCase):
         ):
             memory.compile_report(_step, _W, _X, target="h1000")
 
-    def test_a_missing_plugin_is_told_with_the_command_to_install_it(self):
-        variables = {memory.COMPILER_PATH_VARIABLE: ""}
+    def test_a_missing_compiler_is_told_with_the_command_to_install_it(self):
+        nowhere = {memory.COMPILER_PATH_VARIABLE: "nowhere"}
+        command = r"pip install .*/nowhere jax-cuda12-plugin=="
         with (
-            mock.patch.dict(os.environ, variables),
-            mock.patch("sys.path", []),
-            pytest.raises(
-                memory.CompilerError, match=r"pip install .jax-cuda12-plugin=="
-            ),
+            mock.patch.dict(os.environ, nowhere),
+            pytest.raises(memory.CompilerMissingError, match=command),
         ):
             memory.compile_report(_step, _W, _X, target="h100")
 
@@ -238,11 +236,18 @@ class BuffersTest(parameterized.TestCase):
         self.assertEqual(kept, {f"Conv_{i}" for i in range(6)})
 
     def test_tell_forward_from_backward(self):
-        # While a gradient of the head is computed, the hyperbolic tangents are kept.
-        buffers = _layers_report("h100").buffers
-        kept = [each for each in buffers if each.operation == "tanh"]
-        self.assertEqual([each.backward for each in kept], [False, False])
-        self.assertIn("head", [each.layer for each in buffers if each.backward])
+        # While the gradient of the hidden layer is computed, its values are kept.
+        def loss(w, v, x):
+            return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ v))
+
+        shapes = ((128, 4096), (4096, 128), (1024, 128))
+        args = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        report = memory.compile_report(jax.grad(loss), *args, target="h100")
+        hidden = [each for each in report.buffers if each.shape == (1024, 4096)]
+        self.assertEqual(
+            {(each.operation, each.backward) for each in hidden},
+            {("dot_general", True), ("tanh", False)},
+        )
 
     def test_name_workspaces_and_copies_of_arguments(self):
         operations = {each.operation for each in _layers_report("h100").buffers}
