@@ -1,14 +1,16 @@
-"""Compiles an exported program for a GPU that need not be there.
+"""Compiles exported programs for GPUs that need not be there.
 
-Run by `dropit_jax.memory.report` as a process, by its path, so that it starts without
-importing the rest of the package: the exported program on standard input; on the
-command line the path of the GPU description, the JSON list of donated arguments, a
-directory for the compiler's notes, and its options as JSON. Prints the memory
-statistics as JSON.
+`dropit_jax.memory.compiler_process` runs this module as a process, which compiles one
+program after the other until its standard input ends. A request is a line of JSON, the
+arguments of `compile_exported` and the size of the program that follows. An answer is a
+line of JSON, the byte counts or an error.
 """
 
 import json
+import os
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,51 @@ NOTES_OPTIONS = ("xla_dump_to", "xla_dump_hlo_as_text")
 PROGRAM_FILE = "compiled_program.txt"
 
 
-def main(description: str, donated: str, directory: str, options: str) -> None:
-    """Compiles the program on standard input and prints its memory statistics."""
+def main() -> None:
+    """Answers requests until there are no more."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else is an answer
+    while line := sys.stdin.buffer.readline():
+        request = json.loads(line)
+        program = sys.stdin.buffer.read(request.pop("size"))
+        try:
+            answer: dict[str, Any] = {"stats": compile_exported(program, **request)}
+        except Exception:  # whatever it is, it is told where it was asked for
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+        jax.clear_caches()
+
+
+def compile_exported(
+    program: bytes,
+    description: str,
+    donated: Sequence[int],
+    directory: str,
+    options: dict[str, str | bool],
+) -> dict[str, int]:
+    """Compiles an exported program, and returns its memory statistics.
+
+    Args:
+      program: what `jax.export` made of a function.
+      description: the path of the GPU description.
+      donated: indices of the arguments whose memory the results may take over.
+      directory: where the compiler leaves its notes.
+      options: of the compiler.
+    """
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=Path(description).read_text(), topology="1x1x1"
     )
     device = NamedSharding(
         topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec()
     )
-    program = export.deserialize(bytearray(sys.stdin.buffer.read()))
+    exported = export.deserialize(bytearray(program))
     args = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=device)
-        for aval in program.in_avals
+        for aval in exported.in_avals
     ]
-    step = jax.jit(program.call, donate_argnums=tuple(json.loads(donated)))
-    compiled = compile_with_notes(step.lower(*args), directory, json.loads(options))
-    print(json.dumps(memory_stats(compiled)))
+    step = jax.jit(exported.call, donate_argnums=tuple(donated))
+    compiled = compile_with_notes(step.lower(*args), directory, options)
+    return memory_stats(compiled)
 
 
 def compile_with_notes(
@@ -65,4 +96,4 @@ def memory_stats(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

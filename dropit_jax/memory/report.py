@@ -1,14 +1,10 @@
 """What a training step really allocates, as the compiler of its device sees it.
 
 XLA's GPU compiler needs no GPU, only the CUDA plugin of JAX and a description of the
-card. It runs in a process of its own here, because it wants settings that must be made
-before JAX starts.
+card. It runs in a process of its own.
 """
 
 import dataclasses
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +13,15 @@ from typing import Any
 import jax
 from jax import export
 
-from dropit_jax.memory import buffers, devices, flops, gpu_compiler, hlo, toolchain
+from dropit_jax.memory import (
+    buffers,
+    compiler_process,
+    devices,
+    flops,
+    gpu_compiler,
+    hlo,
+    toolchain,
+)
 from dropit_jax.memory.buffers import Buffer
 from dropit_jax.memory.toolchain import CompilerError
 
@@ -133,21 +137,22 @@ def _compile_apart(
     directory: str,
     options: dict[str, str | bool],
 ) -> dict[str, int]:
-    """Compiles in a process, which leaves its notes in the directory."""
+    """Compiles in another process, which leaves its notes in the directory."""
     environment = toolchain.find().environment(_XLA_FLAGS)
     program, donated = _exported(step, abstract_args, donate)
-    command = [sys.executable, "-P", "-m", gpu_compiler.__name__]
-    command += [str(description), json.dumps(donated), directory, json.dumps(options)]
-    done = subprocess.run(
-        command, input=program, env=environment, capture_output=True, check=False
-    )
-    if done.returncode != 0:
-        raise CompilerError(
-            f"Compiling for {description.stem} failed:\n"
-            + done.stderr.decode(errors="replace").strip()
+    try:
+        return compiler_process.compile_exported(
+            program,
+            environment,
+            description=str(description),
+            donated=donated,
+            directory=directory,
+            options=options,
         )
-    stats: dict[str, int] = json.loads(done.stdout)
-    return stats
+    except CompilerError as error:
+        raise CompilerError(
+            f"Compiling for {description.stem} failed:\n{error}"
+        ) from None
 
 
 def _exported(

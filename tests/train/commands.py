@@ -1,11 +1,19 @@
-"""Runs the commands of `train` as a user does, on a task of seconds."""
+"""Runs the commands of `train` on a task of seconds, as `python -m` would.
 
+Each is a process of its own, forked from one that has imported what all of them import,
+which takes longer than most of them.
+"""
+
+import atexit
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 from dropit_jax import memory
 from train import records
@@ -21,28 +29,98 @@ TINY = (
     "--config.optimizer.learning_rate=0.05",
 )
 
-# What is compiled once is not compiled again by the next command.
-_CACHE = Path(tempfile.gettempdir()) / f"dropit-jax-tests-{os.getuid()}"
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    # What is compiled once is not compiled again by the next command.
+    "JAX_COMPILATION_CACHE_DIR": str(
+        Path(tempfile.gettempdir()) / f"dropit-jax-tests-{os.getuid()}"
+    ),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+# Not the commands themselves, which run as `__main__`.
+_IMPORTED = ("sklearn.datasets", "train.cli", "train.loop", "train.plots")
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(list(_IMPORTED))
+
+
+class Command:
+    """A command under way, with the interface of `subprocess.Popen` for text."""
+
+    def __init__(self, module, arguments, variables):
+        readers, writers = zip(
+            *(_SERVER.Pipe(duplex=False) for _ in range(2)), strict=True
+        )
+        self._process = _SERVER.Process(
+            target=_execute, args=(module, arguments, variables, *writers)
+        )
+        # The server starts with the first command, and JAX is imported there.
+        with mock.patch.dict(os.environ, _ENVIRONMENT):
+            self._process.start()
+        for writer in writers:
+            writer.close()
+        self._texts = ["", ""]
+        self._threads = [
+            threading.Thread(target=self._read, args=(number, reader))
+            for number, reader in enumerate(readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, number, reader):
+        with os.fdopen(os.dup(reader.fileno())) as stream:
+            self._texts[number] = stream.read()
+        reader.close()
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+    def communicate(self):
+        """Waits for the end: what it printed, and its errors."""
+        self._process.join()
+        for thread in self._threads:
+            thread.join()
+        return tuple(self._texts)
+
+
+def _execute(module, arguments, variables, out, errors):
+    """Runs a module in this new process, which ends with it."""
+    os.environ.update(variables)
+    os.chdir(_ROOT)
+    for descriptor, connection in ((1, out), (2, errors)):
+        os.dup2(connection.fileno(), descriptor)
+        connection.close()
+    sys.argv = [module, *arguments]
+    status = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        status = ended.code or 0
+    finally:
+        atexit._run_exitfuncs()  # a child of a fork leaves these out
+    sys.exit(status)
 
 
 def start(module, *arguments, devices=1, variables=()):
-    """Starts `python -m module`; its output is text."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    """Starts `python -m module`."""
+    settings = {
+        **_ENVIRONMENT,
         # Compiled as for users: rounding decides what is trained in the end.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         **dict(variables),
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=_ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Command(module, [*map(str, arguments)], settings)
 
 
 def run(module, *arguments, devices=1, variables=()):
