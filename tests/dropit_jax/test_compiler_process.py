@@ -9,7 +9,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dropit_jax import memory
-from dropit_jax.memory import compiler_process
+from dropit_jax.memory import compiler_process, toolchain
 
 _X = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 
@@ -25,6 +25,10 @@ def _started():
 
 
 class ProcessTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        toolchain.find()  # or this cannot be tested here
+
     def test_one_process_compiles_one_program_after_the_other(self):
         _report()
         with _started() as started:
