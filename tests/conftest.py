@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter):
     if count := sum(_NO_COMPILER in reason for reason in reasons):
         terminalreporter.section("NOT TESTED", red=True, bold=True)
         terminalreporter.line(
-            f"{count} skipped: XLA's GPU compiler is not installed, and the memory of GPUs "
-            "was not tested.",
+            f"{count} skipped: XLA's GPU compiler is not installed, and the memory of "
+            "GPUs was not tested.",
             red=True,
         )
