@@ -25,6 +25,7 @@ if [ ! -e "$root/made" ]; then
 fi
 # How names are found, and whom to trust, are the network's.
 cp /etc/resolv.conf /etc/hosts "$root/etc/"
+rm -rf "$root/etc/ssl/certs"
 cp -rL /etc/ssl/certs "$root/etc/ssl/"
 mountpoint -q "$root/proc" || mount --bind /proc "$root/proc"
 mountpoint -q "$root/dev" || mount --bind /dev "$root/dev"

@@ -16,7 +16,6 @@ from dropit_jax.kernels import twins
 from dropit_jax.kernels.on_gpu import kernel_or_twin
 from dropit_jax.kernels.plan import Plan
 from dropit_jax.kernels.twins import Positions
-from dropit_jax.partitioning import on_every_device
 from dropit_jax.platforms import by_platform
 
 # On arrays of the same leading axes; the results have them too.
@@ -33,7 +32,7 @@ def compress(
     It has no gradient: what is kept is what a gradient is computed from.
     """
     twin = functools.partial(twins.compress, plan=plan)
-    kernel = kernel_or_twin(functools.partial(_compress_kernel, plan=plan), twin)
+    kernel = functools.partial(_compress_kernel, plan=plan)
     x = lax.stop_gradient(x)
     if not _within_reach(plan, x):
         return twin(x)
@@ -41,7 +40,7 @@ def compress(
         twin,
         cpu=_compress_call(plan),
         one_cpu=_compress_call(plan, alone=True),
-        cuda=on_every_device(kernel, results=2),
+        cuda=kernel_or_twin(kernel, twin, results=2),
     )
     return operation(x)
 
@@ -67,15 +66,13 @@ def _decompress_differentiably(
     plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
 ) -> Array:
     twin = functools.partial(twins.decompress, plan=plan, dtype=dtype)
-    kernel = kernel_or_twin(
-        functools.partial(_decompress_kernel, plan=plan, dtype=dtype), twin
-    )
+    kernel = functools.partial(_decompress_kernel, plan=plan, dtype=dtype)
     if not _within_reach(plan, values):
         return twin(values, positions)
     operation = by_platform(
         twin,
         cpu=_decompress_call(functools.partial(twin, by_reduction=True)),
-        cuda=on_every_device(kernel, results=1),
+        cuda=kernel_or_twin(kernel, twin, results=1),
     )
     return operation(values, positions, after=after)
 

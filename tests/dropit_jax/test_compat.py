@@ -21,8 +21,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import dropit_jax
-from dropit_jax import compat
-from dropit_jax.kernels import on_gpu
+from dropit_jax import DropIT, compat
 
 _PACKAGE = Path(dropit_jax.__file__).parent
 _COMPAT = Path(compat.__file__)
@@ -210,6 +209,16 @@ class ThereTest(parameterized.TestCase):
         self.assertEqual(*map(str, map(jax.random.key_data, (first, again))))
 
 
+def _lowered_for_a_gpu(size):
+    """A compression and a decompression, of a size that nothing else has."""
+
+    def round_trip(x):
+        return dropit_jax.compress(x, DropIT(0.5)).decompress()
+
+    x = jax.ShapeDtypeStruct((3, 7, size), jnp.float32)
+    return jax.jit(round_trip).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+
+
 class TritonTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
@@ -217,19 +226,17 @@ class TritonTest(parameterized.TestCase):
         self.addCleanup(compat.has_triton.cache_clear)
 
     def test_without_it_the_twin_runs_and_that_is_said_once(self):
-        run = on_gpu.kernel_or_twin(self.fail, lambda x: x + 1)
-        gone = {compat._LAZY["triton"]: None}
         with (
-            mock.patch.dict(sys.modules, gone),
+            mock.patch.dict(sys.modules, {compat._LAZY["triton"]: None}),
             self.assertLogs("dropit_jax", logging.WARNING) as logs,
         ):
-            results = [run(1), run(2)]
-        self.assertEqual(results, [2, 3])
+            texts = [_lowered_for_a_gpu(size) for size in (32, 48)]
+        self.assertNotIn("triton", "".join(texts))
         self.assertLen(logs.output, 1)
         self.assertIn("no Triton backend", logs.output[0])
 
     def test_with_it_the_kernel_runs(self):
-        self.assertEqual(on_gpu.kernel_or_twin(lambda x: x + 1, self.fail)(1), 2)
+        self.assertIn("__gpu$xla.gpu.triton", _lowered_for_a_gpu(64))
 
     def test_its_deprecation_reaches_no_user(self):
         with warnings.catch_warnings(record=True) as caught:
