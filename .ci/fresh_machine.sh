@@ -34,4 +34,4 @@ rm -rf "$root/work"
 git clone --quiet "$checkout" "$root/work"
 env --ignore-environment HOME=/root PATH=/usr/bin:/bin LANG=C.UTF-8 \
   ${PIP_CERT:+PIP_CERT="$PIP_CERT"} ${HTTPS_PROXY:+HTTPS_PROXY="$HTTPS_PROXY"} \
-  chroot "$root" sh -c 'cd /work && exec "$@"' sh "$@"
+  "$(command -v chroot)" "$root" sh -c 'cd /work && exec "$@"' sh "$@"
