@@ -49,7 +49,11 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
 __all__ = [
+    "COPIES",
     "CUSTOM_VJP",
+    "NAME",
+    "REDUCE_PRECISION",
+    "SCAN",
     "Jaxpr",
     "JaxprEqn",
     "Layout",
@@ -95,9 +99,28 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# The primitive of a function with a backward rule of its own. It says of a traced
-# function that it is not differentiated.
+# Names of primitives, by which `memory` follows an array through a traced program: JAX
+# has objects for them in `jax.extend.core.primitives`, but not for all of these. A call
+# of a function with a backward rule of its own is not differentiated if it is there.
 CUSTOM_VJP = "custom_vjp_call"
+NAME = "name"  # `jax.ad_checkpoint.checkpoint_name`
+REDUCE_PRECISION = "reduce_precision"  # with it `jax.checkpoint` marks what it saves
+SCAN = "scan"
+# Those that return an operand as it is, if size and dtype stay the same.
+COPIES = frozenset(
+    {
+        NAME,
+        REDUCE_PRECISION,
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "optimization_barrier",
+        "reshape",
+        "sharding_constraint",
+        "squeeze",
+        "stop_gradient",
+    }
+)
 
 
 def open_jaxpr(closed: Any) -> Jaxpr:

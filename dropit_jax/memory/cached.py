@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from dropit_jax.compat import CUSTOM_VJP, Jaxpr, Var, jaxprs_in_params, open_jaxpr
+from dropit_jax import compat
+from dropit_jax.compat import Jaxpr, Var, jaxprs_in_params, open_jaxpr
 from dropit_jax.products import RESIDUAL_NAME
 
 
@@ -31,14 +32,14 @@ def _named_bytes(jaxpr: Jaxpr, name: str) -> tuple[int, list[bool]]:
         if not (equation.effects or read.intersection(equation.outvars)):
             continue
         inputs = [True] * len(equation.invars)
-        if equation.primitive.name == "name" and equation.params["name"] == name:
+        if equation.primitive.name == compat.NAME and equation.params["name"] == name:
             avals: list[Any] = [variable.aval for variable in equation.outvars]
             total += sum(math.prod(a.shape) * a.dtype.itemsize for a in avals)
         repeats = equation.params.get("length", 1)  # of a scan's body
         for inner in jaxprs_in_params(equation.params):
             nbytes, inputs_read = _named_bytes(inner, name)
             total += repeats * nbytes
-            if equation.primitive.name == CUSTOM_VJP:
+            if equation.primitive.name == compat.CUSTOM_VJP:
                 # It is not differentiated: what only its forward rule reads is not.
                 inputs = inputs_read
         read |= {

@@ -14,22 +14,7 @@ from dropit_jax.compat import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 ARGUMENT, CONSTANT = "argument", "constant"
 
 # Operations that return an operand as it is, if size and dtype stay the same.
-_COPIES = frozenset(
-    {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "join_sharding_group",
-        "name",
-        "optimization_barrier",
-        "optimization_barrier_by_platform",
-        "reduce_precision",  # with which `jax.checkpoint` marks what it saves
-        "reshape",
-        "sharding_constraint",
-        "squeeze",
-        "stop_gradient",
-    }
-)
+_COPIES = compat.COPIES | {"join_sharding_group", "optimization_barrier_by_platform"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +101,7 @@ def _find(
     position = maker.outvars.index(variable)
     operand = _copied(maker, position)
     if operand is not None:
-        if maker.primitive.name == "name":
+        if maker.primitive.name == compat.NAME:
             name = name or maker.params["name"]
         return _find(operand, frame, name, carried)
     inner = list(jaxprs_in_params(maker.params))
@@ -136,7 +121,7 @@ def _find_outside(
     if call is None or frame.caller is None:
         return frame.origin(variable, ARGUMENT, name)
     index = inputs.index(variable)
-    if call.primitive.name == "scan":
+    if call.primitive.name == compat.SCAN:
         constants, carries = compat.scan_counts(call)
         number = index - constants
         if number < 0 or variable in carried:  # the same in each step
@@ -156,7 +141,7 @@ def _copied(maker: JaxprEqn, position: int) -> Any:
         return None
     operand: Any = maker.invars[position]
     result: Any = maker.outvars[position]
-    if maker.primitive.name == "reduce_precision":
+    if maker.primitive.name == compat.REDUCE_PRECISION:
         bits = jnp.finfo(result.aval.dtype).nmant
         return operand if maker.params["mantissa_bits"] == bits else None
     types = [(each.aval.size, each.aval.dtype) for each in (operand, result)]

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
+from jax import lax
 
 import dropit_jax
 from dropit_jax import DropIT, compat
@@ -92,6 +93,32 @@ class OneFileTest(parameterized.TestCase):
         self.assertEqual(lines, {2, 3, 4, 5})
 
 
+@jax.custom_vjp
+def _with_a_rule(x):
+    return x
+
+
+_with_a_rule.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent,))
+
+# The names of primitives, and functions of three numbers that have them.
+_PRIMITIVES = {
+    compat.CUSTOM_VJP: _with_a_rule,
+    compat.NAME: lambda x: jax.ad_checkpoint.checkpoint_name(x, "x"),
+    compat.REDUCE_PRECISION: lambda x: lax.reduce_precision(x, 8, 7),
+    compat.SCAN: lambda x: lax.scan(lambda c, x: (c + x, c), 0.0, x),
+    "broadcast_in_dim": lambda x: lax.broadcast(x, (2,)),
+    "convert_element_type": lambda x: x.astype(jnp.bfloat16),
+    "copy": jnp.copy,
+    "optimization_barrier": lax.optimization_barrier,
+    "reshape": lambda x: lax.reshape(x, (3, 1)),
+    "sharding_constraint": lambda x: lax.with_sharding_constraint(
+        x, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ),
+    "squeeze": lambda x: lax.squeeze(x[:1], (0,)),
+    "stop_gradient": lax.stop_gradient,
+}
+
+
 class ThereTest(parameterized.TestCase):
     """One test for each entry: what fails says what is gone."""
 
@@ -115,13 +142,12 @@ class ThereTest(parameterized.TestCase):
             compat.nothing  # noqa: B018
 
     def test_names_of_primitives(self):
-        @jax.custom_vjp
-        def function(x):
-            return x
-
-        function.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent,))
-        (equation,) = compat.open_jaxpr(jax.make_jaxpr(function)(1.0)).eqns
-        self.assertEqual(equation.primitive.name, compat.CUSTOM_VJP)
+        for name, function in _PRIMITIVES.items():
+            equations = compat.open_jaxpr(jax.make_jaxpr(function)(jnp.ones(3))).eqns
+            names = [equation.primitive.name for equation in equations]
+            self.assertIn(name, names, f"JAX {jax.__version__} has another name.")
+        known = {compat.CUSTOM_VJP, compat.SCAN, *compat.COPIES}
+        self.assertEqual(set(_PRIMITIVES), known)
 
     @parameterized.product(constants=[0, 2], carried=[0, 1, 3])
     def test_counts_of_a_scan(self, constants, carried):
