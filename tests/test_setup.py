@@ -22,10 +22,12 @@ class SetupTest(absltest.TestCase):
         (venv / "installed-cpu").touch()
         index = venv / "index"
         index.mkdir()
+        # The tests may be run by make, whose settings are not this one's.
+        own = {n: v for n, v in os.environ.items() if not n.startswith(("MAKE", "MFL"))}
         done = subprocess.run(
             ["make", "setup", f"VENV={venv}"],
             cwd=_ROOT,
-            env=os.environ
+            env=own
             | {
                 "PIP_CONFIG_FILE": os.devnull,
                 "PIP_NO_INDEX": "1",
