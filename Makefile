@@ -45,8 +45,8 @@ $(COMPILER)/installed: constraints.txt | $(VENV)/installed-$(DEVICE)
 	@rm -rf $(COMPILER)
 	@if $(PIP) --target $(COMPILER) jax-cuda12-plugin nvidia-cuda-nvcc-cu12 \
 		> $(VENV)/gpu-compiler.log 2>&1; then touch $@; else \
-		echo "No GPU compiler: $$(grep -m 1 ERROR $(VENV)/gpu-compiler.log);" \
-		"the memory of GPUs stays unknown"; fi
+		echo "XLA's GPU compiler, which is for Linux, could not be installed" \
+		"($(VENV)/gpu-compiler.log says why): the memory of GPUs stays unknown"; fi
 
 comma := ,
 

@@ -39,8 +39,10 @@ class SetupTest(absltest.TestCase):
         )
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         (line,) = done.stdout.splitlines()
-        self.assertIn("No GPU compiler: ERROR: ", line)
-        self.assertIn("jax-cuda12-plugin", line)
+        self.assertIn("GPU compiler, which is for Linux, could not be installed", line)
+        log = venv / "gpu-compiler.log"
+        self.assertIn(f"({log} says why)", line)
+        self.assertIn("jax-cuda12-plugin", log.read_text())
         self.assertFalse((venv / "gpu-compiler" / "installed").exists())
 
 
