@@ -14,14 +14,14 @@ cannot() {
 }
 
 [ "$(id -u)" = 0 ] || cannot "that takes root"
-if [ ! -e "$root/made" ]; then
+if [ ! -d "$root" ]; then
   command -v debootstrap >/dev/null || {
     apt-get update && apt-get install --yes debootstrap
   } >/dev/null 2>&1 || cannot "there is no debootstrap, and no package of it"
-  rm -rf "$root"
+  rm -rf "$root.half"
   debootstrap --variant=minbase --include=python3,python3-venv,make,git,ca-certificates \
-    trixie "$root" >/dev/null || cannot "debootstrap failed"
-  touch "$root/made"
+    trixie "$root.half" >/dev/null || cannot "debootstrap failed"
+  mv "$root.half" "$root"
 fi
 # How names are found, and whom to trust, are the network's.
 cp /etc/resolv.conf /etc/hosts "$root/etc/"

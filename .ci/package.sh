@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the wheel and the sdist, and uses them as others will.
-# usage: package.sh PYTHON CONSTRAINTS-ENVIRONMENT, such as package.sh python3.13 .venv
+# usage: package.sh PYTHON ENVIRONMENT, of which the second has what the tests need; such
+# as package.sh python3.13 .venv
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1 env=$(realpath "$2") clone=$PWD

@@ -1,7 +1,7 @@
 """The process that compiles for GPUs.
 
 It needs settings that must be made before JAX starts. It is kept for the next program,
-as it starts in about the time that a small program takes to compile.
+as it takes longer to start than a small program to compile.
 """
 
 import atexit
@@ -56,6 +56,10 @@ class _Process:
         printed = self._log.read().decode(errors="replace").strip()
         raise CompilerError(printed or f"It ended with {self._process.returncode}.")
 
+    def is_alive(self) -> bool:
+        """Whether it can take a request."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()
@@ -95,11 +99,11 @@ def compile_exported(
 
 
 def _free(environment: dict[str, str]) -> _Process:
-    """A process with this environment; those with another are ended."""
+    """A process with this environment; others, and those that died, are ended."""
     with contextlib.suppress(IndexError):
         while True:
             process = _idle.pop()
-            if process.environment == environment:
+            if process.environment == environment and process.is_alive():
                 return process
             process.close()
     return _Process(environment)

@@ -47,17 +47,27 @@ class ProcessTest(parameterized.TestCase):
             _report()
         started.assert_not_called()
 
-    def test_one_that_ends_is_quoted_and_replaced(self):
+    def test_one_that_was_killed_while_idle_is_replaced(self):
         _report()
         (process,) = compiler_process._idle
         process._process.send_signal(signal.SIGKILL)
-        with pytest.raises(
-            memory.CompilerError, match=r"for h100 failed:\nIt ended with -9"
-        ):
-            _report()
+        process._process.wait()
         with _started() as started:
             _report()
         started.assert_called_once()
+        self.assertNotIn(process, compiler_process._idle)
+
+    def test_one_that_is_killed_at_work_is_told_and_replaced(self):
+        program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+        with (
+            mock.patch.object(compiler_process, "_PROGRAM", program),
+            mock.patch.object(compiler_process, "_idle", []),
+            pytest.raises(
+                memory.CompilerError, match=r"for h100 failed:\nIt ended with -9"
+            ),
+        ):
+            _report()
+        self.assertEqual(_report().flops, 0)
 
     def test_what_it_prints_before_it_ends_is_the_message(self):
         program = "import sys; print('no such compiler', file=sys.stderr); sys.exit(3)"
