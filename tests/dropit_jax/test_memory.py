@@ -268,15 +268,19 @@ class BuffersTest(parameterized.TestCase):
         self.assertBetween(total, 0.9 * report.temp_bytes, report.temp_bytes)
 
     def test_only_the_largest(self):
+        # Two programs: of one, the second report would be without buffers if JAX's
+        # compilation cache had it from the first.
         both = [
-            memory.compile_report(jax.grad(_layer_sum), _W, _X, num_buffers=number)
-            for number in (1, 10**6)
+            memory.compile_report(
+                jax.grad(functools.partial(_layer_sum, factor)), _W, _X, num_buffers=n
+            )
+            for factor, n in ((2.0, 1), (3.0, 10**6))
         ]
         self.assertEqual(both[0].buffers, both[1].buffers[:1])
 
 
-def _layer_sum(w, x):
-    return jnp.sum(_layer(w, x))
+def _layer_sum(factor, w, x):
+    return jnp.sum(factor * _layer(w, x))
 
 
 class ScopesTest(parameterized.TestCase):

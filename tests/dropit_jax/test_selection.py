@@ -40,7 +40,29 @@ def _in_order(indices, size, method):
 
 
 _top_k = functools.partial(jax.jit, static_argnums=(1, 2))(selection.top_k)
-_top_k_mask = functools.partial(jax.jit, static_argnums=(1, 2))(selection.top_k_mask)
+
+
+@functools.cache
+def _all(size, k, dtype, method="auto"):
+    """An array, and by name what every function makes of it, compiled in one."""
+
+    @jax.jit
+    def run(x):
+        values, indices = selection.top_k(x, k, method)
+        mask = selection.top_k_mask(x, k, method)
+        compact = selection.compact(x, mask, k)
+        return {
+            "largest": lax.top_k(jnp.abs(x), k)[1],
+            "values": values,
+            "indices": indices,
+            "mask": mask,
+            "placed": selection.place(values, indices, size),
+            "compact": compact,
+            "expanded": selection.expand(compact, mask),
+        }
+
+    x = reference.activation(0, (15, size), dtype)
+    return x, jax.device_get(run(x))
 
 
 class TopKTest(parameterized.TestCase):
@@ -49,36 +71,30 @@ class TopKTest(parameterized.TestCase):
         *itertools.product([(16, 2), (300, 77)], _DTYPES, ["top_k"]),
     )
     def test_is_lax_top_k_of_the_magnitudes(self, size, dtype, method):
-        size, k = size
-        x = reference.activation(0, (5, 3, size), dtype)
-        expected = jax.jit(lambda x: lax.top_k(jnp.abs(x), k)[1])(x)
-        values, indices = _top_k(x, k, method)
-        expected = _in_order(expected, size, method)
-        chex.assert_trees_all_equal(indices, expected)
-        reference.assert_same_bits(values, np.take_along_axis(x, expected, axis=-1))
+        x, found = _all(*size, dtype, method)
+        expected = _in_order(found["largest"], size[0], method)
+        chex.assert_trees_all_equal(found["indices"], expected)
+        kept = np.take_along_axis(x, expected, axis=-1)
+        reference.assert_same_bits(found["values"], kept)
 
     @parameterized.parameters(
         *itertools.product(_SIZES, ["auto"]), ((16, 2), "top_k"), ((300, 77), "top_k")
     )
     def test_is_the_twins(self, size, method):
-        size, k = size
-        x = reference.activation(1, (4, size))
-        expected = np.asarray([reference.top_k(row, k) for row in x])
-        expected = _in_order(expected, size, method)
-        chex.assert_trees_all_equal(_top_k(x, k, method)[1], expected)
+        x, found = _all(*size, jnp.float32, method)
+        expected = np.asarray([reference.top_k(row, size[1]) for row in x])
+        expected = _in_order(expected, size[0], method)
+        chex.assert_trees_all_equal(found["indices"], expected)
 
     @parameterized.parameters(
         *itertools.product(_SIZES, _DTYPES, ["auto"]),
         *itertools.product([(16, 2), (300, 77)], _DTYPES, ["top_k"]),
     )
     def test_mask_is_where_top_k_is(self, size, dtype, method):
-        size, k = size
-        x = reference.activation(2, (5, size), dtype)
-        mask = np.asarray(_top_k_mask(x, k, method))
-        for row, kept in zip(x, mask, strict=True):
-            self.assertEqual(
-                np.flatnonzero(kept).tolist(), sorted(reference.top_k(row, k))
-            )
+        x, found = _all(*size, dtype, method)
+        for row, kept in zip(x, found["mask"], strict=True):
+            expected = sorted(reference.top_k(row, size[1]))
+            self.assertEqual(np.flatnonzero(kept).tolist(), expected)
 
     def test_more_elements_a_column_than_a_byte_counts(self):
         x = reference.activation(5, (1, 2**18))
@@ -129,24 +145,19 @@ class TopKTest(parameterized.TestCase):
 class PlacementTest(parameterized.TestCase):
     @parameterized.product(size=_SIZES, dtype=_DTYPES)
     def test_place_puts_values_where_they_were(self, size, dtype):
-        size, k = size
-        x = reference.activation(3, (4, size), dtype)
-        values, indices = _top_k(x, k, "auto")
-        placed = jax.jit(selection.place, static_argnums=2)(values, indices, size)
+        x, found = _all(*size, dtype)
         expected = np.zeros_like(x)
-        for row, (source, kept) in enumerate(zip(x, np.asarray(indices), strict=True)):
+        for row, (source, kept) in enumerate(zip(x, found["indices"], strict=True)):
             expected[row, kept] = source[kept]
-        reference.assert_same_bits(placed, expected)
+        reference.assert_same_bits(found["placed"], expected)
 
     @parameterized.product(size=_SIZES, dtype=_DTYPES)
     def test_compact_and_expand_follow_the_mask(self, size, dtype):
-        size, k = size
-        x = reference.activation(4, (4, size), dtype)
-        mask = np.asarray(_top_k_mask(x, k, "auto"))
-        values = jax.jit(selection.compact, static_argnums=2)(x, mask, k)
-        reference.assert_same_bits(values, x[mask].reshape(4, k))
-        expanded = jax.jit(selection.expand)(values, mask)
-        reference.assert_same_bits(expanded, np.where(mask, x, np.zeros_like(x)))
+        x, found = _all(*size, dtype)
+        mask = found["mask"]
+        reference.assert_same_bits(found["compact"], x[mask].reshape(15, size[1]))
+        expected = np.where(mask, x, np.zeros_like(x))
+        reference.assert_same_bits(found["expanded"], expected)
 
 
 if __name__ == "__main__":

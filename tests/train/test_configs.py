@@ -270,9 +270,10 @@ class CompileTest(parameterized.TestCase):
         self.assertAlmostEqual(model.macs / macs, 1, delta=0.01)
 
     # The others of the paper take up to a minute each to compile; resnet18_cifar100 is
-    # the paper's alone, which takes more.
+    # the paper's alone, which takes more. vit_b16_cifar100 is vit_b16_imagenet with a
+    # smaller head.
     @parameterized.parameters(
-        *sorted(set(_NAMES) - {"resnet18_cifar100"}),
+        *sorted(set(_NAMES) - {"resnet18_cifar100", "vit_b16_cifar100"}),
         "resnet18_cifar100:paper",
         "digits_vit:paper",
     )
