@@ -5,12 +5,13 @@ No other file of the library reaches past their public interfaces;
 Each entry says why it is needed, and what takes its place.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # Tells XLA how to share out a kernel. `jax.shard_map` does where the axes of a mesh are
@@ -29,9 +30,11 @@ from jax.experimental.xla_metadata import set_xla_metadata
 # state that tells two traces apart, so that no array leaks; and primitives, as
 # `jax.lax.platform_dependent` leaves a choice in the program that XLA takes apart in
 # every layer anew. `jax.experimental.hijax` may take the place of primitives.
+from jax.extend import source_info_util
 from jax.extend.core import (
     Jaxpr,
     JaxprEqn,
+    Literal,
     Primitive,
     Var,
     get_opaque_trace_state,
@@ -57,10 +60,14 @@ __all__ = [
     "Jaxpr",
     "JaxprEqn",
     "Layout",
+    "Literal",
     "Primitive",
     "Var",
     "ad",
     "batching",
+    "bind_equation",
+    "called_program",
+    "constants",
     "custom_partitioning",
     "dce_jaxpr",
     "flax_counters",
@@ -70,6 +77,7 @@ __all__ = [
     "get_opaque_trace_state",
     "has_triton",
     "hush_triton",
+    "in_scope",
     "jaxpr_as_fun",
     "jaxprs_in_params",
     "mlir",
@@ -79,6 +87,7 @@ __all__ = [
     "sdy",
     "set_flax_counters",
     "set_xla_metadata",
+    "under",
     "with_layout_constraint",
     "wrap_flax_statistics",
 ]
@@ -129,6 +138,72 @@ def open_jaxpr(closed: Any) -> Jaxpr:
     From JAX 0.11 on there is one class for both, and the attribute is to go.
     """
     return getattr(closed, "jaxpr", closed)
+
+
+def constants(closed: Any) -> list[Any]:
+    """The arrays that the program's `constvars` stand for."""
+    return list(closed.consts)
+
+
+# A call of a program, by the name of the primitive: where the program is. That of a
+# function with a derivative of its own is only a call once it is differentiated.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    CUSTOM_VJP: "call_jaxpr",
+}
+
+
+def called_program(equation: JaxprEqn) -> Any:
+    """The program that an equation calls with its operands; `None` if it does more.
+
+    A call that lays down shardings does more.
+    """
+    where = _CALLS.get(equation.primitive.name)
+    if where is None:
+        return None
+    for name in ("in_shardings", "out_shardings", "in_layouts", "out_layouts"):
+        if any(map(_is_specified, equation.params.get(name, ()))):
+            return None
+    return equation.params[where]
+
+
+def _is_specified(sharding: Any) -> bool:
+    return sharding is not None and type(sharding).__name__ != "UnspecifiedValue"
+
+
+def in_scope(caller: JaxprEqn | None, equation: JaxprEqn) -> JaxprEqn:
+    """An equation of a program that is called, under the scope of the call."""
+    if caller is None or not caller.source_info.name_stack.stack:
+        return equation
+    outer, source = caller.source_info.name_stack, equation.source_info
+    scope = outer + source.name_stack
+    return equation.replace(source_info=source.replace(name_stack=scope))
+
+
+@contextlib.contextmanager
+def under(equation: JaxprEqn) -> Iterator[None]:
+    """Traces what follows under an equation's scope, source line and settings.
+
+    As in the loop of `jax.core.eval_jaxpr`, which takes whole programs alone.
+    """
+    source = equation.source_info
+    scope = source_info_util.current_name_stack() + source.name_stack
+    user_context = source_info_util.user_context(source.traceback, name_stack=scope)
+    with user_context, equation.ctx.manager:
+        yield
+
+
+def bind_equation(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """The results of an equation for these operands."""
+    primitive = equation.primitive
+    with under(equation):
+        params = primitive.get_bind_params(equation.params)
+        results = primitive.bind(*operands, **params)
+    return results if primitive.multiple_results else [results]
 
 
 def scan_counts(equation: JaxprEqn) -> tuple[int, int]:

@@ -185,14 +185,14 @@ def _stored(
     rows = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
     segments = _in_groups(rows, groups)
     noise = _noise(key, rows, groups)
-    ranges = [_range(values, levels) for values in segments]
+    found = [ranges(values, levels) for values in segments]
     codes = [
         _codes(values, *of_group, offset, levels)
-        for values, of_group, offset in zip(segments, ranges, noise, strict=True)
+        for values, of_group, offset in zip(segments, found, noise, strict=True)
     ]
     minimum, scale = (
         chunking.concatenate(of_groups).astype(jnp.bfloat16)
-        for of_groups in zip(*ranges, strict=True)
+        for of_groups in zip(*found, strict=True)
     )
     return packing.pack(_in_rows(codes, groups), bits), minimum, scale
 
@@ -221,7 +221,7 @@ def _codes(
     return steps.astype(jnp.uint8)
 
 
-def _range(values: Array, levels: int) -> tuple[Array, Array]:
+def ranges(values: Array, levels: int) -> tuple[Array, Array]:
     """Minimum and scale along the last axis, as numbers that bfloat16 has exactly."""
     smallest, largest = values.min(axis=-1), values.max(axis=-1)
     minimum = _bfloat16(smallest - _MARGIN * jnp.abs(smallest))

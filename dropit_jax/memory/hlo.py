@@ -17,6 +17,7 @@ _BODY = re.compile(r"(?:calls|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _EITHER_BRANCH = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _ELEMENT = re.compile(r"index=(\d+)")
+_NUMBER = re.compile(r"\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -41,7 +42,7 @@ class Instruction:
       opcode: such as "fusion" or "custom-call".
       results: its result, or the elements of the tuple that it is.
       operands: names of instructions of the same computation.
-      attributes: the rest of the line, as it is.
+      attributes: the rest of the line, as it is; of a parameter, its number too.
       is_root: whether the computation returns its result.
     """
 
@@ -73,6 +74,12 @@ class Instruction:
     def element(self) -> int:
         """Which element of a tuple a get-tuple-element reads."""
         found = _ELEMENT.search(self.attributes)
+        return int(found[1]) if found else 0
+
+    @property
+    def number(self) -> int:
+        """Which operand of its computation a parameter is."""
+        found = _NUMBER.match(self.attributes)
         return int(found[1]) if found else 0
 
     @property
@@ -173,7 +180,7 @@ def _instruction(root: str | None, name: str, definition: str) -> Instruction:
         opcode=opcode[1],
         results=array_types(definition[: opcode.start()]),
         operands=tuple(_NAME.findall(definition[opcode.end() : end])),
-        attributes=definition[end:],
+        attributes=definition[opcode.end() - 1 if opcode[1] == "parameter" else end :],
         is_root=root is not None,
     )
 

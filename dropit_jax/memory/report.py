@@ -21,6 +21,7 @@ from dropit_jax.memory import (
     gpu_compiler,
     hlo,
     toolchain,
+    traffic,
 )
 from dropit_jax.memory.buffers import Buffer
 from dropit_jax.memory.toolchain import CompilerError
@@ -47,6 +48,10 @@ class CompileReport:
         a sum of (some products with a vector). Convolutions count the padding as if it
         were data, loops every step if their number is fixed, a choice its dearest
         branch, and kernels of other kinds (Pallas, cuDNN's attention) nothing.
+      traffic_bytes: what the kernels of the compiled program read and write, operands
+        and results of all of them added up: the best guess at a GPU's time that can be
+        had without one. Loops count every step if their number is fixed, a choice its
+        dearest branch; of an operand that a kernel slices, the slice.
       buffers: the largest buffers alive at the peak of `temp_bytes`, largest first. If
         all are asked for, they add up to it, but for gaps that XLA's packing leaves.
     """
@@ -57,6 +62,7 @@ class CompileReport:
     output_bytes: int
     aliased_bytes: int
     flops: float
+    traffic_bytes: int
     buffers: tuple[Buffer, ...]
 
     @property
@@ -116,7 +122,11 @@ def compile_report(
         program = hlo.parse(Path(directory, gpu_compiler.PROGRAM_FILE).read_text())
         largest = buffers.at_peak(Path(directory), program, names)[:num_buffers]
     return CompileReport(
-        target=name, **stats, flops=flops.count(program), buffers=tuple(largest)
+        target=name,
+        **stats,
+        flops=flops.count(program),
+        traffic_bytes=traffic.count(program),
+        buffers=tuple(largest),
     )
 
 

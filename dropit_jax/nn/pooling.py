@@ -53,6 +53,16 @@ def max_pool(
     return _pool(windows, inputs)
 
 
+def largest_of_windows(
+    x: Shaped[Array, "*shape"],
+    shape: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> Shaped[Array, "*out"]:
+    """`max_pool` with a window, a stride and a padding for each axis of the array."""
+    return _pool(_Windows(x.shape, tuple(shape), tuple(strides), tuple(padding)), x)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Windows:
     """Windows on an array; all fields have a number for each axis of the array.

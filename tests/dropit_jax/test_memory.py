@@ -194,6 +194,32 @@ class FlopsTest(parameterized.TestCase):
         self.assertEqual(report.flops, (5 + 2) * 2 * 64 * 128 * 128)
 
 
+class TrafficTest(parameterized.TestCase):
+    """In bytes of an array of 64 x 128 float32."""
+
+    def _traffic(self, function, *args):
+        report = memory.compile_report(function, *args, target="h100")
+        return report.traffic_bytes / (4 * 64 * 128)
+
+    def test_a_kernel_reads_its_operands_and_writes_its_result(self):
+        self.assertEqual(self._traffic(lambda x, y: jnp.sin(x) + y, _X, _X), 3)
+
+    def test_a_product_and_what_follows_it(self):
+        # The kernel is as large as two of them.
+        found = self._traffic(lambda w, x: jnp.sin(x @ w), _W, _X)
+        self.assertBetween(found, 6, 6.01)
+
+    @parameterized.parameters(3, 5)
+    def test_every_step_of_a_loop_counts_and_of_stacked_arrays_the_slice(self, steps):
+        def function(ws, x):
+            return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), x), x, ws)
+
+        ws = jax.ShapeDtypeStruct((steps, 128, 128), jnp.float32)
+        found = self._traffic(function, ws, _X)
+        # A slice of the kernels may be copied first, and is written into the stack.
+        self.assertBetween(found, 7 * steps, 12 * steps + 2)
+
+
 class Tower(nn.Module):
     """Convolutions, and between them a function that keeps its own input."""
 

@@ -1,0 +1,1 @@
+"""Any JAX function, storing less between its forward and its backward pass."""

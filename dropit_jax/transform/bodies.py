@@ -1,0 +1,112 @@
+"""Loops, conditionals and the like, with bodies that store less themselves.
+
+They are bound again by JAX's public functions, with a body that is differentiated by a
+plan of its own: a loop then stacks what that stores.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from dropit_jax import compat
+from dropit_jax.nn import pooling
+from dropit_jax.transform import program as programs
+from dropit_jax.transform.program import Node, Program
+
+# Makes a function of a body that stores less. Given are the body, of each of its inputs
+# whether it is alive anyway, how many turns it takes, and whether it keeps what it
+# stores.
+DropBody = Callable[..., Callable[..., Sequence[Any]]]
+
+# Left whole by `programs.flatten`: their derivatives are still to be taken.
+DIFFERENTIABLE = frozenset({"custom_jvp_call", compat.CUSTOM_VJP})
+
+
+def run(program: Program, arguments: Sequence[Any], drop_body: DropBody) -> list[Any]:
+    """What the program returns, computed with the bodies dropped."""
+
+    def evaluate(node: Node, *operands: Any) -> Sequence[Any]:
+        rule = _RULES.get(node.name)
+        if rule is None:
+            return programs.bind(node, *operands)
+        with compat.under(node.equation):
+            return rule(node, operands, drop_body)
+
+    return programs.run(program, arguments, evaluate)
+
+
+def _scan(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
+    consts, carried = compat.scan_counts(node.equation)
+    params, end = node.params, consts + carried
+    xs = operands[end:]
+    # What a loop carries is made anew in every turn; the others are alive outside.
+    is_free = [True] * consts + [False] * carried + [True] * len(xs)
+    body = drop_body(params["jaxpr"], is_free, turns=params["length"])
+
+    def turn(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[Any, Any]:
+        results = body(*operands[:consts], *carry, *slices)
+        return results[:carried], results[carried:]
+
+    carry, stacked = lax.scan(
+        turn,
+        list(operands[consts:end]),
+        list(xs),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *stacked]
+
+
+def _cond(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
+    if node.params.get("branches_platforms") is not None:
+        return programs.bind(node, *operands)
+    index, *others = operands
+    branches = [
+        drop_body(branch, [False] * len(others)) for branch in node.params["branches"]
+    ]
+    return lax.switch(index, branches, *others)
+
+
+def _remat(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
+    params = node.params
+    if params["differentiated"]:
+        return programs.bind(node, *operands)
+    body = drop_body(params["jaxpr"], [True] * len(operands), is_kept=False)
+    return jax.checkpoint(
+        body, policy=params["policy"], prevent_cse=params["prevent_cse"]
+    )(*operands)
+
+
+def _largest_of_windows(
+    node: Node, operands: Sequence[Any], drop_body: DropBody
+) -> Sequence[Any]:
+    """Max-pooling, whose derivative would read all that it pools."""
+    del drop_body
+    (x,), params = operands, node.params
+    dilation = {*params["base_dilation"], *params["window_dilation"]}
+    if dilation != {1} or math.prod(params["window_dimensions"]) > _MOST_PLACES:
+        return programs.bind(node, *operands)
+    return [
+        pooling.largest_of_windows(
+            x,
+            params["window_dimensions"],
+            params["window_strides"],
+            params["padding"],
+        )
+    ]
+
+
+# Places in a window that 16 bits can tell apart.
+_MOST_PLACES = 2**16
+
+_RULES = {
+    "reduce_window_max": _largest_of_windows,
+    "scan": _scan,
+    "cond": _cond,
+    "remat2": _remat,
+    "checkpoint": _remat,
+}

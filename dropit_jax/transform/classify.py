@@ -1,0 +1,292 @@
+"""What an error in a forward value would do to the gradients."""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dropit_jax import compat
+from dropit_jax.transform import primitives, split
+from dropit_jax.transform import program as programs
+from dropit_jax.transform.program import Constant, Node, Program
+
+
+class Kind(enum.Enum):
+    """A class of values.
+
+    Attributes:
+      FREE: inputs, which are alive anyway, and what costs next to nothing to compute of
+        them alone.
+      DISCRETE: of no floating point.
+      KERNEL: only gradients of inputs depend on it, each by one product.
+      FLOWING: the gradient of what came before depends on it.
+      SMALL: too small to matter.
+      KEPT: what a plan or a rule of its own has chosen to store, and values that few
+        bits cannot hold beside others: those with the numbers of a mask in them.
+    """
+
+    FREE = "free"
+    DISCRETE = "discrete"
+    KERNEL = "kernel"
+    FLOWING = "flowing"
+    SMALL = "small"
+    KEPT = "kept"
+
+
+# What plans and rules of this library store, they name.
+STORED_NAME = "dropit"
+
+# A value this much smaller than the largest is small.
+_SMALL = 1 / 64
+
+# Moves, and casts: of an input they cost next to nothing.
+_CHEAP = primitives.MOVES | {"convert_element_type", "mul", "neg"}
+
+_SMOOTH = primitives.CONTINUOUS | primitives.MOVES
+
+# A number that only a mask puts into an array.
+_MASK = 1e4
+
+
+def is_kept(node: Node) -> bool:
+    """Whether an equation names what another plan, or a DropIT rule, stores."""
+    return node.name == compat.NAME and node.params["name"] == STORED_NAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The class of every forward value.
+
+    Attributes:
+      kinds: by value.
+      parameters: values that are, or are made of, one input alone.
+      joints: sums in which branches meet.
+      needed: what the backward pass reads that is not free.
+    """
+
+    kinds: list[Kind]
+    parameters: frozenset[int]
+    joints: frozenset[Node]
+    needed: frozenset[int]
+
+
+def classify(
+    halves: split.Halves,
+    backward: Program,
+    free_inputs: Sequence[bool],
+    final: Sequence[bool],
+) -> Classes:
+    """Sorts the values of the forward pass.
+
+    Args:
+      halves: of the function.
+      backward: its backward pass.
+      free_inputs: of each input, whether it is alive anyway.
+      final: of each gradient, whether nothing is computed from it.
+    """
+    forward = halves.forward
+    free, parameters = _inputs_alone(forward, free_inputs)
+    reads = _reads(halves, backward, final)
+    needed = frozenset(value for value in reads if value not in free)
+    flowing, kept = _flowing(forward, reads, free), _masked(forward, free)
+    kept |= {value for value, how in reads.items() if how == "kept"}
+    kept |= {value for node in forward.nodes if is_kept(node) for value in node.outputs}
+    largest = max((programs.nbytes(forward.avals[v]) for v in needed), default=0)
+
+    def kind(value: int, aval: Any) -> Kind:
+        if value in free:
+            return Kind.FREE
+        if not split.is_floating(aval) or jnp.issubdtype(
+            aval.dtype, jnp.complexfloating
+        ):
+            return Kind.DISCRETE
+        if programs.nbytes(aval) <= largest * _SMALL:
+            return Kind.SMALL
+        if value in kept:
+            return Kind.KEPT
+        return Kind.FLOWING if value in flowing else Kind.KERNEL
+
+    kinds = [kind(value, aval) for value, aval in enumerate(forward.avals)]
+    return Classes(kinds, frozenset(parameters), _joints(forward, free), needed)
+
+
+def _joints(forward: Program, free: set[int]) -> frozenset[Node]:
+    """Sums of values that are not made of the same one, element by element.
+
+    So branches meet in a residual stream.
+    """
+    root = list(range(len(forward.avals)))
+    found = set()
+    along = primitives.CONTINUOUS | primitives.MOVES | primitives.STEPS
+    for node in forward.nodes:
+        if node.name not in along:
+            continue
+        (made, *_) = node.outputs
+        size = math.prod(forward.avals[made].shape)
+        whole = {
+            root[v]
+            for v in node.operands
+            if v not in free and math.prod(forward.avals[root[v]].shape) >= size
+        }
+        if len(whole) == 1:
+            (root[made],) = whole
+        elif len(whole) > 1 and node.name in primitives.SUMS:
+            found.add(node)
+    return frozenset(found)
+
+
+def _inputs_alone(
+    forward: Program, free_inputs: Sequence[bool]
+) -> tuple[set[int], set[int]]:
+    """Values that are free, and those that are made of one input."""
+    free = {v for v, yes in zip(forward.inputs, free_inputs, strict=True) if yes}
+    free |= set(forward.constants)
+    parameters = set(free)
+    for node in forward.nodes:
+        if node.equation.effects:
+            continue
+        if node.name not in primitives.PRODUCTS and parameters.issuperset(
+            node.operands
+        ):
+            parameters.update(node.outputs)
+        is_constant = not any(node.operands) and node.name in _SMOOTH
+        if is_constant or (node.name in _CHEAP and free.issuperset(node.operands)):
+            free.update(node.outputs)
+    return free, parameters
+
+
+def _reads(
+    halves: split.Halves, backward: Program, final: Sequence[bool]
+) -> dict[int, str]:
+    """How the backward pass reads forward values: "kernel", "flowing" or "kept"."""
+    inputs = backward.inputs[: len(halves.residuals)]
+    how = _roles(backward, set(halves.cotangents), final)
+    found: dict[int, str] = {}
+    for value, atom in zip(inputs, halves.residuals, strict=True):
+        if value in how and isinstance(atom, int):
+            found[atom] = _stronger(how[value], found.get(atom, "kernel"))
+    return found
+
+
+# What a gradient goes through on its way from a product to the result.
+_ONWARD = primitives.MOVES | {"convert_element_type", "add_any", "neg", "reduce_sum"}
+# The weaker role first.
+_ROLES = ("kernel", "flowing", "kept")
+
+
+def final_values(backward: Program, final: Sequence[bool]) -> set[int]:
+    """The gradients that nothing is computed from, and what only becomes one of them.
+
+    Args:
+      backward: the backward pass.
+      final: of each gradient, whether nothing is computed from it.
+    """
+    pairs = [*zip(backward.outputs, final, strict=True)]
+    outputs = set(programs.values(backward.outputs))
+    found = {v for v, yes in pairs if yes and isinstance(v, int)}
+    found -= {v for v, yes in pairs if not yes and isinstance(v, int)}
+    readers: dict[int, list[Node]] = {}
+    for node in reversed(backward.nodes):
+        for value in node.outputs:
+            if value in outputs or value not in readers:
+                continue
+            if all(
+                reader.name in _ONWARD and found.issuperset(reader.outputs)
+                for reader in readers[value]
+            ):
+                found.add(value)
+        for value in set(node.operands):
+            readers.setdefault(value, []).append(node)
+    return found
+
+
+def _roles(
+    backward: Program, linear: set[int], final: Sequence[bool]
+) -> dict[int, str]:
+    """How each value of the backward pass that depends on no cotangent is read."""
+    for node in backward.nodes:
+        if not linear.isdisjoint(node.operands):
+            linear.update(node.outputs)
+    last = final_values(backward, final)
+    roles = dict.fromkeys(set(programs.values(backward.outputs)) - linear, "kept")
+    for node in reversed(backward.nodes):
+        role = _role(node, linear, last, roles)
+        for value in node.operands:
+            if value not in linear:
+                roles[value] = _stronger(role, roles.get(value, "kernel"))
+    return roles
+
+
+def _role(node: Node, linear: set[int], last: set[int], roles: dict[int, str]) -> str:
+    """How an equation of the backward pass reads values that are not linear."""
+    if node.name in primitives.BODIES:
+        return "kept"
+    if not linear.isdisjoint(node.operands):
+        is_final = node.name in primitives.PRODUCTS and last.issuperset(node.outputs)
+        return "kernel" if is_final else "flowing"
+    role = "kernel"
+    for value in node.outputs:
+        role = _stronger(role, roles.get(value, "kernel"))
+    moves = node.name in primitives.MOVES | {"convert_element_type"}
+    return role if moves else _stronger(role, "flowing")
+
+
+def _stronger(*roles: str) -> str:
+    return max(roles, key=_ROLES.index)
+
+
+def _flowing(forward: Program, reads: dict[int, str], free: set[int]) -> set[int]:
+    """Values that the gradient flowing on depends on, if they are computed again."""
+    flowing = {value for value, how in reads.items() if how != "kernel"}
+    for node in reversed(forward.nodes):
+        if not flowing.isdisjoint(node.outputs):
+            flowing.update(v for v in node.operands if v not in free)
+    return flowing
+
+
+def _masked(forward: Program, free: set[int]) -> set[int]:
+    """Values that may have a mask's numbers in them, beside which others are nothing.
+
+    They are made with a constant of that size, or are what a softmax is taken of, to
+    which a mask may have been added that is an input. What they are computed from can
+    be stored in as few bytes.
+    """
+    masked = {v for v, array in forward.constants.items() if _is_mask(array)}
+    shifts = _of_a_maximum(forward)
+    for node in forward.nodes:
+        operands = set(node.operands)
+        if node.name == "sub" and len(operands) == 2 and node.inputs[1] in shifts:
+            masked.update((*node.operands, *node.outputs))
+            continue
+        puts_in = primitives.SUMS | primitives.MOVES | {"select_n"}
+        if free >= operands:
+            puts_in |= {"mul"}
+        constants = (atom.val for atom in node.inputs if isinstance(atom, Constant))
+        if (node.name in puts_in and any(map(_is_mask, constants))) or (
+            node.name in primitives.LINEAR | {"select_n"} and masked & operands
+        ):
+            masked.update(node.outputs)
+    return masked
+
+
+def _of_a_maximum(forward: Program) -> set[int]:
+    """Maxima along an axis, and what is only moved of them."""
+    found: set[int] = set()
+    for node in forward.nodes:
+        if node.name == "reduce_max" or (
+            node.name in primitives.MOVES | {"max", "select_n"}
+            and not found.isdisjoint(node.operands)
+        ):
+            found.update(node.outputs)
+    return found
+
+
+def _is_mask(array: Any) -> bool:
+    """Whether a constant is so large that only a mask puts it into an array."""
+    if np.ndim(array) or not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+        return False
+    return abs(float(array)) >= _MASK

@@ -1,0 +1,191 @@
+"""A plan: what a function stores between its two passes, how, and why."""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dropit_jax.memory import scopes
+from dropit_jax.transform import presets, primitives
+from dropit_jax.transform import program as programs
+from dropit_jax.transform.planner import Choice, Choices
+from dropit_jax.transform.presets import Preset
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredValue:
+    """A value that is stored, in all turns of the loops that it is in.
+
+    Attributes:
+      shape: of the value, in one turn.
+      dtype: of the value.
+      kind: its class: "kernel", "flowing", "discrete", "small" or "kept".
+      form: how it is stored: "exact", "1 bit", "8 bits", ...
+      turns: how often.
+      plain_bytes: the size of the value, in all turns.
+      nbytes: the size of what is stored of it, in all turns.
+      layer: the path of the Flax module that makes it; "" if none does.
+      operation: the primitive that makes it; "input" if none does.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    form: str
+    turns: int
+    plain_bytes: int
+    nbytes: int
+    layer: str
+    operation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a function stores between its forward and its backward pass.
+
+    Printed, it is a table. `drop(fun, plan)` uses it again.
+
+    Attributes:
+      preset: that it was made with.
+      choices: of each program, by its fingerprint, the stored values and their forms.
+      values: what is stored, largest first.
+      recomputed: by primitive, how many equations are computed again.
+      plain_bytes: what the plain function stores.
+    """
+
+    preset: Preset
+    choices: tuple[tuple[str, tuple[tuple[int, str], ...]], ...]
+    values: tuple[StoredValue, ...]
+    recomputed: tuple[tuple[str, int], ...]
+    plain_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """What the function stores."""
+        return sum(value.nbytes for value in self.values)
+
+    @functools.cached_property
+    def forms(self) -> Choices:
+        """The choices as the planner takes them."""
+        return {
+            key: {value: presets.form(word) for value, word in chosen}
+            for key, chosen in self.choices
+        }
+
+    def to_json(self) -> str:
+        """The plan as text, for `from_json`."""
+        return json.dumps(dataclasses.asdict(self), default=str)
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]]
+        rows = [("bytes", "plain", "type", "class", "stored as", "operation", "layer")]
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for value in self.values:
+            shape = ",".join(map(str, value.shape))
+            times = f"{value.turns} x " if value.turns > 1 else ""
+            key = (
+                f"{times}{value.dtype}[{shape}]",
+                value.kind,
+                value.form,
+                value.operation,
+                value.layer,
+            )
+            sizes = alike.setdefault(key, [0, 0])
+            sizes[0] += value.nbytes
+            sizes[1] += value.plain_bytes
+        rows += [(f"{a:,}", f"{b:,}", *key) for key, (a, b) in alike.items()]
+        rows.append((f"{self.nbytes:,}", f"{self.plain_bytes:,}", "total", *[""] * 4))
+        again = ", ".join(f"{count} {name}" for name, count in self.recomputed)
+        return f"{_table(rows)}\ncomputed again: {again or 'nothing'}"
+
+
+def of_choices(preset: Preset, made: list[Choice]) -> Plan:
+    """The plan that a planner made."""
+    values: list[StoredValue] = []
+    recomputed: collections.Counter[str] = collections.Counter()
+    plain = 0
+    for choice in made:
+        if choice.is_kept:
+            values += _stored(choice)
+            plain += choice.turns * _plain_bytes(choice)
+        recomputed.update(_recomputed(choice))
+    values.sort(key=lambda value: -value.nbytes)
+    choices = {
+        choice.fingerprint: tuple(
+            (value, presets.word(form)) for value, form in choice.forms.items()
+        )
+        for choice in made
+    }
+    return Plan(
+        preset,
+        tuple(sorted(choices.items())),
+        tuple(values),
+        tuple(recomputed.most_common()),
+        plain,
+    )
+
+
+def _stored(choice: Choice) -> list[StoredValue]:
+    program = choice.halves.forward
+    makers = program.makers()
+    found = []
+    for value, form in choice.forms.items():
+        aval, node = program.avals[value], makers.get(value)
+        if node is not None and node.name in primitives.BODIES:
+            continue  # the plan of the body has it
+        scope = str(node.equation.source_info.name_stack) if node else ""
+        found.append(
+            StoredValue(
+                shape=tuple(aval.shape),
+                dtype=str(aval.dtype),
+                kind=choice.classes.kinds[value].value,
+                form=str(form),
+                turns=choice.turns,
+                plain_bytes=choice.turns * programs.nbytes(aval),
+                nbytes=choice.turns * int(form.nbytes(aval)),
+                layer=scopes.layer(scope),
+                operation=node.name if node else "input",
+            )
+        )
+    return found
+
+
+def _plain_bytes(choice: Choice) -> int:
+    """What the plain function stores of this program."""
+    program = choice.halves.forward
+    makers = program.makers()
+    residuals = set(programs.values(choice.halves.residuals))
+    return sum(
+        programs.nbytes(program.avals[value]) for value in residuals if value in makers
+    )
+
+
+def _recomputed(choice: Choice) -> Mapping[str, int]:
+    """The equations that are computed again, by primitive."""
+    makers = choice.halves.forward.makers()
+    counted: dict[Any, str] = {}
+    todo = list(programs.values(choice.halves.residuals))
+    seen = set(choice.forms)
+    while todo:
+        value = todo.pop()
+        if value in seen or value not in makers:
+            continue
+        seen.add(value)
+        counted[makers[value]] = makers[value].name
+        todo.extend(makers[value].operands)
+    return collections.Counter(counted.values())
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns, the first two to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if place < 2 else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

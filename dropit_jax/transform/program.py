@@ -1,0 +1,246 @@
+"""Traced programs as flat lists of equations, with calls of `jax.jit` taken apart."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dropit_jax import compat
+from dropit_jax.compat import Jaxpr, JaxprEqn, Literal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A scalar in the text of a program."""
+
+    val: Any
+
+
+# The number of a value in its program, or a constant.
+Atom = int | Constant
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """An equation of a program.
+
+    Attributes:
+      equation: the primitive, its parameters, source and scope.
+      inputs: of each operand, the value or the constant.
+      outputs: the values that it makes.
+    """
+
+    equation: JaxprEqn
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the primitive."""
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Of the primitive."""
+        return self.equation.params
+
+    @property
+    def operands(self) -> Iterator[int]:
+        """The inputs that are values."""
+        return values(self.inputs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A flat program: values are numbers.
+
+    Attributes:
+      avals: of each value, its type.
+      inputs: the values that it is given.
+      constants: the values that are arrays known when it was traced.
+      nodes: its equations, in order.
+      outputs: what it returns.
+    """
+
+    avals: list[Any]
+    inputs: tuple[int, ...]
+    constants: dict[int, Any]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Atom, ...]
+
+    def makers(self) -> dict[int, Node]:
+        """The equation that makes each value."""
+        return {value: node for node in self.nodes for value in node.outputs}
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """A constant of zeros, made where it is read."""
+
+    aval: Any
+
+
+def values(atoms: Iterable[Atom]) -> Iterator[int]:
+    """Those of the atoms that are values."""
+    return (atom for atom in atoms if isinstance(atom, int))
+
+
+def flatten(
+    traced: Any, opaque: frozenset[str] = frozenset(), *, hoisted: bool = False
+) -> Program:
+    """A program as `jax.make_jaxpr` traced it, without calls and dead equations.
+
+    Args:
+      traced: the program.
+      opaque: primitives that are left whole though they call a program, as what they
+        stand for is still to be differentiated.
+      hoisted: whether the arrays that it closes over are inputs, the first.
+    """
+    flat = _Flat(opaque)
+    jaxpr = compat.open_jaxpr(traced)
+    inputs = tuple(flat.value(variable.aval) for variable in jaxpr.invars)
+    closed_over = tuple(flat.value(variable.aval) for variable in jaxpr.constvars)
+    variables = (*jaxpr.invars, *jaxpr.constvars)
+    atoms = dict(zip(variables, (*inputs, *closed_over), strict=True))
+    if not hoisted:
+        pairs = zip(closed_over, compat.constants(traced), strict=True)
+        flat.constants.update(pairs)
+    outputs = flat.inline(jaxpr, atoms, None)
+    program = Program(
+        flat.avals,
+        (*closed_over, *inputs) if hoisted else inputs,
+        flat.constants,
+        tuple(flat.nodes),
+        outputs,
+    )
+    return without_dead(program)
+
+
+def without_dead(program: Program, more: Iterable[int] = ()) -> Program:
+    """The program without equations that nothing depends on.
+
+    Args:
+      program: of which outputs and effects are needed.
+      more: values that are needed too.
+    """
+    needed = {*values(program.outputs), *more}
+    nodes = []
+    for node in reversed(program.nodes):
+        if node.equation.effects or not needed.isdisjoint(node.outputs):
+            nodes.append(node)
+            needed.update(node.operands)
+    return dataclasses.replace(program, nodes=tuple(reversed(nodes)))
+
+
+def run(
+    program: Program,
+    arguments: Sequence[Any],
+    evaluate: Callable[..., Sequence[Any]] | None = None,
+) -> list[Any]:
+    """What the program returns.
+
+    Args:
+      program: to be run, one equation after the other.
+      arguments: one for each of its inputs.
+      evaluate: runs a node in its own way, given its operands; by default the equation
+        is bound.
+    """
+    evaluate = evaluate or bind
+    known = dict(program.constants)
+    known.update(zip(program.inputs, arguments, strict=True))
+    last = last_uses(program)
+    for node in program.nodes:
+        operands = [read(known, atom) for atom in node.inputs]
+        results = evaluate(node, *operands)
+        known.update(zip(node.outputs, results, strict=True))
+        for value in last.get(node, ()):
+            del known[value]
+    return [read(known, atom) for atom in program.outputs]
+
+
+def last_uses(program: Program) -> dict[Node, list[int]]:
+    """The values that no equation after this one, and no output, reads."""
+    kept = set(values(program.outputs))
+    found = {}
+    for node in reversed(program.nodes):
+        found[node] = [v for v in {*node.operands, *node.outputs} if v not in kept]
+        kept.update(found[node])
+    return found
+
+
+def read(known: dict[int, Any], atom: Atom) -> Any:
+    """The array that an atom stands for."""
+    if isinstance(atom, Constant):
+        return atom.val
+    found = known[atom]
+    if isinstance(found, Zeros):
+        return jnp.zeros(found.aval.shape, found.aval.dtype)
+    return found
+
+
+def bind(node: Node, *operands: Any) -> Sequence[Any]:
+    """The results of an equation, under its own scope and source line."""
+    return compat.bind_equation(node.equation, operands)
+
+
+def nbytes(aval: Any) -> int:
+    """The size of a value of this type; 0 for what is no array."""
+    if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
+        return 0
+    return int(np.prod(aval.shape, dtype=np.int64)) * aval.dtype.itemsize
+
+
+class _Flat:
+    """Collects the equations of a program."""
+
+    def __init__(self, opaque: frozenset[str]) -> None:
+        self._opaque = opaque
+        self.avals: list[Any] = []
+        self.constants: dict[int, Any] = {}
+        self.nodes: list[Node] = []
+
+    def value(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def inline(
+        self, jaxpr: Jaxpr, atoms: dict[Any, Atom], caller: JaxprEqn | None
+    ) -> tuple[Atom, ...]:
+        """Adds the equations of a program, whose inputs stand for these atoms."""
+
+        def atom(each: Any) -> Atom:
+            return Constant(each.val) if isinstance(each, Literal) else atoms[each]
+
+        for each in jaxpr.eqns:
+            equation = compat.in_scope(caller, each)
+            given = tuple(map(atom, equation.invars))
+            called = self._called(equation)
+            if called is None:
+                new = tuple(self.value(variable.aval) for variable in equation.outvars)
+                self.nodes.append(Node(equation, given, new))
+                made: tuple[Atom, ...] = new
+            else:
+                made = self.inline(
+                    compat.open_jaxpr(called), self._operands(called, given), equation
+                )
+            atoms.update(zip(equation.outvars, made, strict=True))
+        return tuple(map(atom, jaxpr.outvars))
+
+    def _operands(self, called: Any, given: Sequence[Atom]) -> dict[Any, Atom]:
+        """What the inputs of a called program stand for."""
+        jaxpr = compat.open_jaxpr(called)
+        atoms = dict(zip(jaxpr.invars, given, strict=True))
+        for variable, array in zip(
+            jaxpr.constvars, compat.constants(called), strict=True
+        ):
+            atoms[variable] = value = self.value(variable.aval)
+            self.constants[value] = array
+        return atoms
+
+    def _called(self, equation: JaxprEqn) -> Any:
+        """The program that an equation only calls; `None` if it does more."""
+        if equation.primitive.name in self._opaque:
+            return None
+        return compat.called_program(equation)

@@ -1,0 +1,145 @@
+"""A function taken apart into its forward and its backward pass, as two programs."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dropit_jax.transform import program as programs
+from dropit_jax.transform.program import Atom, Program
+
+Function = Callable[..., Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Halves:
+    """The forward and the backward pass of a function of arrays.
+
+    Attributes:
+      forward: `inputs -> (*results, *residuals)`.
+      backward: `(*residuals, *cotangents) -> gradients`, with a cotangent for each
+        result of floating point and a gradient for each perturbed input.
+      perturbed: of each input, whether it is differentiated.
+      floating: of each result, whether it has a cotangent.
+    """
+
+    forward: Program
+    backward: Program
+    perturbed: tuple[bool, ...]
+    floating: tuple[bool, ...]
+
+    @property
+    def residuals(self) -> tuple[Atom, ...]:
+        """What the backward pass is given, as atoms of the forward pass."""
+        return self.forward.outputs[len(self.floating) :]
+
+    @property
+    def cotangents(self) -> tuple[int, ...]:
+        """The inputs of the backward pass that are cotangents."""
+        return self.backward.inputs[len(self.residuals) :]
+
+
+def split(
+    function: Function, avals: Sequence[Any], perturbed: Sequence[bool]
+) -> Halves:
+    """Traces a function and its pullback: JAX's own rules, nothing derived anew.
+
+    Args:
+      function: of arrays; it returns a sequence of arrays.
+      avals: the types of its arguments.
+      perturbed: of each argument, whether it is to be differentiated.
+    """
+    places = [i for i, is_perturbed in enumerate(perturbed) if is_perturbed]
+    structure: Any = None
+    results: list[Any] = []
+
+    def forward(*arrays: Any) -> list[Any]:
+        def of_perturbed(*values: Any) -> Sequence[Any]:
+            given = dict(enumerate(arrays)) | dict(zip(places, values, strict=True))
+            return function(*given.values())
+
+        nonlocal structure, results
+        outputs, pullback = jax.vjp(of_perturbed, *[arrays[i] for i in places])
+        residuals, structure = jax.tree.flatten(pullback)
+        results = [jax.typeof(output) for output in outputs]
+        return [*outputs, *residuals]
+
+    traced = jax.make_jaxpr(forward)(*avals)
+    floating = tuple(is_floating(aval) for aval in results)
+    residuals = traced.out_avals[len(results) :]
+
+    def backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+        given = iter(cotangents)
+        complete = [
+            next(given) if has_one else np.zeros(aval.shape, jax.dtypes.float0)
+            for aval, has_one in zip(results, floating, strict=True)
+        ]
+        return jax.tree.unflatten(structure, residuals)(complete)
+
+    wanted = [aval for aval, has_one in zip(results, floating, strict=True) if has_one]
+    pulled = jax.make_jaxpr(backward)(residuals, wanted)
+    return Halves(
+        programs.flatten(traced),
+        programs.flatten(pulled),
+        tuple(perturbed),
+        floating,
+    )
+
+
+def is_floating(aval: Any) -> bool:
+    """Whether values of this type have a cotangent of their own type."""
+    return hasattr(aval, "dtype") and bool(jnp.issubdtype(aval.dtype, jnp.inexact))
+
+
+# Sums, which are the other operand where one is zero.
+_SUMS = frozenset({"add", "add_any"})
+
+
+def without_zeros(
+    halves: Halves, is_zero: Sequence[bool]
+) -> tuple[Program, tuple[bool, ...]]:
+    """The backward pass for cotangents some of which are known to be zero.
+
+    It is linear in the cotangents: an equation all of whose linear operands are zero
+    makes zeros.
+
+    Args:
+      halves: of the function.
+      is_zero: of each cotangent, whether it is zero.
+
+    Returns:
+      The program of the gradients that are not zero, in which nothing is computed from
+      zeros alone; and of each gradient, whether it is zero.
+    """
+    backward = halves.backward
+    linear = set(halves.cotangents)
+    zero = {v for v, yes in zip(halves.cotangents, is_zero, strict=True) if yes}
+    constants, nodes = dict(backward.constants), []
+    same: dict[Atom, Atom] = {}
+    for node in backward.nodes:
+        inputs = tuple(same.get(atom, atom) for atom in node.inputs)
+        moving = linear.intersection(programs.values(inputs))
+        if moving:
+            linear.update(node.outputs)
+        if moving and moving <= zero:
+            zero.update(node.outputs)
+            continue
+        if node.name in _SUMS and moving & zero:
+            same[node.outputs[0]] = next(v for v in inputs if v not in zero)
+            continue
+        for value in moving & zero:
+            constants[value] = programs.Zeros(backward.avals[value])
+        nodes.append(dataclasses.replace(node, inputs=inputs))
+    outputs = [same.get(atom, atom) for atom in backward.outputs]
+    gone = tuple(atom in zero for atom in outputs)
+    return programs.without_dead(
+        dataclasses.replace(
+            backward,
+            constants=constants,
+            nodes=tuple(nodes),
+            outputs=tuple(o for o, z in zip(outputs, gone, strict=True) if not z),
+        )
+    ), gone

@@ -1,0 +1,160 @@
+"""How a value is stored from the forward to the backward pass.
+
+A form says what becomes of a value; the arrays that it becomes are a pytree. Codes are
+those of `dropit_jax.quantization`, in another arrangement: groups lie along the last
+axis, and decoding is one expression of arrays of the value's own shape, which XLA
+computes inside of the kernel that reads it.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from dropit_jax import layouts, packing, quantization
+
+# Elements that share a minimum and a scale.
+_GROUP = 64
+
+
+class Form(Protocol):
+    """How values of one type are stored."""
+
+    def nbytes(self, aval: Any) -> int:
+        """How many bytes a value of this type takes."""
+
+    def encode(self, x: Array) -> Any:
+        """What is stored of a value."""
+
+    def decode(self, stored: Any, aval: Any) -> Array:
+        """The value, or what is left of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The value as it is."""
+
+    def nbytes(self, aval: Any) -> int:
+        """As in `Form`."""
+        return _size(aval) * aval.dtype.itemsize
+
+    def encode(self, x: Array) -> Array:
+        """As in `Form`."""
+        return x
+
+    def decode(self, stored: Array, aval: Any) -> Array:
+        """As in `Form`."""
+        del aval
+        return stored
+
+    def __str__(self) -> str:
+        return "exact"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """Booleans, eight in a byte along the last axis."""
+
+    def nbytes(self, aval: Any) -> int:
+        """As in `Form`."""
+        *rows, last = aval.shape or (1,)
+        return _product(rows) * packing.packed_size(last, 1)
+
+    def encode(self, x: Array) -> Array:
+        """As in `Form`."""
+        return packing.pack(layouts.of_tokens(jnp.atleast_1d(x)), 1)
+
+    def decode(self, stored: Array, aval: Any) -> Array:
+        """As in `Form`."""
+        bits = packing.unpack(layouts.of_tokens(stored), 1, (aval.shape or (1,))[-1])
+        return bits.astype(bool).reshape(aval.shape)
+
+    def __str__(self) -> str:
+        return "1 bit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Unsigned codes with a minimum and a scale for every group of the last axis.
+
+    Attributes:
+      bits: of a code: 2, 4 or 8.
+    """
+
+    bits: int
+
+    def nbytes(self, aval: Any) -> int:
+        """As in `Form`."""
+        *rows, last = aval.shape
+        _, count = _groups(last)
+        return _product(rows) * (packing.packed_size(last, self.bits) + 4 * count)
+
+    def encode(self, x: Array) -> tuple[Array, Array, Array]:
+        """As in `Form`."""
+        x = layouts.of_tokens(x)
+        rows, last = x.shape[:-1], x.shape[-1]
+        size, count = _groups(last)
+        levels = 2**self.bits - 1
+        wide = x.astype(_computed(x.dtype))
+        grouped = wide
+        if size * count > last:  # what is added changes no minimum and no maximum
+            added = [(0, 0)] * len(rows) + [(0, size * count - last)]
+            grouped = jnp.pad(wide, added, mode="edge")
+        grouped = grouped.reshape(*rows, count, size)
+        minimum, scale = quantization.ranges(grouped, levels)
+        above = wide - _spread(minimum, size, last)
+        codes = (above * _spread(1 / scale, size, last) + 0.5).astype(jnp.uint8)
+        packed = layouts.of_tokens(packing.pack(codes, self.bits))
+        return packed, minimum.astype(jnp.bfloat16), scale.astype(jnp.bfloat16)
+
+    def decode(self, stored: tuple[Array, Array, Array], aval: Any) -> Array:
+        """As in `Form`."""
+        packed, minimum, scale = stored
+        last = aval.shape[-1]
+        size, _ = _groups(last)
+        compute = _computed(aval.dtype)
+        codes = packing.unpack(layouts.of_tokens(packed), self.bits, last)
+        low, step = (_spread(x.astype(compute), size, last) for x in (minimum, scale))
+        values = codes.astype(compute) * step + low
+        if aval.dtype == jnp.float16:
+            # The last code may stand for a little more than the largest of its group.
+            largest = float(jnp.finfo(jnp.float16).max)
+            values = jnp.clip(values, -largest, largest)
+        return values.astype(aval.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits"
+
+
+def _groups(last: int) -> tuple[int, int]:
+    """How large groups of an axis are, and how many."""
+    if last <= 2 * _GROUP and last % _GROUP:
+        return last, 1
+    return _GROUP, -(-last // _GROUP)
+
+
+def _spread(x: Array, size: int, last: int) -> Array:
+    """What groups have, for each of their elements: `(*rows, n) -> (*rows, last)`."""
+    *rows, count = x.shape
+    if count == 1:
+        return lax.broadcast_in_dim(x, (*rows, last), tuple(range(len(rows) + 1)))
+    each = lax.broadcast_in_dim(x, (*rows, count, size), tuple(range(len(rows) + 1)))
+    return each.reshape(*rows, count * size)[..., :last]
+
+
+def _computed(dtype: Any) -> Any:
+    """The type that codes are computed in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _size(aval: Any) -> int:
+    return _product(aval.shape)
+
+
+def _product(sizes: Any) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product

@@ -1,0 +1,249 @@
+"""Functions of (params, x), one for each feature of JAX that `drop` meets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dropit_jax import DropIT
+from dropit_jax import dot_general as dropit_dot
+
+_RNG = np.random.default_rng(0)
+PARAMS = {
+    "w": jnp.asarray(_RNG.normal(size=(3, 16, 16)) / 4, jnp.float32),
+    "b": jnp.asarray(_RNG.normal(size=(3, 16)) / 4, jnp.float32),
+}
+X = jnp.asarray(_RNG.normal(size=(8, 16)), jnp.float32)
+
+
+def _layer(x, w, b):
+    return jnp.tanh(x @ w + b)
+
+
+def mlp(params, x):
+    for w, b in zip(params["w"], params["b"], strict=True):
+        x = _layer(x, w, b)
+    return jnp.sum(x**2)
+
+
+def jit(params, x):
+    return mlp(params, jax.jit(jax.nn.gelu)(x))
+
+
+def softmax(params, x):
+    x = jax.nn.softmax(x @ params["w"][0])
+    return jnp.sum(jax.nn.log_softmax(x @ params["w"][1])[:, 0])
+
+
+def masked_softmax(params, x):
+    scores = jnp.where(jnp.tril(jnp.ones((8, 16), bool)), x @ params["w"][0], -1e9)
+    return jnp.sum(jax.nn.softmax(scores) @ params["w"][1] ** 2)
+
+
+def gated(params, x):
+    gate, value = (x @ params["w"][i] for i in (0, 1))
+    return jnp.sum((jax.nn.silu(gate) * value) @ params["w"][2])
+
+
+def scan(params, x):
+    def turn(x, slices):
+        y = _layer(x, slices["w"], slices["b"])
+        return y, jnp.sum(y**2)
+
+    y, sums = lax.scan(turn, x, params)
+    return jnp.sum(y) + jnp.sum(sums)
+
+
+def scan_reversed(params, x):
+    y, ys = lax.scan(
+        lambda c, p: (_layer(c, p["w"], p["b"]), c), x, params, reverse=True
+    )
+    return jnp.sum(jnp.sin(y)) + jnp.sum(ys**2)
+
+
+def scan_unrolled(params, x):
+    y, _ = lax.scan(lambda c, p: (_layer(c, p["w"], p["b"]), None), x, params, unroll=2)
+    return jnp.sum(y**2)
+
+
+def scan_of_constants(params, x):
+    w = params["w"][0]
+    y, _ = lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=3)
+    return jnp.sum(y**2)
+
+
+def scan_nested(params, x):
+    def outer(x, _):
+        y, _ = lax.scan(lambda c, w: (jnp.sin(c @ w), None), x, params["w"])
+        return y, jnp.sum(y)
+
+    y, sums = lax.scan(outer, x, None, length=2)
+    return jnp.sum(y**2) + jnp.sum(sums)
+
+
+def scan_of_checkpointed(params, x):
+    block = jax.checkpoint(lambda c, p: (_layer(c, p["w"], p["b"]), None))
+    y, _ = lax.scan(block, x, params)
+    return jnp.sum(y**2)
+
+
+def cond(params, x):
+    w = params["w"][0]
+    y = lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x @ w), lambda x: x @ w, x)
+    return jnp.sum(y**2)
+
+
+def switch(params, x):
+    w = params["w"][0]
+    branches = [lambda x: x @ w, jnp.sin, lambda x: jnp.tanh(x) * 2]
+    return jnp.sum(lax.switch(jnp.int32(x[0, 0] * 10), branches, x) ** 2)
+
+
+def fori_loop(params, x):
+    def turn(i, x):
+        return jnp.tanh(x @ params["w"][i])
+
+    return jnp.sum(lax.fori_loop(0, 3, turn, x) ** 2)
+
+
+def while_loop(params, x):
+    count = lax.while_loop(lambda n: n < 4, lambda n: n + 1, 0)
+    return mlp(params, x) * count
+
+
+def checkpointed(params, x):
+    return jax.checkpoint(mlp)(params, jnp.sin(x))
+
+
+def checkpointed_with_policy(params, x):
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(mlp, policy=policy)(params, jnp.sin(x))
+
+
+def checkpointed_blocks(params, x):
+    for w, b in zip(params["w"], params["b"], strict=True):
+        x = jax.checkpoint(_layer)(x, w, b)
+    return jnp.sum(x**2)
+
+
+@jax.custom_vjp
+def _own_rule(x):
+    return jnp.sin(x)
+
+
+_own_rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (2 * jnp.cos(x) * g,))
+
+
+def custom_vjp(params, x):
+    return mlp(params, _own_rule(x @ params["w"][0]))
+
+
+@jax.custom_jvp
+def _own_tangent(x):
+    return jnp.sin(x)
+
+
+_own_tangent.defjvp(lambda p, t: (jnp.sin(p[0]), 2 * jnp.cos(p[0]) * t[0]))
+
+
+def custom_jvp(params, x):
+    return mlp(params, _own_tangent(x @ params["w"][0]))
+
+
+def dropit_layer(params, x):
+    numbers = (((1,), (0,)), ((), ()))
+    y = dropit_dot(jnp.tanh(x), params["w"][0], numbers, dropit=DropIT(0.5))
+    return mlp(params, y)
+
+
+def vmap(params, x):
+    return jnp.sum(jax.vmap(lambda row: jnp.tanh(row @ params["w"][0]))(x) ** 2)
+
+
+def lax_map(params, x):
+    return jnp.sum(lax.map(lambda row: jnp.tanh(row @ params["w"][0]), x) ** 2)
+
+
+def associative_scan(params, x):
+    y = lax.associative_scan(jnp.multiply, 1 + 0.1 * jnp.tanh(x @ params["w"][0]))
+    return jnp.sum(y**2)
+
+
+def named(params, x):
+    with jax.named_scope("block"):
+        y = checkpoint_name(jnp.tanh(x @ params["w"][0]), "hidden")
+    return jnp.sum(jnp.sin(y @ params["w"][1]))
+
+
+def stopped(params, x):
+    y = jnp.tanh(x @ params["w"][0])
+    return jnp.sum(y * lax.stop_gradient(jnp.sin(y)))
+
+
+def debug_print(params, x):
+    y = jnp.tanh(x @ params["w"][0])
+    jax.debug.print("{}", y[0, 0], ordered=False)
+    return jnp.sum(y**2)
+
+
+def integers(params, x):
+    order = jnp.argsort(x[:, 0])
+    y = jnp.tanh(x[order] @ params["w"][0])
+    kept = jnp.where(y > 0, y, 0.1 * y)
+    return jnp.sum(kept[jnp.arange(8), jnp.argmax(y, axis=1)] ** 2)
+
+
+def complex_values(params, x):
+    y = jnp.fft.fft(x @ params["w"][0])
+    return jnp.sum(jnp.abs(y * jnp.exp(1j * x)) ** 2)
+
+
+def empty_and_scalar(params, x):
+    nothing = jnp.sin(x[:0] @ params["w"][0])
+    return jnp.sum(nothing) + jnp.tanh(jnp.sum(x @ params["w"][1]))
+
+
+def typed_key(params, x):
+    kept = jax.random.bernoulli(jax.random.key(0), 0.5, x.shape)
+    return jnp.sum(jnp.where(kept, jnp.tanh(x @ params["w"][0]), 0) ** 2)
+
+
+def raw_key(params, x):
+    noise = jax.random.normal(jax.random.PRNGKey(0), x.shape)
+    return jnp.sum(jnp.tanh(x @ params["w"][0] + noise) ** 2)
+
+
+def tied(params, x):
+    w = params["w"][0]
+    return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w.T) ** 2)
+
+
+def pooled(params, x):
+    y = (x @ params["w"][0]).reshape(2, 4, 4, 4)
+    y = lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+    return jnp.sum(jnp.sin(y))
+
+
+def convolved(params, x):
+    kernel = params["w"].reshape(-1)[: 9 * 4 * 4].reshape(3, 3, 4, 4)
+    y = x.reshape(2, 4, 4, 4)
+    for _ in range(2):
+        y = lax.conv_general_dilated(
+            jnp.tanh(y),
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y = (y - y.mean((0, 1, 2))) * lax.rsqrt(y.var((0, 1, 2)) + 1e-5)
+    return jnp.sum(y**3)
+
+
+FEATURES = {
+    name: value
+    for name, value in list(globals().items())
+    if not name.startswith("_")
+    and callable(value)
+    and getattr(value, "__module__", "") == __name__
+}
