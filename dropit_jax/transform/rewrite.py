@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
 
 from dropit_jax import barriers
 from dropit_jax.transform import classify, primitives
 from dropit_jax.transform import program as programs
 from dropit_jax.transform.program import Atom, Constant, Node, Program
+from dropit_jax.transform.rebuild import Rebuilder
 from dropit_jax.transform.split import Halves
 from dropit_jax.transform.storage import Exact, Form
 
@@ -107,33 +107,83 @@ def run_backward(
       cotangents: of the results.
       final: of each gradient, whether nothing is computed from it.
     """
-    rebuild = _Rebuilder(passes, inputs, stored)
-    known: dict[int, Any] = dict(backward.constants)
-    residuals = dict(zip(backward.inputs, passes.halves.residuals, strict=False))
-    known.update(zip(passes.halves.cotangents, cotangents, strict=True))
-    moving = set(passes.halves.cotangents)
-
-    def read(atom: Atom, after: Any) -> Any:
-        if isinstance(atom, int) and atom in residuals:
-            return rebuild(residuals[atom], after)
-        return programs.read(known, atom)
-
+    halves = passes.halves
+    rebuild = Rebuilder(halves.forward, passes.forms, inputs, stored)
+    known = dict(backward.constants)
+    known.update(zip(halves.cotangents, cotangents, strict=True))
+    reader = _Reader(backward, halves.residuals, rebuild, known)
     products = _final_products(backward, final)
-    backward = _products_first(backward, products)
-    last = programs.last_uses(backward)
-    for node in backward.nodes:
-        place = next((v for v in node.operands if v in moving), None)
-        after = None if place is None else known[place]
-        results = programs.bind(node, *[read(atom, after) for atom in node.inputs])
-        if node in products and place is not None:
+    program = _products_first(backward, products)
+    last = programs.last_uses(program)
+    moving = set(halves.cotangents)
+    for node in program.nodes:
+        met = next((value for value in node.operands if value in moving), None)
+        if met is None and not node.equation.effects:
+            reader.defer(node)
+            continue
+        wanted = reader.wanted(node)
+        if met is not None:
+            known[met] = rebuild.open(wanted, known[met])
+        results = programs.bind(node, *map(reader, node.inputs))
+        if met is not None and node in products:
             # What else reads the cotangent waits for the gradient.
-            results, known[place] = barriers.barrier((results, after))
+            results, known[met] = barriers.barrier((results, known[met]))
+            if _is_wider(program, node, met):
+                rebuild.forget(wanted)
         known.update(zip(node.outputs, results, strict=True))
-        if after is not None:
-            moving.update(node.outputs)
-        for value in last.get(node, ()):
+        moving.update(node.outputs)
+        for value in last[node]:
             known.pop(value, None)
-    return [read(atom, None) for atom in backward.outputs]
+    return [reader(atom) for atom in program.outputs]
+
+
+class _Reader:
+    """Reads what the equations of the backward pass read.
+
+    What depends on no cotangent is computed when an equation that does reads it.
+    """
+
+    def __init__(
+        self,
+        backward: Program,
+        residuals: Sequence[Atom],
+        rebuild: Rebuilder,
+        known: dict[int, Any],
+    ) -> None:
+        self._residuals = dict(zip(backward.inputs, residuals, strict=False))
+        self._rebuild, self._known = rebuild, known
+        self._deferred: dict[int, Node] = {}
+
+    def defer(self, node: Node) -> None:
+        """Leaves an equation until what it makes is read."""
+        self._deferred.update(dict.fromkeys(node.outputs, node))
+
+    def wanted(self, node: Node) -> list[int]:
+        """The forward values that an equation reads, itself or by deferred ones."""
+        found, todo = [], list(node.operands)
+        while todo:
+            value = todo.pop()
+            if value in self._residuals:
+                found.append(self._residuals[value])
+            elif value in self._deferred and value not in self._known:
+                todo.extend(self._deferred[value].operands)
+        return [*programs.values(found)]
+
+    def __call__(self, atom: Atom) -> Any:
+        if isinstance(atom, int) and atom in self._residuals:
+            atom = self._residuals[atom]
+            return atom.val if isinstance(atom, Constant) else self._rebuild(atom)
+        if isinstance(atom, int) and atom not in self._known:
+            node = self._deferred[atom]
+            results = programs.bind(node, *map(self, node.inputs))
+            self._known.update(zip(node.outputs, results, strict=True))
+        return programs.read(self._known, atom)
+
+
+def _is_wider(backward: Program, product: Node, cotangent: int) -> bool:
+    """Whether a product reads more of the forward pass than of the cotangent."""
+    sizes = {v: programs.nbytes(backward.avals[v]) for v in product.operands}
+    return max(sizes.values()) > sizes[cotangent]
 
 
 def _final_products(backward: Program, final: Sequence[bool]) -> set[Node]:
@@ -166,52 +216,3 @@ def _products_first(backward: Program, products: set[Node]) -> Program:
         order[node] = max(ready, wanted - 1) + 0.5
     nodes = sorted(backward.nodes, key=lambda node: (order[node], place[node]))
     return dataclasses.replace(backward, nodes=tuple(nodes))
-
-
-class _Rebuilder:
-    """Rebuilds forward values in the backward pass, each once."""
-
-    def __init__(
-        self, passes: Passes, inputs: Mapping[int, Any], stored: Mapping[int, Any]
-    ) -> None:
-        self._passes, self._stored = passes, dict(stored)
-        self._makers = passes.halves.forward.makers()
-        self._known = dict(passes.halves.forward.constants) | dict(inputs)
-
-    def __call__(self, atom: Atom, after: Array | None) -> Any:
-        """The value of an atom, not computed before `after` is."""
-        if isinstance(atom, Constant):
-            return atom.val
-        for node in self._needed(atom):
-            operands = [self._read(each, after) for each in node.inputs]
-            results = programs.bind(node, *operands)
-            for value, x in zip(node.outputs, results, strict=True):
-                self._known.setdefault(value, x)
-        return self._read(atom, after)
-
-    def _read(self, atom: Atom, after: Array | None) -> Any:
-        if isinstance(atom, int) and atom not in self._known:
-            form = self._passes.forms[atom]
-            stored = self._stored[atom]
-            if after is not None:
-                stored = barriers.read_after(after, stored)
-            self._known[atom] = form.decode(
-                stored, self._passes.halves.forward.avals[atom]
-            )
-        return programs.read(self._known, atom)
-
-    def _needed(self, atom: int) -> list[Node]:
-        """The equations to be computed again for a value, in order."""
-        found: dict[Node, None] = {}
-        todo: list[tuple[int, bool]] = [(atom, False)]
-        while todo:
-            value, done = todo.pop()
-            if value in self._known or value in self._passes.forms:
-                continue
-            node = self._makers[value]
-            if done:
-                found.setdefault(node)
-            elif node not in found:
-                todo.append((value, True))
-                todo.extend((operand, False) for operand in node.operands)
-        return list(found)
