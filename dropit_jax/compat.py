@@ -141,8 +141,8 @@ def open_jaxpr(closed: Any) -> Jaxpr:
 
 
 def constants(closed: Any) -> list[Any]:
-    """The arrays that the program's `constvars` stand for."""
-    return list(closed.consts)
+    """The arrays that the `constvars` of a program stand for; none of an open one."""
+    return list(getattr(closed, "consts", []))
 
 
 # A call of a program, by the name of the primitive: where the program is. That of a

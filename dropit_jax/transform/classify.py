@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,13 +63,11 @@ class Classes:
     Attributes:
       kinds: by value.
       parameters: values that are, or are made of, one input alone.
-      joints: sums in which branches meet.
       needed: what the backward pass reads that is not free.
     """
 
     kinds: list[Kind]
     parameters: frozenset[int]
-    joints: frozenset[Node]
     needed: frozenset[int]
 
 
@@ -111,32 +108,7 @@ def classify(
         return Kind.FLOWING if value in flowing else Kind.KERNEL
 
     kinds = [kind(value, aval) for value, aval in enumerate(forward.avals)]
-    return Classes(kinds, frozenset(parameters), _joints(forward, free), needed)
-
-
-def _joints(forward: Program, free: set[int]) -> frozenset[Node]:
-    """Sums of values that are not made of the same one, element by element.
-
-    So branches meet in a residual stream.
-    """
-    root = list(range(len(forward.avals)))
-    found = set()
-    along = primitives.CONTINUOUS | primitives.MOVES | primitives.STEPS
-    for node in forward.nodes:
-        if node.name not in along:
-            continue
-        (made, *_) = node.outputs
-        size = math.prod(forward.avals[made].shape)
-        whole = {
-            root[v]
-            for v in node.operands
-            if v not in free and math.prod(forward.avals[root[v]].shape) >= size
-        }
-        if len(whole) == 1:
-            (root[made],) = whole
-        elif len(whole) > 1 and node.name in primitives.SUMS:
-            found.add(node)
-    return frozenset(found)
+    return Classes(kinds, frozenset(parameters), needed)
 
 
 def _inputs_alone(

@@ -19,15 +19,12 @@ class Preset:
       flowing: how a value is stored that the gradient of what came before depends on.
       traffic: what a byte costs that is moved to compute a value again, in bytes of
         memory.
-      rebuild_sums: whether the sum of two large values may be computed again. Through
-        a residual stream that brings many values to life at once.
     """
 
     name: str
     kernel: Form = _EXACT
     flowing: Form = _EXACT
     traffic: float = 0.005
-    rebuild_sums: bool = False
 
     @property
     def is_lossy(self) -> bool:
@@ -38,7 +35,7 @@ class Preset:
 _PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("exact", traffic=0.02, rebuild_sums=True),
+        Preset("exact", traffic=0.02),
         Preset("lean", Codes(8), Codes(8)),
         Preset("leanest", Codes(4), Codes(4)),
     )

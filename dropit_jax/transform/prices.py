@@ -62,8 +62,6 @@ def rebuilding(preset: Preset, classes: Classes, program: Program, node: Node) -
     )
     if makes_steps and inexact:
         return NEVER
-    if not preset.rebuild_sums and node in classes.joints:
-        return NEVER
     return preset.traffic * _moved(program, node)
 
 

@@ -103,6 +103,7 @@ def flatten(
     inputs = tuple(flat.value(variable.aval) for variable in jaxpr.invars)
     closed_over = tuple(flat.value(variable.aval) for variable in jaxpr.constvars)
     variables = (*jaxpr.invars, *jaxpr.constvars)
+    atoms: dict[Any, Atom]
     atoms = dict(zip(variables, (*inputs, *closed_over), strict=True))
     if not hoisted:
         pairs = zip(closed_over, compat.constants(traced), strict=True)

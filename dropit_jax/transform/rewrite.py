@@ -14,7 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from dropit_jax import barriers
-from dropit_jax.transform import classify, primitives
+from dropit_jax.transform import classify, orders, primitives
 from dropit_jax.transform import program as programs
 from dropit_jax.transform.program import Atom, Constant, Node, Program
 from dropit_jax.transform.rebuild import Rebuilder
@@ -35,6 +35,11 @@ class Passes:
     halves: Halves
     forms: Mapping[int, Form]
     final: tuple[bool, ...]
+
+    @functools.cached_property
+    def orders(self) -> Mapping[int, orders.Order]:
+        """Of stored values, how they lie in memory."""
+        return orders.orders(self.halves.forward)
 
     @functools.cached_property
     def read(self) -> frozenset[int]:
@@ -68,7 +73,9 @@ def run_forward(
             stored[value] = _named(x)
             return x
         # A pair, so that neither is computed much later than the other.
-        x, stored[value] = barriers.barrier((x, form.encode(x)))
+        x, stored[value] = barriers.barrier(
+            (x, form.encode(x, passes.orders.get(value)))
+        )
         stored[value] = _named(stored[value])
         return x
 
@@ -108,7 +115,7 @@ def run_backward(
       final: of each gradient, whether nothing is computed from it.
     """
     halves = passes.halves
-    rebuild = Rebuilder(halves.forward, passes.forms, inputs, stored)
+    rebuild = Rebuilder(halves.forward, passes.forms, passes.orders, inputs, stored)
     known = dict(backward.constants)
     known.update(zip(halves.cotangents, cotangents, strict=True))
     reader = _Reader(backward, halves.residuals, rebuild, known)

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from dropit_jax import layouts, packing, quantization
+from dropit_jax.transform.orders import Order
 
 # Elements that share a minimum and a scale.
 _GROUP = 64
@@ -25,11 +26,17 @@ class Form(Protocol):
     def nbytes(self, aval: Any) -> int:
         """How many bytes a value of this type takes."""
 
-    def encode(self, x: Array) -> Any:
-        """What is stored of a value."""
+    def encode(self, x: Array, order: Order | None = None) -> Any:
+        """What is stored of a value.
 
-    def decode(self, stored: Any, aval: Any) -> Array:
-        """The value, or what is left of it."""
+        Args:
+          x: the value.
+          order: of its axes in a GPU's memory, the outermost first; `None`: as they
+            are, but for those of images.
+        """
+
+    def decode(self, stored: Any, aval: Any, order: Order | None = None) -> Array:
+        """The value of this type, or what is left of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +47,14 @@ class Exact:
         """As in `Form`."""
         return _size(aval) * aval.dtype.itemsize
 
-    def encode(self, x: Array) -> Array:
+    def encode(self, x: Array, order: Order | None = None) -> Array:
         """As in `Form`."""
+        del order
         return x
 
-    def decode(self, stored: Array, aval: Any) -> Array:
+    def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
         """As in `Form`."""
-        del aval
+        del aval, order
         return stored
 
     def __str__(self) -> str:
@@ -62,13 +70,13 @@ class Bits:
         *rows, last = aval.shape or (1,)
         return _product(rows) * packing.packed_size(last, 1)
 
-    def encode(self, x: Array) -> Array:
+    def encode(self, x: Array, order: Order | None = None) -> Array:
         """As in `Form`."""
-        return packing.pack(layouts.of_tokens(jnp.atleast_1d(x)), 1)
+        return packing.pack(_laid_out(jnp.atleast_1d(x), order), 1)
 
-    def decode(self, stored: Array, aval: Any) -> Array:
+    def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
         """As in `Form`."""
-        bits = packing.unpack(layouts.of_tokens(stored), 1, (aval.shape or (1,))[-1])
+        bits = packing.unpack(_laid_out(stored, order), 1, (aval.shape or (1,))[-1])
         return bits.astype(bool).reshape(aval.shape)
 
     def __str__(self) -> str:
@@ -91,9 +99,11 @@ class Codes:
         _, count = _groups(last)
         return _product(rows) * (packing.packed_size(last, self.bits) + 4 * count)
 
-    def encode(self, x: Array) -> tuple[Array, Array, Array]:
+    def encode(
+        self, x: Array, order: Order | None = None
+    ) -> tuple[Array, Array, Array]:
         """As in `Form`."""
-        x = layouts.of_tokens(x)
+        x = _laid_out(x, order)
         rows, last = x.shape[:-1], x.shape[-1]
         size, count = _groups(last)
         levels = 2**self.bits - 1
@@ -106,16 +116,18 @@ class Codes:
         minimum, scale = quantization.ranges(grouped, levels)
         above = wide - _spread(minimum, size, last)
         codes = (above * _spread(1 / scale, size, last) + 0.5).astype(jnp.uint8)
-        packed = layouts.of_tokens(packing.pack(codes, self.bits))
+        packed = _laid_out(packing.pack(codes, self.bits), order)
         return packed, minimum.astype(jnp.bfloat16), scale.astype(jnp.bfloat16)
 
-    def decode(self, stored: tuple[Array, Array, Array], aval: Any) -> Array:
+    def decode(
+        self, stored: tuple[Array, Array, Array], aval: Any, order: Order | None = None
+    ) -> Array:
         """As in `Form`."""
         packed, minimum, scale = stored
         last = aval.shape[-1]
         size, _ = _groups(last)
         compute = _computed(aval.dtype)
-        codes = packing.unpack(layouts.of_tokens(packed), self.bits, last)
+        codes = packing.unpack(_laid_out(packed, order), self.bits, last)
         low, step = (_spread(x.astype(compute), size, last) for x in (minimum, scale))
         values = codes.astype(compute) * step + low
         if aval.dtype == jnp.float16:
@@ -126,6 +138,10 @@ class Codes:
 
     def __str__(self) -> str:
         return f"{self.bits} bits"
+
+
+def _laid_out(x: Array, order: Order | None) -> Array:
+    return layouts.of_tokens(x) if order is None else layouts.in_order(x, order)
 
 
 def _groups(last: int) -> tuple[int, int]:

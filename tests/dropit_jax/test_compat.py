@@ -141,6 +141,47 @@ class ThereTest(parameterized.TestCase):
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
             compat.nothing  # noqa: B018
 
+    @parameterized.parameters(jax.jit(jnp.sin), jax.nn.relu, _with_a_rule)
+    def test_called_program(self, function):
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(function)(jnp.ones(3))).eqns
+        called = compat.called_program(equation)
+        self.assertIsNotNone(called, f"JAX {jax.__version__} calls in another way.")
+        self.assertLen(compat.open_jaxpr(called).invars, 1)
+
+    def test_what_is_no_call_calls_nothing(self):
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(lax.sin)(1.0)).eqns
+        self.assertIsNone(compat.called_program(equation))
+
+    def test_a_call_that_lays_down_shardings_does_more(self):
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        function = jax.jit(jnp.sin, in_shardings=sharding)
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(function)(jnp.ones(3))).eqns
+        self.assertIsNone(compat.called_program(equation))
+
+    def test_constants(self):
+        array = np.arange(3.0)
+        traced = jax.make_jaxpr(lambda x: x + array)(jnp.ones(3))
+        count = len(compat.open_jaxpr(traced).constvars)
+        self.assertLen(compat.constants(traced), count)
+
+    def test_an_equation_is_bound_under_its_scopes(self):
+        @jax.jit
+        def inner(x):
+            with jax.named_scope("inside"):
+                return jnp.sin(x)
+
+        def outer(x):
+            with jax.named_scope("outside"):
+                return inner(x)
+
+        (call,) = compat.open_jaxpr(jax.make_jaxpr(outer)(jnp.ones(3))).eqns
+        (sine,) = compat.open_jaxpr(compat.called_program(call)).eqns
+        sine = compat.in_scope(call, sine)
+        traced = jax.make_jaxpr(lambda x: compat.bind_equation(sine, [x]))(jnp.ones(3))
+        (equation,) = compat.open_jaxpr(traced).eqns
+        self.assertEqual(equation.primitive.name, "sin")
+        self.assertEqual(str(equation.source_info.name_stack), "outside/inside")
+
     def test_names_of_primitives(self):
         for name, function in _PRIMITIVES.items():
             equations = compat.open_jaxpr(jax.make_jaxpr(function)(jnp.ones(3))).eqns

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-import scipy.ndimage  # type: ignore[import-untyped]
+import scipy.ndimage
 from jaxtyping import Float
 
 

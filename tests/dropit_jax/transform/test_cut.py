@@ -32,7 +32,7 @@ def _program(seed, size=5):
     for value in program.inputs:
         kinds[value] = Kind.FREE
     needed -= set(program.inputs)
-    return program, Classes(kinds, frozenset(), frozenset(), needed)
+    return program, Classes(kinds, frozenset(), needed)
 
 
 def _price(program, classes, stored, storing, rebuilding):
@@ -79,7 +79,7 @@ class CutTest(parameterized.TestCase):
 
     def test_nothing_is_needed(self):
         program, classes = _program(0)
-        nothing = Classes(classes.kinds, frozenset(), frozenset(), frozenset())
+        nothing = Classes(classes.kinds, frozenset(), frozenset())
         self.assertEmpty(cut.stored_values(program, nothing, lambda _: 1, lambda _: 1))
 
 
