@@ -55,20 +55,23 @@ def _own(program: Program, instruction: Instruction, computation: Computation) -
     operands = [
         sum(map(_nbytes, computation[name].results)) for name in instruction.operands
     ]
+    fused = program.computations.get(instruction.body, {})
     # A product in NVIDIA's libraries has its workspace beside the result.
-    is_library = (
-        instruction.opcode == "custom-call" and "__cu" in instruction.attributes
-    )
+    is_library = any(map(_is_library, (instruction, *fused.values())))
     made = instruction.results[:1] if is_library else instruction.results
     results = sum(map(_nbytes, made))
     if instruction.opcode in _SLICES:
         return 2 * results
     if instruction.opcode == "dynamic-update-slice":
         return 2 * operands[1]
-    fused = program.computations.get(instruction.body, {})
     for place, nbytes in _read_in_part(fused).items():
         operands[place] = min(operands[place], nbytes)
     return sum(operands) + min(results, _written(fused, results))
+
+
+def _is_library(instruction: Instruction) -> bool:
+    is_call = instruction.opcode == "custom-call"
+    return is_call and 'custom_call_target="__cu' in instruction.attributes
 
 
 def _read_in_part(fused: Computation) -> dict[int, int]:

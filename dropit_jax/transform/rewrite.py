@@ -116,8 +116,8 @@ def run_backward(
     """
     halves = passes.halves
     rebuild = Rebuilder(halves.forward, passes.forms, passes.orders, inputs, stored)
-    known = dict(backward.constants)
-    known.update(zip(halves.cotangents, cotangents, strict=True))
+    known = dict(zip(halves.cotangents, cotangents, strict=True))
+    known.update(backward.constants)  # in place of cotangents of zero, too
     reader = _Reader(backward, halves.residuals, rebuild, known)
     products = _final_products(backward, final)
     program = _products_first(backward, products)

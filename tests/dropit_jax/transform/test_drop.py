@@ -1,5 +1,7 @@
 """`drop` on every feature of JAX: values and gradients are the function's."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,23 @@ class AroundTest(parameterized.TestCase):
                 drop(with_aux(self.function), "exact"),
                 with_aux(self.function),
             )
+        )
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+    @parameterized.parameters(jax.checkpoint, jax.jit, functools.partial)
+    def test_of_a_result_that_is_not_differentiated_nothing_is_computed(self, wrap):
+        @wrap
+        def block(p, x):
+            y = jnp.tanh(x @ p["w"][0])
+            return y, jnp.sin(y @ p["w"][1])
+
+        def function(p, x):
+            first, second = block(p, x)
+            return jnp.sum(first**2), second
+
+        found, expected = (
+            jax.grad(f, has_aux=True)(PARAMS, X)
+            for f in (drop(function, "exact"), function)
         )
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
