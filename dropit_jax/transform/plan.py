@@ -76,7 +76,31 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as text, for `from_json`."""
-        return json.dumps(dataclasses.asdict(self), default=str)
+        fields = dataclasses.asdict(self)
+        fields["preset"] = self.preset.to_dict()
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+          ValueError: the text is no such plan.
+        """
+        try:
+            fields = json.loads(text)
+            return cls(
+                preset=Preset.from_dict(fields["preset"]),
+                choices=_as_tuples(fields["choices"]),
+                values=tuple(
+                    StoredValue(**value | {"shape": tuple(value["shape"])})
+                    for value in fields["values"]
+                ),
+                recomputed=_as_tuples(fields["recomputed"]),
+                plain_bytes=fields["plain_bytes"],
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"Not a plan that to_json wrote: {error!r}") from error
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]]
@@ -99,6 +123,10 @@ class Plan:
         rows.append((f"{self.nbytes:,}", f"{self.plain_bytes:,}", "total", *[""] * 4))
         again = ", ".join(f"{count} {name}" for name, count in self.recomputed)
         return f"{_table(rows)}\ncomputed again: {again or 'nothing'}"
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def of_choices(preset: Preset, made: list[Choice]) -> Plan:

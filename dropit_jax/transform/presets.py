@@ -31,6 +31,17 @@ class Preset:
         """Whether any value is stored with an error."""
         return {self.kernel, self.flowing} != {_EXACT}
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, forms as their words."""
+        words = {"kernel": word(self.kernel), "flowing": word(self.flowing)}
+        return {"name": self.name, "traffic": self.traffic, **words}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Preset":
+        """The preset whose `to_dict` this is."""
+        forms = {name: form(fields[name]) for name in ("kernel", "flowing")}
+        return cls(**fields | forms)
+
 
 _PRESETS = {
     preset.name: preset

@@ -33,6 +33,12 @@ class ByPlatformTest(parameterized.TestCase):
         operation = jax.jit(operation) if jitted else operation
         chex.assert_trees_all_equal(operation(self.x, self.y), _default(self.x, self.y))
 
+    def test_without_jit_it_is_the_default(self):
+        operation = by_platform(_default, cpu=_alike)
+        with jax.disable_jit():
+            found = operation(self.x, self.y)
+        chex.assert_trees_all_close(found, _default(self.x, self.y), rtol=1e-6)
+
     @parameterized.parameters(("cpu", "tan"), ("cuda", "sine"), ("rocm", "sine"))
     def test_is_what_is_given_for_the_platform(self, platform, expected):
         operation = jax.jit(by_platform(_default, cpu=_alike))
