@@ -92,6 +92,7 @@ def _fake_report(step, *args, target, donate):
         output_bytes=10**6,
         aliased_bytes=10**6,
         flops=0.0,
+        traffic_bytes=0,
         buffers=(),
     )
 

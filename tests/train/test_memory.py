@@ -73,7 +73,7 @@ class LargestBatchTest(parameterized.TestCase):
         self.assertEqual(donate, 0)
 
     def test_is_shown_and_in_the_json(self):
-        report = memory.CompileReport("l4", 2**22, 2**20, 2**20, 2**20, 3e9, ())
+        report = memory.CompileReport("l4", 2**22, 2**20, 2**20, 2**20, 3e9, 0, ())
         plan = memory.BatchPlan(1234, report, 2**30)
         text = _shown(command.table(32, {"lean": report}, {"lean": plan}))
         rows = {
