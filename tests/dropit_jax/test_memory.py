@@ -216,8 +216,9 @@ class TrafficTest(parameterized.TestCase):
 
         ws = jax.ShapeDtypeStruct((steps, 128, 128), jnp.float32)
         found = self._traffic(function, ws, _X)
-        # A slice of the kernels may be copied first, and is written into the stack.
-        self.assertBetween(found, 7 * steps, 12 * steps + 2)
+        # Slices and what is carried may be copied; whole stacks would count for more
+        # than 20 arrays a step.
+        self.assertBetween(found, 7 * steps, 15 * steps + 5)
 
 
 class Tower(nn.Module):
