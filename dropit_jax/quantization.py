@@ -96,7 +96,7 @@ def _dequantized_rows(
     group_size: int,
     dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "*rows elements"]:
-    """What codes stand for, in the rows that groups are cut from."""
+    """The dequantised values, in the rows that groups are cut from."""
     groups = chunking.cut(shape, group_size)
     codes = packing.unpack(codes, bits, groups.row_size)
     compute = jnp.promote_types(dtype, jnp.float32)
@@ -121,7 +121,7 @@ def _dequantized_rows(
 
 
 def _of_each(x: Array, groups: chunking.Chunking) -> list[Array]:
-    """What groups have, for each of their elements, of every segment."""
+    """Repeats numbers of groups for their elements, for every segment."""
     if _rows_are_groups(groups):
         return [blocks.spread(x, groups.size)]
     counts, sizes = zip(*groups.segments, strict=True)

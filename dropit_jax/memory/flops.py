@@ -6,7 +6,6 @@ import re
 from dropit_jax.memory.hlo import Array, Computation, Instruction, Program
 
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTING = re.compile(
     r'lhs_contracting_dims=\{([^}]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]'
 )
@@ -40,10 +39,8 @@ def count(program: Program) -> float:
     def of_called(instruction: Instruction) -> float:
         if instruction.opcode.endswith(("-update", "-done")):
             return 0.0  # it waits for a start that called the same
-        trips = _TRIPS.search(instruction.attributes)
-        repeats = int(trips[1]) if trips and instruction.opcode == "while" else 1
         called = sum(map(of_computation, instruction.called))
-        return repeats * called + max(
+        return instruction.repeats * called + max(
             map(of_computation, instruction.branches), default=0
         )
 

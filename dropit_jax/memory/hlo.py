@@ -17,6 +17,7 @@ _BODY = re.compile(r"(?:calls|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _EITHER_BRANCH = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _ELEMENT = re.compile(r"index=(\d+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NUMBER = re.compile(r"\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -72,15 +73,21 @@ class Instruction:
 
     @property
     def element(self) -> int:
-        """Which element of a tuple a get-tuple-element reads."""
+        """The index of the element that a get-tuple-element reads."""
         found = _ELEMENT.search(self.attributes)
         return int(found[1]) if found else 0
 
     @property
     def number(self) -> int:
-        """Which operand of its computation a parameter is."""
+        """The position of a parameter among its computation's."""
         found = _NUMBER.match(self.attributes)
         return int(found[1]) if found else 0
+
+    @property
+    def repeats(self) -> int:
+        """The number of times that a loop runs what it calls; 1 if it is not known."""
+        found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found and self.opcode == "while" else 1
 
     @property
     def branches(self) -> list[str]:
@@ -103,7 +110,7 @@ class Program:
 
     @functools.cached_property
     def homes(self) -> dict[str, Computation]:
-        """Of each instruction by its name, the computation that it is in."""
+        """The computation of each instruction, by the instruction's name."""
         computations = self.computations.values()
         return {name: each for each in computations for name in each}
 

@@ -1,4 +1,4 @@
-"""What a training step really allocates, as the compiler of its device sees it.
+"""Reports what a training step really allocates, as its device's compiler sees it.
 
 XLA's GPU compiler needs no GPU, only the CUDA plugin of JAX and a description of the
 card. It runs in a process of its own.
@@ -33,7 +33,7 @@ _XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """What a compiled function takes.
+    """The memory and the work of a compiled function.
 
     Attributes:
       target: the GPU compiled for, or the local backend's platform.
@@ -191,6 +191,6 @@ def _exported(
 
 
 def _names(abstract_args: tuple[Any, ...]) -> list[str]:
-    """What to call the leaves of the arguments."""
+    """Names for the leaves of the arguments."""
     paths = jax.tree_util.tree_leaves_with_path(abstract_args)
     return [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]

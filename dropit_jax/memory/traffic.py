@@ -1,13 +1,10 @@
 """Counts the bytes that the kernels of a compiled program read and write."""
 
 import math
-import re
 
 import numpy as np
 
 from dropit_jax.memory.hlo import Array, Computation, Instruction, Program
-
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 # Names for arrays, or parts of arrays, that are there.
 _FREE = frozenset(
@@ -41,9 +38,8 @@ def count(program: Program) -> int:
             return 0
         if instruction.opcode not in _CALLS:
             return _own(program, instruction, computation)
-        trips = _TRIPS.search(instruction.attributes)
-        repeats = int(trips[1]) if trips and instruction.opcode == "while" else 1
-        return repeats * sum(map(of_computation, instruction.called)) + max(
+        called = sum(map(of_computation, instruction.called))
+        return instruction.repeats * called + max(
             map(of_computation, instruction.branches), default=0
         )
 
@@ -75,7 +71,7 @@ def _is_library(instruction: Instruction) -> bool:
 
 
 def _read_in_part(fused: Computation) -> dict[int, int]:
-    """Of a fusion's operands of which it reads slices, how many bytes."""
+    """The bytes that a fusion reads of each operand of which it reads slices alone."""
     found: dict[int, int] = {}
     for name, parameter in fused.items():
         if parameter.opcode != "parameter":

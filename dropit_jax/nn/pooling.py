@@ -93,7 +93,7 @@ class _Windows:
 
     @property
     def bits(self) -> int:
-        """Of a place in a window."""
+        """The bits that hold a place in a window."""
         size = math.prod(self.shape)
         return 4 if size <= 2**4 else 8 if size <= 2**8 else 16
 
@@ -115,7 +115,7 @@ class _Windows:
             yield lax.slice(padded, start, stop, self.strides)
 
     def shares(self, index: Array, cotangent: Array) -> Iterator[Array]:
-        """What each element gets of the windows over it, of the first window first.
+        """Yields each element's share of the windows over it, the first window's first.
 
         With the stride s an element at s m + r, r < s, counted from the first of the
         padding, is at place r + s a of window m - a, for a = 0, 1, ... A window's place
@@ -164,7 +164,7 @@ class _Windows:
         return lax.pad(of_windows, jnp.zeros((), of_windows.dtype), pads)
 
     def _over_elements(self, surrounded: Array, back: tuple[int, ...]) -> Array:
-        """What the windows so far back have; broadcasts to a share."""
+        """The numbers of the windows so far back; broadcasts to a share."""
         start = [n - 1 - i for n, i in zip(self._overlaps, back, strict=True)]
         stop = [i + n for i, n in zip(start, self._steps, strict=True)]
         shifted = lax.slice(surrounded, start, stop)

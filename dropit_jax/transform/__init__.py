@@ -3,7 +3,7 @@
 One file for each step:
 
 - `program`: what JAX traced, as a flat list of equations.
-- `bodies`: loops and the like, with bodies that are transformed first.
+- `rules`: loops with bodies that are transformed first; max-pooling.
 - `split`: the forward and the backward pass of JAX's own derivative.
 - `classify`: what an error in each forward value would do to the gradients.
 - `prices`, `cut`, `planner`: which values are stored, and which computed again.

@@ -11,7 +11,7 @@ import numpy as np
 from dropit_jax import compat
 from dropit_jax.transform import primitives, split
 from dropit_jax.transform import program as programs
-from dropit_jax.transform.program import Constant, Node, Program
+from dropit_jax.transform.program import Node, Program, Scalar
 
 
 class Kind(enum.Enum):
@@ -51,7 +51,7 @@ _SMOOTH = primitives.CONTINUOUS | primitives.MOVES
 _MASK = 1e4
 
 
-def is_kept(node: Node) -> bool:
+def names_what_is_stored(node: Node) -> bool:
     """Whether an equation names what another plan, or a DropIT rule, stores."""
     return node.name == compat.NAME and node.params["name"] == STORED_NAME
 
@@ -91,7 +91,8 @@ def classify(
     needed = frozenset(value for value in reads if value not in free)
     flowing, kept = _flowing(forward, reads, free), _masked(forward, free)
     kept |= {value for value, how in reads.items() if how == "kept"}
-    kept |= {value for node in forward.nodes if is_kept(node) for value in node.outputs}
+    for node in filter(names_what_is_stored, forward.nodes):
+        kept.update(node.outputs)
     largest = max((programs.nbytes(forward.avals[v]) for v in needed), default=0)
 
     def kind(value: int, aval: Any) -> Kind:
@@ -237,7 +238,7 @@ def _masked(forward: Program, free: set[int]) -> set[int]:
         puts_in = primitives.SUMS | primitives.MOVES | {"select_n"}
         if free >= operands:
             puts_in |= {"mul"}
-        constants = (atom.val for atom in node.inputs if isinstance(atom, Constant))
+        constants = (atom.val for atom in node.inputs if isinstance(atom, Scalar))
         if (node.name in puts_in and any(map(_is_mask, constants))) or (
             node.name in primitives.LINEAR | {"select_n"} and masked & operands
         ):

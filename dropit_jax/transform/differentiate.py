@@ -9,8 +9,8 @@ import jax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from dropit_jax import compat
-from dropit_jax.transform import bodies, rewrite, split
 from dropit_jax.transform import program as programs
+from dropit_jax.transform import rewrite, rules, split
 from dropit_jax.transform.planner import Planner
 from dropit_jax.transform.rewrite import Passes
 
@@ -25,7 +25,7 @@ class Dropped:
         is_free: Sequence[bool],
         turns: int = 1,
         *,
-        is_kept: bool = True,
+        is_recomputed: bool = False,
     ) -> None:
         """A function as `jax.make_jaxpr` traced it.
 
@@ -34,10 +34,10 @@ class Dropped:
           planner: of it and of the bodies in it.
           is_free: of each input, whether it is alive anyway.
           turns: how often it runs, as the body of a loop.
-          is_kept: as in `planner.Choice`.
+          is_recomputed: as in `planner.Choice`.
         """
         self._traced, self._planner, self._turns = traced, planner, turns
-        self._is_kept = is_kept
+        self._is_recomputed = is_recomputed
         self._constants = compat.constants(traced)
         self._is_free = (True,) * len(self._constants) + tuple(is_free)
         self._planned: dict[Any, Passes] = {}
@@ -68,14 +68,18 @@ class Dropped:
             pairs = zip(self._is_free, perturbed, strict=True)
             final = tuple(free for free, is_perturbed in pairs if is_perturbed)
             forms = self._planner.choose(
-                halves, self._is_free, final, self._turns, is_kept=self._is_kept
+                halves,
+                self._is_free,
+                final,
+                self._turns,
+                is_recomputed=self._is_recomputed,
             )
             self._planned[key] = Passes(halves, forms, final)
         return self._planned[key]
 
     def _with_bodies(self, *arrays: Any) -> Sequence[Any]:
-        program = programs.flatten(self._traced, bodies.DIFFERENTIABLE, hoisted=True)
-        return bodies.run(program, arrays, self._drop_body)
+        program = programs.flatten(self._traced, rules.DIFFERENTIABLE, hoisted=True)
+        return rules.run(program, arrays, self._drop_body)
 
     def _drop_body(
         self,
@@ -83,14 +87,14 @@ class Dropped:
         is_free: Sequence[bool],
         *,
         turns: int = 1,
-        is_kept: bool = True,
+        is_recomputed: bool = False,
     ) -> "Dropped":
         return Dropped(
             traced,
             self._planner,
             is_free,
             turns * self._turns,
-            is_kept=is_kept and self._is_kept,
+            is_recomputed=is_recomputed or self._is_recomputed,
         )
 
 

@@ -33,8 +33,7 @@ def drop(
       static_argnums: arguments that are given to `fun` as they are, arrays in them too.
 
     Raises:
-      TypeError: `preset` is none.
-      ValueError: there is no such preset.
+      ValueError: there is no such preset; when called, there is no such argument.
       PlanError: when called; the plan is of another function, or of other arguments.
     """
     chosen, choices = _chosen(preset)
@@ -46,7 +45,7 @@ def drop(
         run = Dropped(call.traced, Planner(chosen, choices), [True] * len(call.arrays))
         return jax.tree.unflatten(call.results, run(*call.arrays))
 
-    dropped.dropit_preset = preset  # type: ignore[attr-defined]
+    dropped.dropit = preset, static  # type: ignore[attr-defined]
     return dropped
 
 
@@ -67,14 +66,14 @@ def plan(
     Returns:
       A function of arrays or `jax.ShapeDtypeStruct`s.
     """
-    own = getattr(fun, "dropit_preset", None)
+    own, static = getattr(fun, "dropit", (None, ()))
     plain = fun if own is None else fun.__wrapped__  # type: ignore[attr-defined]
     chosen, choices = _chosen(preset or own or "lean")
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(plain)
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        call = _Call.of(plain, args, kwargs, ())
+        call = _Call.of(plain, args, kwargs, static)
         planner = Planner(chosen, choices)
         run = Dropped(call.traced, planner, [True] * len(call.arrays))
         run.plan([place in numbers for place in call.argument])
@@ -117,6 +116,12 @@ class _Call:
         static: Sequence[int],
     ) -> "_Call":
         """Traces a function for these arguments."""
+        for place in static:
+            if not -len(args) <= place < len(args):
+                raise ValueError(
+                    f"static_argnums={place}: there are {len(args)} positional "
+                    "arguments."
+                )
         kept = {place % len(args) for place in static}
         given = [None if place in kept else arg for place, arg in enumerate(args)]
         leaves, structure = jax.tree.flatten((given, kwargs))

@@ -9,7 +9,7 @@ _ALONG = primitives.CONTINUOUS | primitives.STEPS | {"copy", "name", "stop_gradi
 
 
 def orders(forward: Program) -> dict[int, Order]:
-    """Of values that batched products read, their axes, the outermost first.
+    """Returns how values lie that batched products read: axes, the outermost first.
 
     The axes of the batch come first, as in attention, whose heads lie beside each other
     otherwise. What is computed of such a value element by element lies as it does.

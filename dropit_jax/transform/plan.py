@@ -135,7 +135,7 @@ def of_choices(preset: Preset, made: list[Choice]) -> Plan:
     recomputed: collections.Counter[str] = collections.Counter()
     plain = 0
     for choice in made:
-        if choice.is_kept:
+        if not choice.is_recomputed:
             values += _stored(choice)
             plain += choice.turns * _plain_bytes(choice)
         recomputed.update(_recomputed(choice))

@@ -31,8 +31,8 @@ class Choice:
       classes: of its values.
       forms: of each stored value.
       turns: how often the program runs: the length of the loops around it.
-      is_kept: whether what it stores lives until the backward pass, and is not computed
-        again there, as in the body of a `jax.checkpoint`.
+      is_recomputed: whether the backward pass runs the program again, as the body of a
+        `jax.checkpoint`, so that what it stores does not last until then.
     """
 
     fingerprint: str
@@ -40,7 +40,7 @@ class Choice:
     classes: Classes
     forms: Mapping[int, Form]
     turns: int
-    is_kept: bool
+    is_recomputed: bool
 
 
 class Planner:
@@ -63,7 +63,7 @@ class Planner:
         final: Sequence[bool],
         turns: int,
         *,
-        is_kept: bool,
+        is_recomputed: bool,
     ) -> Mapping[int, Form]:
         """How each stored value of a program is stored.
 
@@ -72,12 +72,12 @@ class Planner:
           is_free: of each input, whether it is alive anyway.
           final: of each gradient, whether nothing is computed from it.
           turns: how often the program runs.
-          is_kept: as in `Choice`.
+          is_recomputed: as in `Choice`.
         """
         classes = classify.classify(halves, halves.backward, is_free, final)
         key = _fingerprint(halves, is_free)
         forms = self._forms(key, halves.forward, classes)
-        self.made.append(Choice(key, halves, classes, forms, turns, is_kept))
+        self.made.append(Choice(key, halves, classes, forms, turns, is_recomputed))
         return forms
 
     def _forms(

@@ -7,9 +7,9 @@ import numpy as np
 
 from dropit_jax.transform import primitives, split
 from dropit_jax.transform import program as programs
-from dropit_jax.transform.classify import Classes, Kind, is_kept
+from dropit_jax.transform.classify import Classes, Kind, names_what_is_stored
 from dropit_jax.transform.presets import Preset
-from dropit_jax.transform.program import Constant, Node, Program
+from dropit_jax.transform.program import Node, Program, Scalar
 from dropit_jax.transform.storage import Bits, Exact, Form
 
 # Operations of a product for which a GPU could move a byte. (H100, bfloat16: 1e15
@@ -49,7 +49,7 @@ def storing(preset: Preset, kind: Kind, aval: Any) -> float:
 
 def rebuilding(preset: Preset, classes: Classes, program: Program, node: Node) -> float:
     """The price of an equation's second computation."""
-    if node.equation.effects or is_kept(node):
+    if node.equation.effects or names_what_is_stored(node):
         return NEVER
     if node.name in primitives.PRODUCTS:
         return _product(preset, classes, program, node)
@@ -78,7 +78,7 @@ def _may_be_lossy(
 
 def _product(preset: Preset, classes: Classes, program: Program, node: Node) -> float:
     if node.name != "dot_general" or any(
-        isinstance(atom, Constant) or atom in classes.parameters for atom in node.inputs
+        isinstance(atom, Scalar) or atom in classes.parameters for atom in node.inputs
     ):
         return NEVER
     (contracted, _), _ = node.params["dimension_numbers"]

@@ -12,14 +12,14 @@ from dropit_jax.compat import Jaxpr, JaxprEqn, Literal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Constant:
+class Scalar:
     """A scalar in the text of a program."""
 
     val: Any
 
 
-# The number of a value in its program, or a constant.
-Atom = int | Constant
+# The number of a value in its program, or a scalar.
+Atom = int | Scalar
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Node:
 
     Attributes:
       equation: the primitive, its parameters, source and scope.
-      inputs: of each operand, the value or the constant.
+      inputs: its operands.
       outputs: the values that it makes.
     """
 
@@ -38,12 +38,12 @@ class Node:
 
     @property
     def name(self) -> str:
-        """Of the primitive."""
+        """The name of the primitive."""
         return self.equation.primitive.name
 
     @property
     def params(self) -> dict[str, Any]:
-        """Of the primitive."""
+        """The parameters of the primitive."""
         return self.equation.params
 
     @property
@@ -173,7 +173,7 @@ def last_uses(program: Program) -> dict[Node, list[int]]:
 
 def read(known: dict[int, Any], atom: Atom) -> Any:
     """The array that an atom stands for."""
-    if isinstance(atom, Constant):
+    if isinstance(atom, Scalar):
         return atom.val
     found = known[atom]
     if isinstance(found, Zeros):
@@ -212,7 +212,7 @@ class _Flat:
         """Adds the equations of a program, whose inputs stand for these atoms."""
 
         def atom(each: Any) -> Atom:
-            return Constant(each.val) if isinstance(each, Literal) else atoms[each]
+            return Scalar(each.val) if isinstance(each, Literal) else atoms[each]
 
         for each in jaxpr.eqns:
             equation = compat.in_scope(caller, each)

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dropit_jax import barriers
 from dropit_jax.transform import classify, orders, primitives
 from dropit_jax.transform import program as programs
-from dropit_jax.transform.program import Atom, Constant, Node, Program
+from dropit_jax.transform.program import Atom, Node, Program, Scalar
 from dropit_jax.transform.rebuild import Rebuilder
 from dropit_jax.transform.split import Halves
 from dropit_jax.transform.storage import Exact, Form
@@ -38,7 +38,7 @@ class Passes:
 
     @functools.cached_property
     def orders(self) -> Mapping[int, orders.Order]:
-        """Of stored values, how they lie in memory."""
+        """How values lie in memory, where it matters."""
         return orders.orders(self.halves.forward)
 
     @functools.cached_property
@@ -62,7 +62,7 @@ class Passes:
 def run_forward(
     passes: Passes, arguments: Sequence[Any]
 ) -> tuple[list[Any], dict[int, Any]]:
-    """The results, and what is stored of each value."""
+    """Returns the results, and what is stored of each value."""
     stored: dict[int, Any] = {}
 
     def store(value: int, x: Any) -> Any:
@@ -179,7 +179,7 @@ class _Reader:
     def __call__(self, atom: Atom) -> Any:
         if isinstance(atom, int) and atom in self._residuals:
             atom = self._residuals[atom]
-            return atom.val if isinstance(atom, Constant) else self._rebuild(atom)
+            return atom.val if isinstance(atom, Scalar) else self._rebuild(atom)
         if isinstance(atom, int) and atom not in self._known:
             node = self._deferred[atom]
             results = programs.bind(node, *map(self, node.inputs))

@@ -128,8 +128,12 @@ def without_zeros(
             zero.update(node.outputs)
             continue
         if node.name in _SUMS and moving & zero:
-            same[node.outputs[0]] = next(v for v in inputs if v not in zero)
-            continue
+            other = next(v for v in inputs if v not in zero)
+            if other in moving and _shape(backward, other) == _shape(
+                backward, node.outputs[0]
+            ):
+                same[node.outputs[0]] = other
+                continue
         for value in moving & zero:
             constants[value] = programs.Zeros(backward.avals[value])
         nodes.append(dataclasses.replace(node, inputs=inputs))
@@ -143,3 +147,7 @@ def without_zeros(
             outputs=tuple(o for o, z in zip(outputs, gone, strict=True) if not z),
         )
     ), gone
+
+
+def _shape(program: Program, value: Any) -> tuple[int, ...]:
+    return tuple(program.avals[value].shape)

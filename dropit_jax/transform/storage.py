@@ -7,6 +7,7 @@ computes inside of the kernel that reads it.
 """
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Exact:
 
     def nbytes(self, aval: Any) -> int:
         """As in `Form`."""
-        return _size(aval) * aval.dtype.itemsize
+        return math.prod(aval.shape) * aval.dtype.itemsize
 
     def encode(self, x: Array, order: Order | None = None) -> Array:
         """As in `Form`."""
@@ -68,7 +69,7 @@ class Bits:
     def nbytes(self, aval: Any) -> int:
         """As in `Form`."""
         *rows, last = aval.shape or (1,)
-        return _product(rows) * packing.packed_size(last, 1)
+        return math.prod(rows) * packing.packed_size(last, 1)
 
     def encode(self, x: Array, order: Order | None = None) -> Array:
         """As in `Form`."""
@@ -97,7 +98,7 @@ class Codes:
         """As in `Form`."""
         *rows, last = aval.shape
         _, count = _groups(last)
-        return _product(rows) * (packing.packed_size(last, self.bits) + 4 * count)
+        return math.prod(rows) * (packing.packed_size(last, self.bits) + 4 * count)
 
     def encode(
         self, x: Array, order: Order | None = None
@@ -152,7 +153,7 @@ def _groups(last: int) -> tuple[int, int]:
 
 
 def _spread(x: Array, size: int, last: int) -> Array:
-    """What groups have, for each of their elements: `(*rows, n) -> (*rows, last)`."""
+    """Repeats what groups have for their elements: `(*rows, n) -> (*rows, last)`."""
     *rows, count = x.shape
     if count == 1:
         return lax.broadcast_in_dim(x, (*rows, last), tuple(range(len(rows) + 1)))
@@ -163,14 +164,3 @@ def _spread(x: Array, size: int, last: int) -> Array:
 def _computed(dtype: Any) -> Any:
     """The type that codes are computed in."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def _size(aval: Any) -> int:
-    return _product(aval.shape)
-
-
-def _product(sizes: Any) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

@@ -6,9 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
-from dropit_jax.transform.drop import drop
+from dropit_jax.transform.drop import drop, plan
 from tests.dropit_jax.transform.features import FEATURES, PARAMS, X
 
 
@@ -41,6 +42,25 @@ class FeatureTest(parameterized.TestCase):
         np.testing.assert_array_equal(
             jax.jit(drop(function))(PARAMS, X), jax.jit(function)(PARAMS, X)
         )
+
+
+class ParametersTest(parameterized.TestCase):
+    """Parameters are alive anyway: neither they nor products with them cost more."""
+
+    @parameterized.product(
+        name=("cond", "gated", "mlp", "scan", "scan_nested"),
+        preset=("exact", "lean"),
+    )
+    def test_no_product_with_a_parameter_is_computed_twice(self, name, preset):
+        plain, dropped = (
+            str(jax.make_jaxpr(jax.grad(function))(PARAMS, X)).count("dot_general[")
+            for function in (FEATURES[name], drop(FEATURES[name], preset))
+        )
+        self.assertEqual(dropped, plain)
+
+    def test_branches_do_not_store_them(self):
+        shapes = {value.shape for value in plan(FEATURES["cond"])(PARAMS, X).values}
+        self.assertNotIn((16, 16), shapes)
 
 
 class AroundTest(parameterized.TestCase):
@@ -141,6 +161,21 @@ class AroundTest(parameterized.TestCase):
             return jax.grad(outer, argnums=(0, 1))
 
         self._assert_same(of_closure, PARAMS, X)
+
+    def test_static_arguments_are_given_as_they_are(self):
+        def function(params, table, x):
+            self.assertIsInstance(table, np.ndarray)
+            return jnp.sum(jnp.tanh(x @ params["w"][int(table[0])]))
+
+        table = np.array([2])
+        for places in (1, (-2,)):
+            dropped = drop(function, "exact", static_argnums=places)
+            found = jax.grad(dropped)(PARAMS, table, X)
+            expected = jax.grad(lambda p: function(p, table, X))(PARAMS)
+            chex.assert_trees_all_close(found, expected, rtol=1e-6)
+            self.assertGreater(plan(dropped)(PARAMS, table, X).nbytes, 0)
+        with pytest.raises(ValueError, match="static_argnums=3: there are 2"):
+            drop(self.function, static_argnums=3)(PARAMS, X)
 
     def test_what_is_no_array_passes_through(self):
         def function(params, x, *, activation, train, rate=0.5):

@@ -1,7 +1,8 @@
-"""Loops, conditionals and the like, with bodies that store less themselves.
+"""Primitives that are bound in another way before the function is differentiated.
 
-They are bound again by JAX's public functions, with a body that is differentiated by a
-plan of its own: a loop then stacks what that stores.
+Loops, conditionals and the like are bound by JAX's public functions, with bodies that
+are differentiated by plans of their own: a loop then stacks what its body stores.
+Max-pooling stores places.
 """
 
 import math
@@ -17,8 +18,8 @@ from dropit_jax.transform import program as programs
 from dropit_jax.transform.program import Node, Program
 
 # Makes a function of a body that stores less. Given are the body, of each of its inputs
-# whether it is alive anyway, how many turns it takes, and whether it keeps what it
-# stores.
+# whether it is alive anyway, how many turns it takes, and whether the
+# backward pass runs it again.
 DropBody = Callable[..., Callable[..., Sequence[Any]]]
 
 # Left whole by `programs.flatten`: their derivatives are still to be taken.
@@ -26,7 +27,7 @@ DIFFERENTIABLE = frozenset({"custom_jvp_call", compat.CUSTOM_VJP})
 
 
 def run(program: Program, arguments: Sequence[Any], drop_body: DropBody) -> list[Any]:
-    """What the program returns, computed with the bodies dropped."""
+    """Returns what the program does, bound by these rules."""
 
     def evaluate(node: Node, *operands: Any) -> Sequence[Any]:
         rule = _RULES.get(node.name)
@@ -66,7 +67,7 @@ def _cond(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[
         return programs.bind(node, *operands)
     index, *others = operands
     branches = [
-        drop_body(branch, [False] * len(others)) for branch in node.params["branches"]
+        drop_body(branch, [True] * len(others)) for branch in node.params["branches"]
     ]
     return lax.switch(index, branches, *others)
 
@@ -75,10 +76,14 @@ def _remat(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence
     params = node.params
     if params["differentiated"]:
         return programs.bind(node, *operands)
-    body = drop_body(params["jaxpr"], [True] * len(operands), is_kept=False)
+    body = drop_body(params["jaxpr"], [True] * len(operands), is_recomputed=True)
     return jax.checkpoint(
         body, policy=params["policy"], prevent_cse=params["prevent_cse"]
     )(*operands)
+
+
+# Places in a window that 16 bits can tell apart.
+_MOST_PLACES = 2**16
 
 
 def _largest_of_windows(
@@ -99,9 +104,6 @@ def _largest_of_windows(
         )
     ]
 
-
-# Places in a window that 16 bits can tell apart.
-_MOST_PLACES = 2**16
 
 _RULES = {
     "reduce_window_max": _largest_of_windows,
