@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dropit_jax import Preset, preset
+from dropit_jax import LayerPreset, layer_preset
 from dropit_jax.linen import toolbox
 
 
@@ -19,7 +19,7 @@ class HiddenLayer(nn.Module):
 
     features: int
     reads_image: bool = False
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch in"]) -> Float[Array, "batch features"]:
@@ -42,7 +42,7 @@ class MLP(nn.Module):
     num_classes: int
     layers: int = 4
     width: int = 1024
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     @nn.compact
     def __call__(

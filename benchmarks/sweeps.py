@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import timing, workloads
 from benchmarks.workloads import Workload
-from dropit_jax import Preset, memory
+from dropit_jax import LayerPreset, memory
 
 # The first is what the others are measured against.
 VARIANTS = ("flax", "dropit_16", "lean")
@@ -119,7 +119,7 @@ class Fit:
     largest_deviation: float
 
 
-def compressed_elements(workload: Workload, preset: Preset) -> int:
+def compressed_elements(workload: Workload, preset: LayerPreset) -> int:
     """Elements of all inputs that a preset's layers compress in a step."""
     if preset.dropit is None or preset.conv is None:
         return 0

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array
 
 from benchmarks.models import MLP
-from dropit_jax import Preset, preset
+from dropit_jax import LayerPreset, layer_preset
 from train.models.resnet import ResNet
 from train.models.vit import ViT
 
@@ -37,7 +37,7 @@ class Workload:
     image_size: int
     batch: int
     dtype: str
-    make: Callable[[Preset], nn.Module]
+    make: Callable[[LayerPreset], nn.Module]
     attention: tuple[int, int, int] | None
     paper_mb: tuple[int, int] | None
     channels: int = 3
@@ -54,8 +54,8 @@ class Workload:
         return 2.0 * layers * self.batch * tokens**2 * width
 
 
-def _vit(dtype: str) -> Callable[[Preset], nn.Module]:
-    def make(memory: Preset) -> nn.Module:
+def _vit(dtype: str) -> Callable[[LayerPreset], nn.Module]:
+    def make(memory: LayerPreset) -> nn.Module:
         compute = None if dtype == "float32" else jnp.dtype(dtype)
         return ViT(num_classes=100, dtype=compute, memory=memory)
 
@@ -104,26 +104,26 @@ WORKLOADS = (
 )
 
 # The first is what all others are measured against.
-VARIANTS: dict[str, Preset] = {
-    "baseline": preset("baseline"),
+VARIANTS: dict[str, LayerPreset] = {
+    "baseline": layer_preset("baseline"),
     # The kept values in the activations' own type, as in the paper.
-    "dropit_float32": preset("dropit", value_dtype=None),
-    "dropit": preset("dropit"),
-    "lean": preset("lean"),
-    "lean+remat_blocks": preset("lean", remat="blocks"),
-    "remat_dots": preset("baseline", remat="dots"),
-    "remat_blocks": preset("baseline", remat="blocks"),
+    "dropit_float32": layer_preset("dropit", value_dtype=None),
+    "dropit": layer_preset("dropit"),
+    "lean": layer_preset("lean"),
+    "lean+remat_blocks": layer_preset("lean", remat="blocks"),
+    "remat_dots": layer_preset("baseline", remat="dots"),
+    "remat_blocks": layer_preset("baseline", remat="blocks"),
 }
 
 # The variants whose steps are timed; the first is what all others are measured against.
-TIMED_VARIANTS: dict[str, Preset] = {
-    "flax": preset("baseline"),
-    "dropit_16": preset("dropit"),
-    "dropit_32": preset("dropit", chunk_size=32),
-    "dropit_16384": preset("dropit", chunk_size=2**14),
-    "lean": preset("lean"),
-    "remat_blocks": preset("baseline", remat="blocks"),
-    "remat_dots": preset("baseline", remat="dots"),
+TIMED_VARIANTS: dict[str, LayerPreset] = {
+    "flax": layer_preset("baseline"),
+    "dropit_16": layer_preset("dropit"),
+    "dropit_32": layer_preset("dropit", chunk_size=32),
+    "dropit_16384": layer_preset("dropit", chunk_size=2**14),
+    "lean": layer_preset("lean"),
+    "remat_blocks": layer_preset("baseline", remat="blocks"),
+    "remat_dots": layer_preset("baseline", remat="dots"),
 }
 
 
@@ -180,7 +180,7 @@ def title(described: Any, where: str) -> str:
     )
 
 
-def variants(workload: Workload) -> dict[str, Preset]:
+def variants(workload: Workload) -> dict[str, LayerPreset]:
     """The variants that differ for a workload."""
     without = set()
     if workload.attention is None:
@@ -191,7 +191,7 @@ def variants(workload: Workload) -> dict[str, Preset]:
 
 
 def training_step(
-    workload: Workload, memory: Preset, batch: int | None = None
+    workload: Workload, memory: LayerPreset, batch: int | None = None
 ) -> tuple[Step, tuple[Any, ...], tuple[int, ...]]:
     """A step of SGD with momentum on the cross-entropy.
 
@@ -237,7 +237,7 @@ def real_arguments(workload: Workload) -> tuple[Any, ...]:
       Variables and an optimizer's state as before the first step, random images, and
       random labels.
     """
-    memory = preset("baseline")
+    memory = layer_preset("baseline")
     _, (_, opt_state, images, labels), _ = training_step(workload, memory)
     keys = jax.random.split(jax.random.key(0), 3)
     images = jax.random.normal(keys[0], images.shape, images.dtype)

@@ -1,41 +1,65 @@
-"""DropIT: cache less of what the backward pass of a Flax model reads."""
+"""`drop` makes any JAX function store less for its backward pass; layers of DropIT."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dropit_jax.layer_presets import LAYER_PRESETS, LayerPreset, layer_preset
 from dropit_jax.ops import conv_general_dilated, dot_general, einsum
 from dropit_jax.policy import DropIT
-from dropit_jax.presets import PRESETS, Preset, preset
 from dropit_jax.residual import Residual, compress
 
 if TYPE_CHECKING:
     from dropit_jax import linen, memory, nn, nnx
+    from dropit_jax.transform.drop import drop, plan
+    from dropit_jax.transform.plan import Plan
+    from dropit_jax.transform.planner import PlanError
+    from dropit_jax.transform.presets import PRESETS, Preset, preset
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LAYER_PRESETS",
     "PRESETS",
     "DropIT",
+    "LayerPreset",
+    "Plan",
+    "PlanError",
     "Preset",
     "Residual",
     "compress",
     "conv_general_dilated",
     "dot_general",
+    "drop",
     "einsum",
+    "layer_preset",
     "linen",
     "memory",
     "nn",
     "nnx",
+    "plan",
     "preset",
 ]
 
-# Imported when they are first asked for, as they import Flax.
+# Imported when they are first asked for: packages that import Flax, and names of
+# modules that import SciPy.
 _PACKAGES = frozenset({"linen", "memory", "nn", "nnx"})
+_NAMES = {
+    "PRESETS": "presets",
+    "Plan": "plan",
+    "PlanError": "planner",
+    "Preset": "presets",
+    "drop": "drop",
+    "plan": "drop",
+    "preset": "presets",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        module = importlib.import_module(f"{__name__}.transform.{_NAMES[name]}")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

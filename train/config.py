@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from dropit_jax import DropIT, Preset, preset
+from dropit_jax import DropIT, LayerPreset, layer_preset
 from train import data, models
 
 # What does not change the result of a run, and may change when it is resumed.
@@ -62,7 +62,7 @@ def model_section(name: str, **fields: Any) -> ConfigDict:
     return ConfigDict({"name": name} | values | fields)
 
 
-def memory(config: ConfigDict) -> Preset:
+def memory(config: ConfigDict) -> LayerPreset:
     """What the model caches, as the config describes it.
 
     Raises:
@@ -70,7 +70,7 @@ def memory(config: ConfigDict) -> Preset:
     """
     changed = {k: v for k, v in config.dropit.items() if v != _OF_PRESET}
     try:
-        return preset(config.memory, remat=config.remat, **changed)
+        return layer_preset(config.memory, remat=config.remat, **changed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.dropit: {error}") from error
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dropit_jax import DropIT, Preset, compress, linen, memory
+from dropit_jax import DropIT, LayerPreset, compress, linen, memory
 from train import config as config_lib
 from train import data
 from train import job as job_lib
@@ -52,7 +52,7 @@ def dropped(config: ConfigDict) -> float:
     model, state = step_lib.create_model(plain), step_lib.abstract_state(plain)
     images = step_lib.abstract_images(config, config.batch_size)
     # What is filled in does not matter here, and would not suit the head.
-    layers = Preset("", preset.dropit, preset.conv).for_vectors
+    layers = LayerPreset("", preset.dropit, preset.conv).for_vectors
     with linen.intercept(layers) as found:
         jax.eval_shape(
             lambda variables, images: model.apply(variables, images, train=False),

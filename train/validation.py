@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dropit_jax import PRESETS, DropIT
-from dropit_jax.presets import REMATS
+from dropit_jax import LAYER_PRESETS, DropIT
+from dropit_jax.layer_presets import REMATS
 from train import config as config_lib
 from train import data, mesh, models
 from train.config import ConfigError
@@ -85,7 +85,7 @@ _CHOICES = {
     "model.pool": models.POOLS,
     "model.positions": models.POSITIONS,
     "dtype": ("float32", "bfloat16"),
-    "memory": PRESETS,
+    "memory": LAYER_PRESETS,
     "remat": REMATS,
     "schedule.name": ("cosine", "step"),
 }

@@ -16,13 +16,13 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array
 
-from dropit_jax import compat, matching, presets, products
+from dropit_jax import compat, layer_presets, matching, products
+from dropit_jax.layer_presets import LayerPreset
 from dropit_jax.linen import calls, functions, model_call, parts, report, tools
 from dropit_jax.linen.model_call import ModelCall
 from dropit_jax.linen.report import InterceptedLayer, Unreached
 from dropit_jax.matching import Matching
 from dropit_jax.policy import DropIT
-from dropit_jax.presets import Preset
 
 
 class Interception:
@@ -35,7 +35,7 @@ class Interception:
     is a table of both.
     """
 
-    def __init__(self, preset: Preset, meant: Matching, tells: bool = True):
+    def __init__(self, preset: LayerPreset, meant: Matching, tells: bool = True):
         self._preset = preset
         self._matching = meant
         self.tells = tells  # what is unreached
@@ -201,7 +201,7 @@ _interceptions = contextvars.ContextVar("interceptions", default=())
 
 
 def intercept(
-    dropit: DropIT | Preset | str,
+    dropit: DropIT | LayerPreset | str,
     skip_first: bool = True,
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -243,10 +243,10 @@ def intercept(
         layers seen.
     """
     if isinstance(dropit, str):
-        dropit = presets.preset(dropit)
+        dropit = layer_presets.layer_preset(dropit)
     is_policy = isinstance(dropit, DropIT)
-    preset = Preset("", dropit, dropit) if isinstance(dropit, DropIT) else dropit
-    if not isinstance(preset, Preset):
+    preset = LayerPreset("", dropit, dropit) if isinstance(dropit, DropIT) else dropit
+    if not isinstance(preset, LayerPreset):
         raise TypeError(
             f"intercept takes a DropIT policy, got {dropit!r}; a preset, or its name, "
             "would do as well."

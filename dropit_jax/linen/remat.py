@@ -9,12 +9,12 @@ import jax
 from jaxtyping import Array, Float
 
 from dropit_jax import compat
+from dropit_jax.layer_presets import LayerPreset, Remat
 from dropit_jax.nn.recompute import recompute
-from dropit_jax.presets import Preset, Remat
 
 
 def remat(
-    block: type[nn.Module], preset: Preset, static_argnums: tuple[int, ...] = ()
+    block: type[nn.Module], preset: LayerPreset, static_argnums: tuple[int, ...] = ()
 ) -> type[nn.Module]:
     """A block of a model, recomputed in the backward pass as a preset says.
 

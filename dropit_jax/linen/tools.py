@@ -9,9 +9,9 @@ import flax.linen as nn
 from jaxtyping import Array
 
 from dropit_jax import nn as compact
+from dropit_jax.layer_presets import LayerPreset
 from dropit_jax.linen import layers, norms, stochastic
 from dropit_jax.linen.remat import remat
-from dropit_jax.presets import Preset
 
 _Function = Callable[..., Array]
 _Layer = Callable[..., Any]
@@ -52,15 +52,15 @@ class Toolbox:
     remat: Callable[..., type[nn.Module]]
 
 
-def toolbox(preset: Preset) -> Toolbox:
+def toolbox(preset: LayerPreset) -> Toolbox:
     """The layers and functions of a preset.
 
     Raises:
       TypeError: it is none.
     """
-    if not isinstance(preset, Preset):
+    if not isinstance(preset, LayerPreset):
         raise TypeError(
-            f'toolbox takes a preset, such as preset("lean"); got {preset!r}.'
+            f'toolbox takes a preset, such as layer_preset("lean"); got {preset!r}.'
         )
     bits = compact if preset.one_bit else nn
     codes = compact if preset.eight_bit else nn
@@ -105,7 +105,7 @@ def toolbox(preset: Preset) -> Toolbox:
     )
 
 
-def attention(preset: Preset) -> _Function:
+def attention(preset: LayerPreset) -> _Function:
     """The core of attention of a preset."""
     return _compact_attention if preset.eight_bit else nn.dot_product_attention
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dropit_jax import matching, presets
+from dropit_jax import layer_presets, matching
 from dropit_jax import nn as compact
+from dropit_jax.layer_presets import LayerPreset
 from dropit_jax.nnx import classes, layers, norms, stochastic
 from dropit_jax.policy import DropIT
-from dropit_jax.presets import Preset
 
 # What takes the place of Flax's norms and its dropout, and of the function that its
 # attention calls.
@@ -43,7 +43,7 @@ class Change:
 
 def apply(
     model: nnx.Module,
-    dropit: DropIT | Preset | str | None,
+    dropit: DropIT | LayerPreset | str | None,
     skip_first: Callable[[Any], Any] | None = None,
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -96,7 +96,7 @@ def apply(
     meant = matching.matching(skip_first is not None, only, exclude)
     everything = list(_layers(model, (), set()))
     first = None if skip_first is None else _first_layer(model, everything, skip_first)
-    takes_back = preset == Preset(preset.name)
+    takes_back = preset == LayerPreset(preset.name)
     found = [
         (path, layer)
         for path, layer in everything
@@ -115,13 +115,13 @@ def apply(
     return changes
 
 
-def _as_preset(dropit: DropIT | Preset | str | None) -> Preset:
+def _as_preset(dropit: DropIT | LayerPreset | str | None) -> LayerPreset:
     if dropit is None:
-        return Preset("baseline")
+        return LayerPreset("baseline")
     if isinstance(dropit, DropIT):
-        return Preset("policy", dropit, dropit)
-    preset = presets.preset(dropit) if isinstance(dropit, str) else dropit
-    if not isinstance(preset, Preset):
+        return LayerPreset("policy", dropit, dropit)
+    preset = layer_presets.layer_preset(dropit) if isinstance(dropit, str) else dropit
+    if not isinstance(preset, LayerPreset):
         raise TypeError(
             f"apply takes a DropIT policy, a preset or None, got {dropit!r}."
         )
@@ -133,7 +133,7 @@ def _as_preset(dropit: DropIT | Preset | str | None) -> Preset:
     return preset
 
 
-def _meant(layer: Any, preset: Preset) -> DropIT | str | None:
+def _meant(layer: Any, preset: LayerPreset) -> DropIT | str | None:
     """What a layer is to cache by a preset; `None`: what Flax does."""
     if isinstance(layer, nnx.MultiHeadAttention):
         return "recomputed" if preset.eight_bit else None
@@ -175,7 +175,7 @@ def _convert(layer: Any, residual: Any, stream: nnx.RngStream | None) -> None:
         layers.convert(layer, residual, stream)
 
 
-def _stream(preset: Preset, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
+def _stream(preset: LayerPreset, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
     """One stream of keys for all layers, where a policy needs them."""
     streams = (layers.new_stream(p, rngs) for p in (preset.dropit, preset.conv))
     return next((stream for stream in streams if stream is not None), None)

@@ -6,7 +6,7 @@ from absl.testing import absltest, parameterized
 
 from benchmarks import memory as benchmark
 from benchmarks import workloads
-from dropit_jax import memory, preset
+from dropit_jax import layer_preset, memory
 
 # At most this share of the baseline's temporaries: (index of the workload, variant).
 _BARS = {
@@ -48,7 +48,7 @@ class BarsTest(parameterized.TestCase):
                 ("ViT-B/16", 224, 128, "bfloat16"),
             ],
         )
-        self.assertEqual(workloads.VARIANTS["baseline"], preset("baseline"))
+        self.assertEqual(workloads.VARIANTS["baseline"], layer_preset("baseline"))
         self.assertEqual(workloads.VARIANTS["dropit"].conv.rate, 0.875)
 
 

@@ -16,12 +16,12 @@ from absl.testing import parameterized
 from jax.extend.core import Var
 from jax.nn import gelu
 
-from dropit_jax import DropIT, presets
+from dropit_jax import DropIT, layer_presets
 
 # What one of the transformers is made of; Flax has announced the end of it.
 pytestmark = pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
 EXACT = DropIT(0.0)
-LEAN = presets.preset("lean")
+LEAN = layer_presets.layer_preset("lean")
 # Without the error of the products.
 LEAN_EXACT = dataclasses.replace(LEAN, dropit=EXACT, conv=EXACT)
 BITS_EXACT = dataclasses.replace(LEAN_EXACT, eight_bit=False)

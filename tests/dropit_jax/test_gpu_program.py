@@ -34,7 +34,7 @@ class _Net(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        tools = dn.toolbox(dropit_jax.preset("dropit"))
+        tools = dn.toolbox(dropit_jax.layer_preset("dropit"))
         norm = functools.partial(nn.BatchNorm, use_running_average=False)
         for _ in range(2):
             x = tools.Conv(_FEATURES, (3, 3), dtype=self.dtype)(x)

@@ -13,8 +13,8 @@ import pytest
 from absl.testing import absltest, parameterized
 from jax.nn import gelu
 
+from dropit_jax import layer_presets
 from dropit_jax import linen as dn
-from dropit_jax import presets
 from tests.dropit_jax import interception_cases as cases
 
 # What one of the transformers is made of; Flax has announced the end of it.
@@ -375,8 +375,8 @@ class UnreachedTest(cases.PresetTestCase):
 
     def test_blocks_are_not_recomputed(self):
         for preset in (
-            presets.preset("lean", remat="blocks"),
-            presets.preset("baseline", remat="blocks"),
+            layer_presets.layer_preset("lean", remat="blocks"),
+            layer_presets.layer_preset("baseline", remat="blocks"),
         ):
             with dn.intercept(preset) as report:
                 pass

@@ -11,7 +11,7 @@ from attnax import FeedForward
 from flax import nnx
 from transformer_in_transformer_flax import TNTConfig, TransformerInTransformer
 
-from dropit_jax import DropIT, presets
+from dropit_jax import DropIT, layer_presets
 from dropit_jax import linen as dn
 from dropit_jax import nn as dnn
 from tests.dropit_jax import interception_cases as cases
@@ -57,9 +57,9 @@ class ArgumentsTest(cases.PresetTestCase):
         for given, count in (
             ("baseline", 1),
             ("lean", 2),
-            (presets.preset("lean"), 2),
+            (layer_presets.layer_preset("lean"), 2),
             (cases.LEAN.dropit, 3),
-            (presets.preset("lean", rate=0.5), 4),
+            (layer_presets.layer_preset("lean", rate=0.5), 4),
             ("dropit", 5),
             ("baseline", 5),
         ):

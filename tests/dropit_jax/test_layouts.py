@@ -132,7 +132,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        tools = dn.toolbox(dropit_jax.preset(self.preset))
+        tools = dn.toolbox(dropit_jax.layer_preset(self.preset))
         y = tools.LayerNorm(dtype=x.dtype)(x)
         x = x + tools.MultiHeadDotProductAttention(2, dtype=x.dtype)(y)
         y = tools.LayerNorm(dtype=x.dtype)(x)

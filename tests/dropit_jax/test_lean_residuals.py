@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from dropit_jax import memory, preset
+from dropit_jax import layer_preset, memory
 from train.models.resnet import ResNet
 from train.models.vit import ViT
 
@@ -35,14 +35,14 @@ class LeanResidualsTest(parameterized.TestCase):
     )
     def test_of_activations_nothing_is_kept_but_what_is_compact(self, make):
         # Shortcuts, too, keep none of what they add.
-        lean = _saved(make(preset("lean")), 32)
+        lean = _saved(make(layer_preset("lean")), 32)
         smallest = _BATCH * 8 * 4  # elements; statistics and the like are smaller
         large = [r for r in lean.residuals if r.is_cached and r.nbytes > 4 * smallest]
         self.assertNotEmpty(large)
         for residual in large:
             self.assertIn(residual.kind, _COMPACT, residual)
             self.assertIn(residual.dtype, ("uint8", "bfloat16"), residual)
-        plain = _saved(make(preset("baseline")), 32)
+        plain = _saved(make(layer_preset("baseline")), 32)
         self.assertLess(lean.total_bytes, 0.25 * plain.total_bytes)
 
 

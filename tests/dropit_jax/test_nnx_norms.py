@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import dropit_jax
-from dropit_jax import DropIT, Preset
+from dropit_jax import DropIT, LayerPreset
 from dropit_jax import nnx as dn
 from tests.dropit_jax import nnx_runs as runs
 from tests.dropit_jax import reference
@@ -201,7 +201,7 @@ class Network(nnx.Module):
 
 
 _DENSE, _CONV = DropIT(0.0, value_dtype="int8"), DropIT(0.5)
-_PRESET = Preset("lean", _DENSE, _CONV, one_bit=True, eight_bit=True)
+_PRESET = LayerPreset("lean", _DENSE, _CONV, one_bit=True, eight_bit=True)
 _PROJECTIONS = [f"attention/{name}" for name in ("query", "key", "value", "out")]
 _CHANGES = {
     "entry": ("LayerNorm", "8 bits"),
@@ -275,8 +275,8 @@ class ApplyTest(parameterized.TestCase):
             ["entry", "conv", "shifted", "drop", "head"],
         ),
         ("dropit", {"exclude": "attention/*"}, ["conv", "drop", "head"]),
-        (Preset("norms", eight_bit=True), {}, ["entry", "shifted", "attention"]),
-        (Preset("dense", _DENSE), {}, [*_PROJECTIONS, "head"]),
+        (LayerPreset("norms", eight_bit=True), {}, ["entry", "shifted", "attention"]),
+        (LayerPreset("dense", _DENSE), {}, [*_PROJECTIONS, "head"]),
         (DropIT(0.5), {"exclude": "attention/*"}, ["conv", "head"]),
     )
     def test_what_is_meant(self, preset, options, expected):
@@ -289,16 +289,21 @@ class ApplyTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ("leen", {}, ValueError, "'lean'"),
-        (dropit_jax.preset("lean", remat="blocks"), {}, ValueError, "remat='blocks'"),
+        (
+            dropit_jax.layer_preset("lean", remat="blocks"),
+            {},
+            ValueError,
+            "remat='blocks'",
+        ),
         (("lean",), {}, TypeError, "policy, a preset or None, got"),
         (
-            Preset("x", None, DropIT(0.5, "random"), eight_bit=True),
+            LayerPreset("x", None, DropIT(0.5, "random"), eight_bit=True),
             {},
             ValueError,
             "keys",
         ),
         ("lean", {"only": ["head", "norm"]}, ValueError, "matches 'norm'"),
-        (Preset("x", _DENSE), {"only": "entry"}, ValueError, "matches 'entry'"),
+        (LayerPreset("x", _DENSE), {"only": "entry"}, ValueError, "matches 'entry'"),
     )
     def test_what_is_refused_changes_nothing(self, preset, options, error, message):
         with pytest.raises(error, match=message):

@@ -9,8 +9,8 @@ import pytest
 from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, PartitionSpec
 
+from dropit_jax import layer_preset
 from dropit_jax import linen as dn
-from dropit_jax import preset
 from dropit_jax.linen.remat import recomputed, remat
 from dropit_jax.nn.recompute import recompute
 from dropit_jax.quantization import quantize
@@ -189,13 +189,13 @@ class RecomputedBlockTest(parameterized.TestCase):
         )
 
     def test_which_preset_recomputes_how(self):
-        self.assertIs(remat(Block, preset("lean")), Block)
-        compact = remat(Block, preset("lean", remat="blocks"))
+        self.assertIs(remat(Block, layer_preset("lean")), Block)
+        compact = remat(Block, layer_preset("lean", remat="blocks"))
         self.assertIs(compact, recomputed(Block))
         self.assertEqual(compact.__name__, "Block")
         for memory in (
-            preset("dropit", remat="blocks"),
-            preset("lean", remat="dots"),
+            layer_preset("dropit", remat="blocks"),
+            layer_preset("lean", remat="dots"),
         ):
             block = remat(Block, memory, static_argnums=(2,))
             self.assertIsNot(block, compact)
@@ -293,9 +293,9 @@ class RandomNumbersTest(parameterized.TestCase):
         x = jnp.ones((2, 64))
         names = set(Model(Block).init(jax.random.key(0), x, False)["params"])
         for memory in (
-            preset("baseline", remat="blocks"),
-            preset("lean", remat="dots"),
-            preset("lean", remat="blocks"),
+            layer_preset("baseline", remat="blocks"),
+            layer_preset("lean", remat="dots"),
+            layer_preset("lean", remat="blocks"),
         ):
             block = remat(Block, memory, static_argnums=(2,))
             variables = Model(block).init(jax.random.key(0), x, False)
@@ -330,7 +330,7 @@ class AttentionTest(parameterized.TestCase):
             for _ in range(3)
         )
         mask = nn.make_causal_mask(jnp.ones((2, 5))) if masked else None
-        attend = preset("lean")
+        attend = layer_preset("lean")
         ours = functools.partial(dn.toolbox(attend).dot_product_attention, mask=mask)
         theirs = functools.partial(nn.dot_product_attention, mask=mask)
         out, pullback = jax.vjp(ours, q, k, v)
@@ -347,7 +347,7 @@ class AttentionTest(parameterized.TestCase):
     def test_other_widths_are_refused(self):
         q = jnp.ones((1, 2, 1, 4))
         with pytest.raises(ValueError, match="bits=8 or None, got 4"):
-            dn.toolbox(preset("lean")).dot_product_attention(q, q, q, bits=4)
+            dn.toolbox(layer_preset("lean")).dot_product_attention(q, q, q, bits=4)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 from flax import traverse_util
 
-from dropit_jax import preset
+from dropit_jax import layer_preset
 from tests.train import commands
 from train import config as config_lib
 from train import data, models
@@ -35,7 +35,7 @@ def _logits(path, dtype):
     (batch,) = data.evaluation_batches(dataset, info.test_examples)
     images = (batch["image"] - np.float32(info.mean)) / np.float32(info.std)
     model = models.create(
-        "resnet18", 10, preset("baseline"), dtype, width=4, stem="cifar"
+        "resnet18", 10, layer_preset("baseline"), dtype, width=4, stem="cifar"
     )
     return model.apply(variables, images, train=False), batch["label"]
 

@@ -18,7 +18,7 @@ from configs import (
     vit_b16_imagenet,
     vit_ti16_cifar10,
 )
-from dropit_jax import PRESETS, DropIT, preset
+from dropit_jax import LAYER_PRESETS, DropIT, layer_preset
 from tests.train import fields
 from train import config as config_lib
 from train import models, validation
@@ -35,7 +35,7 @@ class ModelSectionTest(parameterized.TestCase):
     def test_what_is_not_given_is_the_models(self, name):
         section = config_lib.model_section(name)
         self.assertEqual(section.to_dict(), {"name": name} | models.defaults(name))
-        memory = preset("baseline")
+        memory = layer_preset("baseline")
         fields = {field: section[field] for field in models.fields(name)}
         self.assertEqual(
             models.create(name, 10, memory, **fields), models.create(name, 10, memory)
@@ -75,11 +75,11 @@ class ModelSectionTest(parameterized.TestCase):
 
 
 class MemoryTest(parameterized.TestCase):
-    @parameterized.product(name=PRESETS, remat=("none", "blocks"))
+    @parameterized.product(name=LAYER_PRESETS, remat=("none", "blocks"))
     def test_is_the_preset(self, name, remat):
         config = digits_resnet18.get_config()
         config.memory, config.remat = name, remat
-        self.assertEqual(config_lib.memory(config), preset(name, remat=remat))
+        self.assertEqual(config_lib.memory(config), layer_preset(name, remat=remat))
 
     @parameterized.parameters("dropit", "lean")
     def test_its_policies_are_changed_field_by_field(self, name):
@@ -88,8 +88,8 @@ class MemoryTest(parameterized.TestCase):
         config.dropit.chunk_size = None
         config.dropit.value_dtype = "float16"
         changes = {"chunk_size": None, "value_dtype": "float16"}
-        self.assertEqual(config_lib.memory(config), preset(name, **changes))
-        policy = dataclasses.replace(preset(name).conv, **changes)
+        self.assertEqual(config_lib.memory(config), layer_preset(name, **changes))
+        policy = dataclasses.replace(layer_preset(name).conv, **changes)
         self.assertEqual(config_lib.memory(config).conv, policy)
 
     def test_the_section_has_the_policys_fields_and_no_others(self):

@@ -7,8 +7,8 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import dropit_jax.nn
+from dropit_jax import layer_preset
 from dropit_jax import linen as dn
-from dropit_jax import preset
 from train import models
 from train.models.resnet import BottleneckBlock, ResNet
 from train.models.vit import ViT
@@ -35,14 +35,14 @@ class CreateTest(parameterized.TestCase):
         self.assertEqual(models.fields(name), expected)
 
     def test_values_that_are_not_given_are_the_classes(self):
-        memory = preset("dropit")
+        memory = layer_preset("dropit")
         self.assertEqual(
             models.create("resnet18", 10, memory), ResNet(10, memory=memory)
         )
         self.assertEqual(models.create("vit_b", 10, memory), ViT(10, memory=memory))
 
     def test_values_are_handed_on(self):
-        memory = preset("lean")
+        memory = layer_preset("lean")
         model = models.create("resnet50", 10, memory, width=4, stem="imagenet")
         sizes = {"block": BottleneckBlock, "stage_sizes": (3, 4, 6, 3)}
         self.assertEqual(
@@ -58,7 +58,7 @@ class CreateTest(parameterized.TestCase):
 
     @parameterized.parameters("resnet34", "vit_ti")
     def test_dtype(self, name):
-        memory = preset("baseline")
+        memory = layer_preset("baseline")
         plain = models.create(name, 10, memory)
         self.assertIsNone(plain.dtype)
         self.assertEqual(models.create(name, 10, memory, "float32"), plain)
@@ -68,18 +68,18 @@ class CreateTest(parameterized.TestCase):
     @parameterized.parameters("int32", "bfloat61")
     def test_other_dtypes_are_refused(self, dtype):
         with pytest.raises(ValueError, match=f"dtype: .*floating.*'{dtype}'"):
-            models.create("vit_mu", 10, preset("baseline"), dtype)
+            models.create("vit_mu", 10, layer_preset("baseline"), dtype)
 
     def test_other_names_and_fields_are_refused(self):
         with pytest.raises(ValueError, match=r"model: unknown value 'vit_x'.*vit_mu"):
-            models.create("vit_x", 10, preset("baseline"))
+            models.create("vit_x", 10, layer_preset("baseline"))
         with pytest.raises(ValueError, match="model: unknown value 'vit_x'"):
             models.fields("vit_x")
         with pytest.raises(TypeError, match="vit_mu has no field 'stem'; it has pa"):
-            models.create("vit_mu", 10, preset("baseline"), stem="cifar")
+            models.create("vit_mu", 10, layer_preset("baseline"), stem="cifar")
         # That the name says it, and it is no field, must not be overruled.
         with pytest.raises(TypeError, match="vit_mu has no field 'width'"):
-            models.create("vit_mu", 10, preset("baseline"), width=64)
+            models.create("vit_mu", 10, layer_preset("baseline"), width=64)
 
 
 class PlainTest(parameterized.TestCase):
@@ -117,7 +117,7 @@ class HeadTest(parameterized.TestCase):
         (ViT(10, 4, 16, num_layers=1, num_heads=2),),
     )
     def test_a_model_is_filled_with_means_but_for_its_head(self, model):
-        memory = preset("dropit", rate=0.75, fill="mean", value_dtype=None)
+        memory = layer_preset("dropit", rate=0.75, fill="mean", value_dtype=None)
         images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
         variables = model.init(jax.random.key(0), images, False)
         # A head of zeros would hand no gradient on.

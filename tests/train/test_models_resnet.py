@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dropit_jax import preset
+from dropit_jax import layer_preset
 from tests.dropit_jax import reference
 from train import models
 from train.models.resnet import BasicBlock, BottleneckBlock, ResNet
@@ -47,7 +47,7 @@ class ArchitectureTest(parameterized.TestCase):
         ("resnet50", 25_557_032),
     )
     def test_has_the_published_number_of_parameters(self, name, count):
-        model = models.create(name, 1000, preset("baseline"), stem="imagenet")
+        model = models.create(name, 1000, layer_preset("baseline"), stem="imagenet")
         params = _variables(model, (1, 224, 224, 3))["params"]
         self.assertEqual(_count(params), count)
 
@@ -72,7 +72,9 @@ class ArchitectureTest(parameterized.TestCase):
 
     def test_a_bottleneck_is_torchvisions(self):
         # Its layer3.0 and layer1.0: stride on the 3x3, not on the first 1x1.
-        model = models.create("resnet50", 1000, preset("baseline"), stem="imagenet")
+        model = models.create(
+            "resnet50", 1000, layer_preset("baseline"), stem="imagenet"
+        )
         outputs = _outputs(model, (1, 224, 224, 3))
         expected = {"conv1": (28, 256), "conv2": (14, 256), "conv3": (14, 1024)}
         expected["shortcut_conv"] = (14, 1024)
@@ -132,7 +134,7 @@ class PresetTest(parameterized.TestCase):
         name, remat = memory
         x = _images(16)
         plain = ResNet(10, width=8, **model)
-        other = ResNet(10, width=8, memory=preset(name, remat=remat), **model)
+        other = ResNet(10, width=8, memory=layer_preset(name, remat=remat), **model)
         variables = jax.jit(lambda: plain.init(jax.random.key(0), x, False))()
         chex.assert_trees_all_equal_shapes_and_dtypes(
             variables, _variables(other, x.shape)
@@ -155,7 +157,7 @@ class PresetTest(parameterized.TestCase):
                 seen[context.module.name] = getattr(context.module, "dropit", None)
             return call(*args, **kwargs)
 
-        model = ResNet(10, width=4, block=block, memory=preset("dropit"))
+        model = ResNet(10, width=4, block=block, memory=layer_preset("dropit"))
         with nn.intercept_methods(record):
             _variables(model, (1, 16, 16, 3))
         exempt = [name for name, dropit in seen.items() if dropit is None]
@@ -166,7 +168,7 @@ class PresetTest(parameterized.TestCase):
 class DtypeTest(parameterized.TestCase):
     @parameterized.parameters("resnet18", "resnet50")
     def test_the_computation_alone_is_of_that_dtype(self, name):
-        model = models.create(name, 10, preset("baseline"), "bfloat16", width=4)
+        model = models.create(name, 10, layer_preset("baseline"), "bfloat16", width=4)
         seen = {}
 
         def record(call, args, kwargs, context):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dropit_jax import preset
+from dropit_jax import layer_preset
 from tests.dropit_jax import reference
 from train import models
 from train.models.positions import sincos_2d
@@ -18,7 +18,7 @@ _X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float3
 
 def _vit(memory="baseline", remat="none", **fields):
     sizes = {"patch_size": 4, "width": 16, "num_layers": 2, "num_heads": 2}
-    return ViT(10, memory=preset(memory, remat=remat), **(sizes | fields))
+    return ViT(10, memory=layer_preset(memory, remat=remat), **(sizes | fields))
 
 
 def _variables(model, shape=_X.shape):
@@ -59,7 +59,7 @@ class ArchitectureTest(parameterized.TestCase):
         ("vit_ti", 5_717_416),
     )
     def test_has_the_published_number_of_parameters(self, name, count):
-        model = models.create(name, 1000, preset("baseline"), patch_size=16)
+        model = models.create(name, 1000, layer_preset("baseline"), patch_size=16)
         shape = (1, 224, 224, 3)
         self.assertEqual(_count(_variables(model, shape)["params"]), count)
         scanned = model.clone(scan=True)
@@ -67,7 +67,7 @@ class ArchitectureTest(parameterized.TestCase):
 
     def test_the_test_size_is_big_visions(self):
         params = _variables(
-            models.create("vit_mu", 10, preset("baseline")), (1, 16, 16, 3)
+            models.create("vit_mu", 10, layer_preset("baseline")), (1, 16, 16, 3)
         )
         encoder = params["params"]["Transformer"]
         self.assertEqual([n for n in encoder if "block" in n], ["encoderblock_0"])

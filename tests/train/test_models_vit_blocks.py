@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax import Preset, preset
+from dropit_jax import LayerPreset, layer_preset
 from train.models.drop_path import DropPath, linear_rates
 from train.models.vit import ViT
 
@@ -22,7 +22,7 @@ _EXACT = {"rate": 0.0, "value_dtype": None}
 
 def _vit(memory="baseline", remat="none", **fields):
     if isinstance(memory, str):
-        memory = preset(memory, remat=remat)
+        memory = layer_preset(memory, remat=remat)
     sizes = {"patch_size": 4, "width": 16, "num_layers": _LAYERS, "num_heads": 2}
     return ViT(5, memory=memory, **(sizes | fields))
 
@@ -216,7 +216,7 @@ class GradientTest(parameterized.TestCase):
     def test_is_the_baselines_where_nothing_is_dropped(self, scan, memory):
         name, remat = memory
         params, same, expected = _baseline(scan)
-        memory = preset(name, remat=remat, **(_EXACT if name == "dropit" else {}))
+        memory = layer_preset(name, remat=remat, **(_EXACT if name == "dropit" else {}))
         logits, gradients = _run(_vit(memory, scan=scan, **_RANDOM), params)
         np.testing.assert_array_equal(logits, same)
         chex.assert_trees_all_close(gradients, expected, rtol=1e-5, atol=1e-5)
@@ -224,7 +224,7 @@ class GradientTest(parameterized.TestCase):
     @parameterized.parameters(False, True)
     def test_of_blocks_recomputed_from_8_bits_is_near(self, scan):
         params, same, expected = _baseline(scan)
-        memory = Preset("bits", one_bit=True, eight_bit=True, remat="blocks")
+        memory = LayerPreset("bits", one_bit=True, eight_bit=True, remat="blocks")
         logits, gradients = _run(_vit(memory, scan=scan, **_RANDOM), params)
         np.testing.assert_array_equal(logits, same)
         # With other masks than the forward pass's it would be off by more than itself.
@@ -273,7 +273,7 @@ class ScanTest(parameterized.TestCase):
         self.assertEqual(length(2), length(5))
 
     def test_what_is_dropped_at_random_is_drawn_in_it(self):
-        memory = preset("dropit", strategy="random", remat="blocks")
+        memory = layer_preset("dropit", strategy="random", remat="blocks")
         model = _vit(memory, scan=True)
         params = _params(model)
         (logits, first), (same, second) = _run(model, params), _run(model, params, 1)
@@ -287,7 +287,7 @@ class ScanTest(parameterized.TestCase):
                 lambda m=memory: _vit(m, scan=True).init(jax.random.key(0), _X, False)
             )
             for memory in (
-                preset(name, remat=remat)
+                layer_preset(name, remat=remat)
                 for name in ("baseline", "lean")
                 for remat in ("none", "blocks")
             )

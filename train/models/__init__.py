@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dropit_jax import Preset
+from dropit_jax import LayerPreset
 from train.models.checks import check_choice
 from train.models.positions import POSITIONS
 from train.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
@@ -81,7 +81,7 @@ def defaults(name: str) -> dict[str, Any]:
 def create(
     name: str,
     num_classes: int,
-    memory: Preset,
+    memory: LayerPreset,
     dtype: str | None = None,
     **values: Any,
 ) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dropit_jax import Preset, preset
+from dropit_jax import LayerPreset, layer_preset
 from dropit_jax.linen import toolbox
 from train.models.drop_path import DropPath, linear_rates
 from train.models.positions import AddPositionEmbeddings, Positions
@@ -31,7 +31,7 @@ class MlpBlock(nn.Module):
     features: int
     dropout: float = 0.0
     dtype: Any = None
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     @nn.compact
     def __call__(self, x: _Tokens, train: bool) -> _Tokens:
@@ -65,7 +65,7 @@ class EncoderBlock(nn.Module):
     mlp_features: int
     dropout: float = 0.0
     dtype: Any = None
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     @nn.compact
     def __call__(
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
     drop_path: float = 0.0
     scan: bool = False
     dtype: Any = None
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     @nn.compact
     def __call__(self, x: _Tokens, train: bool) -> _Tokens:

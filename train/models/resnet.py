@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dropit_jax import Preset, preset
+from dropit_jax import LayerPreset, layer_preset
 from dropit_jax.linen import toolbox
 from train.models.checks import check_choice
 
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
     features: int
     strides: int = 1
     dtype: Any = None
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     # Channels of the output, in those of the 3x3 convolutions.
     expansion: ClassVar[int] = 1
@@ -132,7 +132,7 @@ class ResNet(nn.Module):
     stem: Stem = "cifar"
     block: type[ResidualBlock] = BasicBlock
     dtype: Any = None
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     @nn.compact
     def __call__(
@@ -181,7 +181,7 @@ class ResNet(nn.Module):
         return tools.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-def _batch_norm(memory: Preset, dtype: Any, name: str, train: bool) -> nn.Module:
+def _batch_norm(memory: LayerPreset, dtype: Any, name: str, train: bool) -> nn.Module:
     return toolbox(memory).BatchNorm(
         use_running_average=not train,
         momentum=0.9,

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dropit_jax import Preset, preset
+from dropit_jax import LayerPreset, layer_preset
 from dropit_jax.linen import toolbox
 from train.models.checks import check_choice, check_rate
 from train.models.encoder import Encoder
@@ -58,7 +58,7 @@ class ViT(nn.Module):
     drop_path: float = 0.0
     scan: bool = False
     dtype: Any = None
-    memory: Preset = preset("baseline")
+    memory: LayerPreset = layer_preset("baseline")
 
     @nn.compact
     def __call__(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dropit_jax.transform.drop import drop, plan
+from dropit_jax import drop, plan
 from tests.dropit_jax.transform.features import FEATURES, PARAMS, X
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dropit_jax import memory
+from dropit_jax import drop, memory, plan
 from dropit_jax.transform import presets
-from dropit_jax.transform.drop import drop, plan
 from dropit_jax.transform.plan import Plan
 from dropit_jax.transform.planner import PlanError
 from tests.dropit_jax.transform.features import FEATURES, PARAMS, X

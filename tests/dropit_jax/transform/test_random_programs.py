@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax import lax
 
-from dropit_jax.transform.drop import drop, plan
+from dropit_jax import drop, plan
 
 _SHAPE = (6, 16)
 

@@ -11,7 +11,7 @@ REMATS: tuple[Remat, ...] = get_args(Remat)
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
+class LayerPreset:
     """What a model caches for its backward pass.
 
     Attributes:
@@ -45,12 +45,12 @@ class Preset:
                 check_policy(policy)
         if self.remat not in REMATS:
             raise ValueError(
-                f"Preset.remat: unknown value {self.remat!r}; known are "
+                f"LayerPreset.remat: unknown value {self.remat!r}; known are "
                 f"{', '.join(map(repr, REMATS))}."
             )
 
     @property
-    def for_vectors(self) -> "Preset":
+    def for_vectors(self) -> "LayerPreset":
         """The same for layers that read one vector a sample, as a model's head does.
 
         There is no mean over positions to rebuild such an input with: what is dropped
@@ -80,22 +80,22 @@ _TWO_BITS = DropIT(rate=0, value_dtype="int2")
 _PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("baseline"),
-        Preset("dropit", _PAPER, _PAPER, one_bit=True),
-        Preset("lean", _FOUR_BITS, _TWO_BITS, one_bit=True, eight_bit=True),
+        LayerPreset("baseline"),
+        LayerPreset("dropit", _PAPER, _PAPER, one_bit=True),
+        LayerPreset("lean", _FOUR_BITS, _TWO_BITS, one_bit=True, eight_bit=True),
     )
 }
-PRESETS = tuple(_PRESETS)
+LAYER_PRESETS = tuple(_PRESETS)
 
 
-def preset(name: str, *, remat: Remat = "none", **dropit: Any) -> Preset:
+def layer_preset(name: str, *, remat: Remat = "none", **dropit: Any) -> LayerPreset:
     """The preset of a name.
 
     Args:
       name: `"baseline"`, plain Flax; `"dropit"`, dense layers and convolutions as in
         the paper, and one-bit activations, without which these save little; `"lean"`,
         everything that has a compact residual.
-      remat: as in `Preset`.
+      remat: as in `LayerPreset`.
       **dropit: fields of the preset's policies to be changed, such as `rate=0.5`.
 
     Raises:
@@ -104,9 +104,9 @@ def preset(name: str, *, remat: Remat = "none", **dropit: Any) -> Preset:
         value is out of range.
     """
     if not isinstance(name, str) or name not in _PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        near = difflib.get_close_matches(str(name), LAYER_PRESETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(map(repr, PRESETS))
+        known = ", ".join(map(repr, LAYER_PRESETS))
         raise ValueError(f"Unknown preset {name!r}; known are {known}.{hint}")
     chosen = dataclasses.replace(_PRESETS[name], remat=remat)
     if not dropit:

@@ -8,16 +8,16 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import dropit_jax
-from dropit_jax import PRESETS, DropIT, Preset, preset
+from dropit_jax import LAYER_PRESETS, DropIT, LayerPreset, layer_preset
 from dropit_jax import linen as dn
 from dropit_jax.linen import toolbox
 
 
 class PresetTest(parameterized.TestCase):
     def test_each_level_has_what_the_one_before_has(self):
-        self.assertEqual(PRESETS, ("baseline", "dropit", "lean"))
-        baseline, dropit, lean = map(preset, PRESETS)
-        self.assertEqual(baseline, Preset("baseline"))
+        self.assertEqual(LAYER_PRESETS, ("baseline", "dropit", "lean"))
+        baseline, dropit, lean = map(layer_preset, LAYER_PRESETS)
+        self.assertEqual(baseline, LayerPreset("baseline"))
         self.assertEqual((dropit.dropit.rate, dropit.conv.rate), (0.875, 0.875))
         self.assertTrue(dropit.one_bit and not dropit.eight_bit)
         self.assertTrue(lean.one_bit and lean.eight_bit)
@@ -25,8 +25,8 @@ class PresetTest(parameterized.TestCase):
 
     @parameterized.parameters("dropit", "lean")
     def test_fields_of_both_policies_can_be_changed(self, name):
-        changed = preset(name, remat="dots", rate=0.25, chunk_size=None)
-        plain = preset(name)
+        changed = layer_preset(name, remat="dots", rate=0.25, chunk_size=None)
+        plain = layer_preset(name)
         for field in ("dropit", "conv"):
             policy = dataclasses.replace(
                 getattr(plain, field), rate=0.25, chunk_size=None
@@ -36,34 +36,34 @@ class PresetTest(parameterized.TestCase):
         self.assertEqual(hash(changed), hash(dataclasses.replace(changed)))
 
     def test_of_a_vector_there_is_no_mean(self):
-        mean = preset("lean", rate=0.5, fill="mean")
-        self.assertEqual(mean.for_vectors, preset("lean", rate=0.5))
+        mean = layer_preset("lean", rate=0.5, fill="mean")
+        self.assertEqual(mean.for_vectors, layer_preset("lean", rate=0.5))
         for name in ("baseline", "dropit"):
-            self.assertEqual(preset(name).for_vectors, preset(name))
+            self.assertEqual(layer_preset(name).for_vectors, layer_preset(name))
 
     def test_what_there_is_not_is_named(self):
         with pytest.raises(ValueError, match=r"'leen'; known are .* mean 'lean'\?"):
-            preset("leen")
+            layer_preset("leen")
         with pytest.raises(ValueError, match=r"remat: unknown value 'all'.*'blocks'"):
-            preset("lean", remat="all")
+            layer_preset("lean", remat="all")
         with pytest.raises(ValueError, match=r"'baseline' has no policy, so rate"):
-            preset("baseline", rate=0.5)
+            layer_preset("baseline", rate=0.5)
         with pytest.raises(ValueError, match=r"rate must be in"):
-            preset("lean", rate=2)
+            layer_preset("lean", rate=2)
         with pytest.raises(ValueError, match=r"Unknown preset \['lean'\]"):
-            preset(["lean"])
+            layer_preset(["lean"])
         with pytest.raises(TypeError, match=r"no field 'ratio'; .* mean rate\?"):
-            preset("lean", ratio=0.5)
+            layer_preset("lean", ratio=0.5)
         with pytest.raises(TypeError, match=r"takes a preset.*got 'lean'"):
             toolbox("lean")
         with pytest.raises(TypeError, match=r"takes a policy"):
-            Preset("mine", dropit=0.5)
+            LayerPreset("mine", dropit=0.5)
 
 
 class Everything(nn.Module):
     """One of each."""
 
-    memory: Preset
+    memory: LayerPreset
 
     @nn.compact
     def __call__(self, x, train):
@@ -84,7 +84,9 @@ class ToolboxTest(parameterized.TestCase):
         super().setUpClass()
         cls.x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
         cls.variables = jax.jit(
-            lambda: Everything(preset("baseline")).init(jax.random.key(1), cls.x, False)
+            lambda: Everything(layer_preset("baseline")).init(
+                jax.random.key(1), cls.x, False
+            )
         )()
 
     @classmethod
@@ -111,8 +113,8 @@ class ToolboxTest(parameterized.TestCase):
 
     @parameterized.parameters("dropit", "lean")
     def test_the_output_is_flaxs_and_the_gradient_near(self, name):
-        expected, exact = self._run(preset("baseline"))
-        actual, gradients = self._run(preset(name, rate=0, value_dtype=None))
+        expected, exact = self._run(layer_preset("baseline"))
+        actual, gradients = self._run(layer_preset(name, rate=0, value_dtype=None))
         for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
             self.assertLess(float(jnp.abs(a - b).max()), 1e-5)
         differences = jax.tree.map(jnp.subtract, gradients, exact)
@@ -124,7 +126,7 @@ class ToolboxTest(parameterized.TestCase):
         self.assertLess(norm[0], (1e-5 if name == "dropit" else 0.03) * norm[1])
 
     def test_the_baseline_is_flax(self):
-        tools = toolbox(preset("baseline"))
+        tools = toolbox(layer_preset("baseline"))
         for field in dataclasses.fields(tools):
             tool = getattr(tools, field.name)
             if isinstance(tool, functools.partial) and "dropit" in tool.keywords:
@@ -134,7 +136,7 @@ class ToolboxTest(parameterized.TestCase):
                 self.assertIs(tool, getattr(nn, field.name))
 
     def test_a_level_takes_what_it_says(self):
-        dropit, lean = toolbox(preset("dropit")), toolbox(preset("lean"))
+        dropit, lean = toolbox(layer_preset("dropit")), toolbox(layer_preset("lean"))
         for tools in (dropit, lean):
             self.assertIs(tools.relu, dropit_jax.nn.relu)
             self.assertIs(tools.max_pool, dropit_jax.nn.max_pool)
@@ -145,9 +147,9 @@ class ToolboxTest(parameterized.TestCase):
         self.assertIs(lean.LayerNorm, dn.LayerNorm)
         for name in ("Conv", "ConvLocal", "ConvTranspose"):
             conv = getattr(lean, name)
-            self.assertEqual(conv.keywords["dropit"], preset("lean").conv)
-        self.assertEqual(lean.Dense.keywords["dropit"], preset("lean").dropit)
-        self.assertIsInstance(preset("lean").conv, DropIT)
+            self.assertEqual(conv.keywords["dropit"], layer_preset("lean").conv)
+        self.assertEqual(lean.Dense.keywords["dropit"], layer_preset("lean").dropit)
+        self.assertIsInstance(layer_preset("lean").conv, DropIT)
 
 
 if __name__ == "__main__":
