@@ -12,7 +12,11 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
+import jax.export
 
 # Tells XLA how to share out a kernel. `jax.shard_map` does where the axes of a mesh are
 # Explicit or Manual; of Auto ones XLA has to be told.
@@ -67,7 +71,9 @@ __all__ = [
     "batching",
     "bind_equation",
     "called_program",
+    "concrete",
     "constants",
+    "current_scope",
     "custom_partitioning",
     "dce_jaxpr",
     "flax_counters",
@@ -78,15 +84,18 @@ __all__ = [
     "has_triton",
     "hush_triton",
     "in_scope",
+    "is_export",
     "jaxpr_as_fun",
     "jaxprs_in_params",
     "mlir",
     "num_devices",
     "open_jaxpr",
+    "remat_traced",
     "scan_counts",
     "sdy",
     "set_flax_counters",
     "set_xla_metadata",
+    "source_line",
     "under",
     "with_layout_constraint",
     "wrap_flax_statistics",
@@ -206,6 +215,24 @@ def bind_equation(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     return results if primitive.multiple_results else [results]
 
 
+def current_scope() -> str:
+    """The scopes that are open where something is traced."""
+    return str(source_info_util.current_name_stack())
+
+
+def source_line(equation: JaxprEqn) -> str:
+    """The file, line and function of the user that an equation comes from."""
+    line = source_info_util.summarize(equation.source_info)
+    where, _, function = line.partition(" ")
+    path, *numbers = where.split(":")
+    short = "/".join(Path(path).parts[-2:])
+    return " ".join(filter(None, (":".join((short, *numbers[:1])), function)))
+
+
+# The library's own lines are nobody's source.
+source_info_util.register_exclusion(str(Path(__file__).parent))
+
+
 def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
     """How many operands of a `scan` are constants, and how many are carried.
 
@@ -224,6 +251,36 @@ def num_devices(context: mlir.LoweringRuleContext) -> int:
     On one device there is nothing to share out. JAX tells a lowering rule nowhere else.
     """
     return getattr(context.module_context.axis_context, "num_devices", 0)
+
+
+def is_export(context: mlir.LoweringRuleContext) -> bool:
+    """Whether a program is lowered by `jax.export`, to be run by other versions."""
+    parameters = context.module_context.lowering_parameters
+    return bool(getattr(parameters, "for_export", False))
+
+
+def concrete(dimension: Any) -> int:
+    """The size of a dimension; of a symbolic one, for symbols of `_SYMBOL` each.
+
+    Prices of values are compared, which symbols cannot be.
+    """
+    if not jax.export.is_symbolic_dim(dimension):
+        return int(dimension)
+    values = dict.fromkeys(dimension._get_vars(), _SYMBOL)
+    return int(dimension._evaluate(values))
+
+
+_SYMBOL = 256
+
+
+def remat_traced(equation: JaxprEqn) -> Any:
+    """The checkpointed function of an equation under `jax_remat3`; `None` of others.
+
+    It has a `jaxpr`, a `policy` and `prevent_cse`, as the parameters of the primitive
+    that it replaces.
+    """
+    found = equation.params.get("_prim")
+    return found if type(found).__name__ == "RematTraced" else None
 
 
 @functools.cache

@@ -34,6 +34,11 @@ def layer(path: str) -> str:
     return "/".join(names[1:] or names)
 
 
+def scopes(path: str) -> str:
+    """The scopes of a path, the outermost first, separated by "/"."""
+    return "/".join(_scopes(path))
+
+
 def split(op_name: str) -> tuple[str, str]:
     """The path of the module that an operation is in, and the operation."""
     # XLA joins the names of operations that it made one.

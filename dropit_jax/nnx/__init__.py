@@ -1,6 +1,7 @@
 """`flax.nnx` layers whose residuals are compact, and any model made of them."""
 
 from dropit_jax.nnx.conversion import Change, apply
+from dropit_jax.nnx.dropping import drop
 from dropit_jax.nnx.layers import (
     Conv,
     ConvTranspose,
@@ -33,4 +34,5 @@ __all__ = [
     "MultiHeadAttention",
     "RMSNorm",
     "apply",
+    "drop",
 ]

@@ -2,9 +2,10 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -89,7 +90,8 @@ def classify(
     free, parameters = _inputs_alone(forward, free_inputs)
     reads = _reads(halves, backward, final)
     needed = frozenset(value for value in reads if value not in free)
-    flowing, kept = _flowing(forward, reads, free), _masked(forward, free)
+    flowing = _flowing(forward, reads, free, parameters)
+    kept = _masked(forward, free, halves.perturbed)
     kept |= {value for value, how in reads.items() if how == "kept"}
     for node in filter(names_what_is_stored, forward.nodes):
         kept.update(node.outputs)
@@ -212,38 +214,81 @@ def _stronger(*roles: str) -> str:
     return max(roles, key=_ROLES.index)
 
 
-def _flowing(forward: Program, reads: dict[int, str], free: set[int]) -> set[int]:
-    """Values that the gradient flowing on depends on, if they are computed again."""
+def _flowing(
+    forward: Program, reads: dict[int, str], free: set[int], parameters: set[int]
+) -> set[int]:
+    """Values that the gradient flowing on reads, or is computed again of."""
     flowing = {value for value, how in reads.items() if how != "kernel"}
     for node in reversed(forward.nodes):
-        if not flowing.isdisjoint(node.outputs):
-            flowing.update(v for v in node.operands if v not in free)
+        if flowing.isdisjoint(node.outputs) or not is_repeatable(node, parameters):
+            continue
+        flowing.update(v for v in node.operands if v not in free)
     return flowing
 
 
-def _masked(forward: Program, free: set[int]) -> set[int]:
+def is_repeatable(node: Node, parameters: Set[int]) -> bool:
+    """Whether an equation may be computed again at all.
+
+    Products with a parameter are not, nor what has effects or draws random numbers, nor
+    primitives that are not known.
+
+    Args:
+      node: the equation.
+      parameters: values that are made of one input alone.
+    """
+    if node.equation.effects or names_what_is_stored(node):
+        return False
+    if node.name == "dot_general":
+        return not any(
+            isinstance(atom, Scalar) or atom in parameters for atom in node.inputs
+        )
+    return node.name in _REPEATABLE
+
+
+_REPEATABLE = (
+    primitives.CONTINUOUS | primitives.MOVES | primitives.REDUCTIONS | primitives.STEPS
+)
+
+
+def _masked(forward: Program, free: set[int], perturbed: Sequence[bool]) -> set[int]:
     """Values that may have a mask's numbers in them, beside which others are nothing.
 
-    They are made with a constant of that size, or are what a softmax is taken of, to
-    which a mask may have been added that is an input. What they are computed from can
-    be stored in as few bytes.
+    They are made with a constant of that size, or by adding an array that is not
+    differentiated, as a mask that is an argument is; or a softmax is taken of them.
+    Values that they are computed from take as few bytes.
     """
     masked = {v for v, array in forward.constants.items() if _is_mask(array)}
-    shifts = _of_a_maximum(forward)
+    added: set[int] = set()
+    shifts, still = _of_a_maximum(forward), _still(forward, perturbed)
     for node in forward.nodes:
         operands = set(node.operands)
         if node.name == "sub" and len(operands) == 2 and node.inputs[1] in shifts:
             masked.update((*node.operands, *node.outputs))
             continue
         puts_in = primitives.SUMS | primitives.MOVES | {"select_n"}
-        if free >= operands:
+        if free >= operands or still >= operands:
             puts_in |= {"mul"}
         constants = (atom.val for atom in node.inputs if isinstance(atom, Scalar))
         if (node.name in puts_in and any(map(_is_mask, constants))) or (
             node.name in primitives.LINEAR | {"select_n"} and masked & operands
         ):
             masked.update(node.outputs)
-    return masked
+        if node.name in primitives.SUMS and still & operands and not still >= operands:
+            added.update(node.outputs)
+    return masked | added
+
+
+def _still(forward: Program, perturbed: Sequence[bool]) -> set[int]:
+    """Arrays that depend on nothing that is differentiated."""
+    moving = {v for v, yes in zip(forward.inputs, perturbed, strict=True) if yes}
+    for node in forward.nodes:
+        if not moving.isdisjoint(node.operands):
+            moving.update(node.outputs)
+    return {
+        value
+        for value, aval in enumerate(forward.avals)
+        if value not in moving and getattr(aval, "shape", ())
+    }
 
 
 def _of_a_maximum(forward: Program) -> set[int]:
@@ -258,8 +303,10 @@ def _of_a_maximum(forward: Program) -> set[int]:
     return found
 
 
-def _is_mask(array: Any) -> bool:
-    """Whether a constant is so large that only a mask puts it into an array."""
-    if np.ndim(array) or not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-        return False
-    return abs(float(array)) >= _MASK
+def _is_mask(constant: Any) -> bool:
+    """Whether numbers are so large that only a mask puts them into an array."""
+    if isinstance(constant, jax.core.Tracer) or not hasattr(constant, "dtype"):
+        is_known = isinstance(constant, float)
+    else:
+        is_known = jnp.issubdtype(constant.dtype, jnp.floating) and constant.size > 0
+    return is_known and bool(np.max(np.abs(np.asarray(constant, np.float64))) >= _MASK)

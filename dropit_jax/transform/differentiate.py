@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from dropit_jax.transform import program as programs
 from dropit_jax.transform import rewrite, rules, split
 from dropit_jax.transform.planner import Planner
 from dropit_jax.transform.rewrite import Passes
+
+# Keys are folded with numbers of values below it, and of bodies from it on.
+_FIRST_BODY = 2**31
 
 
 class Dropped:
@@ -26,6 +30,9 @@ class Dropped:
         turns: int = 1,
         *,
         is_recomputed: bool = False,
+        is_body: bool = False,
+        key: Any = None,
+        scope: str = "",
     ) -> None:
         """A function as `jax.make_jaxpr` traced it.
 
@@ -35,35 +42,50 @@ class Dropped:
           is_free: of each input, whether it is alive anyway.
           turns: how often it runs, as the body of a loop.
           is_recomputed: as in `planner.Choice`.
+          is_body: whether it is the body of a loop or the like.
+          key: of the random numbers that forms need.
+          scope: the scopes around it.
         """
         self._traced, self._planner, self._turns = traced, planner, turns
-        self._is_recomputed = is_recomputed
+        self._is_recomputed, self._is_body, self.key = is_recomputed, is_body, key
+        self._scope = scope
         self._constants = compat.constants(traced)
-        self._is_free = (True,) * len(self._constants) + tuple(is_free)
+        self._is_keyed = planner.preset.needs_key
+        before = self._is_keyed + len(self._constants)
+        self._is_free = (True,) * before + tuple(is_free)
         self._planned: dict[Any, Passes] = {}
 
-    def __call__(self, *arrays: Any) -> Sequence[Any]:
-        """What the function returns."""
-        return _call(self, *self._constants, *arrays)
+    def __call__(self, *arrays: Any, key: Any = None) -> Sequence[Any]:
+        """Returns the results of the function.
+
+        Args:
+          *arrays: its inputs.
+          key: in place of its own.
+        """
+        keys = [self.key if key is None else key] if self._is_keyed else []
+        return _call(self, *keys, *self._constants, *arrays)
 
     def plain(self, *arrays: Any) -> Sequence[Any]:
-        """The same, of the constants and the inputs, not to be differentiated."""
+        """The same, of key, constants and inputs, not to be differentiated."""
+        _, arrays = self._without_key(arrays)
         jaxpr, count = compat.open_jaxpr(self._traced), len(self._constants)
         return jax.core.eval_jaxpr(jaxpr, arrays[:count], *arrays[count:])
 
     def plan(self, is_perturbed: Sequence[bool]) -> None:
         """Makes the planner plan for these inputs to be differentiated."""
         jaxpr = compat.open_jaxpr(self._traced)
-        variables = (*jaxpr.constvars, *jaxpr.invars)
-        avals = tuple(variable.aval for variable in variables)
-        wanted = (False,) * len(self._constants) + tuple(is_perturbed)
+        keys = [_aval(self.key)] if self._is_keyed else []
+        inputs = [variable.aval for variable in (*jaxpr.constvars, *jaxpr.invars)]
+        avals = (*keys, *inputs)
+        before = len(avals) - len(is_perturbed)
+        wanted = (False,) * before + tuple(is_perturbed)
         pairs = zip(wanted, avals, strict=True)
         self.passes(tuple(w and split.is_floating(aval) for w, aval in pairs), avals)
 
     def passes(self, perturbed: tuple[bool, ...], avals: tuple[Any, ...]) -> Passes:
-        """The passes when these of the constants and inputs are differentiated."""
-        key = perturbed, avals
-        if key not in self._planned:
+        """The passes when these of key, constants and inputs are differentiated."""
+        case = perturbed, avals
+        if case not in self._planned:
             halves = split.split(self._with_bodies, avals, perturbed)
             pairs = zip(self._is_free, perturbed, strict=True)
             final = tuple(free for free, is_perturbed in pairs if is_perturbed)
@@ -73,19 +95,40 @@ class Dropped:
                 final,
                 self._turns,
                 is_recomputed=self._is_recomputed,
+                scope=self._scope,
             )
-            self._planned[key] = Passes(halves, forms, final)
-        return self._planned[key]
+            if not self._is_body:
+                self._planner.check_rules()
+            self._planned[case] = Passes(halves, forms, final)
+        return self._planned[case]
+
+    def forward(self, passes: Passes, arrays: Sequence[Any]) -> tuple[Any, Any]:
+        """The results, and what is stored."""
+        key, _ = self._without_key(arrays)
+        return rewrite.run_forward(passes, arrays, key)
+
+    def _without_key(self, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        return (arrays[0], arrays[1:]) if self._is_keyed else (None, arrays)
 
     def _with_bodies(self, *arrays: Any) -> Sequence[Any]:
+        key, arrays = self._without_key(arrays)
         program = programs.flatten(self._traced, rules.DIFFERENTIABLE, hoisted=True)
-        return rules.run(program, arrays, self._drop_body)
+        bodies = itertools.count()
+
+        def drop_body(*args: Any, **kwargs: Any) -> Dropped:
+            own = None
+            if key is not None:
+                own = jax.random.fold_in(key, _FIRST_BODY + next(bodies))
+            return self._drop_body(*args, key=own, **kwargs)
+
+        return rules.run(program, arrays, drop_body)
 
     def _drop_body(
         self,
         traced: Any,
         is_free: Sequence[bool],
         *,
+        key: Any,
         turns: int = 1,
         is_recomputed: bool = False,
     ) -> "Dropped":
@@ -95,6 +138,9 @@ class Dropped:
             is_free,
             turns * self._turns,
             is_recomputed=is_recomputed or self._is_recomputed,
+            is_body=True,
+            key=key,
+            scope="/".join(filter(None, (self._scope, compat.current_scope()))),
         )
 
 
@@ -111,7 +157,7 @@ def _forward(dropped: Dropped, *primals: CustomVJPPrimal) -> tuple[Any, Any]:
         for primal, aval in zip(primals, avals, strict=True)
     )
     passes = dropped.passes(perturbed, avals)
-    results, stored = rewrite.run_forward(passes, arrays)
+    results, stored = _run(functools.partial(dropped.forward, passes), arrays)
     inputs = {
         value: array
         for value, array in zip(passes.halves.forward.inputs, arrays, strict=True)
@@ -127,16 +173,32 @@ def _backward(dropped: Dropped, saved: "_Saved", cotangents: Sequence[Any]) -> A
     is_zero = [isinstance(cotangent, SymbolicZero) for cotangent in wanted]
     backward, gone = split.without_zeros(halves, is_zero)
     final = [f for f, zero in zip(passes.final, gone, strict=True) if not zero]
-    found = iter(
-        rewrite.run_backward(
-            passes, backward, saved.inputs, saved.stored, wanted, final
-        )
-    )
+    given = [None if zero else c for c, zero in zip(wanted, is_zero, strict=True)]
+
+    def run(inputs: Any, stored: Any, cotangents: Any) -> Any:
+        return rewrite.run_backward(passes, backward, inputs, stored, cotangents, final)
+
+    found = iter(_run(run, saved.inputs, saved.stored, given))
     zeros = iter(gone)
     return tuple(
         next(found) if is_perturbed and not next(zeros) else None
         for is_perturbed in halves.perturbed
     )
+
+
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function; where JAX looks for NaNs, as one operation.
+
+    Operations of JAX, such as a variance, have NaNs in them that they do not return.
+    Run one after the other, they would be reported.
+    """
+    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+        function = jax.jit(function)
+    return function(*args)
+
+
+def _aval(x: Any) -> Any:
+    return compat.open_jaxpr(jax.make_jaxpr(lambda x: x)(x)).invars[0].aval
 
 
 _call.defvjp(_forward, _backward, symbolic_zeros=True)

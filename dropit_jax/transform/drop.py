@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from dropit_jax import compat, memory
 from dropit_jax.transform import plan as plans
 from dropit_jax.transform import presets
 from dropit_jax.transform.differentiate import Dropped
 from dropit_jax.transform.plan import Plan
-from dropit_jax.transform.planner import Planner
+from dropit_jax.transform.planner import Choices, Planner
 from dropit_jax.transform.presets import Preset
 
 
@@ -19,40 +22,51 @@ def drop(
     fun: Callable[..., Any],
     preset: str | Preset | Plan = "lean",
     *,
+    rules: Mapping[str, Any] | None = None,
+    key: str | None = None,
     static_argnums: int | Sequence[int] = (),
 ) -> Callable[..., Any]:
     """A function that returns what `fun` does, and stores less for its gradient.
 
     Not differentiated, it is `fun`. Like `jax.checkpoint` it is differentiated in
-    reverse mode, once; what `fun` closes over may be differentiated too.
+    reverse mode, once; values that `fun` closes over may be differentiated too.
 
     Args:
       fun: a function of pytrees. Leaves that are no arrays are given to it as they are.
-      preset: what is stored, and how: "exact", "lean", "leanest", one of `preset(...)`,
-        or a plan that `plan` made of the same function.
+      preset: how values are stored: "exact", "dropit", "lean", "leanest", one of
+        `preset(...)`, or a plan that `plan` made of the same function.
+      rules: presets for named places, as in `Preset`, in place of those of the preset.
+      key: for policies that draw random numbers: the name of the argument that brings
+        a PRNG key, another one in every step.
       static_argnums: arguments that are given to `fun` as they are, arrays in them too.
 
     Raises:
-      ValueError: there is no such preset; when called, there is no such argument.
+      TypeError: there is no such preset, or `rules` has the wrong type.
+      ValueError: there is no such preset; a policy needs a key. When called: there is
+        no such argument; `key` names no key; a rule names no place of the function.
       PlanError: when called; the plan is of another function, or of other arguments.
     """
-    chosen, choices = _chosen(preset)
-    static = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
+    own = _Own.of(fun, preset, rules, key, static_argnums)
 
     @functools.wraps(fun)
     def dropped(*args: Any, **kwargs: Any) -> Any:
-        call = _Call.of(fun, args, kwargs, static)
-        run = Dropped(call.traced, Planner(chosen, choices), [True] * len(call.arrays))
+        call = _Call.of(own, args, kwargs)
+        run = Dropped(
+            call.traced, own.planner(), [True] * len(call.arrays), key=call.key
+        )
         return jax.tree.unflatten(call.results, run(*call.arrays))
 
-    dropped.dropit = preset, static  # type: ignore[attr-defined]
+    dropped.dropit = own  # type: ignore[attr-defined]
     return dropped
 
 
 def plan(
     fun: Callable[..., Any],
-    preset: str | Preset | None = None,
+    preset: str | Preset | Plan | None = None,
     argnums: int | Sequence[int] = 0,
+    *,
+    rules: Mapping[str, Any] | None = None,
+    key: str | None = None,
 ) -> Callable[..., Plan]:
     """A function of the arguments of `fun` that returns what is stored, and how.
 
@@ -62,33 +76,106 @@ def plan(
       fun: a function, as `drop` takes it, or one that `drop` returned.
       preset: as of `drop`; `None`: that of a dropped function, else "lean".
       argnums: the arguments that are differentiated.
+      rules: as of `drop`; `None`: those of the preset.
+      key: as of `drop`; `None`: that of a dropped function.
 
     Returns:
       A function of arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      As `drop`; when called, ValueError: there is no such argument.
     """
-    own, static = getattr(fun, "dropit", (None, ()))
-    plain = fun if own is None else fun.__wrapped__  # type: ignore[attr-defined]
-    chosen, choices = _chosen(preset or own or "lean")
+    of = getattr(fun, "dropit", None)
+    if of is None:
+        own = _Own.of(fun, preset or "lean", rules, key, ())
+    else:
+        own = _Own.of(of.fun, preset or of.given, rules, key or of.key, of.static)
+        own = dataclasses.replace(own, differentiable=of.differentiable)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
-    @functools.wraps(plain)
+    @functools.wraps(own.fun)
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        call = _Call.of(plain, args, kwargs, static)
-        planner = Planner(chosen, choices)
-        run = Dropped(call.traced, planner, [True] * len(call.arrays))
-        run.plan([place in numbers for place in call.argument])
-        return plans.of_choices(chosen, planner.made)
+        _check_places("argnums", numbers, len(args))
+        wanted = {place % len(args) for place in numbers}
+        call = _Call.of(own, args, kwargs)
+        planner = own.planner()
+        run = Dropped(call.traced, planner, [True] * len(call.arrays), key=call.key)
+        is_perturbed = [place in wanted for place in call.argument]
+        run.plan(is_perturbed)
+        plain = call.plain_bytes(is_perturbed)
+        return plans.of_choices(planner.preset, planner.made, plain)
 
-    return planned
+    return getattr(fun, "lift", lambda function: function)(planned)
 
 
-def _chosen(preset: str | Preset | Plan) -> tuple[Preset, Any]:
-    """The preset, and the choices that are made already, if any."""
-    if isinstance(preset, Plan):
-        return preset.preset, preset.forms
-    if isinstance(preset, Preset):
-        return preset, None
-    return presets.preset(preset), None
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """A function, and how it is dropped.
+
+    Attributes:
+      fun: the plain function.
+      given: the preset or plan, as it was given.
+      preset: the preset.
+      choices: those of a plan.
+      key: the name of an argument.
+      static: the places of arguments.
+      differentiable: of a tree of arguments, which leaves may be differentiated, as a
+        tree of booleans; `None`: all.
+    """
+
+    fun: Callable[..., Any]
+    given: str | Preset | Plan
+    preset: Preset
+    choices: Choices | None
+    key: str | None
+    static: tuple[int, ...]
+    differentiable: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        fun: Callable[..., Any],
+        given: str | Preset | Plan,
+        rules: Mapping[str, Any] | None,
+        key: str | None,
+        static: int | Sequence[int],
+    ) -> "_Own":
+        """Checks the arguments of `drop`."""
+        if not callable(fun):
+            raise TypeError(f"drop takes a function, got {fun!r}.")
+        chosen, choices = given, None
+        if isinstance(given, Plan):
+            chosen, choices = given.preset, given.forms
+            if rules is not None:
+                raise ValueError("A plan has rules of its own: make it with these.")
+        elif isinstance(given, str):
+            chosen = presets.preset(given)
+        if not isinstance(chosen, Preset):
+            raise TypeError(
+                f"drop takes the name of a preset, a Preset or a Plan, got {given!r}."
+            )
+        if rules is not None:
+            chosen = dataclasses.replace(chosen, rules=rules)
+        if chosen.needs_key and key is None:
+            raise ValueError(
+                f"The preset {chosen.name!r} has a policy that draws random numbers: "
+                "name the argument that brings a PRNG key, another one in every step, "
+                "as in drop(loss, preset, key='rng')."
+            )
+        places = (static,) if isinstance(static, int) else tuple(static)
+        return cls(fun, given, chosen, choices, key, places)
+
+    def planner(self) -> Planner:
+        """A planner of the function."""
+        return Planner(self.preset, self.choices)
+
+
+def _check_places(field: str, places: Sequence[int], count: int) -> None:
+    for place in places:
+        if not -count <= place < count:
+            raise ValueError(
+                f"{field}={place}: there are {count} positional arguments."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,31 +185,24 @@ class _Call:
     Attributes:
       traced: the function of the arrays alone.
       arrays: the leaves of the arguments that are arrays.
-      argument: of each array, the position of its argument; -1: a keyword.
+      argument: of each array, the position of its argument; -1: a keyword, or an array
+        that may not be differentiated.
       results: the structure of what the function returns.
+      key: the PRNG key among the arguments, if a policy needs one.
     """
 
     traced: Any
     arrays: list[Any]
     argument: list[int]
     results: Any
+    key: Any
 
     @classmethod
-    def of(
-        cls,
-        fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        static: Sequence[int],
-    ) -> "_Call":
+    def of(cls, own: _Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
         """Traces a function for these arguments."""
-        for place in static:
-            if not -len(args) <= place < len(args):
-                raise ValueError(
-                    f"static_argnums={place}: there are {len(args)} positional "
-                    "arguments."
-                )
-        kept = {place % len(args) for place in static}
+        fun = own.fun
+        _check_places("static_argnums", own.static, len(args))
+        kept = {place % len(args) for place in own.static}
         given = [None if place in kept else arg for place, arg in enumerate(args)]
         leaves, structure = jax.tree.flatten((given, kwargs))
         places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
@@ -143,7 +223,45 @@ class _Call:
         sizes = [len(jax.tree.leaves(arg)) for arg in given]
         owners = [place for place, size in enumerate(sizes) for _ in range(size)]
         argument = [owners[i] if i < len(owners) else -1 for i in places]
-        return cls(traced, arrays, argument, results)
+        if own.differentiable is not None:
+            may = jax.tree.leaves(own.differentiable((given, kwargs)))
+            argument = [
+                place if may[i] else -1
+                for i, place in zip(places, argument, strict=True)
+            ]
+        key = _key(own, args, kwargs) if own.preset.needs_key else None
+        return cls(traced, arrays, argument, results, key)
+
+    def plain_bytes(self, is_perturbed: Sequence[bool]) -> int:
+        """The bytes that the plain function stores when these are differentiated."""
+
+        def function(*arrays: Any) -> Any:
+            given = [
+                array if yes else jax.lax.stop_gradient(array)
+                for array, yes in zip(arrays, is_perturbed, strict=True)
+            ]
+            return jax.core.eval_jaxpr(
+                compat.open_jaxpr(self.traced), compat.constants(self.traced), *given
+            )
+
+        return memory.saved_residuals(function, *self.arrays).total_bytes
+
+
+def _key(own: _Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The PRNG key that an argument brings."""
+    given = inspect.signature(own.fun).bind(*args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    found = given.get(str(own.key))
+    shape = getattr(found, "shape", None)
+    is_typed = shape is not None and jnp.issubdtype(found.dtype, jax.dtypes.prng_key)
+    if shape == (() if is_typed else (2,)) and (is_typed or found.dtype == jnp.uint32):
+        return found
+    names = ", ".join(map(repr, given)) or "none"
+    is_what = "of another type" if str(own.key) in given else "not there"
+    raise ValueError(
+        f"key={own.key!r} has to name an argument that is a PRNG key, and this one is "
+        f"{is_what}; the arguments are {names}."
+    )
 
 
 def _is_array(leaf: Any) -> bool:

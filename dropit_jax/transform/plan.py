@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dropit_jax import compat
 from dropit_jax.memory import scopes
-from dropit_jax.transform import presets, primitives
+from dropit_jax.transform import presets, primitives, table
 from dropit_jax.transform import program as programs
 from dropit_jax.transform.planner import Choice, Choices
 from dropit_jax.transform.presets import Preset
+from dropit_jax.transform.program import Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class StoredValue:
       turns: how often.
       plain_bytes: the size of the value, in all turns.
       nbytes: the size of what is stored of it, in all turns.
-      layer: the path of the Flax module that makes it; "" if none does.
+      layer: the path of the Flax module, or of the scopes, that make it; else the
+        source line; "" for inputs.
       operation: the primitive that makes it; "input" if none does.
     """
 
@@ -70,7 +73,7 @@ class Plan:
     def forms(self) -> Choices:
         """The choices as the planner takes them."""
         return {
-            key: {value: presets.form(word) for value, word in chosen}
+            key: {value: presets.of_word(word) for value, word in chosen}
             for key, chosen in self.choices
         }
 
@@ -103,41 +106,29 @@ class Plan:
             raise ValueError(f"Not a plan that to_json wrote: {error!r}") from error
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]]
-        rows = [("bytes", "plain", "type", "class", "stored as", "operation", "layer")]
-        alike: dict[tuple[str, ...], list[int]] = {}
-        for value in self.values:
-            shape = ",".join(map(str, value.shape))
-            times = f"{value.turns} x " if value.turns > 1 else ""
-            key = (
-                f"{times}{value.dtype}[{shape}]",
-                value.kind,
-                value.form,
-                value.operation,
-                value.layer,
-            )
-            sizes = alike.setdefault(key, [0, 0])
-            sizes[0] += value.nbytes
-            sizes[1] += value.plain_bytes
-        rows += [(f"{a:,}", f"{b:,}", *key) for key, (a, b) in alike.items()]
-        rows.append((f"{self.nbytes:,}", f"{self.plain_bytes:,}", "total", *[""] * 4))
-        again = ", ".join(f"{count} {name}" for name, count in self.recomputed)
-        return f"{_table(rows)}\ncomputed again: {again or 'nothing'}"
+        return table.text(self)
+
+    def __rich__(self) -> Any:
+        return table.rich(self)
 
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
-def of_choices(preset: Preset, made: list[Choice]) -> Plan:
-    """The plan that a planner made."""
+def of_choices(preset: Preset, made: list[Choice], plain_bytes: int) -> Plan:
+    """The plan that a planner made.
+
+    Args:
+      preset: that it was made with.
+      made: the choices.
+      plain_bytes: what the plain function stores.
+    """
     values: list[StoredValue] = []
     recomputed: collections.Counter[str] = collections.Counter()
-    plain = 0
     for choice in made:
         if not choice.is_recomputed:
             values += _stored(choice)
-            plain += choice.turns * _plain_bytes(choice)
         recomputed.update(_recomputed(choice))
     values.sort(key=lambda value: -value.nbytes)
     choices = {
@@ -151,43 +142,54 @@ def of_choices(preset: Preset, made: list[Choice]) -> Plan:
         tuple(sorted(choices.items())),
         tuple(values),
         tuple(recomputed.most_common()),
-        plain,
+        plain_bytes,
     )
 
 
 def _stored(choice: Choice) -> list[StoredValue]:
     program = choice.halves.forward
     makers = program.makers()
+    elsewhere = _of_bodies(choice)  # in the choices for these bodies
     found = []
     for value, form in choice.forms.items():
         aval, node = program.avals[value], makers.get(value)
-        if node is not None and node.name in primitives.BODIES:
-            continue  # the plan of the body has it
-        scope = str(node.equation.source_info.name_stack) if node else ""
+        if value in elsewhere:
+            continue
         found.append(
             StoredValue(
-                shape=tuple(aval.shape),
+                shape=programs.sized(aval).shape,
                 dtype=str(aval.dtype),
                 kind=choice.classes.kinds[value].value,
                 form=str(form),
                 turns=choice.turns,
                 plain_bytes=choice.turns * programs.nbytes(aval),
-                nbytes=choice.turns * int(form.nbytes(aval)),
-                layer=scopes.layer(scope),
+                nbytes=choice.turns * int(form.nbytes(programs.sized(aval))),
+                layer=_layer(choice, node) if node else "",
                 operation=node.name if node else "input",
             )
         )
     return found
 
 
-def _plain_bytes(choice: Choice) -> int:
-    """What the plain function stores of this program."""
-    program = choice.halves.forward
-    makers = program.makers()
-    residuals = set(programs.values(choice.halves.residuals))
-    return sum(
-        programs.nbytes(program.avals[value]) for value in residuals if value in makers
-    )
+def _layer(choice: Choice, node: Node) -> str:
+    scope = f"{choice.scope}/{node.equation.source_info.name_stack}"
+    return scopes.layer(scope) or compat.source_line(node.equation)
+
+
+def _of_bodies(choice: Choice) -> set[int]:
+    """The values that bodies store: the backward pass gives them to bodies alone."""
+    backward, residuals = choice.halves.backward, choice.halves.residuals
+    places = dict(zip(backward.inputs, residuals, strict=False))
+    makers = choice.halves.forward.makers()
+    found = {
+        value
+        for value in programs.values(residuals)
+        if value in makers and makers[value].name in primitives.BODIES
+    }
+    for node in backward.nodes:
+        if node.name not in primitives.BODIES:
+            found -= {places.get(value) for value in node.operands}
+    return found
 
 
 def _recomputed(choice: Choice) -> Mapping[str, int]:
@@ -204,16 +206,3 @@ def _recomputed(choice: Choice) -> Mapping[str, int]:
         counted[makers[value]] = makers[value].name
         todo.extend(makers[value].operands)
     return collections.Counter(counted.values())
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Aligned columns, the first two to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if place < 2 else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dropit_jax import compat
-from dropit_jax.transform import classify, cut, prices, split
+from dropit_jax.transform import classify, cut, places, split
 from dropit_jax.transform import program as programs
 from dropit_jax.transform.classify import Classes
+from dropit_jax.transform.places import Places
 from dropit_jax.transform.presets import Preset
-from dropit_jax.transform.program import Node, Program
+from dropit_jax.transform.prices import Prices
+from dropit_jax.transform.program import Program
 from dropit_jax.transform.storage import Form
 
 # Of each program by its fingerprint: the stored values, and how.
@@ -33,6 +36,7 @@ class Choice:
       turns: how often the program runs: the length of the loops around it.
       is_recomputed: whether the backward pass runs the program again, as the body of a
         `jax.checkpoint`, so that what it stores does not last until then.
+      scope: the scopes around the program.
     """
 
     fingerprint: str
@@ -41,6 +45,7 @@ class Choice:
     forms: Mapping[int, Form]
     turns: int
     is_recomputed: bool
+    scope: str
 
 
 class Planner:
@@ -55,6 +60,8 @@ class Planner:
         self.preset = preset
         self.made: list[Choice] = []
         self._given = choices
+        self._matched: set[str] = set()
+        self._places: set[str] = set()
 
     def choose(
         self,
@@ -64,6 +71,7 @@ class Planner:
         turns: int,
         *,
         is_recomputed: bool,
+        scope: str,
     ) -> Mapping[int, Form]:
         """How each stored value of a program is stored.
 
@@ -73,15 +81,33 @@ class Planner:
           final: of each gradient, whether nothing is computed from it.
           turns: how often the program runs.
           is_recomputed: as in `Choice`.
+          scope: as in `Choice`.
         """
         classes = classify.classify(halves, halves.backward, is_free, final)
         key = _fingerprint(halves, is_free)
-        forms = self._forms(key, halves.forward, classes)
-        self.made.append(Choice(key, halves, classes, forms, turns, is_recomputed))
+        forms = self._forms(key, halves.forward, classes, scope)
+        made = Choice(key, halves, classes, forms, turns, is_recomputed, scope)
+        self.made.append(made)
         return forms
 
+    def check_rules(self) -> None:
+        """Refuses rules that named no place of the programs planned so far.
+
+        Raises:
+          ValueError: there is one.
+        """
+        if self._given is not None:
+            return
+        for pattern, _ in self.preset.rules:
+            if pattern not in self._matched:
+                known = ", ".join(map(repr, sorted(self._places)[:_SHOWN])) or "none"
+                raise ValueError(
+                    f"Preset.rules names {pattern!r}, and no scope or checkpoint_name "
+                    f"of the function is in it; there are {known}."
+                )
+
     def _forms(
-        self, key: str, program: Program, classes: Classes
+        self, key: str, program: Program, classes: Classes, scope: str
     ) -> Mapping[int, Form]:
         if self._given is not None:
             if key not in self._given:
@@ -90,31 +116,30 @@ class Planner:
                     "make it of these, with dropit_jax.plan."
                 )
             return self._given[key]
-        known = _known.get((key, self.preset))
-        if known is None:
-            known = _known[key, self.preset] = _cut(self.preset, program, classes)
+        found = places.find(self.preset, program, scope)
+        self._matched |= found.matched
+        self._places |= found.known
+        case = key, self.preset, frozenset(found.ruled.items())
+        forms = _known.get(case)
+        if forms is None:
+            forms = _known[case] = _cut(program, classes, found)
             if len(_known) > _MOST:
                 del _known[next(iter(_known))]
-        return known
+        return forms
 
 
 # A function that is not jitted is planned at each call, and cut at the first.
-_known: dict[tuple[str, Preset], Mapping[int, Form]] = {}
+_known: dict[Any, Mapping[int, Form]] = {}
 _MOST = 1024
 
+# Places that an error names.
+_SHOWN = 20
 
-def _cut(preset: Preset, program: Program, classes: Classes) -> Mapping[int, Form]:
-    def storing(value: int) -> float:
-        return prices.storing(preset, classes.kinds[value], program.avals[value])
 
-    def rebuilding(node: Node) -> float:
-        return prices.rebuilding(preset, classes, program, node)
-
-    stored = cut.stored_values(program, classes, storing, rebuilding)
-    return {
-        value: prices.form(preset, classes.kinds[value], program.avals[value])
-        for value in sorted(stored)
-    }
+def _cut(program: Program, classes: Classes, found: Places) -> Mapping[int, Form]:
+    prices = Prices(program, classes, found)
+    stored = cut.stored_values(program, classes, prices.storing, prices.rebuilding)
+    return {value: prices.form(value) for value in sorted(stored)}
 
 
 def _fingerprint(halves: split.Halves, is_free: Sequence[bool]) -> str:
@@ -145,8 +170,10 @@ def _param(value: Any) -> str:
     if isinstance(value, tuple | list):
         return str([_param(each) for each in value])
     if hasattr(compat.open_jaxpr(value), "eqns"):
-        return str(value)
+        return _ADDRESS.sub("", str(value))
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__)
-    text = repr(value)
-    return type(value).__name__ if " at 0x" in text else text
+    return _ADDRESS.sub("", repr(value))
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")

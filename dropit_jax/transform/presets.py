@@ -2,11 +2,16 @@
 
 import dataclasses
 import difflib
+import json
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dropit_jax.transform.storage import Bits, Codes, Exact, Form
+from dropit_jax.policy import DropIT
+from dropit_jax.transform.storage import Bits, Codes, Exact, Form, Selected
 
-_EXACT = Exact()
+# How a value is stored: as it is, in unsigned codes of some bits, or by a policy.
+FormLike = str | DropIT | Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,82 +20,168 @@ class Preset:
 
     Attributes:
       name: of the preset that it was made from.
-      kernel: how a value is stored that only gradients of parameters depend on.
-      flowing: how a value is stored that the gradient of what came before depends on.
+      kernel: how a value is stored that only gradients of parameters depend on:
+        "exact", "int8", "int4", "int2" or a `DropIT` policy.
+      flowing: how a value is stored that the gradient of what came before depends on:
+        "exact", "int8", "int4" or "int2".
       traffic: what a byte costs that is moved to compute a value again, in bytes of
         memory.
+      rules: presets for named places, `{"head": "exact"}`: by a scope (of a Flax
+        module, or `jax.named_scope`), several separated by "/", or by a
+        `checkpoint_name`; `*` stands for anything. What the place reads is treated like
+        what it computes, and the first rule that names a place holds there. A value is
+        a `Preset`, the name of one, or a form for both classes.
+
+    Raises:
+      TypeError: a field has the wrong type.
+      ValueError: there is no such form or preset; `flowing` is a policy; `traffic` is
+        negative.
     """
 
     name: str
-    kernel: Form = _EXACT
-    flowing: Form = _EXACT
+    kernel: FormLike = "exact"
+    flowing: FormLike = "exact"
     traffic: float = 0.005
+    rules: Mapping[str, Any] | tuple[tuple[str, "Preset"], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.flowing, DropIT | Selected):
+            raise ValueError(
+                "Preset.flowing takes no policy: the gradients of earlier layers would "
+                "be those of dropped elements. A policy is for kernel=..."
+            )
+        for field in ("kernel", "flowing"):
+            object.__setattr__(self, field, form(getattr(self, field), field))
+        if not isinstance(self.traffic, numbers.Real) or not self.traffic >= 0:
+            raise ValueError(
+                f"Preset.traffic must be a number, 0 or more, got {self.traffic!r}."
+            )
+        object.__setattr__(self, "rules", tuple(self._rules(self.rules)))
+
+    def _rules(self, rules: Any) -> Iterable[tuple[str, "Preset"]]:
+        try:
+            pairs = [*dict(rules).items()]
+        except (TypeError, ValueError):
+            pairs = [(None, None)]
+        for place, treatment in pairs:
+            if not isinstance(place, str) or not place.strip("/"):
+                raise TypeError(
+                    "Preset.rules maps scopes or names to presets, such as "
+                    f'{{"head": "exact"}}; got {rules!r}.'
+                )
+            yield place, self._treatment(place, treatment)
+
+    def _treatment(self, place: str, given: Any) -> "Preset":
+        if isinstance(given, str) and given in _FORMS:
+            return Preset(given, given, given, self.traffic)
+        found = preset(given) if isinstance(given, str) else given
+        if not isinstance(found, Preset) or found.rules:
+            raise TypeError(
+                f"Preset.rules[{place!r}] takes a preset without rules, the name of "
+                f"one, or a form; got {given!r}."
+            )
+        return found
 
     @property
-    def is_lossy(self) -> bool:
-        """Whether any value is stored with an error."""
-        return {self.kernel, self.flowing} != {_EXACT}
+    def all(self) -> tuple["Preset", ...]:
+        """The preset, and those of its rules."""
+        return (self, *(treatment for _, treatment in self.rules))
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether random numbers decide what is stored."""
+        return any(each.kernel.needs_key for each in self.all)  # type: ignore[union-attr]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, forms as their words."""
-        words = {"kernel": word(self.kernel), "flowing": word(self.flowing)}
-        return {"name": self.name, "traffic": self.traffic, **words}
+        return {
+            "name": self.name,
+            "kernel": word(self.kernel),
+            "flowing": word(self.flowing),
+            "traffic": self.traffic,
+            "rules": {place: each.to_dict() for place, each in self.rules},
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preset":
         """The preset whose `to_dict` this is."""
-        forms = {name: form(fields[name]) for name in ("kernel", "flowing")}
-        return cls(**fields | forms)
+        words = {name: of_word(fields[name]) for name in ("kernel", "flowing")}
+        rules = {place: cls.from_dict(each) for place, each in fields["rules"].items()}
+        return cls(**fields | words | {"rules": rules})
 
-
-_PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset("exact", traffic=0.02),
-        Preset("lean", Codes(8), Codes(8)),
-        Preset("leanest", Codes(4), Codes(4)),
-    )
-}
-PRESETS = tuple(_PRESETS)
 
 # By the words that they are given in.
 _FORMS: dict[str, Form] = {
     "exact": Exact(),
-    "bits": Bits(),
-    "int2": Codes(2),
-    "int4": Codes(4),
     "int8": Codes(8),
+    "int4": Codes(4),
+    "int2": Codes(2),
 }
-_WORDS = {form: word for word, form in _FORMS.items()}
+_WORDS = {form: word for word, form in (_FORMS | {"bits": Bits()}).items()}
+_POLICY = "DropIT "
 
 
-def form(word: str) -> Form:
-    """The form that a word stands for.
+def form(given: Any, field: str = "form") -> Form:
+    """The form that a word or a policy stands for.
 
     Raises:
+      TypeError: it is neither, and no form.
       ValueError: there is no such form.
     """
-    if word not in _FORMS:
-        known = ", ".join(map(repr, _FORMS))
-        raise ValueError(f"Unknown form {word!r}; known are {known}.")
-    return _FORMS[word]
+    if isinstance(given, DropIT):
+        return Selected(given)
+    if isinstance(given, Exact | Codes | Selected):
+        return given
+    known = ", ".join(map(repr, _FORMS))
+    if not isinstance(given, str):
+        raise TypeError(
+            f"Preset.{field} takes one of {known} or a DropIT policy, got {given!r}."
+        )
+    if given not in _FORMS:
+        raise ValueError(f"Unknown form {given!r} for Preset.{field}; known: {known}.")
+    return _FORMS[given]
 
 
-def word(form: Form) -> str:
-    """The word that stands for a form."""
+def word(form: Any) -> str:
+    """The word that stands for a form in a file."""
+    if isinstance(form, Selected):
+        return _POLICY + json.dumps(dataclasses.asdict(form.policy))
     return _WORDS[form]
+
+
+def of_word(word: str) -> Form:
+    """The form that `word` gave this word for."""
+    if word.startswith(_POLICY):
+        return Selected(DropIT(**json.loads(word.removeprefix(_POLICY))))
+    return {text: form for form, text in _WORDS.items()}[word]
+
+
+# As in the paper, but for the type of the kept values: in half the bytes they lose
+# nothing beside what is dropped.
+_PAPER = DropIT(value_dtype="bfloat16")
+
+_PRESETS = {
+    each.name: each
+    for each in (
+        Preset("exact", traffic=0.02),
+        Preset("dropit", kernel=_PAPER, traffic=0.02),
+        Preset("lean", "int8", "int8"),
+        Preset("leanest", "int4", "int4"),
+    )
+}
+PRESETS = tuple(_PRESETS)
 
 
 def preset(name: str, **fields: Any) -> Preset:
     """The preset of a name, some of its fields changed.
 
     Args:
-      name: "exact", "lean" or "leanest".
-      **fields: of `Preset`; `kernel` and `flowing` also as "exact", "int8", "int4" or
-        "int2".
+      name: "exact": nothing is lost; "dropit": the paper, the largest elements of
+        kernel values; "lean": 8 bits; "leanest": 4 bits.
+      **fields: of `Preset`, such as `kernel="int4"`.
 
     Raises:
-      TypeError: there is no such field.
+      TypeError: there is no such field, or it has the wrong type.
       ValueError: there is no such preset or form.
     """
     if not isinstance(name, str) or name not in _PRESETS:
@@ -98,7 +189,12 @@ def preset(name: str, **fields: Any) -> Preset:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(map(repr, PRESETS))
         raise ValueError(f"Unknown preset {name!r}; known are {known}.{hint}")
-    for field in ("kernel", "flowing"):
-        if isinstance(fields.get(field), str):
-            fields[field] = form(fields[field])
+    names = [each.name for each in dataclasses.fields(Preset)][1:]
+    for field in fields:
+        if field not in names:
+            near = difflib.get_close_matches(field, names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(
+                f"Preset has no field {field!r}; it has {', '.join(names)}.{hint}"
+            )
     return dataclasses.replace(_PRESETS[name], **fields)

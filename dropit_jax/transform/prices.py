@@ -1,15 +1,18 @@
-"""What it costs to store a value, and what to compute it again: both in bytes."""
+"""Prices of storing a value, and of computing it again: both in bytes."""
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 
+from dropit_jax import compat
 from dropit_jax.transform import primitives, split
 from dropit_jax.transform import program as programs
-from dropit_jax.transform.classify import Classes, Kind, names_what_is_stored
+from dropit_jax.transform.classify import Classes, Kind, is_repeatable
+from dropit_jax.transform.places import Places
 from dropit_jax.transform.presets import Preset
-from dropit_jax.transform.program import Node, Program, Scalar
+from dropit_jax.transform.program import Node, Program
 from dropit_jax.transform.storage import Bits, Exact, Form
 
 # Operations of a product for which a GPU could move a byte. (H100, bfloat16: 1e15
@@ -19,77 +22,94 @@ _FLOPS_A_BYTE = 250.0
 
 NEVER = math.inf
 
-# Computed again by every preset.
-_SMOOTH = primitives.CONTINUOUS | primitives.MOVES | primitives.REDUCTIONS
+_EXACT = Exact()
 
 
-def form(preset: Preset, kind: Kind, aval: Any) -> Form:
-    """How a value of a class is stored."""
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """The prices in a program.
+
+    Attributes:
+      program: the forward pass.
+      classes: of its values.
+      places: the presets of its values.
+    """
+
+    program: Program
+    classes: Classes
+    places: Places
+
+    def form(self, value: int) -> Form:
+        """How a value is stored, if it is."""
+        kind, aval = self.classes.kinds[value], self.program.avals[value]
+        return _form(self.places[value], kind, aval)
+
+    def storing(self, value: int) -> float:
+        """The bytes that a stored value takes."""
+        aval = self.program.avals[value]
+        if not hasattr(aval, "shape"):
+            return 0.0
+        if not programs.nbytes(aval):
+            return 8.0 * math.prod(map(compat.concrete, aval.shape))  # such as keys
+        return float(self.form(value).nbytes(programs.sized(aval)))
+
+    def rebuilding(self, node: Node) -> float:
+        """The price of an equation's second computation."""
+        if not is_repeatable(node, self.classes.parameters):
+            return NEVER
+        lossy = {value for value in node.operands if self._may_be_lossy(value)}
+        if not self.places.may_rebuild(node, lossy):
+            return NEVER
+        if node.name in primitives.PRODUCTS:
+            return self._product(node)
+        makes_steps = node.name in primitives.STEPS or not all(
+            split.is_floating(self.program.avals[v]) for v in node.outputs
+        )
+        if makes_steps and lossy:
+            return NEVER
+        return self._price(node) * self._moved(node)
+
+    def _may_be_lossy(self, value: int) -> bool:
+        """Whether a value may be computed of others that are stored with an error."""
+        kind = self.classes.kinds[value]
+        if kind is Kind.FREE or not split.is_floating(self.program.avals[value]):
+            return False
+        presets = self.places.default.all
+        if kind is Kind.FLOWING:  # all that it is computed of is flowing too
+            return any(preset.flowing != _EXACT for preset in presets)
+        return any({preset.kernel, preset.flowing} != {_EXACT} for preset in presets)
+
+    def _price(self, node: Node) -> float:
+        return self.places[node.outputs[0]].traffic if node.outputs else 0.0
+
+    def _product(self, node: Node) -> float:
+        (contracted, _), _ = node.params["dimension_numbers"]
+        shape = self.program.avals[next(node.operands)].shape
+        (output,) = node.outputs
+        sizes = *self.program.avals[output].shape, *(shape[axis] for axis in contracted)
+        flops = 2 * math.prod(map(compat.concrete, sizes))
+        return flops / _FLOPS_A_BYTE + self._price(node) * self._moved(node)
+
+    def _moved(self, node: Node) -> float:
+        """The bytes that an equation reads and makes."""
+        values = (*set(node.operands), *node.outputs)
+        return float(
+            sum(programs.nbytes(self.program.avals[value]) for value in values)
+        )
+
+
+def _form(preset: Preset, kind: Kind, aval: Any) -> Form:
+    """How a preset stores a value of a class."""
     if not getattr(aval, "shape", ()):
-        return Exact()
+        return _EXACT
+    chosen: Any = _EXACT
     if kind is Kind.DISCRETE and aval.dtype == np.bool_:
-        chosen: Form = Bits()
+        chosen = Bits()
     elif kind is Kind.KERNEL:
         chosen = preset.kernel
     elif kind is Kind.FLOWING:
         chosen = preset.flowing
-    else:
-        return Exact()
-    return chosen if chosen.nbytes(aval) < programs.nbytes(aval) else Exact()
-
-
-def storing(preset: Preset, kind: Kind, aval: Any) -> float:
-    """The bytes that a stored value takes."""
-    if not hasattr(aval, "shape"):
-        return 0.0
-    if not programs.nbytes(aval):
-        return float(math.prod(aval.shape) * 8)  # such as keys
-    return float(form(preset, kind, aval).nbytes(aval))
-
-
-def rebuilding(preset: Preset, classes: Classes, program: Program, node: Node) -> float:
-    """The price of an equation's second computation."""
-    if node.equation.effects or names_what_is_stored(node):
-        return NEVER
-    if node.name in primitives.PRODUCTS:
-        return _product(preset, classes, program, node)
-    allowed = node.name in _SMOOTH or node.name in primitives.STEPS
-    if not allowed:
-        return NEVER
-    inexact = [v for v in node.operands if _may_be_lossy(preset, classes, program, v)]
-    makes_steps = node.name in primitives.STEPS or not all(
-        split.is_floating(program.avals[v]) for v in node.outputs
-    )
-    if makes_steps and inexact:
-        return NEVER
-    return preset.traffic * _moved(program, node)
-
-
-def _may_be_lossy(
-    preset: Preset, classes: Classes, program: Program, value: int
-) -> bool:
-    """Whether a value may be computed of others that are stored with an error."""
-    return (
-        preset.is_lossy
-        and classes.kinds[value] is not Kind.FREE
-        and split.is_floating(program.avals[value])
-    )
-
-
-def _product(preset: Preset, classes: Classes, program: Program, node: Node) -> float:
-    if node.name != "dot_general" or any(
-        isinstance(atom, Scalar) or atom in classes.parameters for atom in node.inputs
-    ):
-        return NEVER
-    (contracted, _), _ = node.params["dimension_numbers"]
-    shape = program.avals[next(node.operands)].shape
-    (output,) = node.outputs
-    flops = 2 * math.prod(program.avals[output].shape)
-    flops *= math.prod(shape[axis] for axis in contracted)
-    return flops / _FLOPS_A_BYTE + preset.traffic * _moved(program, node)
-
-
-def _moved(program: Program, node: Node) -> float:
-    """The bytes that an equation reads and makes."""
-    values = (*set(node.operands), *node.outputs)
-    return float(sum(programs.nbytes(program.avals[value]) for value in values))
+    if not isinstance(aval.shape[-1], int):
+        return _EXACT  # groups are of an axis of known size
+    is_less = chosen.nbytes(programs.sized(aval)) < programs.nbytes(aval)
+    return chosen if is_less else _EXACT

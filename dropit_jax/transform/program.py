@@ -1,11 +1,12 @@
 """Traced programs as flat lists of equations, with calls of `jax.jit` taken apart."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dropit_jax import compat
 from dropit_jax.compat import Jaxpr, JaxprEqn, Literal
@@ -186,11 +187,16 @@ def bind(node: Node, *operands: Any) -> Sequence[Any]:
     return compat.bind_equation(node.equation, operands)
 
 
+def sized(aval: Any) -> jax.ShapeDtypeStruct:
+    """The type of an array, with sizes in place of symbols."""
+    return jax.ShapeDtypeStruct(tuple(map(compat.concrete, aval.shape)), aval.dtype)
+
+
 def nbytes(aval: Any) -> int:
     """The size of a value of this type; 0 for what is no array."""
     if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
         return 0
-    return int(np.prod(aval.shape, dtype=np.int64)) * aval.dtype.itemsize
+    return math.prod(map(compat.concrete, aval.shape)) * aval.dtype.itemsize
 
 
 class _Flat:

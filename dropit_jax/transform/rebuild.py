@@ -8,6 +8,7 @@ from jaxtyping import Array
 from dropit_jax import barriers
 from dropit_jax.transform import primitives
 from dropit_jax.transform import program as programs
+from dropit_jax.transform.once import once
 from dropit_jax.transform.orders import Order
 from dropit_jax.transform.program import Atom, Node, Program
 from dropit_jax.transform.storage import Form
@@ -91,9 +92,9 @@ class Rebuilder:
     def _read(self, atom: Atom) -> Any:
         if isinstance(atom, int) and atom not in self._known:
             stored, aval = self._stored[atom], self._avals[atom]
-            self._known[atom] = self._forms[atom].decode(
-                stored, aval, self._orders.get(atom)
-            )
+            form = self._forms[atom]
+            decoded = form.decode(stored, aval, self._orders.get(atom))
+            self._known[atom] = once(decoded) if form.is_lossy else decoded
             self._cheap.add(atom)
         return programs.read(self._known, atom)
 

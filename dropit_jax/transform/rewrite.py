@@ -60,9 +60,15 @@ class Passes:
 
 
 def run_forward(
-    passes: Passes, arguments: Sequence[Any]
+    passes: Passes, arguments: Sequence[Any], key: Any = None
 ) -> tuple[list[Any], dict[int, Any]]:
-    """Returns the results, and what is stored of each value."""
+    """Returns the results, and what is stored of each value.
+
+    Args:
+      passes: the two passes.
+      arguments: of the forward pass.
+      key: a PRNG key, where a form needs one.
+    """
     stored: dict[int, Any] = {}
 
     def store(value: int, x: Any) -> Any:
@@ -73,9 +79,9 @@ def run_forward(
             stored[value] = _named(x)
             return x
         # A pair, so that neither is computed much later than the other.
-        x, stored[value] = barriers.barrier(
-            (x, form.encode(x, passes.orders.get(value)))
-        )
+        own_key = jax.random.fold_in(key, value) if form.needs_key else None
+        encoded = form.encode(x, passes.orders.get(value), own_key)
+        x, stored[value] = barriers.barrier((x, encoded))
         stored[value] = _named(stored[value])
         return x
 

@@ -15,12 +15,13 @@ from jax import lax
 from dropit_jax import compat
 from dropit_jax.nn import pooling
 from dropit_jax.transform import program as programs
+from dropit_jax.transform import split
 from dropit_jax.transform.program import Node, Program
 
-# Makes a function of a body that stores less. Given are the body, of each of its inputs
-# whether it is alive anyway, how many turns it takes, and whether the
-# backward pass runs it again.
-DropBody = Callable[..., Callable[..., Sequence[Any]]]
+# Makes a function of a body that stores less (`differentiate.Dropped`). Given are the
+# body, of each of its inputs whether it is alive anyway, how many turns it takes, and
+# whether the backward pass runs it again.
+DropBody = Callable[..., Any]
 
 # Left whole by `programs.flatten`: their derivatives are still to be taken.
 DIFFERENTIABLE = frozenset({"custom_jvp_call", compat.CUSTOM_VJP})
@@ -30,7 +31,7 @@ def run(program: Program, arguments: Sequence[Any], drop_body: DropBody) -> list
     """Returns what the program does, bound by these rules."""
 
     def evaluate(node: Node, *operands: Any) -> Sequence[Any]:
-        rule = _RULES.get(node.name)
+        rule = _rule(node)
         if rule is None:
             return programs.bind(node, *operands)
         with compat.under(node.equation):
@@ -47,14 +48,19 @@ def _scan(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[
     is_free = [True] * consts + [False] * carried + [True] * len(xs)
     body = drop_body(params["jaxpr"], is_free, turns=params["length"])
 
-    def turn(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[Any, Any]:
-        results = body(*operands[:consts], *carry, *slices)
+    keys = None
+    if body.key is not None:
+        keys = jax.random.split(body.key, params["length"])
+
+    def turn(carry: Sequence[Any], given: tuple[Any, Any]) -> tuple[Any, Any]:
+        slices, key = given
+        results = body(*operands[:consts], *carry, *slices, key=key)
         return results[:carried], results[carried:]
 
     carry, stacked = lax.scan(
         turn,
         list(operands[consts:end]),
-        list(xs),
+        (list(xs), keys),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -70,6 +76,21 @@ def _cond(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[
         drop_body(branch, [True] * len(others)) for branch in node.params["branches"]
     ]
     return lax.switch(index, branches, *others)
+
+
+def _shard_map(
+    node: Node, operands: Sequence[Any], drop_body: DropBody
+) -> Sequence[Any]:
+    params = node.params
+    body = drop_body(params["jaxpr"], [True] * len(operands))
+    return jax.shard_map(
+        lambda *shards: tuple(body(*shards)),
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=tuple(params["out_specs"]),
+        axis_names=set(params["manual_axes"]),
+        check_vma=params["check_vma"],
+    )(*operands)
 
 
 def _remat(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
@@ -105,10 +126,28 @@ def _largest_of_windows(
     ]
 
 
+def _remat3(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
+    traced = compat.remat_traced(node.equation)
+    body = drop_body(traced.jaxpr, [True] * len(operands), is_recomputed=True)
+    return jax.checkpoint(body, policy=traced.policy, prevent_cse=traced.prevent_cse)(
+        *operands
+    )
+
+
+def _rule(node: Node) -> Callable[..., Sequence[Any]] | None:
+    """The rule for an equation; `None`: it is bound as it is."""
+    if any(split.is_reference(variable.aval) for variable in node.equation.invars):
+        return None  # a body that writes to a reference is left whole
+    if compat.remat_traced(node.equation) is not None:
+        return _remat3
+    return _RULES.get(node.name)
+
+
 _RULES = {
     "reduce_window_max": _largest_of_windows,
     "scan": _scan,
     "cond": _cond,
+    "shard_map": _shard_map,
     "remat2": _remat,
     "checkpoint": _remat,
 }

@@ -91,7 +91,14 @@ def split(
 
 def is_floating(aval: Any) -> bool:
     """Whether values of this type have a cotangent of their own type."""
-    return hasattr(aval, "dtype") and bool(jnp.issubdtype(aval.dtype, jnp.inexact))
+    if not hasattr(aval, "dtype") or is_reference(aval):
+        return False
+    return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
+
+
+def is_reference(aval: Any) -> bool:
+    """Whether values of this type are mutable references to arrays."""
+    return hasattr(aval, "inner_aval")
 
 
 # Sums, which are the other operand where one is zero.

@@ -7,14 +7,19 @@ computes inside of the kernel that reads it.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dropit_jax import layouts, packing, quantization
+from dropit_jax import layouts, packing, quantization, residual
+from dropit_jax.policy import DropIT
+from dropit_jax.residual import Residual
+from dropit_jax.transform import program as programs
 from dropit_jax.transform.orders import Order
 
 # Elements that share a minimum and a scale.
@@ -24,16 +29,27 @@ _GROUP = 64
 class Form(Protocol):
     """How values of one type are stored."""
 
-    def nbytes(self, aval: Any) -> int:
-        """How many bytes a value of this type takes."""
+    @property
+    def is_lossy(self) -> bool:
+        """Whether a decoded value differs from the one that was encoded."""
 
-    def encode(self, x: Array, order: Order | None = None) -> Any:
-        """What is stored of a value.
+    @property
+    def needs_key(self) -> bool:
+        """Whether `encode` draws random numbers."""
+
+    def nbytes(self, aval: Any) -> float:
+        """The bytes that a value of this type takes; infinite if it cannot be held."""
+
+    def encode(
+        self, x: Array, order: Order | None = None, key: Array | None = None
+    ) -> Any:
+        """Returns the arrays to store for a value.
 
         Args:
           x: the value.
           order: of its axes in a GPU's memory, the outermost first; `None`: as they
             are, but for those of images.
+          key: for forms that need one.
         """
 
     def decode(self, stored: Any, aval: Any, order: Order | None = None) -> Array:
@@ -44,13 +60,18 @@ class Form(Protocol):
 class Exact:
     """The value as it is."""
 
-    def nbytes(self, aval: Any) -> int:
-        """As in `Form`."""
-        return math.prod(aval.shape) * aval.dtype.itemsize
+    is_lossy = False
+    needs_key = False
 
-    def encode(self, x: Array, order: Order | None = None) -> Array:
+    def nbytes(self, aval: Any) -> float:
         """As in `Form`."""
-        del order
+        return programs.nbytes(aval)
+
+    def encode(
+        self, x: Array, order: Order | None = None, key: Array | None = None
+    ) -> Array:
+        """As in `Form`."""
+        del order, key
         return x
 
     def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
@@ -66,13 +87,19 @@ class Exact:
 class Bits:
     """Booleans, eight in a byte along the last axis."""
 
-    def nbytes(self, aval: Any) -> int:
+    is_lossy = False
+    needs_key = False
+
+    def nbytes(self, aval: Any) -> float:
         """As in `Form`."""
         *rows, last = aval.shape or (1,)
         return math.prod(rows) * packing.packed_size(last, 1)
 
-    def encode(self, x: Array, order: Order | None = None) -> Array:
+    def encode(
+        self, x: Array, order: Order | None = None, key: Array | None = None
+    ) -> Array:
         """As in `Form`."""
+        del key
         return packing.pack(_laid_out(jnp.atleast_1d(x), order), 1)
 
     def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
@@ -94,16 +121,20 @@ class Codes:
 
     bits: int
 
-    def nbytes(self, aval: Any) -> int:
+    is_lossy = True
+    needs_key = False
+
+    def nbytes(self, aval: Any) -> float:
         """As in `Form`."""
         *rows, last = aval.shape
         _, count = _groups(last)
         return math.prod(rows) * (packing.packed_size(last, self.bits) + 4 * count)
 
     def encode(
-        self, x: Array, order: Order | None = None
+        self, x: Array, order: Order | None = None, key: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """As in `Form`."""
+        del key
         x = _laid_out(x, order)
         rows, last = x.shape[:-1], x.shape[-1]
         size, count = _groups(last)
@@ -139,6 +170,49 @@ class Codes:
 
     def __str__(self) -> str:
         return f"{self.bits} bits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """The elements or channels that a policy selects (paper, §3.2)."""
+
+    policy: DropIT
+
+    is_lossy = True
+
+    @property
+    def needs_key(self) -> bool:
+        """As in `Form`."""
+        return self.policy.needs_key
+
+    def nbytes(self, aval: Any) -> float:
+        """As in `Form`."""
+        return _selected_bytes(self.policy, tuple(aval.shape), aval.dtype)
+
+    def encode(
+        self, x: Array, order: Order | None = None, key: Array | None = None
+    ) -> Residual:
+        """As in `Form`."""
+        del order
+        return residual.compress(x, self.policy, key)
+
+    def decode(self, stored: Residual, aval: Any, order: Order | None = None) -> Array:
+        """As in `Form`."""
+        del aval, order
+        return stored.decompress()
+
+    def __str__(self) -> str:
+        return f"DropIT {self.policy.rate:g}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _selected_bytes(policy: DropIT, shape: tuple[int, ...], dtype: Any) -> float:
+    key = jax.random.key(0) if policy.needs_key else None
+    compress = functools.partial(residual.compress, dropit=policy, key=key)
+    try:
+        return jax.eval_shape(compress, jax.ShapeDtypeStruct(shape, dtype)).nbytes
+    except (TypeError, ValueError):  # the policy is not for values of this type
+        return math.inf
 
 
 def _laid_out(x: Array, order: Order | None) -> Array:

@@ -28,7 +28,8 @@ class PlanTest(parameterized.TestCase):
     @parameterized.parameters(*_NAMES)
     def test_lossy_presets_store_less(self, name):
         exact, lean, leanest = (
-            plan(FEATURES[name], preset)(PARAMS, X).nbytes for preset in presets.PRESETS
+            plan(FEATURES[name], preset)(PARAMS, X).nbytes
+            for preset in ("exact", "lean", "leanest")
         )
         self.assertLess(lean, exact)
         self.assertLess(leanest, lean)
@@ -77,21 +78,8 @@ class PlanTest(parameterized.TestCase):
 
     def test_printed_it_is_a_table(self):
         text = str(plan(FEATURES["mlp"])(PARAMS, X))
-        for word in ("8 bits", "flowing", "total", "computed again"):
+        for word in ("8 bits", "flowing", "features.py:", "plain function", "again"):
             self.assertIn(word, text)
-
-
-class PresetTest(parameterized.TestCase):
-    def test_fields_can_be_changed(self):
-        changed = presets.preset("lean", kernel="int4")
-        self.assertEqual(presets.word(changed.kernel), "int4")
-        self.assertEqual(presets.word(changed.flowing), "int8")
-
-    def test_unknown_names_are_named_with_the_known_ones(self):
-        with pytest.raises(ValueError, match="Did you mean 'leanest'"):
-            presets.preset("leanst")
-        with pytest.raises(ValueError, match="Unknown form 'int3'"):
-            presets.preset("lean", kernel="int3")
 
 
 if __name__ == "__main__":

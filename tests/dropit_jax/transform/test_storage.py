@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from dropit_jax import DropIT, compress
 from dropit_jax.transform import presets
-from dropit_jax.transform.storage import Bits, Codes, Exact
+from dropit_jax.transform.storage import Bits, Codes, Exact, Selected
 
 
 def _roundtrip(form, x):
@@ -84,9 +85,40 @@ class ExactTest(parameterized.TestCase):
         x = jnp.arange(12.0).reshape(3, 4)
         np.testing.assert_array_equal(_roundtrip(Exact(), x), x)
 
-    @parameterized.parameters("exact", "bits", "int2", "int4", "int8")
-    def test_words_stand_for_forms(self, word):
-        self.assertEqual(presets.word(presets.form(word)), word)
+    @parameterized.parameters(
+        Bits(), Exact(), Codes(2), Codes(8), Selected(DropIT(0.9, fill="mean"))
+    )
+    def test_words_stand_for_forms(self, form):
+        self.assertEqual(presets.of_word(presets.word(form)), form)
+
+
+class SelectedTest(parameterized.TestCase):
+    @parameterized.parameters(
+        DropIT(0.75),
+        DropIT(0.75, chunk_size=None),
+        DropIT(0.75, granularity="channel"),
+        DropIT(0.75, value_dtype="int8", fill="mean"),
+        DropIT(0.5, "random", rounding="stochastic", value_dtype="int4"),
+    )
+    def test_it_holds_the_residual_of_the_policy(self, policy):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 32)), jnp.float32)
+        key = jax.random.key(1) if policy.needs_key else None
+        form = Selected(policy)
+        stored = jax.jit(form.encode)(x, key=key)
+        residual = jax.jit(compress, static_argnums=1)(x, policy, key)
+        self.assertEqual(form.nbytes(jax.typeof(x)), residual.nbytes)
+        self.assertEqual(form.needs_key, policy.needs_key)
+        np.testing.assert_array_equal(
+            form.decode(stored, jax.typeof(x)), residual.decompress()
+        )
+
+    @parameterized.parameters(
+        (DropIT(0.5, fill="mean"), (4, 8), "float32"),
+        (DropIT(0.5), (4, 8), "float8_e4m3fn"),
+    )
+    def test_it_takes_no_value_that_the_policy_refuses(self, policy, shape, dtype):
+        held = Selected(policy).nbytes(jax.ShapeDtypeStruct(shape, dtype))
+        self.assertEqual(held, float("inf"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""Which preset holds for each value: that of a rule, where one names its place."""
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Iterator
+
+from dropit_jax import compat
+from dropit_jax.memory import scopes
+from dropit_jax.transform import classify
+from dropit_jax.transform.presets import Preset
+from dropit_jax.transform.program import Node, Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The presets of the values of a program.
+
+    Attributes:
+      default: the preset where no rule holds.
+      ruled: by value, the preset of the rule that holds for it.
+      matched: the rules that name a place of the program.
+      known: the places of the program.
+    """
+
+    default: Preset
+    ruled: dict[int, Preset]
+    matched: frozenset[str]
+    known: frozenset[str]
+
+    def __getitem__(self, value: int) -> Preset:
+        return self.ruled.get(value, self.default)
+
+    def may_rebuild(self, node: Node, lossy: set[int]) -> bool:
+        """Whether an equation may be computed again from values that others rule.
+
+        In a place with a rule, values come from stored values of the same rule, so that
+        no error of another place gets in.
+
+        Args:
+          node: the equation.
+          lossy: its operands that may have an error.
+        """
+        rules = {id(self.ruled[v]) for v in node.outputs if v in self.ruled}
+        return not rules or all(
+            v in self.ruled and rules == {id(self.ruled[v])} for v in lossy
+        )
+
+
+def find(preset: Preset, program: Program, scope: str) -> Places:
+    """Applies the rules of a preset to a program: the first that matches holds.
+
+    Args:
+      preset: the preset.
+      program: the program.
+      scope: the scopes around it.
+    """
+    if not preset.rules:
+        return Places(preset, {}, frozenset(), frozenset())
+    ruled: dict[int, Preset] = {}
+    matched, known = set(), set()
+    for node in program.nodes:
+        for place in _places(node, scope):
+            known.add(place)
+            matched.update(pattern for pattern, _ in _matching(preset, place))
+    for pattern, treatment in preset.rules:
+        for node in program.nodes:
+            if any(matches(pattern, place) for place in _places(node, scope)):
+                for value in (*node.outputs, *node.operands):
+                    ruled.setdefault(value, treatment)
+    return Places(preset, ruled, frozenset(matched), frozenset(known))
+
+
+def _matching(preset: Preset, place: str) -> Iterator[tuple[str, Preset]]:
+    return (rule for rule in preset.rules if matches(rule[0], place))
+
+
+@functools.lru_cache(maxsize=2**16)
+def matches(pattern: str, place: str) -> bool:
+    """Whether a pattern names a place, or one that the place is in."""
+    return fnmatch.fnmatchcase(f"/{place}/", f"*/{pattern.strip('/')}/*")
+
+
+def _places(node: Node, around: str) -> Iterator[str]:
+    """The scope of an equation, and the name that it gives."""
+    scope = _scope(f"{around}/{node.equation.source_info.name_stack}")
+    if scope:
+        yield scope
+    if node.name == compat.NAME and not classify.names_what_is_stored(node):
+        yield node.params["name"]
+
+
+_scope = functools.lru_cache(maxsize=2**16)(scopes.scopes)

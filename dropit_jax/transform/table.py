@@ -1,0 +1,78 @@
+"""A plan as a table."""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dropit_jax.transform.plan import Plan
+
+_HEADER = ("bytes", "plain", "type", "class", "stored as", "operation", "made by")
+
+
+def rows(plan: "Plan") -> Iterable[tuple[str, ...]]:
+    """A row for all values that are alike, largest first."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for value in plan.values:
+        shape = ",".join(map(str, value.shape))
+        times = f"{value.turns} x " if value.turns > 1 else ""
+        key = (
+            f"{times}{value.dtype}[{shape}]",
+            value.kind,
+            value.form,
+            value.operation,
+            value.layer,
+        )
+        sizes = alike.setdefault(key, [0, 0])
+        sizes[0] += value.nbytes
+        sizes[1] += value.plain_bytes
+    for key, (stored, plain) in alike.items():
+        yield f"{stored:,}", f"{plain:,}", *key
+
+
+def total(plan: "Plan") -> str:
+    """The bytes of the whole function, and the operations computed again."""
+    ratio = f", {plan.nbytes / plan.plain_bytes:.3f} of it" if plan.plain_bytes else ""
+    again = ", ".join(f"{count} {name}" for name, count in plan.recomputed)
+    return (
+        f"stored: {plan.nbytes:,} bytes{ratio}; plain function: {plan.plain_bytes:,}\n"
+        f"computed again: {again or 'nothing'}"
+    )
+
+
+def rich(plan: "Plan") -> Table:
+    """The table as `rich` prints it."""
+    table = Table(box=box.SIMPLE_HEAD, caption=total(plan), caption_justify="left")
+    for place, name in enumerate(_HEADER):
+        table.add_column(
+            name, justify="right" if place < 2 else "left", overflow="fold"
+        )
+    for row in rows(plan):
+        table.add_row(*row)
+    return table
+
+
+def text(plan: "Plan") -> str:
+    """The table as text, drawn by `rich` where it goes to a terminal."""
+    if sys.stdout.isatty():
+        console = Console(color_system=None)
+        with console.capture() as captured:
+            console.print(rich(plan))
+        return captured.get().rstrip()
+    return f"{_aligned([_HEADER, *rows(plan)])}\n{total(plan)}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells: list[Any] = [
+            cell.rjust(width) if place < 2 else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
