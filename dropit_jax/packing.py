@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt8
 
-from dropit_jax import blocks
+from dropit_jax import blocks, shardings
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -21,12 +21,15 @@ def pack(codes: Shaped[Array, "*rows count"], bits: int) -> UInt8[Array, "*rows 
       bits: 1, 2, 4 or 8.
 
     Returns:
-      `packed_size(count, bits)` bytes a row; bits beyond the last code are zero.
+      `packed_size(count, bits)` bytes a row; bits beyond the last code are zero. If the
+      last axis is explicitly sharded, each shard is packed by itself.
     """
     codes = codes.astype(jnp.uint8)
     per_byte = 8 // bits
     if per_byte == 1:
         return codes
+    if shardings.shards(codes, -1) > 1:
+        return blocks.merge(pack(_by_shard(codes), bits), codes.ndim)
     codes = blocks.split(codes, per_byte)
     # A sum, not a chain of slices and shifts: XLA's CPU compiler, which heeds no
     # barriers, would fuse such a chain into whatever unpacks it, and compute all that
@@ -41,6 +44,10 @@ def unpack(
     per_byte = 8 // bits
     if per_byte == 1:
         return packed
+    shards = shardings.shards(packed, -1)
+    if shards > 1:
+        codes = unpack(_by_shard(packed), bits, count // shards)
+        return blocks.merge(codes, packed.ndim)
     each = blocks.spread(packed, per_byte)
     codes = (each >> _places(each, bits)) & ((1 << bits) - 1)
     codes = codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)
@@ -54,3 +61,9 @@ def _places(
 ) -> UInt8[Array, "*rows codes"]:
     """Where the codes of bytes begin, for each code."""
     return blocks.along(np.arange(0, 8, bits, dtype=np.uint8), each)
+
+
+def _by_shard(x: UInt8[Array, "*rows n"]) -> UInt8[Array, "*rows shards part"]:
+    """The last axis as one that is sharded and one that is not."""
+    shards = shardings.shards(x, -1)
+    return x.reshape(*x.shape[:-1], shards, x.shape[-1] // shards)

@@ -128,7 +128,7 @@ def run_backward(
     products = _final_products(backward, final)
     program = _products_first(backward, products)
     last = programs.last_uses(program)
-    moving = set(halves.cotangents)
+    moving = {v for v in halves.cotangents if v not in backward.constants}
     for node in program.nodes:
         met = next((value for value in node.operands if value in moving), None)
         if met is None and not node.equation.effects:

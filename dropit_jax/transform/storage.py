@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dropit_jax import layouts, packing, quantization, residual
+from dropit_jax import layouts, packing, quantization, residual, shardings
 from dropit_jax.policy import DropIT
 from dropit_jax.residual import Residual
 from dropit_jax.transform import program as programs
@@ -92,8 +92,7 @@ class Bits:
 
     def nbytes(self, aval: Any) -> float:
         """As in `Form`."""
-        *rows, last = aval.shape or (1,)
-        return math.prod(rows) * packing.packed_size(last, 1)
+        return math.prod(aval.shape[:-1]) * _packed_size(aval, 1)
 
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
@@ -128,7 +127,7 @@ class Codes:
         """As in `Form`."""
         *rows, last = aval.shape
         _, count = _groups(last)
-        return math.prod(rows) * (packing.packed_size(last, self.bits) + 4 * count)
+        return math.prod(rows) * (_packed_size(aval, self.bits) + 4 * count)
 
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
@@ -136,16 +135,10 @@ class Codes:
         """As in `Form`."""
         del key
         x = _laid_out(x, order)
-        rows, last = x.shape[:-1], x.shape[-1]
-        size, count = _groups(last)
-        levels = 2**self.bits - 1
+        last, levels = x.shape[-1], 2**self.bits - 1
+        size, _ = _groups(last)
         wide = x.astype(_computed(x.dtype))
-        grouped = wide
-        if size * count > last:  # what is added changes no minimum and no maximum
-            added = [(0, 0)] * len(rows) + [(0, size * count - last)]
-            grouped = jnp.pad(wide, added, mode="edge")
-        grouped = grouped.reshape(*rows, count, size)
-        minimum, scale = quantization.ranges(grouped, levels)
+        minimum, scale = quantization.ranges(_grouped(wide), levels)
         above = wide - _spread(minimum, size, last)
         codes = (above * _spread(1 / scale, size, last) + 0.5).astype(jnp.uint8)
         packed = _laid_out(packing.pack(codes, self.bits), order)
@@ -224,6 +217,47 @@ def _groups(last: int) -> tuple[int, int]:
     if last <= 2 * _GROUP and last % _GROUP:
         return last, 1
     return _GROUP, -(-last // _GROUP)
+
+
+def _grouped(x: Array) -> Array:
+    """Returns groups, or elements with their extremes: `(*rows, groups, n)`."""
+    *rows, last = x.shape
+    size, count = _groups(last)
+    shards = _shards(jax.typeof(x))
+    own = last // shards
+    if shards == 1 or own % size == 0:
+        return _cut(x, count, size)
+    # Devices share groups: the extremes of the parts that they have are gathered.
+    part = math.gcd(size, own)
+    parts = x.reshape(*rows, last // part, part)
+    extremes = jnp.stack([parts.min(-1), parts.max(-1)], axis=len(rows))
+    whole = shardings.gather(extremes, len(rows))
+    pairs = jnp.moveaxis(_cut(whole, count, size // part), len(rows), len(rows) + 1)
+    return pairs.reshape(*rows, count, -1)
+
+
+def _cut(x: Array, count: int, size: int) -> Array:
+    """Cuts the last axis into groups: `(*rows, last) -> (*rows, count, size)`."""
+    *rows, last = x.shape
+    if count * size > last:  # the last element again changes no extreme
+        end = lax.slice_in_dim(x, last - 1, last, axis=-1)
+        end = jnp.broadcast_to(end, (*rows, count * size - last))
+        x = jnp.concatenate([x, end], axis=-1)
+    return x.reshape(*rows, count, size)
+
+
+def _packed_size(aval: Any, bits: int) -> int:
+    """Bytes of the codes of a row, of which each shard is packed by itself."""
+    last, shards = (aval.shape or (1,))[-1], _shards(aval)
+    return shards * packing.packed_size(last // shards, bits)
+
+
+def _shards(aval: Any) -> int:
+    """Over how many shards the last axis of a type is explicitly sharded."""
+    if aval.sharding is None:
+        return 1
+    axes = jax.tree.leaves(tuple(aval.sharding.spec)[-1:])
+    return math.prod(aval.sharding.mesh.shape[axis] for axis in axes)
 
 
 def _spread(x: Array, size: int, last: int) -> Array:
