@@ -21,6 +21,7 @@ import jax
 
 from benchmarks import command, timing, workloads
 from benchmarks.step_time import GPU_MODELS
+from benchmarks.variants import VARIANTS
 from dropit_jax import memory
 
 
@@ -64,7 +65,7 @@ def run(
 
     Args:
       model: one of `GPU_MODELS`.
-      variant: one of `workloads.variants`.
+      variant: one of `Workload.variants`.
       batch: images in the step; `None`: the model's.
       cache: a directory of compiled programs.
 
@@ -77,8 +78,7 @@ def run(
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     workload = GPU_MODELS[model][0]
     workload = dataclasses.replace(workload, batch=batch or workload.batch)
-    memory_policy = workloads.variants(workload)[variant]
-    step, _, donate = workloads.training_step(workload, memory_policy)
+    step, _, donate = workload.training_step(workload.variants[variant])
     try:
         variables, opt_state, *data = workloads.real_arguments(workload)
         lowered = jax.jit(step, donate_argnums=donate).lower(
@@ -116,7 +116,6 @@ def measure(
       processes: where steps run, each in a new process.
     """
     workload = GPU_MODELS[model][0]
-    presets = workloads.variants(workload)
     results = []
     with tempfile.TemporaryDirectory() as cache:
         tasks = [(model, name, batch, cache) for name in names]
@@ -124,7 +123,7 @@ def measure(
             future.result()
         running = [processes.submit(run, *task) for task in tasks]
         for name, future in zip(names, running, strict=True):
-            step, args, donate = workloads.training_step(workload, presets[name], batch)
+            step, args, donate = workload.training_step(workload.variants[name], batch)
             report = memory.compile_report(step, *args, target=target, donate=donate)
             compiled, allocated = future.result() or (None, None)
             results.append(
@@ -179,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variants",
         default="",
-        help=f"some of {','.join(workloads.VARIANTS)}; default: all",
+        help=f"some of {','.join(VARIANTS)}; default: all",
     )
     parser.add_argument("--batch", type=int, help="default: of each model its own")
     parser.add_argument(
@@ -198,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         models = command.chosen("model", flags.model, GPU_MODELS)
         asked = flags.variants.split(",") if flags.variants else []
-        names = command.chosen("variant", asked, workloads.VARIANTS)
+        names = command.chosen("variant", asked, VARIANTS)
         if flags.batch is not None and flags.batch < 1:
             raise ValueError(f"--batch: takes a positive integer, got {flags.batch}")
         if jax.default_backend() != "gpu":
@@ -209,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flags.processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1
         ) as processes:
             for model in models:
-                known = workloads.variants(GPU_MODELS[model][0])
+                known = GPU_MODELS[model][0].variants
                 results = measure(
                     model,
                     [name for name in names if name in known],

@@ -1,10 +1,14 @@
 """The colours of figures: a variant has the same one in every figure."""
 
-from train.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from train.colours import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+
+_YELLOW = "#F0E442"  # the last of Okabe and Ito's
 
 # And markers, told apart in print without colours.
 _STYLES = {
     "flax": (BLUE, "o"),
+    "drop exact": (GREY, "<"),
+    "drop lean": (_YELLOW, ">"),
     "dropit_16": (VERMILION, "s"),
     "lean": (GREEN, "^"),
     "dropit_32": (ORANGE, "D"),

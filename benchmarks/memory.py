@@ -1,24 +1,34 @@
 """What a training step allocates on a GPU, for every preset and its peers.
 
-`python -m benchmarks.memory [--target=h100] [--json] [--max_batch]`
+`python -m benchmarks.memory [--target=h100] [--model=NAME] [--json] [--max_batch]`
 
 The GPU need not be there: XLA's own compiler for it is asked. Every row of the table is
 compiled in this run, with the same flags.
 """
 
+import argparse
 import dataclasses
 import functools
-import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks import command, workloads
-from benchmarks.workloads import Workload
+from benchmarks import command, transformer, workloads
+from benchmarks.transformer import Transformer
+from benchmarks.variants import VARIANTS
 from dropit_jax import memory
+
+Workload = workloads.Workload | Transformer
+
+MODELS: dict[str, Workload] = {
+    each.name: each for each in (*workloads.WORKLOADS, transformer.SCANNED)
+}
 
 # The paper's GPU, and one of today.
 _MAX_BATCH_TARGETS = ("a5000", "h100")
 _MAX_BATCH_VARIANTS = (
     "baseline",
+    "drop lean",
+    "drop lean+remat_blocks",
     "dropit",
     "lean",
     "lean+remat_blocks",
@@ -36,8 +46,8 @@ class Result:
 
     Attributes:
       model: its name.
-      image_size: side of the images, in pixels.
-      batch: images in the step.
+      image_size: side of the images, in pixels; `None`: there are none.
+      batch: images or sequences in the step.
       dtype: of the computation.
       variant: which way of saving memory.
       target: the GPU.
@@ -49,10 +59,13 @@ class Result:
         attention's scores once more.
       max_batch: by GPU, the largest batch that fits, in multiples of 8; `None`: not
         asked for, or not of this variant.
+      traffic_bytes: what the kernels of the compiled step read and write; `None`: the
+        result is of a time when it was not counted.
+      traffic_ratio: of these to the baseline's, likewise.
     """
 
     model: str
-    image_size: int
+    image_size: int | None
     batch: int
     dtype: str
     variant: str
@@ -63,14 +76,15 @@ class Result:
     flops_ratio: float
     flops_ratio_with_attention: float
     max_batch: dict[str, int] | None = None
+    traffic_bytes: int | None = None
+    traffic_ratio: float | None = None
 
 
-def measure(workload: Workload, target: str, names: tuple[str, ...]) -> list[Result]:
+def measure(workload: Workload, target: str, names: Sequence[str]) -> list[Result]:
     """Compiles variants of a workload's step; the first is the baseline."""
-    presets = workloads.variants(workload)
 
     def report(name: str) -> memory.CompileReport:
-        step, args, donate = workloads.training_step(workload, presets[name])
+        step, args, donate = workload.training_step(workload.variants[name])
         return memory.compile_report(step, *args, target=target, donate=donate)
 
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -90,6 +104,8 @@ def measure(workload: Workload, target: str, names: tuple[str, ...]) -> list[Res
             report.flops,
             report.flops / baseline.flops,
             report.flops / with_attention,
+            traffic_bytes=report.traffic_bytes,
+            traffic_ratio=report.traffic_bytes / baseline.traffic_bytes,
         )
         for name, report in reports.items()
     ]
@@ -97,8 +113,7 @@ def measure(workload: Workload, target: str, names: tuple[str, ...]) -> list[Res
 
 def largest_batch(workload: Workload, variant: str, target: str) -> int:
     """The largest batch whose step fits into a GPU's memory."""
-    preset = workloads.variants(workload)[variant]
-    make_step = functools.partial(workloads.training_step, workload, preset)
+    make_step = functools.partial(workload.training_step, workload.variants[variant])
     return memory.max_batch(make_step, target, multiple_of=_MULTIPLE).batch
 
 
@@ -113,11 +128,26 @@ def with_largest_batch(workload: Workload, result: Result) -> Result:
     return dataclasses.replace(result, max_batch=batches)
 
 
+def _measured(
+    workload: Workload, names: Sequence[str], target: str, max_batch: bool
+) -> list[Result]:
+    """What was asked for of a workload, beside its baseline."""
+    own = list(workload.variants)
+    of_model = [own[0], *(name for name in own[1:] if name in names)]
+    results = measure(workload, target, of_model)
+    if not max_batch:
+        return results
+    find = functools.partial(with_largest_batch, workload)
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        return list(pool.map(find, results))
+
+
 def markdown(workload: Workload, results: list[Result]) -> str:
     """The results of a workload as a table."""
-    target, mib = results[0].target, 2**-20
+    first, mib = results[0], 2**-20
     header = ["variant", "temp MiB", "ratio", "FLOPs ratio", "with attention"]
-    batches = list(results[0].max_batch or ())
+    header += [] if first.traffic_bytes is None else ["traffic GB", "traffic ratio"]
+    batches = list(first.max_batch or ())
     header += [f"largest batch, {gpu}" for gpu in batches]
     rows = [
         [
@@ -126,11 +156,12 @@ def markdown(workload: Workload, results: list[Result]) -> str:
             f"{result.ratio:.3f}",
             f"{result.flops_ratio:.3f}",
             f"{result.flops_ratio_with_attention:.3f}",
+            *_traffic(result),
             *(_batch(result, gpu) for gpu in batches),
         ]
         for result in results
     ]
-    text = command.table(workloads.title(workload, target), header, rows)
+    text = command.table(workload.title(first.target), header, rows)
     if workload.paper_mb is None:
         return text
     plain, dropped = workload.paper_mb
@@ -140,40 +171,62 @@ def markdown(workload: Workload, results: list[Result]) -> str:
     )
 
 
+def _traffic(result: Result) -> list[str]:
+    if result.traffic_bytes is None:
+        return []
+    return [f"{result.traffic_bytes * 1e-9:,.1f}", f"{result.traffic_ratio:.3f}"]
+
+
 def _batch(result: Result, target: str) -> str:
     return "-" if result.max_batch is None else f"{result.max_batch[target]:,}"
 
 
-def main() -> None:
-    """Prints what was asked for."""
+def _parser() -> argparse.ArgumentParser:
     parser = command.parser("memory", __doc__)
     parser.add_argument("--target", default="h100", help="the GPU to compile for")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help=f"one of {', '.join(map(repr, MODELS))}; may be repeated; default: all",
+    )
+    parser.add_argument(
+        "--variants",
+        default="",
+        help=f"some of {','.join(VARIANTS)}, beside the first; default: all that a "
+        "model has",
+    )
     parser.add_argument(
         "--max_batch",
         action="store_true",
         help="also find the largest batches, which takes hundreds of compilations",
     )
-    flags = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints what was asked for."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    try:
+        models = command.chosen("model", flags.model, MODELS)
+        asked = flags.variants.split(",") if flags.variants else []
+        names = command.chosen("variant", asked, VARIANTS)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
     every: list[Result] = []
-    for workload in workloads.WORKLOADS:
+    for model in models:
         try:
-            names = tuple(workloads.variants(workload))
-            results = measure(workload, flags.target, names)
-            if flags.max_batch:
-                find = functools.partial(with_largest_batch, workload)
-                with ThreadPoolExecutor(_WORKERS) as pool:
-                    results = list(pool.map(find, results))
+            results = _measured(MODELS[model], names, flags.target, flags.max_batch)
         except (
             memory.CompilerError,
             memory.NoBatchFitsError,
             memory.TargetError,
         ) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            parser.exit(2, f"error: {error}\n")
         every += results
         if not flags.json:
-            print(markdown(workload, results), flush=True)
-            print(flush=True)
+            print(markdown(MODELS[model], results), end="\n\n", flush=True)
     if flags.json:
         print(command.to_json(every))
 

@@ -16,8 +16,8 @@ from jax.interpreters import partial_eval
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import workloads
 from benchmarks.sweeps import VARIANTS
+from benchmarks.variants import TIMED_VARIANTS
 from benchmarks.workloads import Workload
 from dropit_jax import memory
 
@@ -62,9 +62,9 @@ def on_devices(
         (count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count]
     )
     everywhere, shared = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    preset = workloads.TIMED_VARIANTS[variant]
+    how = TIMED_VARIANTS[variant]
     batch = count * batch_per_device
-    step, arguments, _ = workloads.training_step(workload, preset, batch)
+    step, arguments, _ = workload.training_step(how, batch)
     jitted = jax.jit(
         step,
         in_shardings=(everywhere, everywhere, shared, shared),
@@ -72,7 +72,7 @@ def on_devices(
     )
     compiled = jitted.lower(*arguments).compile()
     variables, _, images, _ = arguments
-    backward = functools.partial(_backward, workload.make(preset))
+    backward = functools.partial(_backward, workload.make(how.layers))
     return OnDevices(
         "devices",
         count,

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from benchmarks import command, timing, workloads
+from benchmarks.variants import TIMED_VARIANTS
 from benchmarks.workloads import Workload
 from dropit_jax.memory.gpu_compiler import memory_stats
 
@@ -32,8 +33,7 @@ CPU_MODELS: dict[str, tuple[Workload, int]] = {
     "ViT-S/16": (workloads.vit_s16(), 9),
 }
 GPU_MODELS: dict[str, tuple[Workload, int]] = {
-    f"{each.model}, {each.image_size}², {each.dtype}": (each, 9)
-    for each in workloads.WORKLOADS
+    each.name: (each, 9) for each in workloads.WORKLOADS
 }
 MODELS = CPU_MODELS | GPU_MODELS
 
@@ -170,8 +170,7 @@ def _compile(
     workload: Workload, name: str, discard: bool = False
 ) -> tuple[Any, float, float]:
     """The compiled step, seconds to trace and lower it, and seconds to compile it."""
-    preset = workloads.TIMED_VARIANTS[name]
-    step, arguments, _ = workloads.training_step(workload, preset)
+    step, arguments, _ = workload.training_step(TIMED_VARIANTS[name])
     jax.clear_caches()  # functions that another variant has traced
     start = perf_counter()
     lowered = jax.jit(step).lower(*arguments)
@@ -214,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         default="",
-        help=f"some of {','.join(workloads.TIMED_VARIANTS)}; default: all",
+        help=f"some of {','.join(TIMED_VARIANTS)}; default: all",
     )
     parser.add_argument(
         "--rounds", type=timing.count, help="default: of each model its own"
@@ -245,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         models = command.chosen("model", flags.model or _default_models(), MODELS)
         asked = flags.variants.split(",") if flags.variants else []
-        names = command.chosen("variant", asked, workloads.TIMED_VARIANTS)
+        names = command.chosen("variant", asked, TIMED_VARIANTS)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     names = [_BASELINE, *(name for name in names if name != _BASELINE)]

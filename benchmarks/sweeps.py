@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from benchmarks import timing, workloads
+from benchmarks.variants import TIMED_VARIANTS, Variant
 from benchmarks.workloads import Workload
 from dropit_jax import LayerPreset, memory
 
@@ -130,7 +131,7 @@ def compressed_elements(workload: Workload, preset: LayerPreset) -> int:
         dropit=dataclasses.replace(preset.dropit, **whole),  # type: ignore[arg-type]
         conv=dataclasses.replace(preset.conv, **whole),  # type: ignore[arg-type]
     )
-    step, arguments, _ = workloads.training_step(workload, preset)
+    step, arguments, _ = workload.training_step(Variant(preset))
     return memory.cached_bytes(step, *arguments) // 2
 
 
@@ -141,15 +142,14 @@ def measure(sweep: Sweep, rounds: int) -> list[Point]:
         workload = sweep.make(value)
         arguments = workloads.real_arguments(workload)
         for name in VARIANTS:
-            preset = workloads.TIMED_VARIANTS[name]
-            step, _, _ = workloads.training_step(workload, preset)
+            step, _, _ = workload.training_step(TIMED_VARIANTS[name])
             runs[f"{name}, {value}"] = functools.partial(jax.jit(step), *arguments)
     seconds = timing.interleaved(runs, rounds)
     points = []
     for value in sweep.values:
         plain = seconds[f"{VARIANTS[0]}, {value}"]
         for name in VARIANTS:
-            own, preset = seconds[f"{name}, {value}"], workloads.TIMED_VARIANTS[name]
+            own, layers = seconds[f"{name}, {value}"], TIMED_VARIANTS[name].layers
             points.append(
                 Point(
                     "point",
@@ -158,7 +158,7 @@ def measure(sweep: Sweep, rounds: int) -> list[Point]:
                     sweep.cost(value),
                     name,
                     timing.spread(own).median,
-                    compressed_elements(sweep.make(value), preset),
+                    compressed_elements(sweep.make(value), layers),
                     timing.spread([a - b for a, b in zip(own, plain, strict=True)]),
                 )
             )

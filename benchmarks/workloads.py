@@ -1,6 +1,7 @@
-"""The training steps that are measured, and the ways to save memory in them."""
+"""The training steps of models of images that are measured."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from benchmarks import steps
 from benchmarks.models import MLP
-from dropit_jax import LayerPreset, layer_preset
+from benchmarks.steps import Step
+from benchmarks.variants import VARIANTS, Variant
+from dropit_jax import LayerPreset
 from train.models.resnet import ResNet
 from train.models.vit import ViT
-
-Step = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,21 @@ class Workload:
     channels: int = 3
 
     @property
+    def name(self) -> str:
+        """What it is called on a command line."""
+        return f"{self.model}, {self.image_size}², {self.dtype}"
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """Those that differ for it; the first is what the others are held against."""
+        without = set()
+        if self.attention is None:
+            without.add("remat_dots")  # of a convolution that policy keeps nothing
+        if self.dtype != "float32":
+            without.add("dropit_float32")
+        return {name: each for name, each in VARIANTS.items() if name not in without}
+
+    @property
     def attention_core_flops(self) -> float:
         """What it takes to compute the scores of all layers once.
 
@@ -53,6 +70,51 @@ class Workload:
         layers, tokens, width = self.attention
         return 2.0 * layers * self.batch * tokens**2 * width
 
+    def title(self, where: str) -> str:
+        """Above a table of it, as the function `title`."""
+        return title(self, where)
+
+    def training_step(
+        self, variant: Variant, batch: int | None = None
+    ) -> tuple[Step, tuple[Any, ...], tuple[int, ...]]:
+        """A step of SGD with momentum on the cross-entropy.
+
+        Args:
+          variant: how memory is saved in it.
+          batch: images in the step; `None`: the workload's.
+
+        Returns:
+          The step, its arguments as `jax.ShapeDtypeStruct`s, and which are to be
+          donated.
+        """
+        size = self.image_size
+        images = jax.ShapeDtypeStruct(
+            (batch or self.batch, size, size, self.channels), jnp.float32
+        )
+        variables = _variables(self, variant.layers)
+        opt_state = jax.eval_shape(steps.OPTIMIZER.init, variables["params"])
+        labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32)
+        step = steps.training_step(self.loss(variant))
+        return step, (variables, opt_state, images, labels), steps.DONATED
+
+    def loss(self, variant: Variant) -> Callable[..., tuple[Array, Any]]:
+        """The cross-entropy, of parameters, other variables, images and labels.
+
+        Beside it, the function returns the other variables after the step.
+        """
+        model = self.make(variant.layers)
+
+        def loss(
+            params: Any, others: dict[str, Any], images: Array, labels: Array
+        ) -> tuple[Array, Any]:
+            logits, updates = model.apply(
+                others | {"params": params}, images, True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates
+
+        return variant.applied(loss)
+
 
 def _vit(dtype: str) -> Callable[[LayerPreset], nn.Module]:
     def make(memory: LayerPreset) -> nn.Module:
@@ -60,6 +122,14 @@ def _vit(dtype: str) -> Callable[[LayerPreset], nn.Module]:
         return ViT(num_classes=100, dtype=compute, memory=memory)
 
     return make
+
+
+@functools.cache
+def _variables(workload: Workload, layers: LayerPreset) -> Any:
+    """What a model is applied with, as `jax.ShapeDtypeStruct`s."""
+    model, size = workload.make(layers), workload.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, workload.channels), jnp.float32)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image)
 
 
 _TOKENS = (224 // 16) ** 2 + 1
@@ -102,29 +172,6 @@ WORKLOADS = (
         paper_mb=None,
     ),
 )
-
-# The first is what all others are measured against.
-VARIANTS: dict[str, LayerPreset] = {
-    "baseline": layer_preset("baseline"),
-    # The kept values in the activations' own type, as in the paper.
-    "dropit_float32": layer_preset("dropit", value_dtype=None),
-    "dropit": layer_preset("dropit"),
-    "lean": layer_preset("lean"),
-    "lean+remat_blocks": layer_preset("lean", remat="blocks"),
-    "remat_dots": layer_preset("baseline", remat="dots"),
-    "remat_blocks": layer_preset("baseline", remat="blocks"),
-}
-
-# The variants whose steps are timed; the first is what all others are measured against.
-TIMED_VARIANTS: dict[str, LayerPreset] = {
-    "flax": layer_preset("baseline"),
-    "dropit_16": layer_preset("dropit"),
-    "dropit_32": layer_preset("dropit", chunk_size=32),
-    "dropit_16384": layer_preset("dropit", chunk_size=2**14),
-    "lean": layer_preset("lean"),
-    "remat_blocks": layer_preset("baseline", remat="blocks"),
-    "remat_dots": layer_preset("baseline", remat="dots"),
-}
 
 
 def mlp(layers: int = 4, batch: int = 256) -> Workload:
@@ -180,56 +227,6 @@ def title(described: Any, where: str) -> str:
     )
 
 
-def variants(workload: Workload) -> dict[str, LayerPreset]:
-    """The variants that differ for a workload."""
-    without = set()
-    if workload.attention is None:
-        without.add("remat_dots")  # of a convolution that policy keeps nothing
-    if workload.dtype != "float32":
-        without.add("dropit_float32")
-    return {name: memory for name, memory in VARIANTS.items() if name not in without}
-
-
-def training_step(
-    workload: Workload, memory: LayerPreset, batch: int | None = None
-) -> tuple[Step, tuple[Any, ...], tuple[int, ...]]:
-    """A step of SGD with momentum on the cross-entropy.
-
-    Args:
-      workload: what is trained.
-      memory: what it caches.
-      batch: images in the step; `None`: the workload's.
-
-    Returns:
-      The step, its arguments as `jax.ShapeDtypeStruct`s, and which are to be donated.
-    """
-    model, optimizer = workload.make(memory), optax.sgd(0.1, momentum=0.9)
-    size, batch = workload.image_size, batch or workload.batch
-
-    def step(
-        variables: Any, opt_state: optax.OptState, images: Array, labels: Array
-    ) -> tuple[Any, optax.OptState]:
-        def loss_fn(params: Any) -> tuple[Array, Any]:
-            logits, updates = model.apply(
-                variables | {"params": params}, images, True, mutable=["batch_stats"]
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates
-
-        gradients, updates = jax.grad(loss_fn, has_aux=True)(variables["params"])
-        changes, opt_state = optimizer.update(gradients, opt_state)
-        params = optax.apply_updates(variables["params"], changes)
-        return {"params": params, **updates}, opt_state
-
-    images = jax.ShapeDtypeStruct((batch, size, size, workload.channels), jnp.float32)
-    variables = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x[:1], False), images
-    )
-    opt_state = jax.eval_shape(optimizer.init, variables["params"])
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return step, (variables, opt_state, images, labels), (0, 1)
-
-
 def real_arguments(workload: Workload) -> tuple[Any, ...]:
     """Arguments of a workload's step, the same for every preset.
 
@@ -237,11 +234,12 @@ def real_arguments(workload: Workload) -> tuple[Any, ...]:
       Variables and an optimizer's state as before the first step, random images, and
       random labels.
     """
-    memory = layer_preset("baseline")
-    _, (_, opt_state, images, labels), _ = training_step(workload, memory)
+    plain = VARIANTS["baseline"]
+    _, (_, opt_state, images, labels), _ = workload.training_step(plain)
     keys = jax.random.split(jax.random.key(0), 3)
     images = jax.random.normal(keys[0], images.shape, images.dtype)
-    init = jax.jit(lambda key, x: workload.make(memory).init_with_output(key, x, False))
+    model = workload.make(plain.layers)
+    init = jax.jit(lambda key, x: model.init_with_output(key, x, False))
     logits, variables = init(keys[1], images[:1])
     classes = logits.shape[-1]
     labels = jax.random.randint(keys[2], labels.shape, 0, classes, labels.dtype)

@@ -11,6 +11,7 @@ that a grid that is stopped has something of each.
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _VARIANTS = flags.DEFINE_list(
 
 _SECTIONS = ("base", "variants")
 _FIELDS = ("memory", "dropit", "seeds")
+_OPTIONAL = ("drop",)
 # What a row says of the last evaluation.
 _REACHED = (
     "step",
@@ -101,7 +103,7 @@ def _check(run: Run, workdir: Path) -> None:
         job_lib.check(run.config)
     except ConfigError as error:
         raise ConfigError(
-            f"Variant {run.variant!r} (its memory and dropit, and config.base): {error}"
+            f"Variant {run.variant!r} (its fields, and config.base): {error}"
         ) from error
     if _rows(run, workdir):
         workdir_lib.check_same(workdir / run.path, run.config)
@@ -116,7 +118,8 @@ def runs(config: ConfigDict) -> list[Run]:
 
     Args:
       config: `base`, the config that all have in common, and `variants`: for each, its
-        `memory`, its `dropit` and its `seeds`.
+        `memory`, its `dropit` and its `seeds`, and its `drop` if that is not as in
+        `base`.
 
     Raises:
       ConfigError: a section or field is missing, unknown or of the wrong type.
@@ -126,7 +129,7 @@ def runs(config: ConfigDict) -> list[Run]:
         raise ConfigError("config.variants is empty: there is nothing to train.")
     found: list[tuple[int, Run]] = []
     for name, variant in config.variants.items():
-        _check_names(f"config.variants.{name}", variant, _FIELDS)
+        _check_names(f"config.variants.{name}", variant, _FIELDS, _OPTIONAL)
         seeds = variant.seeds
         if not isinstance(seeds, tuple) or not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(
@@ -138,6 +141,7 @@ def runs(config: ConfigDict) -> list[Run]:
             try:
                 one.memory, one.dropit = variant.memory, copy.deepcopy(variant.dropit)
                 one.seed = seed
+                one.drop = variant.get("drop", one.drop)
             except TypeError as error:
                 raise ConfigError(f"config.variants.{name}: {error}") from error
             found.append((place, Run(name, one)))
@@ -149,7 +153,10 @@ def table(grid: list[Run], workdir: Path) -> str:
 
     A run whose loss became infinite or NaN has a row that says so.
     """
-    columns = ("variant", "seed", "memory", *summary.POLICY, "status", *_REACHED)
+    columns = (
+        *("variant", "seed", "memory", "drop", *summary.POLICY),
+        *("status", *_REACHED),
+    )
     rows = []
     for run in grid:
         own = _rows(run, workdir)
@@ -166,14 +173,19 @@ def _row(run: Run) -> dict[str, Any]:
         "variant": run.variant,
         "seed": run.config.seed,
         "memory": run.config.memory,
+        "drop": run.config.drop,
         **summary.policy(run.config),
     }
 
 
-def _check_names(where: str, section: Any, wanted: tuple[str, ...]) -> None:
-    if not isinstance(section, ConfigDict) or set(section) != set(wanted):
-        got = list(section) if isinstance(section, ConfigDict) else repr(section)
-        raise ConfigError(f"{where} has the fields {', '.join(wanted)}; got {got}.")
+def _check_names(
+    where: str, section: Any, wanted: Sequence[str], optional: Sequence[str] = ()
+) -> None:
+    got = list(section) if isinstance(section, ConfigDict) else repr(section)
+    if isinstance(section, ConfigDict) and set(section) - {*optional} == {*wanted}:
+        return
+    also = f", and may have {', '.join(optional)}" if optional else ""
+    raise ConfigError(f"{where} has the fields {', '.join(wanted)}{also}; got {got}.")
 
 
 if __name__ == "__main__":

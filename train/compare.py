@@ -81,7 +81,7 @@ def _measured(
       For each field of `Measurements`, the value of each variant.
     """
 
-    def cached() -> dict[str, int]:
+    def cached() -> dict[str, int | None]:
         return {n: measurements.cached_bytes(each) for n, each in variants.items()}
 
     def temporary() -> dict[str, int]:
@@ -137,9 +137,9 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
 
 
 def _compact(config: ConfigDict) -> ConfigDict:
-    """The config itself, or with DropIT if it has none."""
+    """The config itself, or with DropIT if it has neither that nor `drop`."""
     variant = copy.deepcopy(config)
-    if variant.memory == "baseline":
+    if variant.memory == "baseline" and not variant.drop:
         variant.memory = "dropit"
     return variant
 

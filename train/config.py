@@ -76,9 +76,9 @@ def memory(config: ConfigDict) -> LayerPreset:
 
 
 def plain(config: ConfigDict) -> ConfigDict:
-    """The config with plain Flax layers, and nothing recomputed."""
+    """The config with plain Flax layers, nothing recomputed, and nothing dropped."""
     variant = copy.deepcopy(config)
-    variant.memory, variant.remat = "baseline", "none"
+    variant.memory, variant.remat, variant.drop = "baseline", "none", ""
     variant.dropit = dropit_section()
     return variant
 

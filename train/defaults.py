@@ -31,6 +31,8 @@ def get_defaults() -> ConfigDict:
     )
     config.memory = "baseline"  # plain Flax, or "dropit", or "lean"
     config.remat = "none"  # or "blocks", or "dots"
+    # How the gradient is stored: by dropit_jax.drop, with one of its presets; or "".
+    config.drop = ""
     config.dropit = dropit_section()  # where the policy is not that of config.memory
     config.accumulate_steps = 1  # parts of a batch that are computed one by one
     config.mesh = ConfigDict(

@@ -26,8 +26,13 @@ def allocated(config: ConfigDict, target: str) -> memory.CompileReport:
     return memory.compile_report(step, *args, target=target, donate=0)
 
 
-def cached_bytes(config: ConfigDict) -> int:
-    """What DropIT layers cache in a step; of plain Flax, the same layers' inputs."""
+def cached_bytes(config: ConfigDict) -> int | None:
+    """What DropIT layers cache in a step; of plain Flax, the same layers' inputs.
+
+    `None` of a loss under `drop`, which decides by itself what becomes of these.
+    """
+    if config.drop:
+        return None
     if config.memory == "baseline":
         # With nothing dropped, a DropIT layer caches what the Flax layer does.
         config = copy.deepcopy(config)

@@ -29,7 +29,7 @@ _BASELINE = "baseline"
 def main(config: ConfigDict, _: Path) -> None:
     """Compiles the step, and the same with plain Flax, and prints what they take."""
     variants = {name_of(config): config}
-    if config.memory != _BASELINE or config.remat != "none":
+    if name_of(config) != _BASELINE:
         variants = {_BASELINE: config_lib.plain(config)} | variants
     reports = {
         name: measurements.allocated(each, TARGET.value)
@@ -47,9 +47,10 @@ def main(config: ConfigDict, _: Path) -> None:
 
 
 def name_of(config: ConfigDict) -> str:
-    """The preset of a config, and what it recomputes."""
+    """The preset of a config, what it recomputes, and the preset of its `drop`."""
     remat = "" if config.remat == "none" else f"+remat_{config.remat}"
-    return f"{config.memory}{remat}"
+    drop = f"+drop_{config.drop}" if config.drop else ""
+    return f"{config.memory}{remat}{drop}"
 
 
 def plan(config: ConfigDict, target: str) -> memory.BatchPlan | None:

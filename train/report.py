@@ -64,18 +64,16 @@ def main(directories: list[Path]) -> None:
     rows = {name: [run.rows for run in each] for name, each in variants.items()}
     for metric in ("accuracy", "loss"):
         plots.against_baseline(rows, baseline, metric, output / f"{metric}.png")
+    costs, axis = _costs(summaries, target)
     plots.tradeoff(
         {
             each.variant: (
-                each.cached_bytes / 2**20,
+                cost / 2**20,
                 Mean(100 * each.gain.mean, 100 * each.gain.error),
             )
-            for each in summaries
+            for each, cost in zip(summaries, costs, strict=True)
         },
-        (
-            "cached by Conv and Dense in a step, MiB",
-            f"test accuracy over that of {baseline}, points",
-        ),
+        (axis, f"test accuracy over that of {baseline}, points"),
         output / "tradeoff.png",
     )
     write_atomically(output / "summary.csv", summary.to_csv(summaries))
@@ -160,9 +158,22 @@ def _summaries(
                 own / other
                 for own, other in zip(seconds[name], seconds[baseline], strict=True)
             ),
+            drop=configs[name].drop,
         )
         for name, each in variants.items()
     ]
+
+
+def _costs(summaries: list[Summary], target: str) -> tuple[list[int], str]:
+    """What variants cost in bytes, and which bytes these are.
+
+    What layers cache, where that is known of all; else what a step allocates.
+    """
+    cached = [each.cached_bytes for each in summaries if each.cached_bytes is not None]
+    if len(cached) == len(summaries):
+        return cached, "cached by Conv and Dense in a step, MiB"
+    allocated = [each.temp_bytes for each in summaries]
+    return allocated, f"allocated in a step on {target}, MiB"
 
 
 def _accuracy(run: SavedRun) -> float:

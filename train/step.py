@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 from ml_collections import ConfigDict
 
+from dropit_jax import drop
 from train import config as config_lib
 from train import data, losses, models, normalisation, optim, validation
 from train.accumulation import accumulate
@@ -141,7 +142,8 @@ def gradient(config: ConfigDict) -> GradientFn:
         sums = _sums(logits, batch, config.label_smoothing, weight)
         return sums.loss / sums.count, (sums, updates.get("batch_stats", {}))
 
-    gradient_fn = jax.grad(loss_fn, has_aux=True)
+    loss = drop(loss_fn, config.drop) if config.drop else loss_fn
+    gradient_fn = jax.grad(loss, has_aux=True)
     if config.accumulate_steps > 1:
         gradient_fn = accumulate(gradient_fn, config.accumulate_steps)
     return gradient_fn

@@ -38,16 +38,17 @@ class Summary:
 
     Attributes:
       variant: its name.
-      memory: the preset.
+      memory: the preset of its layers.
       policy: of its layers, by field; empty for plain Flax.
       dropped: the share of elements that its layers drop.
       seeds: how many runs there are of it.
       test_accuracy: of the last evaluation.
       gain: of that over the baseline's run of the same seed.
       train_loss: of the last epoch, in nats.
-      cached_bytes: what Conv and Dense cache in a step.
+      cached_bytes: what Conv and Dense cache in a step; `None`: `drop` decides it.
       temp_bytes: what a step allocates beside arguments and results on a target.
       step_ratio: of a step's time here to the baseline's, taken in turns; the median.
+      drop: the preset of `dropit_jax.drop`; empty: the loss is not under it.
     """
 
     variant: str
@@ -58,9 +59,10 @@ class Summary:
     test_accuracy: Mean
     gain: Mean
     train_loss: Mean
-    cached_bytes: int
+    cached_bytes: int | None
     temp_bytes: int
     step_ratio: float
+    drop: str = ""
 
 
 def policy(config: ConfigDict) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def _fields(dropit: DropIT) -> dict[str, Any]:
 def to_csv(summaries: Iterable[Summary]) -> str:
     """A row for each variant."""
     columns = (
-        *("variant", "memory", *POLICY, "dropped", "seeds"),
+        *("variant", "memory", "drop", *POLICY, "dropped", "seeds"),
         *("test_accuracy", "test_accuracy_error", "gain", "gain_error"),
         *("train_loss", "train_loss_error"),
         *("cached_bytes", "temp_bytes", "step_ratio"),
@@ -98,6 +100,7 @@ def to_csv(summaries: Iterable[Summary]) -> str:
             {
                 "variant": each.variant,
                 "memory": each.memory,
+                "drop": each.drop,
                 **each.policy,
                 "dropped": each.dropped,
                 "seeds": each.seeds,
@@ -140,12 +143,7 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
             "Accuracy is that on the test images after the last step, in per cent: the "
             "mean over the seeds ± its standard error, where there are several.",
             "",
-            "## Granularity, strategy and rate",
-            "",
             *_grid(summaries),
-            "",
-            "In brackets the share that is dropped, where it is not the rate.",
-            "",
             "## Every variant",
             "",
             *table(summaries, target),
@@ -168,7 +166,10 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
 
 
 def _grid(summaries: Sequence[Summary]) -> list[str]:
-    """The paper's Table 2: what is dropped of values that are not quantised."""
+    """The paper's Table 2: what is dropped of values that are not quantised.
+
+    Empty where there is none.
+    """
     cells: dict[str, dict[float, list[str]]] = {}
     for each in summaries:
         p = each.policy
@@ -181,13 +182,22 @@ def _grid(summaries: Sequence[Summary]) -> list[str]:
             cell += f" ({share})"
         line = cells.setdefault(_selection(p), {})
         line.setdefault(p["rate"], []).append(cell)
+    if not cells:
+        return []
     rates = sorted({rate for line in cells.values() for rate in line})
     rows = [
         [line, *("; ".join(of_line.get(rate, ["-"])) for rate in rates)]
         for line, of_line in cells.items()
     ]
     title = f"rate ({summaries[0].variant}: {_percent(summaries[0].test_accuracy)})"
-    return tables.to_markdown([title, *(f"{rate:.1%}" for rate in rates)], rows)
+    return [
+        "## Granularity, strategy and rate",
+        "",
+        *tables.to_markdown([title, *(f"{rate:.1%}" for rate in rates)], rows),
+        "",
+        "In brackets the share that is dropped, where it is not the rate.",
+        "",
+    ]
 
 
 def _selection(policy: Mapping[str, Any]) -> str:
@@ -211,10 +221,10 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
             f"{each.dropped:.1%}" if each.policy else "-",
             str(each.seeds),
             _percent(each.test_accuracy),
-            _percent(each.gain, sign="+") if each.policy else "-",
+            "-" if each is baseline else _percent(each.gain, sign="+"),
             f"{each.train_loss.mean:.3f}",
-            f"{each.cached_bytes / 2**20:.2f}",
-            f"{each.cached_bytes / baseline.cached_bytes:.2f}",
+            _ratio(each.cached_bytes, 2**20),
+            _ratio(each.cached_bytes, baseline.cached_bytes),
             f"{each.temp_bytes / 2**20:.2f}",
             f"{each.temp_bytes / baseline.temp_bytes:.2f}",
             f"{each.step_ratio:.2f}",
@@ -232,6 +242,10 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
         "ratio",
     ]
     return tables.to_markdown([*header, f"temp MiB on {target}", "ratio", "time"], rows)
+
+
+def _ratio(size: int | None, whole: int | None) -> str:
+    return "-" if size is None or whole is None else f"{size / whole:.2f}"
 
 
 def _percent(accuracy: Mean, sign: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dropit_jax import LAYER_PRESETS, DropIT
+from dropit_jax import LAYER_PRESETS, PRESETS, DropIT
 from dropit_jax.layer_presets import REMATS
 from train import config as config_lib
 from train import data, mesh, models
@@ -43,6 +43,7 @@ _FIELDS: dict[str, Any] = {
     "dtype": str,
     "memory": str,
     "remat": str,
+    "drop": str,
     **{f"dropit.{field.name}": object for field in dataclasses.fields(DropIT)},
     "optimizer.learning_rate": _NUMBER,
     "optimizer.momentum": _NUMBER,
@@ -87,6 +88,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "memory": LAYER_PRESETS,
     "remat": REMATS,
+    "drop": ("", *PRESETS),
     "schedule.name": ("cosine", "step"),
 }
 _POSITIVE = (

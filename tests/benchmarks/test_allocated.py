@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from benchmarks import allocated, workloads
 from benchmarks.step_time import GPU_MODELS
+from benchmarks.variants import VARIANTS
 from dropit_jax import memory
 
 _RESNET = "ResNet-18, 32², float32"
@@ -84,7 +85,7 @@ class MeasuringTest(parameterized.TestCase):
         expected = [
             (workload.model, workload.dtype, name)
             for workload in workloads.WORKLOADS
-            for name in workloads.variants(workload)
+            for name in workload.variants
         ]
         self.assertEqual(
             [(each["model"], each["dtype"], each["variant"]) for each in results],
@@ -108,10 +109,8 @@ class RunTest(parameterized.TestCase):
             compiled, peak = allocated.run("tiny", "lean", 8, "/cache")
         self.assertEqual(peak, 7)
         self.update.assert_any_call("jax_compilation_cache_dir", "/cache")
-        preset = workloads.VARIANTS["lean"]
-        step, args, donate = workloads.training_step(
-            allocated.GPU_MODELS["tiny"][0], preset, 8
-        )
+        tiny, _ = allocated.GPU_MODELS["tiny"]
+        step, args, donate = tiny.training_step(VARIANTS["lean"], 8)
         report = memory.compile_report(step, *args, donate=donate)
         self.assertEqual(compiled, report.peak_bytes)
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 from absl.testing import absltest, parameterized
 
-from benchmarks import colours, scaling_plots, sweeps, workloads
+from benchmarks import colours, scaling_plots, sweeps
+from benchmarks.variants import TIMED_VARIANTS
 from tests.benchmarks import examples
 
 
@@ -23,8 +24,8 @@ class PlotsTest(parameterized.TestCase):
             self.assertStartsWith(path.read_bytes(), b"\x89PNG")
 
     def test_every_variant_has_a_colour_of_its_own(self):
-        self.assertContainsSubset(workloads.TIMED_VARIANTS, colours.COLOURS)
-        self.assertContainsSubset(workloads.TIMED_VARIANTS, colours.MARKERS)
+        self.assertContainsSubset(TIMED_VARIANTS, colours.COLOURS)
+        self.assertContainsSubset(TIMED_VARIANTS, colours.MARKERS)
         self.assertLen(set(colours.COLOURS.values()), len(colours.COLOURS))
 
 

@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from benchmarks import step_time, workloads
 from benchmarks.models import MLP
+from benchmarks.variants import TIMED_VARIANTS
 from dropit_jax import memory
 
 _TINY = dataclasses.replace(
@@ -99,9 +100,7 @@ class MeasuringTest(parameterized.TestCase):
 
     def test_temporaries_are_those_of_the_compiled_step(self):
         (result,) = step_time.measure(_TINY, ("flax",), rounds=1)
-        step, arguments, _ = workloads.training_step(
-            _TINY, workloads.TIMED_VARIANTS["flax"]
-        )
+        step, arguments, _ = _TINY.training_step(TIMED_VARIANTS["flax"])
         compiled = jax.jit(step).lower(*arguments).compile()
         self.assertEqual(
             result.temp_bytes, compiled.memory_analysis().temp_size_in_bytes
@@ -123,11 +122,17 @@ class WorkloadsTest(parameterized.TestCase):
                 "ViT-S/16": ("ViT-S/16", 224, 4),
             },
         )
-        policies = [preset.conv for preset in workloads.TIMED_VARIANTS.values()]
-        sizes = [policy and policy.chunk_size for policy in policies]
-        self.assertEqual(sizes, [None, 16, 32, 2**14, 16, None, None])
-        remats = [preset.remat for preset in workloads.TIMED_VARIANTS.values()]
-        self.assertEqual(remats, ["none"] * 5 + ["blocks", "dots"])
+        layers = [each.layers for each in TIMED_VARIANTS.values()]
+        sizes = [each.conv and each.conv.chunk_size for each in layers]
+        self.assertEqual(sizes, [*[None] * 3, 16, 32, 2**14, 16, None, None])
+        self.assertEqual(
+            [each.remat for each in layers][-3:], ["none", "blocks", "dots"]
+        )
+        drops = {n: each.drop for n, each in TIMED_VARIANTS.items() if each.drop}
+        self.assertEqual(drops, {"drop exact": "exact", "drop lean": "lean"})
+        self.assertEqual(
+            TIMED_VARIANTS["drop lean"].layers, TIMED_VARIANTS["flax"].layers
+        )
 
     def test_a_gpu_has_the_models_of_the_paper(self):
         workloads_here = [each for each, _ in step_time.GPU_MODELS.values()]
@@ -149,38 +154,35 @@ class WorkloadsTest(parameterized.TestCase):
         ("ViT-S/16", 21_669_514),
     )
     def test_models_have_the_parameters_of_their_names(self, name, count):
-        preset = workloads.TIMED_VARIANTS["flax"]
-        _, arguments, _ = workloads.training_step(step_time.MODELS[name][0], preset)
+        workload, _ = step_time.MODELS[name]
+        _, arguments, _ = workload.training_step(TIMED_VARIANTS["flax"])
         leaves = jax.tree.leaves(arguments[0]["params"])
         self.assertEqual(sum(leaf.size for leaf in leaves), count)
 
     def test_arguments_are_those_that_every_kind_of_variant_takes(self):
         arguments = workloads.real_arguments(_TINY)
-        for name in ("dropit_16", "lean", "remat_blocks"):
-            preset = workloads.TIMED_VARIANTS[name]
-            _, abstract, _ = workloads.training_step(_TINY, preset)
+        for name in ("drop lean", "dropit_16", "lean", "remat_blocks"):
+            _, abstract, _ = _TINY.training_step(TIMED_VARIANTS[name])
             chex.assert_trees_all_equal_shapes_and_dtypes(arguments, abstract)
         labels = arguments[-1]
         self.assertBetween(int(labels.min()), 0, 9)
         self.assertBetween(int(labels.max()), 0, 9)
 
-    def test_remat_changes_no_gradient_of_the_mlp(self):
+    def test_what_loses_nothing_changes_no_gradient_of_the_mlp(self):
         arguments = workloads.real_arguments(_TINY)
         updated = {}
-        for name in ("flax", "remat_blocks", "remat_dots"):
-            preset = workloads.TIMED_VARIANTS[name]
-            step, _, _ = workloads.training_step(_TINY, preset)
+        for name in ("flax", "drop exact", "remat_blocks", "remat_dots"):
+            step, _, _ = _TINY.training_step(TIMED_VARIANTS[name])
             updated[name] = jax.jit(step)(*arguments)
         for each in updated.values():
             chex.assert_trees_all_close(each, updated["flax"], rtol=1e-6, atol=1e-6)
 
     def test_a_block_of_the_mlp_is_a_hidden_layer(self):
         def residuals(name):
-            preset = workloads.TIMED_VARIANTS[name]
-            _, arguments, _ = workloads.training_step(_TINY, preset)
-            variables, _, images, _ = arguments
+            variant = TIMED_VARIANTS[name]
+            _, (variables, _, images, _), _ = _TINY.training_step(variant)
             saved = memory.saved_residuals(
-                _TINY.make(preset).apply, variables, images, True
+                _TINY.make(variant.layers).apply, variables, images, True
             )
             return [each.shape for each in saved.residuals if each.is_cached]
 

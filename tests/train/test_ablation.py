@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from absl.testing import absltest, parameterized
 
+from configs import ablation_drop
+from dropit_jax import layer_preset
 from tests.train import commands, tiny_grid
 from train import ablation, records, validation
 from train import config as config_lib
@@ -47,8 +49,13 @@ class GridTest(parameterized.TestCase):
         (lambda c: setattr(c, "variants", {}), "config.variants is empty"),
         (
             lambda c: c.variants.half.__delattr__("dropit"),
-            "config.variants.half has the fields memory, dropit, seeds",
+            "config.variants.half has the fields memory, dropit, seeds, and may have d",
         ),
+        (
+            lambda c: setattr(c.variants.half, "remat", "blocks"),
+            r"and may have drop; got \[.*'remat'",
+        ),
+        (lambda c: setattr(c.variants.half, "drop", 3), "config.variants.half: "),
         (lambda c: setattr(c.variants.half, "seeds", ()), "takes different seeds"),
         (lambda c: setattr(c.variants.half, "seeds", (1, 1)), "takes different seeds"),
         (lambda c: setattr(c.variants.half, "seeds", (1.5,)), "config.variants.half: "),
@@ -80,6 +87,35 @@ class GridTest(parameterized.TestCase):
                 self.assertIn(f"min_k_{rate}_d{chunk_size}", seeds)
         presets = {run.variant: config_lib.memory(run.config) for run in runs}
         self.assertLen(set(map(repr, presets.values())), len(presets))
+
+    @parameterized.parameters("digits_vit", "digits_resnet18", "cifar10")
+    def test_the_grids_of_drop(self, model):
+        config = ablation_drop.get_config(model)
+        runs = ablation.runs(config)
+        found: dict[str, list[int]] = {}
+        for run in runs:
+            validation.validate(run.config)
+            found.setdefault(run.config.drop or "baseline", []).append(run.config.seed)
+            self.assertEqual(run.variant, run.config.drop or "baseline")
+            self.assertEqual(config_lib.memory(run.config), layer_preset("baseline"))
+        seeds = [42, 1, 2]
+        names = ("baseline", "exact", "lean", "leanest")
+        self.assertEqual(found, dict.fromkeys(names, seeds))
+        if model != "cifar10":
+            own = importlib.import_module(f"configs.{model}").get_config()
+            config.base.memory = own.memory
+            self.assertEqual(config.base, own)
+
+    def test_another_grid_of_drop(self):
+        with pytest.raises(ValueError, match=r"no model 'vit'; known are 'digits_vit'"):
+            ablation_drop.get_config("vit")
+
+    def test_what_a_variant_does_not_say_of_drop_is_as_in_the_base(self):
+        config = tiny_grid.get_config()
+        config.base.drop = "lean"
+        config.variants.half.drop = "exact"
+        drops = [run.config.drop for run in ablation.runs(config)]
+        self.assertEqual(drops, ["lean", "exact", "lean"])
 
     def test_of_two_lengths_the_one_that_counts_is_left(self):
         config = tiny_grid.get_config()

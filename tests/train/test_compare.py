@@ -9,6 +9,7 @@ import PIL.Image
 import rich.console
 from absl.testing import absltest, parameterized
 
+from configs import digits_resnet18
 from dropit_jax import memory
 from dropit_jax.memory import toolchain
 from tests.train import commands
@@ -76,6 +77,17 @@ class CompareTest(parameterized.TestCase):
         self.assertIn("Unknown target 'h1000'", errors)
         self.assertNotIn("Traceback", errors)
         self.assertFalse(directory.exists())
+
+    @parameterized.parameters(
+        ("baseline", "", "dropit"),
+        ("lean", "", "lean"),
+        ("baseline", "lean", "baseline"),
+    )
+    def test_what_saves_no_memory_is_compared_with_dropit(self, preset, drop, expected):
+        config = digits_resnet18.get_config()
+        config.memory, config.drop = preset, drop
+        compared = compare._compact(config)
+        self.assertEqual((compared.memory, compared.drop), (expected, drop))
 
     def test_the_table_has_values_and_ratios(self):
         flax = compare.Measurements(0.8, 2**22, 2**23, 0.5)

@@ -100,6 +100,17 @@ class MemoryTest(parameterized.TestCase):
             config_lib.dropit_section(ratio=0.5)
 
 
+class PlainTest(parameterized.TestCase):
+    def test_nothing_saves_memory(self):
+        config = digits_resnet18.get_config()
+        config.memory, config.remat, config.drop = "lean", "blocks", "lean"
+        config.dropit.rate = 0.5
+        plain = config_lib.plain(config)
+        self.assertEqual(config_lib.memory(plain), layer_preset("baseline"))
+        self.assertEqual(plain.drop, "")
+        self.assertEqual(config.drop, "lean")  # which is as it was
+
+
 class StepsTest(parameterized.TestCase):
     def test_epochs_leave_out_what_fills_no_batch(self):
         config = digits_resnet18.get_config()
@@ -127,6 +138,7 @@ _CHANGED = functools.partial(
     num_epochs=None,
     num_steps=2**40,
     seed=2**63 - 1,
+    drop="leanest",
     init_from='with "quotes", a line\nand ü',
 )
 

@@ -80,5 +80,15 @@ class DroppedTest(parameterized.TestCase):
         self.assertAlmostEqual(measurements.dropped(config), 0.75)
 
 
+class CachedTest(parameterized.TestCase):
+    @parameterized.parameters("baseline", "lean")
+    def test_under_drop_it_is_not_the_layers_that_decide(self, memory):
+        config = digits_vit.get_config()
+        config.memory = memory
+        self.assertGreater(measurements.cached_bytes(config), 0)
+        config.drop = "lean"
+        self.assertIsNone(measurements.cached_bytes(config))
+
+
 if __name__ == "__main__":
     absltest.main()

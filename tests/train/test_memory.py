@@ -62,6 +62,19 @@ class CommandTest(parameterized.TestCase):
         self.assertNotIn("Traceback", errors)
 
 
+class NameTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ("baseline", "none", "", "baseline"),
+        ("lean", "blocks", "", "lean+remat_blocks"),
+        ("baseline", "none", "exact", "baseline+drop_exact"),
+        ("baseline", "blocks", "lean", "baseline+remat_blocks+drop_lean"),
+    )
+    def test_says_all_that_saves_memory(self, preset, remat, drop, expected):
+        config = _config()
+        config.memory, config.remat, config.drop = preset, remat, drop
+        self.assertEqual(command.name_of(config), expected)
+
+
 class LargestBatchTest(parameterized.TestCase):
     def test_is_searched_beyond_the_dataset(self):
         with mock.patch.object(memory, "max_batch") as search:

@@ -557,6 +557,50 @@ _CONFIGS = {
 }
 
 
+class DropTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("resnet", _config, "baseline", "none", 1),
+        ("vit", _vit_config, "lean", "blocks", 2),
+    )
+    def test_exact_is_the_step_without_it(self, config, memory, remat, parts):
+        config = _plain_sgd(config(memory))
+        config.remat, config.accumulate_steps = remat, parts
+        state, batch = _trained(config), _batch(config)
+        expected = _train_step(config)(state, batch)
+        config.drop = "exact"
+        found = _train_step(config)(state, batch)
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
+
+    def test_lean_is_near(self):
+        config = _plain_sgd(_vit_config())
+        state, batch = _trained(config), _batch(config)
+        norms = []
+        expected = _train_step(config)(state, batch)
+        for config.drop in ("lean", "leanest"):
+            found = _train_step(config)(state, batch)
+            off = jax.tree.map(jnp.subtract, found[0].params, expected[0].params)
+            norms.append(float(optax.tree.norm(off)))
+            chex.assert_trees_all_close(found[1], expected[1], rtol=1e-5)
+        change = jax.tree.map(jnp.subtract, expected[0].params, state.params)
+        lean, leanest = np.array(norms) / float(optax.tree.norm(change))
+        self.assertBetween(lean, 1e-4, 0.02)
+        self.assertBetween(leanest, lean, 0.3)
+
+    @parameterized.parameters(
+        ("baseline", "dots", "exact"),
+        ("dropit", "none", "lean"),
+        ("dropit", "blocks", "exact"),
+        ("lean", "none", "exact"),
+        ("lean", "dots", "leanest"),
+    )
+    def test_it_goes_with_all_other_ways(self, memory, remat, drop):
+        config = _vit_config(memory, scan=remat == "blocks", dropout=0.1)
+        config.memory, config.remat, config.drop = memory, remat, drop
+        step, (state, batch) = step_lib.abstract(config)
+        found, _ = jax.eval_shape(step, state, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, state)
+
+
 class DtypeTest(parameterized.TestCase):
     @parameterized.parameters(*_CONFIGS)
     def test_of_the_computation_is_not_that_of_the_state(self, name):

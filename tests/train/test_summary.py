@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import math
 
@@ -65,6 +66,11 @@ class PageTest(parameterized.TestCase):
             _summary("h", accuracy=(0.48,), rate=0.5),
             _summary("e", accuracy=(0.45,), rate=0.5, value_dtype="int4"),
             _summary("f", memory="lean", accuracy=(0.46,), rate=0.0),
+            dataclasses.replace(
+                _summary("i", memory="baseline", accuracy=(0.49,)),
+                cached_bytes=None,
+                drop="lean",
+            ),
         ]
         config = tiny_grid.get_config().base
         self.page = summary.to_markdown(self.summaries, config, "l4")
@@ -97,14 +103,26 @@ class PageTest(parameterized.TestCase):
         self.assertIn("| 1.00 | 0.50 | 4.00 | 1.00 | 1.00 |", table)
         self.assertIn("| `baseline` | - | 2 | 60.0 ± 10.0 | - | 1.250 |", table)
         self.assertIn("| `a` | 50.0% | 1 | 41.0 | -14.0 | 1.250 |", table)
+        self.assertIn("| `i` | - | 1 | 49.0 | -6.0 | 1.250 | - | - | 4.00 |", table)
+
+    def test_without_layers_that_drop_there_is_no_grid(self):
+        config = tiny_grid.get_config().base
+        baseline, *_, dropped = self.summaries
+        page = summary.to_markdown([baseline, dropped], config, "l4")
+        self.assertNotIn("Granularity", page)
+        self.assertIn("## Every variant\n\n| variant |", page)
 
     def test_the_csv_has_what_the_page_has(self):
         rows = list(csv.DictReader(io.StringIO(summary.to_csv(self.summaries))))
-        self.assertEqual([row["variant"] for row in rows], ["baseline", *"abcdghef"])
+        self.assertEqual([row["variant"] for row in rows], ["baseline", *"abcdghefi"])
         self.assertAlmostEqual(float(rows[0]["test_accuracy"]), 0.6)
         self.assertAlmostEqual(float(rows[0]["test_accuracy_error"]), 0.1)
         self.assertAlmostEqual(float(rows[1]["gain"]), -0.14)
         self.assertEqual((rows[1]["gain_error"], rows[1]["dropped"]), ("", "0.5"))
+        self.assertEqual((rows[0]["drop"], rows[-1]["drop"]), ("", "lean"))
+        self.assertEqual(
+            (rows[0]["cached_bytes"], rows[-1]["cached_bytes"]), ("2097152", "")
+        )
         self.assertEqual((rows[0]["rate"], rows[4]["granularity"]), ("", "channel"))
 
 

@@ -42,6 +42,8 @@ class ValidateTest(parameterized.TestCase):
         ("optimizer.momentum", float("nan"), r"momentum must be finite, got nan"),
         ("optimizer.nesterov", 1, r"config\.optimizer\.nesterov must be of type bool"),
         ("memory", "slim", r"config\.memory: .*'slim'.*'baseline', 'dropit', 'lean'"),
+        ("drop", "slim", r"config\.drop: .*'slim'; known are '', 'exact', "),
+        ("drop", None, r"config\.drop must be of type str, got None"),
         ("remat", "all", r"config\.remat: .*'all'.*'none', 'blocks', 'dots'"),
         ("model.patch_size", 4, r"config\.model\.patch_size is not for .*'resnet18'"),
         ("model.name", "vit_b", r"config\.model\.(width|stem) is not for .*'vit_b'"),
@@ -239,6 +241,8 @@ class ValidateTest(parameterized.TestCase):
         {"mesh__fsdp": 2},
         {"init_from": "weights.npz"},
         {"num_steps": 1},
+        {"drop": "exact", "remat": "dots"},
+        {"drop": "leanest", "memory": "lean", "remat": "blocks"},
         {"schedule__warmup_epochs": 10**6},
     )
     def test_the_bounds_are_allowed(self, **values):

@@ -1,0 +1,157 @@
+"""How far gradients under `drop` are from the exact ones, and what is stored for them.
+
+`python -m benchmarks.drop_error [--model=NAME] [--json]`
+
+The error is that of the whole gradient of a training step's loss, all parameters
+together, and relative: the norm of its difference from what `jax.grad` gives of the
+same function, by the norm of the latter. Nothing in the models is at its first value,
+such as a scale of 1 or a kernel of 0: all parameters have random numbers added.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import command, workloads
+from benchmarks.variants import VARIANTS
+from benchmarks.workloads import Workload
+from dropit_jax import drop, plan
+
+MODELS: dict[str, Workload] = {
+    "ViT-S/16": workloads.vit_s16(batch=4),
+    "ResNet-18 (width 16)": workloads.resnet18(16, batch=16),
+}
+PRESETS = ("exact", "lean", "leanest")
+# The deviation of what is added to the parameters.
+_PERTURBATION = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a preset stores, and how far its gradient is from the exact one.
+
+    Attributes:
+      model: its name.
+      image_size: side of the images, in pixels.
+      batch: images in the step.
+      dtype: of the computation.
+      preset: of `dropit_jax.drop`.
+      error: of the whole gradient, relative.
+      stored_bytes: what the plan of the function says that it stores.
+      plain_bytes: what it says that the plain function stores.
+    """
+
+    model: str
+    image_size: int
+    batch: int
+    dtype: str
+    preset: str
+    error: float
+    stored_bytes: int
+    plain_bytes: int
+
+
+def measure(workload: Workload, presets: Sequence[str] = PRESETS) -> list[Result]:
+    """Differentiates the loss of a workload under each preset."""
+    loss = workload.loss(VARIANTS["baseline"])
+    arguments = _arguments(workload)
+    exact = _gradient(loss, arguments)
+    results = []
+    for preset in presets:
+        planned = plan(loss, preset)(*arguments)
+        found = _gradient(drop(loss, preset), arguments)
+        results.append(
+            Result(
+                workload.model,
+                workload.image_size,
+                workload.batch,
+                workload.dtype,
+                preset,
+                relative_error(found, exact),
+                planned.nbytes,
+                planned.plain_bytes,
+            )
+        )
+    return results
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """The norm of the difference of two trees of arrays, by that of the second."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    off = of_expected = 0.0
+    for a, b in pairs:
+        wide = np.asarray(b, np.float64)
+        off += float(np.sum((np.asarray(a, np.float64) - wide) ** 2))
+        of_expected += float(np.sum(wide**2))
+    return (off / of_expected) ** 0.5
+
+
+def _gradient(loss: Any, arguments: tuple[Any, ...]) -> Any:
+    gradient, _ = jax.jit(jax.grad(loss, has_aux=True))(*arguments)
+    return gradient
+
+
+def _arguments(workload: Workload) -> tuple[Any, ...]:
+    """Arguments of the loss, with parameters of which none is at its first value."""
+    variables, _, images, labels = workloads.real_arguments(workload)
+    others = {name: each for name, each in variables.items() if name != "params"}
+    leaves, structure = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = jax.tree.unflatten(
+        structure,
+        [
+            leaf + _PERTURBATION * jax.random.normal(key, leaf.shape, jnp.float32)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
+    return params, others, images, labels
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The results of a model as a table."""
+    first, mib = results[0], 2**-20
+    header = ["preset", "error", "stored MiB", "plain MiB", "ratio"]
+    rows = [
+        [
+            result.preset,
+            f"{result.error:.2g}",
+            f"{result.stored_bytes * mib:,.1f}",
+            f"{result.plain_bytes * mib:,.1f}",
+            f"{result.stored_bytes / result.plain_bytes:.3f}",
+        ]
+        for result in results
+    ]
+    device = command.machine(jax.devices()[0].device_kind)
+    return command.table(workloads.title(first, device), header, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints what was asked for."""
+    parser = command.parser("drop_error", __doc__)
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help=f"one of {', '.join(map(repr, MODELS))}; may be repeated; default: all",
+    )
+    flags = parser.parse_args(arguments)
+    try:
+        models = command.chosen("model", flags.model, MODELS)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    every: list[Result] = []
+    for model in models:
+        results = measure(MODELS[model])
+        every += results
+        if not flags.json:
+            print(markdown(results), end="\n\n", flush=True)
+    if flags.json:
+        print(command.to_json(every))
+
+
+if __name__ == "__main__":
+    main()

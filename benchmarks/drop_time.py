@@ -1,0 +1,129 @@
+"""What `drop` costs in time on a CPU: steps, compilation, and planning.
+
+`python -m benchmarks.drop_time [--model=NAME] [--rounds=9] [--json]`
+
+Steps with `drop` take turns with plain Flax and with recomputed blocks, as in
+`benchmarks.step_time`. What a plan takes is measured on a transformer whose 24 blocks
+are written one after the other.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from benchmarks import command, step_time, timing, workloads
+from benchmarks.transformer import UNROLLED, Transformer
+from benchmarks.variants import VARIANTS
+from benchmarks.workloads import Workload
+from dropit_jax import plan
+
+# Models, and how many rounds.
+MODELS: dict[str, tuple[Workload, int]] = {
+    "ViT-S/16": (workloads.vit_s16(batch=8), 9),
+    "ResNet-18 (width 64)": (workloads.resnet18(64), 9),
+}
+_NAMES = ("flax", "drop exact", "drop lean", "remat_blocks")
+_COMPILE_ROUNDS = 3
+_PLANNED = ("exact", "lean", "leanest")
+_TRACE = "trace"
+
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """What it takes to plan a function.
+
+    Attributes:
+      model: of which the function is the loss.
+      preset: of the plan.
+      trace_s: seconds in which JAX traces the function's gradient, the median.
+      plan_s: seconds of `dropit_jax.plan`, which traces the function, its forward and
+        its backward pass, and plans; the median.
+    """
+
+    model: str
+    preset: str
+    trace_s: float
+    plan_s: float
+
+
+def planning(model: Transformer, rounds: int) -> list[Planning]:
+    """Plans the loss with every preset and traces its gradient, in turns."""
+    loss, arguments = model.loss(VARIANTS["baseline"]), model.arguments()
+    gradient = jax.grad(loss, has_aux=True)
+    calls: dict[str, Callable[..., Any]] = {
+        preset: plan(loss, preset) for preset in _PLANNED
+    }
+    calls[_TRACE] = jax.make_jaxpr(gradient)
+    runs = {
+        name: functools.partial(_fresh, each, arguments) for name, each in calls.items()
+    }
+    seconds = timing.interleaved(runs, rounds)
+    medians = {name: timing.spread(each).median for name, each in seconds.items()}
+    return [
+        Planning(model.model, preset, medians[_TRACE], medians[preset])
+        for preset in _PLANNED
+    ]
+
+
+def _fresh(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    jax.clear_caches()  # functions that another call has traced
+    return call(*arguments)
+
+
+def markdown(model: Transformer, results: Sequence[Planning]) -> str:
+    """What planning takes as a table."""
+    header = ["preset", "gradient traced s", "planned s"]
+    rows = [
+        [each.preset, f"{each.trace_s:.2f}", f"{each.plan_s:.2f}"] for each in results
+    ]
+    where = command.machine(jax.devices()[0].device_kind)
+    return command.table(model.title(where), header, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints what was asked for."""
+    parser = command.parser("drop_time", __doc__)
+    known = [*MODELS, UNROLLED.name]
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help=f"one of {', '.join(map(repr, known))}; may be repeated; default: all",
+    )
+    parser.add_argument(
+        "--rounds", type=timing.count, help="default: of each model its own"
+    )
+    flags = parser.parse_args(arguments)
+    try:
+        models = command.chosen("model", flags.model, known)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    # A program from a cache is not compiled.
+    jax.config.update("jax_enable_compilation_cache", False)
+    every: list[Any] = []
+    for model in models:
+        print(model, file=sys.stderr)
+        if model in MODELS:
+            workload, rounds = MODELS[model]
+            rounds = flags.rounds or rounds
+            steps = step_time.measure(workload, _NAMES, rounds, _COMPILE_ROUNDS)
+            every += steps
+            table = step_time.markdown(steps)
+        else:
+            plans = planning(UNROLLED, flags.rounds or _COMPILE_ROUNDS)
+            every += plans
+            table = markdown(UNROLLED, plans)
+        if not flags.json:
+            print(table, end="\n\n", flush=True)
+    if flags.json:
+        print(command.to_json(every))
+    else:
+        print(f"{timing.DEFINITION} The baseline is {_NAMES[0]}.")
+
+
+if __name__ == "__main__":
+    main()
