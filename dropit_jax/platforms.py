@@ -4,9 +4,11 @@ As `jax.lax.platform_dependent`, which is a choice between branches that XLA has
 apart in every layer anew. This one is what the platform has, in its place.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +28,21 @@ from dropit_jax.compat import (
 )
 
 _Operation = Callable[..., Any]
+
+
+# Whether an exported program may be run by other versions of JAX, to which kernels and
+# layouts promise nothing.
+_is_for_others = contextvars.ContextVar("is_for_others", default=True)
+
+
+@contextlib.contextmanager
+def exporting_for_this_version() -> Iterator[None]:
+    """Exports programs as they run here, not by their plain definitions."""
+    token = _is_for_others.set(False)
+    try:
+        yield
+    finally:
+        _is_for_others.reset(token)
 
 
 def by_platform(
@@ -159,7 +176,7 @@ def _lowered(platform: str) -> Callable[..., Any]:
         given = params[platform] or params["default"]
         if platform == "cuda":
             compat.hush_triton()
-            if compat.is_export(context):  # kernels promise no compatibility
+            if compat.is_export(context) and _is_for_others.get():
                 given = params["default"]
         if given is not params["cpu"]:
             operands = operands[waits:]

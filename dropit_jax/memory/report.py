@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax import export
 
+from dropit_jax import platforms
 from dropit_jax.memory import (
     buffers,
     compiler_process,
@@ -184,9 +185,10 @@ def _exported(
         export.DisabledSafetyCheck.custom_call(target)
         for target in ("__gpu$xla.gpu.triton", "LayoutConstraint")
     ]
-    exported = export.export(
-        jax.jit(flat_step), platforms=["cuda"], disabled_checks=unstable
-    )(*leaves)
+    with platforms.exporting_for_this_version():
+        exported = export.export(
+            jax.jit(flat_step), platforms=["cuda"], disabled_checks=unstable
+        )(*leaves)
     return bytes(exported.serialize()), [i for i, here in enumerate(donated) if here]
 
 

@@ -18,7 +18,7 @@ from dropit_jax.transform.storage import Bits, Exact, Form
 # Operations of a product for which a GPU could move a byte. (H100, bfloat16: 1e15
 # operations and 3.4e12 bytes a second.) The price of the time is what the memory for
 # that byte is worth.
-_FLOPS_A_BYTE = 250.0
+_FLOPS_A_BYTE = 300.0
 
 NEVER = math.inf
 

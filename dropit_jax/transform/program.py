@@ -187,8 +187,10 @@ def bind(node: Node, *operands: Any) -> Sequence[Any]:
     return compat.bind_equation(node.equation, operands)
 
 
-def sized(aval: Any) -> jax.ShapeDtypeStruct:
+def sized(aval: Any) -> Any:
     """The type of an array, with sizes in place of symbols."""
+    if all(isinstance(size, int) for size in aval.shape):
+        return aval
     return jax.ShapeDtypeStruct(tuple(map(compat.concrete, aval.shape)), aval.dtype)
 
 
