@@ -25,8 +25,9 @@ class Kind(enum.Enum):
       KERNEL: only gradients of inputs depend on it, each by one product.
       FLOWING: the gradient of what came before depends on it.
       SMALL: too small to matter.
-      KEPT: what a plan or a rule of its own has chosen to store, and values that few
-        bits cannot hold beside others: those with the numbers of a mask in them.
+      KEPT: stored exactly: what a plan or a rule of its own has chosen to store,
+        parameters that devices gathered, and values that few bits cannot hold beside
+        others: those with the numbers of a mask in them.
     """
 
     FREE = "free"
@@ -93,19 +94,21 @@ def classify(
     flowing = _flowing(forward, reads, free, parameters)
     kept = _masked(forward, free, halves.perturbed)
     kept |= {value for value, how in reads.items() if how == "kept"}
-    for node in filter(names_what_is_stored, forward.nodes):
-        kept.update(node.outputs)
+    for node in forward.nodes:
+        is_gathered = node.name == "reshard" and free.issuperset(node.operands)
+        if is_gathered or names_what_is_stored(node):
+            kept.update(node.outputs)
     largest = max((programs.nbytes(forward.avals[v]) for v in needed), default=0)
 
     def kind(value: int, aval: Any) -> Kind:
         if value in free:
             return Kind.FREE
+        if programs.nbytes(aval) <= largest * _SMALL:
+            return Kind.SMALL
         if not split.is_floating(aval) or jnp.issubdtype(
             aval.dtype, jnp.complexfloating
         ):
             return Kind.DISCRETE
-        if programs.nbytes(aval) <= largest * _SMALL:
-            return Kind.SMALL
         if value in kept:
             return Kind.KEPT
         return Kind.FLOWING if value in flowing else Kind.KERNEL
@@ -148,7 +151,14 @@ def _reads(
 
 
 # What a gradient goes through on its way from a product to the result.
-_ONWARD = primitives.MOVES | {"convert_element_type", "add_any", "neg", "reduce_sum"}
+_ONWARD = primitives.MOVES | {
+    "add_any",
+    "convert_element_type",
+    "neg",
+    "reduce_sum",
+    "reshard",
+    "sharding_constraint",
+}
 # The weaker role first.
 _ROLES = ("kernel", "flowing", "kept")
 

@@ -12,7 +12,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from dropit_jax import compat
 from dropit_jax.transform import program as programs
 from dropit_jax.transform import rewrite, rules, split
-from dropit_jax.transform.planner import Planner
+from dropit_jax.transform.planner import PlanError, Planner
 from dropit_jax.transform.rewrite import Passes
 
 # Keys are folded with numbers of values below it, and of bodies from it on.
@@ -63,7 +63,21 @@ class Dropped:
           key: in place of its own.
         """
         keys = [self.key if key is None else key] if self._is_keyed else []
-        return _call(self, *keys, *self._constants, *arrays)
+        inputs = (*keys, *self._constants, *arrays)
+        return _call(self, *inputs) if self.is_reached else self.plain(*inputs)
+
+    @functools.cached_property
+    def is_reached(self) -> bool:
+        """Whether the function is differentiated by a plan.
+
+        JAX's derivative of a loop that writes to a mutable reference cannot be taken
+        apart: it writes to references of its own.
+        """
+        return not any(map(rules.has_reference, self._program.nodes))
+
+    @functools.cached_property
+    def _program(self) -> programs.Program:
+        return programs.flatten(self._traced, rules.DIFFERENTIABLE, hoisted=True)
 
     def plain(self, *arrays: Any) -> Sequence[Any]:
         """The same, of key, constants and inputs, not to be differentiated."""
@@ -73,6 +87,11 @@ class Dropped:
 
     def plan(self, is_perturbed: Sequence[bool]) -> None:
         """Makes the planner plan for these inputs to be differentiated."""
+        if not self.is_reached:
+            raise PlanError(
+                "A loop or a conditional of the function writes to a mutable "
+                "reference: drop leaves the function as it is, and has no plan of it."
+            )
         jaxpr = compat.open_jaxpr(self._traced)
         keys = [_aval(self.key)] if self._is_keyed else []
         inputs = [variable.aval for variable in (*jaxpr.constvars, *jaxpr.invars)]
@@ -112,7 +131,6 @@ class Dropped:
 
     def _with_bodies(self, *arrays: Any) -> Sequence[Any]:
         key, arrays = self._without_key(arrays)
-        program = programs.flatten(self._traced, rules.DIFFERENTIABLE, hoisted=True)
         bodies = itertools.count()
 
         def drop_body(*args: Any, **kwargs: Any) -> Dropped:
@@ -121,7 +139,7 @@ class Dropped:
                 own = jax.random.fold_in(key, _FIRST_BODY + next(bodies))
             return self._drop_body(*args, key=own, **kwargs)
 
-        return rules.run(program, arrays, drop_body)
+        return rules.run(self._program, arrays, drop_body)
 
     def _drop_body(
         self,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dropit_jax import compat
 from dropit_jax.compat import Jaxpr, JaxprEqn, Literal
@@ -178,7 +177,7 @@ def read(known: dict[int, Any], atom: Atom) -> Any:
         return atom.val
     found = known[atom]
     if isinstance(found, Zeros):
-        return jnp.zeros(found.aval.shape, found.aval.dtype)
+        return compat.ad.instantiate_zeros(compat.ad.Zero(found.aval))
     return found
 
 

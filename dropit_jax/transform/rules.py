@@ -14,8 +14,8 @@ from jax import lax
 
 from dropit_jax import compat
 from dropit_jax.nn import pooling
+from dropit_jax.transform import primitives, split
 from dropit_jax.transform import program as programs
-from dropit_jax.transform import split
 from dropit_jax.transform.program import Node, Program
 
 # Makes a function of a body that stores less (`differentiate.Dropped`). Given are the
@@ -88,7 +88,7 @@ def _shard_map(
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=tuple(params["out_specs"]),
-        axis_names=set(params["manual_axes"]),
+        axis_names=set(params["newly_manual_axes"]),
         check_vma=params["check_vma"],
     )(*operands)
 
@@ -134,10 +134,16 @@ def _remat3(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequenc
     )
 
 
+def has_reference(node: Node) -> bool:
+    """Whether an equation is of a body to which a mutable reference is given."""
+    has_body = _rule(node) is not None or node.name in primitives.BODIES
+    return has_body and any(
+        split.is_reference(variable.aval) for variable in node.equation.invars
+    )
+
+
 def _rule(node: Node) -> Callable[..., Sequence[Any]] | None:
     """The rule for an equation; `None`: it is bound as it is."""
-    if any(split.is_reference(variable.aval) for variable in node.equation.invars):
-        return None  # a body that writes to a reference is left whole
     if compat.remat_traced(node.equation) is not None:
         return _remat3
     return _RULES.get(node.name)
