@@ -266,7 +266,7 @@ def concrete(dimension: Any) -> int:
     """
     if not jax.export.is_symbolic_dim(dimension):
         return int(dimension)
-    values = dict.fromkeys(dimension._get_vars(), _SYMBOL)
+    values: Any = dict.fromkeys(dimension._get_vars(), _SYMBOL)
     return int(dimension._evaluate(values))
 
 

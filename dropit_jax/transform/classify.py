@@ -131,7 +131,7 @@ def _inputs_alone(
             node.operands
         ):
             parameters.update(node.outputs)
-        is_constant = not any(node.operands) and node.name in _SMOOTH
+        is_constant = not {*node.operands} and node.name in _SMOOTH
         if is_constant or (node.name in _CHEAP and free.issuperset(node.operands)):
             free.update(node.outputs)
     return free, parameters
@@ -297,7 +297,7 @@ def _still(forward: Program, perturbed: Sequence[bool]) -> set[int]:
     return {
         value
         for value, aval in enumerate(forward.avals)
-        if value not in moving and getattr(aval, "shape", ())
+        if value not in moving and hasattr(aval, "shape") and aval.shape
     }
 
 

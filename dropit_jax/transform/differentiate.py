@@ -54,6 +54,7 @@ class Dropped:
         before = self._is_keyed + len(self._constants)
         self._is_free = (True,) * before + tuple(is_free)
         self._planned: dict[Any, Passes] = {}
+        self._tried: list[Any] = []
 
     def __call__(self, *arrays: Any, key: Any = None) -> Sequence[Any]:
         """Returns the results of the function.
@@ -81,9 +82,9 @@ class Dropped:
 
     def plain(self, *arrays: Any) -> Sequence[Any]:
         """The same, of key, constants and inputs, not to be differentiated."""
-        _, arrays = self._without_key(arrays)
+        _, inputs = self._without_key(arrays)
         jaxpr, count = compat.open_jaxpr(self._traced), len(self._constants)
-        return jax.core.eval_jaxpr(jaxpr, arrays[:count], *arrays[count:])
+        return jax.core.eval_jaxpr(jaxpr, inputs[:count], *inputs[count:])
 
     def plan(self, is_perturbed: Sequence[bool]) -> None:
         """Makes the planner plan for these inputs to be differentiated."""
@@ -105,6 +106,7 @@ class Dropped:
         """The passes when these of key, constants and inputs are differentiated."""
         case = perturbed, avals
         if case not in self._planned:
+            before = len(self._planner.made)
             halves = split.split(self._with_bodies, avals, perturbed)
             pairs = zip(self._is_free, perturbed, strict=True)
             final = tuple(free for free, is_perturbed in pairs if is_perturbed)
@@ -116,6 +118,10 @@ class Dropped:
                 is_recomputed=self._is_recomputed,
                 scope=self._scope,
             )
+            # JAX traces a loop again whose carry turns out to be differentiated.
+            made = self._planner.made
+            tried, self._tried = self._tried, made[before:]
+            made[:] = [choice for choice in made if choice not in tried]
             if not self._is_body:
                 self._planner.check_rules()
             self._planned[case] = Passes(halves, forms, final)
@@ -130,7 +136,7 @@ class Dropped:
         return (arrays[0], arrays[1:]) if self._is_keyed else (None, arrays)
 
     def _with_bodies(self, *arrays: Any) -> Sequence[Any]:
-        key, arrays = self._without_key(arrays)
+        key, inputs = self._without_key(arrays)
         bodies = itertools.count()
 
         def drop_body(*args: Any, **kwargs: Any) -> Dropped:
@@ -139,7 +145,7 @@ class Dropped:
                 own = jax.random.fold_in(key, _FIRST_BODY + next(bodies))
             return self._drop_body(*args, key=own, **kwargs)
 
-        return rules.run(self._program, arrays, drop_body)
+        return rules.run(self._program, inputs, drop_body)
 
     def _drop_body(
         self,

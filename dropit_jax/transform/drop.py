@@ -251,7 +251,7 @@ def _key(own: _Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The PRNG key that an argument brings."""
     given = inspect.signature(own.fun).bind(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
-    found = given.get(str(own.key))
+    found: Any = given.get(str(own.key))
     shape = getattr(found, "shape", None)
     is_typed = shape is not None and jnp.issubdtype(found.dtype, jax.dtypes.prng_key)
     if shape == (() if is_typed else (2,)) and (is_typed or found.dtype == jnp.uint32):

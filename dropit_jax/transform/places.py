@@ -58,7 +58,8 @@ def find(preset: Preset, program: Program, scope: str) -> Places:
     if not preset.rules:
         return Places(preset, {}, frozenset(), frozenset())
     ruled: dict[int, Preset] = {}
-    matched, known = set(), set()
+    matched: set[str] = set()
+    known: set[str] = set()
     for node in program.nodes:
         for place in _places(node, scope):
             known.add(place)

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from dropit_jax.policy import DropIT
@@ -30,7 +30,7 @@ class Preset:
         module, or `jax.named_scope`), several separated by "/", or by a
         `checkpoint_name`; `*` stands for anything. What the place reads is treated like
         what it computes, and the first rule that names a place holds there. A value is
-        a `Preset`, the name of one, or a form for both classes.
+        a `Preset`, the name of one, or a form for both classes. Kept as pairs.
 
     Raises:
       TypeError: a field has the wrong type.
@@ -42,7 +42,7 @@ class Preset:
     kernel: FormLike = "exact"
     flowing: FormLike = "exact"
     traffic: float = 0.005
-    rules: Mapping[str, Any] | tuple[tuple[str, "Preset"], ...] = ()
+    rules: Any = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.flowing, DropIT | Selected):

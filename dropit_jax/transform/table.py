@@ -20,7 +20,7 @@ def rows(plan: "Plan") -> Iterable[tuple[str, ...]]:
     for value in plan.values:
         shape = ",".join(map(str, value.shape))
         times = f"{value.turns} x " if value.turns > 1 else ""
-        key = (
+        key: tuple[str, ...] = (
             f"{times}{value.dtype}[{shape}]",
             value.kind,
             value.form,
