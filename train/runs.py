@@ -13,7 +13,7 @@ from train.config import ConfigError
 from train.records import Row
 
 # What a variant may be; all else is alike in runs that are compared.
-_VARIED = ("memory", "remat", "dropit", "seed")
+_VARIED = ("memory", "remat", "drop", "dropit", "seed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,13 @@ class FindTest(parameterized.TestCase):
         with pytest.raises(ConfigError, match="half holds no finished run"):
             self.find("half")
 
+    def test_what_saves_memory_may_differ(self):
+        first, second, _ = ablation.runs(tiny_grid.get_config())
+        second.config.remat, second.config.drop = "blocks", "lean"
+        self.write(first.path, first.config)
+        self.write(second.path, second.config)
+        self.assertEqual(sorted(self.find()), ["baseline", "half"])
+
     def test_runs_of_other_lengths_cannot_be_compared(self):
         first, second, _ = ablation.runs(tiny_grid.get_config())
         second.config.num_steps = 60
