@@ -276,8 +276,8 @@ _SYMBOL = 256
 def remat_traced(equation: JaxprEqn) -> Any:
     """The checkpointed function of an equation under `jax_remat3`; `None` of others.
 
-    It has a `jaxpr`, a `policy` and `prevent_cse`, as the parameters of the primitive
-    that it replaces.
+    It has a `jaxpr`, a `policy` and, from JAX 0.11 on, `prevent_cse`, as the parameters
+    of the primitive that it replaces.
     """
     found = equation.params.get("_prim")
     return found if type(found).__name__ == "RematTraced" else None

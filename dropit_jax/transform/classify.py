@@ -27,7 +27,8 @@ class Kind(enum.Enum):
       SMALL: too small to matter.
       KEPT: stored exactly: what a plan or a rule of its own has chosen to store,
         parameters that devices gathered, and values that few bits cannot hold beside
-        others: those with the numbers of a mask in them.
+        others: those with the numbers of a mask in them, and matrices that are solved
+        with, whose derivative multiplies an error by their condition.
     """
 
     FREE = "free"
@@ -98,6 +99,7 @@ def classify(
         is_gathered = node.name == "reshard" and free.issuperset(node.operands)
         if is_gathered or names_what_is_stored(node):
             kept.update(node.outputs)
+    kept |= _decomposed(forward)
     largest = max((programs.nbytes(forward.avals[v]) for v in needed), default=0)
 
     def kind(value: int, aval: Any) -> Kind:
@@ -301,6 +303,23 @@ def _still(forward: Program, perturbed: Sequence[bool]) -> set[int]:
     }
 
 
+# What leaves the factors of a matrix as they are, or some of them.
+_PARTS = primitives.MOVES | {"convert_element_type", "mul", "select_n"}
+
+
+def _decomposed(forward: Program) -> set[int]:
+    """Matrices that are solved with or taken apart, their factors, and parts of these."""
+    matrices: set[int] = set()
+    factors: set[int] = set()
+    for node in forward.nodes:
+        if node.name in primitives.DECOMPOSITIONS:
+            matrices.update(node.operands)
+            factors.update(node.outputs)
+        elif node.name in _PARTS and not factors.isdisjoint(node.operands):
+            factors.update(node.outputs)
+    return matrices | factors
+
+
 def _of_a_maximum(forward: Program) -> set[int]:
     """Maxima along an axis, and what is only moved of them."""
     found: set[int] = set()
@@ -315,8 +334,8 @@ def _of_a_maximum(forward: Program) -> set[int]:
 
 def _is_mask(constant: Any) -> bool:
     """Whether numbers are so large that only a mask puts them into an array."""
-    if isinstance(constant, jax.core.Tracer) or not hasattr(constant, "dtype"):
-        is_known = isinstance(constant, float)
-    else:
-        is_known = jnp.issubdtype(constant.dtype, jnp.floating) and constant.size > 0
-    return is_known and bool(np.max(np.abs(np.asarray(constant, np.float64))) >= _MASK)
+    if isinstance(constant, jax.core.Tracer) or not np.size(constant):
+        return False
+    if not jnp.issubdtype(jnp.result_type(constant), jnp.floating):
+        return False
+    return bool(np.max(np.abs(np.asarray(constant, np.float64))) >= _MASK)

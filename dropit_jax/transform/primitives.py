@@ -145,5 +145,28 @@ LINEAR = (
     | {"convert_element_type", "div", "max", "min", "mul", "neg", "reduce_max"}
 )
 
+# Factors of matrices, and solutions with them.
+DECOMPOSITIONS = frozenset(
+    {
+        "cholesky",
+        "cholesky_update",
+        "custom_linear_solve",
+        "eig",
+        "eigh",
+        "geqp3",
+        "geqrf",
+        "hessenberg",
+        "householder_product",
+        "lu",
+        "qr",
+        "schur",
+        "svd",
+        "symmetric_product",
+        "triangular_solve",
+        "tridiagonal",
+        "tridiagonal_solve",
+    }
+)
+
 # Those that hold programs, whose residuals were chosen by a plan of their own.
 BODIES = frozenset({"cond", "scan", "shard_map", "while"})

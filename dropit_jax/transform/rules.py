@@ -129,7 +129,8 @@ def _largest_of_windows(
 def _remat3(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
     traced = compat.remat_traced(node.equation)
     body = drop_body(traced.jaxpr, [True] * len(operands), is_recomputed=True)
-    return jax.checkpoint(body, policy=traced.policy, prevent_cse=traced.prevent_cse)(
+    prevent_cse = getattr(traced, "prevent_cse", True)  # JAX 0.10 has no such field
+    return jax.checkpoint(body, policy=traced.policy, prevent_cse=prevent_cse)(
         *operands
     )
 
