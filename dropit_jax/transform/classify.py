@@ -308,7 +308,7 @@ _PARTS = primitives.MOVES | {"convert_element_type", "mul", "select_n"}
 
 
 def _decomposed(forward: Program) -> set[int]:
-    """Matrices that are solved with or taken apart, their factors, and parts of these."""
+    """Matrices that are solved with or taken apart, their factors, parts of these."""
     matrices: set[int] = set()
     factors: set[int] = set()
     for node in forward.nodes:
