@@ -27,8 +27,9 @@ class Kind(enum.Enum):
       SMALL: too small to matter.
       KEPT: stored exactly: what a plan or a rule of its own has chosen to store,
         parameters that devices gathered, and values that few bits cannot hold beside
-        others: those with the numbers of a mask in them, and matrices that are solved
-        with, whose derivative multiplies an error by their condition.
+        others: those with the numbers of a mask in them, those that a logarithm or a
+        quotient reads near zero, and matrices that are solved with, whose derivative
+        multiplies an error by their condition.
     """
 
     FREE = "free"
@@ -99,7 +100,7 @@ def classify(
         is_gathered = node.name == "reshard" and free.issuperset(node.operands)
         if is_gathered or names_what_is_stored(node):
             kept.update(node.outputs)
-    kept |= _decomposed(forward)
+    kept |= _decomposed(forward) | _read_steeply(forward)
     largest = max((programs.nbytes(forward.avals[v]) for v in needed), default=0)
 
     def kind(value: int, aval: Any) -> Kind:
@@ -301,6 +302,43 @@ def _still(forward: Program, perturbed: Sequence[bool]) -> set[int]:
         for value, aval in enumerate(forward.avals)
         if value not in moving and hasattr(aval, "shape") and aval.shape
     }
+
+
+def _read_steeply(forward: Program) -> set[int]:
+    """Values of which a steep function is taken, and those that they are computed of.
+
+    An error that is small beside a group of 64 is large beside its small elements,
+    where a logarithm or a quotient is steepest. After an `exp` it is not: there the
+    error of the result is relative to it. What a quotient gives has the largest range
+    of all, unless all elements of a row have one divisor.
+    """
+    makers = forward.makers()
+    steep: set[int] = set()
+    for node in reversed(forward.nodes):
+        read = _steep_operand(node)
+        if read is not None and forward.avals[read].shape:
+            steep.add(read)
+            maker = makers.get(read)
+            if node.name in primitives.QUOTIENTS and not (
+                maker and maker.name == "broadcast_in_dim"
+            ):
+                steep.update(node.outputs)
+        if node.name in _ONWARD_TO_STEEP and not steep.isdisjoint(node.outputs):
+            steep.update(node.operands)
+    return steep
+
+
+def _steep_operand(node: Node) -> int | None:
+    """The value of which an equation is a steep function."""
+    if node.name not in primitives.STEEP | primitives.QUOTIENTS:
+        return None
+    if node.name == "integer_pow" and node.params["y"] > 0:
+        return None
+    operand = node.inputs[1 if node.name == "div" else 0]
+    return operand if isinstance(operand, int) else None
+
+
+_ONWARD_TO_STEEP = primitives.LINEAR | {"integer_pow", "select_n", "square"}
 
 
 # What leaves the factors of a matrix as they are, or some of them.

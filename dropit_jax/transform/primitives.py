@@ -145,6 +145,27 @@ LINEAR = (
     | {"convert_element_type", "div", "max", "min", "mul", "neg", "reduce_max"}
 )
 
+# Without bound near zero: `div` of its divisor, `integer_pow` of a negative exponent.
+QUOTIENTS = frozenset({"div", "integer_pow", "pow", "rsqrt"})
+
+# Steep near zero, or at the ends of their range.
+STEEP = frozenset(
+    {
+        "acos",
+        "acosh",
+        "asin",
+        "atan2",
+        "atanh",
+        "digamma",
+        "erf_inv",
+        "lgamma",
+        "log",
+        "log1p",
+        "log2",
+        "sqrt",
+    }
+)
+
 # Factors of matrices, and solutions with them.
 DECOMPOSITIONS = frozenset(
     {
