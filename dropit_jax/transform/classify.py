@@ -43,8 +43,11 @@ class Kind(enum.Enum):
 # What plans and rules of this library store, they name.
 STORED_NAME = "dropit"
 
-# A value this much smaller than the largest is small.
-_SMALL = 1 / 64
+# A value this much smaller than a typical one is small; values of at least the typical
+# size hold this share of all bytes. (The largest is not typical: the logits of a
+# language model are a hundred times as large as its activations.)
+_SMALL = 1 / 32
+_SHARE = 0.9
 
 # Moves, and casts: of an input they cost next to nothing.
 _CHEAP = primitives.MOVES | {"convert_element_type", "mul", "neg"}
@@ -101,12 +104,12 @@ def classify(
         if is_gathered or names_what_is_stored(node):
             kept.update(node.outputs)
     kept |= _decomposed(forward) | _read_steeply(forward)
-    largest = max((programs.nbytes(forward.avals[v]) for v in needed), default=0)
+    typical = _typical_size([programs.nbytes(forward.avals[v]) for v in needed])
 
     def kind(value: int, aval: Any) -> Kind:
         if value in free:
             return Kind.FREE
-        if programs.nbytes(aval) <= largest * _SMALL:
+        if programs.nbytes(aval) <= typical * _SMALL:
             return Kind.SMALL
         if not split.is_floating(aval) or jnp.issubdtype(
             aval.dtype, jnp.complexfloating
@@ -118,6 +121,16 @@ def classify(
 
     kinds = [kind(value, aval) for value, aval in enumerate(forward.avals)]
     return Classes(kinds, frozenset(parameters), needed)
+
+
+def _typical_size(sizes: Sequence[int]) -> int:
+    """The size such that values of at least that size hold most of the bytes."""
+    total, held = sum(sizes), 0
+    for size in sorted(sizes, reverse=True):
+        held += size
+        if held >= _SHARE * total:
+            return size
+    return 0
 
 
 def _inputs_alone(

@@ -129,15 +129,26 @@ def run_backward(
     program = _products_first(backward, products)
     last = programs.last_uses(program)
     moving = {v for v in halves.cotangents if v not in backward.constants}
+    # Cotangents that are a few numbers repeated: what waits are these numbers, as an
+    # array that waits is written to memory.
+    spread: dict[int, tuple[Node, Any]] = {}
     for node in program.nodes:
         met = next((value for value in node.operands if value in moving), None)
         if met is None and not node.equation.effects:
             reader.defer(node)
             continue
         wanted = reader.wanted(node)
-        if met is not None:
+        if met is not None and met in spread:
+            maker, narrow = spread[met]
+            narrow = rebuild.open(wanted, narrow)
+            spread[met] = maker, narrow
+            (known[met],) = programs.bind(maker, narrow)
+        elif met is not None:
             known[met] = rebuild.open(wanted, known[met])
-        results = programs.bind(node, *map(reader, node.inputs))
+        operands = [*map(reader, node.inputs)]
+        results = programs.bind(node, *operands)
+        if node.name == "broadcast_in_dim" and len(operands) == 1:
+            spread[node.outputs[0]] = node, operands[0]
         if met is not None and node in products:
             # What else reads the cotangent waits for the gradient.
             results, known[met] = barriers.barrier((results, known[met]))

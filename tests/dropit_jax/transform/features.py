@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import hijax, io_callback
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from dropit_jax import DropIT
 from dropit_jax import dot_general as dropit_dot
@@ -238,6 +242,204 @@ def convolved(params, x):
         )
         y = (y - y.mean((0, 1, 2))) * lax.rsqrt(y.var((0, 1, 2)) + 1e-5)
     return jnp.sum(y**3)
+
+
+def switch_in_scan(params, x):
+    def turn(x, slices):
+        which, w = slices
+        branches = [lambda x: jnp.sin(x @ w), jnp.cos, lambda x: jnp.tanh(x) @ w]
+        return lax.switch(which, branches, x), None
+
+    y, _ = lax.scan(turn, x, (jnp.arange(3), params["w"]))
+    return jnp.sum(y**2)
+
+
+def cond_in_scan(params, x):
+    def turn(x, w):
+        y = lax.cond(jnp.sum(x) > 0, lambda x: jnp.sin(x @ w), jnp.cos, x)
+        return y, jnp.sum(y)
+
+    y, sums = lax.scan(turn, x, params["w"])
+    return jnp.sum(y**2) + jnp.sum(sums)
+
+
+def checkpointed_scan(params, x):
+    @jax.checkpoint
+    def blocks(x, w):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    return jnp.sum(blocks(jnp.sin(x), params["w"]) ** 2)
+
+
+def vmapped_scan(params, x):
+    def of_row(row):
+        return lax.scan(lambda c, w: (jnp.tanh(c @ w), None), row, params["w"])[0]
+
+    return jnp.sum(jax.vmap(of_row)(x) ** 2)
+
+
+def custom_vjp_in_scan(params, x):
+    y, _ = lax.scan(lambda c, w: (_own_rule(c @ w), None), x, params["w"])
+    return jnp.sum(y**2)
+
+
+def scan_in_checkpoint_in_scan(params, x):
+    @jax.checkpoint
+    def block(x, _):
+        y, _ = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, params["w"])
+        return y, jnp.sum(y)
+
+    y, sums = lax.scan(block, x, None, length=2)
+    return jnp.sum(y**2) + jnp.sum(sums)
+
+
+def offloaded(params, x):
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["hidden"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def block(x, w):
+        return jnp.sin(jnp.tanh(checkpoint_name(x @ w, "hidden")))
+
+    for w in params["w"]:
+        x = jax.checkpoint(block, policy=policy)(x, w)
+    return jnp.sum(x**2)
+
+
+def order_statistics(params, x):
+    y = x @ params["w"][0]
+    y = y * jnp.median(y, axis=-1, keepdims=True) + lax.top_k(y, 1)[0]
+    return jnp.sum(jnp.sin(y @ params["w"][1]))
+
+
+def linear_algebra(params, x):
+    y = jnp.tanh(x @ params["w"][0])
+    solved = jnp.linalg.solve(y @ y.T + jnp.eye(8), y)
+    return jnp.sum(jnp.sin(solved @ params["w"][1]))
+
+
+def sharded(params, x):
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+
+    def of_rows(w, rows):
+        y = jnp.tanh(rows @ w)
+        return y / (1 + lax.psum(jnp.sum(y**2), "rows"))
+
+    rows = P("rows")
+    function = jax.shard_map(of_rows, mesh=mesh, in_specs=(P(), rows), out_specs=rows)
+    return jnp.sum(function(params["w"][0], jnp.sin(x)) ** 2)
+
+
+def _in_a_kernel(function, *operands):
+    def kernel(*refs):
+        *given, made = refs
+        made[...] = function(*(ref[...] for ref in given))
+
+    shape = jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype)
+    return pl.pallas_call(kernel, out_shape=shape, interpret=True)(*operands)
+
+
+@jax.custom_vjp
+def _sin_of_pallas(x):
+    return _in_a_kernel(jnp.sin, x)
+
+
+_sin_of_pallas.defvjp(
+    lambda x: (_sin_of_pallas(x), x),
+    lambda x, g: (_in_a_kernel(lambda x, g: jnp.cos(x) * g, x, g),),
+)
+
+
+def pallas_call(params, x):
+    return jnp.sum(_sin_of_pallas(x @ params["w"][0]) @ params["w"][1] ** 2)
+
+
+# JAX 0.12 calls it by its new name.
+class _Cube(getattr(hijax, "HiPrim", None) or hijax.VJPHiPrimitive):
+    def __init__(self, aval):
+        self.in_avals, self.out_aval, self.params = (aval,), aval, {}
+        super().__init__()
+
+    def expand(self, x):
+        return x**3
+
+    def vjp_fwd(self, nonzeros, x):
+        return self(x), x
+
+    def vjp_bwd_retval(self, x, g):
+        return (3 * x**2 * g,)
+
+
+def hijax_primitive(params, x):
+    y = jnp.tanh(x @ params["w"][0])
+    return jnp.sum(_Cube(jax.typeof(y))(y) @ params["w"][1])
+
+
+def mutable_reference(params, x):
+    total = jax.new_ref(jnp.zeros_like(x))
+    for w in params["w"]:
+        x = jnp.tanh(x @ w)
+        total[...] += jnp.sin(x)
+    total[0] = total[1] ** 2
+    return jnp.sum(total[...] ** 2)
+
+
+def reference_in_scan(params, x):
+    total = jax.new_ref(jnp.zeros_like(x))
+
+    def turn(x, w):
+        x = jnp.tanh(x @ w)
+        total[...] += jnp.sin(x)
+        return x, None
+
+    y, _ = lax.scan(turn, x, params["w"])
+    return jnp.sum(total[...] ** 2) + jnp.sum(y)
+
+
+def reference_in_fori_loop(params, x):
+    total = jax.new_ref(jnp.zeros_like(x))
+
+    def turn(i, x):
+        x = jnp.tanh(x @ params["w"][i])
+        total[i] += jnp.sin(x[0])
+        return x
+
+    y = lax.fori_loop(0, 3, turn, x)
+    return jnp.sum(total[...] ** 2) + jnp.sum(y)
+
+
+def reference_in_cond(params, x):
+    total = jax.new_ref(jnp.zeros_like(x))
+
+    def add(y):
+        total[...] += jnp.sin(y)
+        return y
+
+    y = lax.cond(x[0, 0] < 9, add, jnp.cos, jnp.tanh(x @ params["w"][0]))
+    return jnp.sum(total[...] ** 2 @ params["w"][1]) + jnp.sum(y**2)
+
+
+@jax.custom_jvp
+def _sin_of_the_host(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(np.sin, shape, x, vmap_method="expand_dims")
+
+
+_sin_of_the_host.defjvp(lambda p, t: (_sin_of_the_host(p[0]), jnp.cos(p[0]) * t[0]))
+
+
+def pure_callback(params, x):
+    return jnp.sum(_sin_of_the_host(x @ params["w"][0]) @ params["w"][1] ** 2)
+
+
+def ordered_effects(params, x):
+    y = jnp.tanh(x @ params["w"][0])
+    jax.debug.callback(lambda _: None, y[0, 0], ordered=True)
+    io_callback(lambda _: None, None, lax.stop_gradient(y[0, 1]), ordered=True)
+    return jnp.sum(jnp.sin(y) @ params["w"][1])
 
 
 FEATURES = {

@@ -85,9 +85,26 @@ def _arguments(seed, dtype):
     )
 
 
-def _gradient(function, args):
-    gradients = jax.jit(jax.grad(function, argnums=(0, 1)))(*args)
-    return np.concatenate([np.ravel(leaf) for leaf in gradients])
+def _rounded(array):
+    """The array as 8 bits with a minimum and a scale of each row hold it."""
+    low, high = (f(array, axis=-1, keepdims=True) for f in (np.min, np.max))
+    step = (high - low) / 255
+    return jnp.asarray(np.round((array - low) / step) * step + low, array.dtype)
+
+
+def _gradients(*functions):
+    """The compiled function of arguments that returns the gradients of each."""
+
+    @jax.jit
+    def of_each(*args):
+        found = [jax.grad(function, argnums=(0, 1))(*args) for function in functions]
+        return [jnp.concatenate([jnp.ravel(leaf) for leaf in each]) for each in found]
+
+    return of_each
+
+
+def _distance(found, expected):
+    return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
 class RandomProgramTest(parameterized.TestCase):
@@ -96,21 +113,42 @@ class RandomProgramTest(parameterized.TestCase):
     def test_exact_is_jaxs_gradient(self, steps, seed):
         with jax.enable_x64(True):
             function, args = _function(steps), _arguments(seed, jnp.float64)
-            expected = _gradient(function, args)
-            found = _gradient(drop(function, "exact"), args)
+            found, expected = _gradients(drop(function, "exact"), function)(*args)
             np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
             planned = plan(function, "exact", argnums=(0, 1))(*args)
             self.assertLessEqual(planned.nbytes, planned.plain_bytes)
 
-    def test_every_operation_alone(self):
-        for name in _OPERATIONS:
-            steps = [("product", 0, 0, 0), (name, 1, 0, 1), ("product", 2, 0, 2)]
-            function, args = _function(steps), _arguments(0, jnp.float32)
-            expected = _gradient(function, args)
-            for preset, bound in (("exact", 1e-5), ("lean", 0.05)):
-                found = _gradient(drop(function, preset), args)
-                error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-                self.assertLess(error, bound, (name, preset))
+    def test_lean_is_near(self):
+        """A program's error is bounded by what rounding its arguments does to it.
+
+        A function may be so curved that 8 bits of anything turn its gradient: one in a
+        hundred of these is, such as the sine of a large square. So the yardstick is
+        the plain function of arguments in 8 bits. Of all errors the median is small.
+        """
+        errors = []
+
+        @hypothesis.given(steps=_STEPS, seed=st.integers(0, 2**16))
+        @hypothesis.settings(max_examples=25)
+        def check(steps, seed):
+            function, args = _function(steps), _arguments(seed, jnp.float32)
+            gradients = _gradients(drop(function, "lean"), function)
+            found, expected = gradients(*args)
+            _, of_rounded = gradients(*map(_rounded, args))
+            error = _distance(found, expected)
+            self.assertLess(error, 0.01 + 4 * _distance(of_rounded, expected))
+            if error > 1e-5:  # something is stored in 8 bits
+                errors.append(error)
+
+        check()
+        self.assertGreater(len(errors), 10)
+        self.assertLess(np.median(errors), 0.02)
+
+    @parameterized.parameters(*_OPERATIONS)
+    def test_an_operation_alone(self, name):
+        steps = [("product", 0, 0, 0), (name, 1, 0, 1), ("product", 2, 0, 2)]
+        function, args = _function(steps), _arguments(0, jnp.float32)
+        found, expected = _gradients(drop(function, "lean"), function)(*args)
+        self.assertLess(_distance(found, expected), 0.02)
 
 
 if __name__ == "__main__":
