@@ -225,8 +225,7 @@ def source_line(equation: JaxprEqn) -> str:
     line = source_info_util.summarize(equation.source_info)
     where, _, function = line.partition(" ")
     path, *numbers = where.split(":")
-    short = "/".join(Path(path).parts[-2:])
-    return " ".join(filter(None, (":".join((short, *numbers[:1])), function)))
+    return " ".join(filter(None, (":".join((Path(path).name, *numbers[:1])), function)))
 
 
 # The library's own lines are nobody's source.
