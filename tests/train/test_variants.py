@@ -146,7 +146,7 @@ class ConfigsTest(parameterized.TestCase):
     def test_are_all_that_there_are(self):
         files = sorted(path.stem for path in _CONFIGS.glob("*.py"))
         grids = [name for name in files if name.startswith("ablation_")]
-        self.assertEqual(grids, ["ablation_cifar10"])
+        self.assertEqual(grids, ["ablation_cifar10", "ablation_drop"])
         self.assertEqual([name for name in files if name not in grids], [*_NAMES])
 
     @parameterized.product(name=_NAMES, variant=("", "paper"), num_devices=(1, 2, 8))
