@@ -77,6 +77,15 @@ _STEPS = st.lists(
 )
 
 
+def _sampled_steps(seed):
+    """Steps drawn evenly: Hypothesis prefers programs that store next to nothing."""
+    rng, names = np.random.default_rng(seed), sorted(_OPERATIONS)
+    return [
+        (names[rng.integers(len(names))], *map(int, rng.integers((8, 8, 3))))
+        for _ in range(rng.integers(2, 9))
+    ]
+
+
 def _arguments(seed, dtype):
     rng = np.random.default_rng(seed)
     return (
@@ -126,26 +135,23 @@ class RandomProgramTest(parameterized.TestCase):
         the plain function of arguments in 8 bits. Of all errors the median is small.
         """
         errors = []
-
-        @hypothesis.given(steps=_STEPS, seed=st.integers(0, 2**16))
-        @hypothesis.settings(max_examples=25)
-        def check(steps, seed):
+        for seed in range(20):
+            steps = _sampled_steps(seed)
             function, args = _function(steps), _arguments(seed, jnp.float32)
             gradients = _gradients(drop(function, "lean"), function)
             found, expected = gradients(*args)
             _, of_rounded = gradients(*map(_rounded, args))
             error = _distance(found, expected)
-            self.assertLess(error, 0.01 + 4 * _distance(of_rounded, expected))
+            bound = 0.01 + 4 * _distance(of_rounded, expected)
+            self.assertLess(error, bound, steps)
             if error > 1e-5:  # something is stored in 8 bits
                 errors.append(error)
-
-        check()
         self.assertGreater(len(errors), 10)
         self.assertLess(np.median(errors), 0.02)
 
     @parameterized.parameters(*_OPERATIONS)
     def test_an_operation_alone(self, name):
-        steps = [("product", 0, 0, 0), (name, 1, 0, 1), ("product", 2, 0, 2)]
+        steps = [("product", 0, 0, 0), (name, 1, 0, 1)]
         function, args = _function(steps), _arguments(0, jnp.float32)
         found, expected = _gradients(drop(function, "lean"), function)(*args)
         self.assertLess(_distance(found, expected), 0.02)
