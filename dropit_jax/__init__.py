@@ -11,9 +11,9 @@ from dropit_jax.residual import Residual, compress
 if TYPE_CHECKING:
     from dropit_jax import linen, memory, nn, nnx
     from dropit_jax.transform.drop import drop, plan
+    from dropit_jax.transform.forms.presets import PRESETS, Preset, preset
     from dropit_jax.transform.plan import Plan
-    from dropit_jax.transform.planner import PlanError
-    from dropit_jax.transform.presets import PRESETS, Preset, preset
+    from dropit_jax.transform.planning.planner import PlanError
 
 __version__ = "0.1.0"
 
@@ -44,13 +44,13 @@ __all__ = [
 # modules that import SciPy.
 _PACKAGES = frozenset({"linen", "memory", "nn", "nnx"})
 _NAMES = {
-    "PRESETS": "presets",
+    "PRESETS": "forms.presets",
     "Plan": "plan",
-    "PlanError": "planner",
-    "Preset": "presets",
+    "PlanError": "planning.planner",
+    "Preset": "forms.presets",
     "drop": "drop",
     "plan": "drop",
-    "preset": "presets",
+    "preset": "forms.presets",
 }
 
 

@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from dropit_jax.transform import drop as transform
+from dropit_jax.transform.forms.presets import Preset
 from dropit_jax.transform.plan import Plan
-from dropit_jax.transform.presets import Preset
 
 _TAG = "drop"
 

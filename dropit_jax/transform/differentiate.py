@@ -10,10 +10,11 @@ import jax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from dropit_jax import compat
-from dropit_jax.transform import program as programs
-from dropit_jax.transform import rewrite, rules, split
-from dropit_jax.transform.planner import PlanError, Planner
-from dropit_jax.transform.rewrite import Passes
+from dropit_jax.transform.passes import rewrite
+from dropit_jax.transform.passes.rewrite import Passes
+from dropit_jax.transform.planning.planner import PlanError, Planner
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing import rules, split
 
 # Keys are folded with numbers of values below it, and of bodies from it on.
 _FIRST_BODY = 2**31

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from dropit_jax import compat, memory
 from dropit_jax.transform import plan as plans
-from dropit_jax.transform import presets
 from dropit_jax.transform.differentiate import Dropped
+from dropit_jax.transform.forms import presets
+from dropit_jax.transform.forms.presets import Preset
 from dropit_jax.transform.plan import Plan
-from dropit_jax.transform.planner import Choices, Planner
-from dropit_jax.transform.presets import Preset
+from dropit_jax.transform.planning.planner import Choices, Planner
 
 
 def drop(

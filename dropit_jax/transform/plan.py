@@ -9,11 +9,13 @@ from typing import Any
 
 from dropit_jax import compat
 from dropit_jax.memory import scopes
-from dropit_jax.transform import presets, primitives, table
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.planner import Choice, Choices
-from dropit_jax.transform.presets import Preset
-from dropit_jax.transform.program import Node
+from dropit_jax.transform import table
+from dropit_jax.transform.forms import presets
+from dropit_jax.transform.forms.presets import Preset
+from dropit_jax.transform.planning.planner import Choice, Choices
+from dropit_jax.transform.tracing import primitives
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing.program import Node
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax.transform import cut
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.classify import Classes, Kind
+from dropit_jax.transform.planning import cut
+from dropit_jax.transform.planning.classify import Classes, Kind
+from dropit_jax.transform.tracing import program as programs
 
 _SCALES = (1.0, 3.0 * 2**30)  # the second beyond 32 bits
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from dropit_jax import drop, plan
-from dropit_jax.transform import program as programs
+from dropit_jax.transform.tracing import program as programs
 from tests.dropit_jax.transform.features import FEATURES, PARAMS, X
 
 

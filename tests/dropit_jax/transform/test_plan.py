@@ -7,9 +7,9 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dropit_jax import drop, memory, plan
-from dropit_jax.transform import presets
+from dropit_jax.transform.forms import presets
 from dropit_jax.transform.plan import Plan
-from dropit_jax.transform.planner import PlanError
+from dropit_jax.transform.planning.planner import PlanError
 from tests.dropit_jax.transform.features import FEATURES, PARAMS, X
 
 _NAMES = ("convolved", "gated", "mlp", "scan", "softmax")

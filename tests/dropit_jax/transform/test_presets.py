@@ -9,8 +9,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dropit_jax import DropIT, Preset, drop, plan, preset
-from dropit_jax.transform.presets import PRESETS
-from dropit_jax.transform.storage import Codes
+from dropit_jax.transform.forms.presets import PRESETS
+from dropit_jax.transform.forms.storage import Codes
 from tests.dropit_jax.transform.features import PARAMS, X
 
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dropit_jax.transform.drop import drop
-from dropit_jax.transform.storage import Bits, Codes
+from dropit_jax.transform.forms.storage import Bits, Codes
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 

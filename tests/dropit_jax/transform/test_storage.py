@@ -8,8 +8,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dropit_jax import DropIT, compress
-from dropit_jax.transform import presets
-from dropit_jax.transform.storage import Bits, Codes, Exact, Selected
+from dropit_jax.transform.forms import presets
+from dropit_jax.transform.forms.storage import Bits, Codes, Exact, Selected
 
 
 def _roundtrip(form, x):

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from dropit_jax import compat
-from dropit_jax.transform import primitives, split
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.classify import Classes, Kind, is_repeatable
-from dropit_jax.transform.places import Places
-from dropit_jax.transform.presets import Preset
-from dropit_jax.transform.program import Node, Program
-from dropit_jax.transform.storage import Bits, Exact, Form
+from dropit_jax.transform.forms.presets import Preset
+from dropit_jax.transform.forms.storage import Bits, Exact, Form
+from dropit_jax.transform.planning.classify import Classes, Kind, is_repeatable
+from dropit_jax.transform.planning.places import Places
+from dropit_jax.transform.tracing import primitives, split
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing.program import Node, Program
 
 # Operations of a product for which a GPU could move a byte. (H100, bfloat16: 1e15
 # operations and 3.4e12 bytes a second.) The price of the time is what the memory for

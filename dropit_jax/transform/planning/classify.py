@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dropit_jax import compat
-from dropit_jax.transform import primitives, split
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.program import Node, Program, Scalar
+from dropit_jax.transform.tracing import primitives, split
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing.program import Node, Program, Scalar
 
 
 class Kind(enum.Enum):

@@ -13,8 +13,8 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from dropit_jax.transform.classify import Classes, Kind
-from dropit_jax.transform.program import Node, Program
+from dropit_jax.transform.planning.classify import Classes, Kind
+from dropit_jax.transform.tracing.program import Node, Program
 
 # Capacities are 32-bit integers; beyond them `maximum_flow` returns 0.
 _ENDLESS = 2**31 - 1

@@ -14,12 +14,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from dropit_jax import barriers
-from dropit_jax.transform import classify, orders, primitives
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.program import Atom, Node, Program, Scalar
-from dropit_jax.transform.rebuild import Rebuilder
-from dropit_jax.transform.split import Halves
-from dropit_jax.transform.storage import Exact, Form
+from dropit_jax.transform.forms import orders
+from dropit_jax.transform.forms.storage import Exact, Form
+from dropit_jax.transform.passes.rebuild import Rebuilder
+from dropit_jax.transform.planning import classify
+from dropit_jax.transform.tracing import primitives
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing.program import Atom, Node, Program, Scalar
+from dropit_jax.transform.tracing.split import Halves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

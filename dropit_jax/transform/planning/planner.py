@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dropit_jax import compat
-from dropit_jax.transform import classify, cut, places, split
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.classify import Classes
-from dropit_jax.transform.places import Places
-from dropit_jax.transform.presets import Preset
-from dropit_jax.transform.prices import Prices
-from dropit_jax.transform.program import Program
-from dropit_jax.transform.storage import Form
+from dropit_jax.transform.forms.presets import Preset
+from dropit_jax.transform.forms.storage import Form
+from dropit_jax.transform.planning import classify, cut, places
+from dropit_jax.transform.planning.classify import Classes
+from dropit_jax.transform.planning.places import Places
+from dropit_jax.transform.planning.prices import Prices
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing import split
+from dropit_jax.transform.tracing.program import Program
 
 # Of each program by its fingerprint: the stored values, and how.
 Choices = Mapping[str, Mapping[int, Form]]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dropit_jax.policy import DropIT
-from dropit_jax.transform.storage import Bits, Codes, Exact, Form, Selected
+from dropit_jax.transform.forms.storage import Bits, Codes, Exact, Form, Selected
 
 # How a value is stored: as it is, in unsigned codes of some bits, or by a policy.
 FormLike = str | DropIT | Form

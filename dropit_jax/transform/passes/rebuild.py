@@ -6,12 +6,12 @@ from typing import Any
 from jaxtyping import Array
 
 from dropit_jax import barriers
-from dropit_jax.transform import primitives
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.once import once
-from dropit_jax.transform.orders import Order
-from dropit_jax.transform.program import Atom, Node, Program
-from dropit_jax.transform.storage import Form
+from dropit_jax.transform.forms.orders import Order
+from dropit_jax.transform.forms.storage import Form
+from dropit_jax.transform.passes.once import once
+from dropit_jax.transform.tracing import primitives
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing.program import Atom, Node, Program
 
 # Computed element by element, inside of the kernel that reads the result.
 _CHEAP = primitives.CONTINUOUS | primitives.MOVES | primitives.STEPS

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from dropit_jax import compat
 from dropit_jax.memory import scopes
-from dropit_jax.transform import classify
-from dropit_jax.transform.presets import Preset
-from dropit_jax.transform.program import Node, Program
+from dropit_jax.transform.forms.presets import Preset
+from dropit_jax.transform.planning import classify
+from dropit_jax.transform.tracing.program import Node, Program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How stored values lie in a GPU's memory: as the products that read them want it."""
 
-from dropit_jax.transform import primitives
-from dropit_jax.transform.program import Program
+from dropit_jax.transform.tracing import primitives
+from dropit_jax.transform.tracing.program import Program
 
 Order = tuple[int, ...]
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.program import Atom, Program
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing.program import Atom, Program
 
 Function = Callable[..., Sequence[Any]]
 

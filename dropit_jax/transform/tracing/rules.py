@@ -14,9 +14,9 @@ from jax import lax
 
 from dropit_jax import compat
 from dropit_jax.nn import pooling
-from dropit_jax.transform import primitives, split
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.program import Node, Program
+from dropit_jax.transform.tracing import primitives, split
+from dropit_jax.transform.tracing import program as programs
+from dropit_jax.transform.tracing.program import Node, Program
 
 # Makes a function of a body that stores less (`differentiate.Dropped`). Given are the
 # body, of each of its inputs whether it is alive anyway, how many turns it takes, and

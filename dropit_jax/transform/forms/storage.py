@@ -19,8 +19,8 @@ from jaxtyping import Array
 from dropit_jax import layouts, packing, quantization, residual, shardings
 from dropit_jax.policy import DropIT
 from dropit_jax.residual import Residual
-from dropit_jax.transform import program as programs
-from dropit_jax.transform.orders import Order
+from dropit_jax.transform.forms.orders import Order
+from dropit_jax.transform.tracing import program as programs
 
 # Elements that share a minimum and a scale.
 _GROUP = 64

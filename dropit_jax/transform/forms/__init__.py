@@ -1,0 +1,1 @@
+"""The forms that values are stored in, and the presets that choose among them."""

@@ -1,0 +1,1 @@
+"""The two passes as they run: the forward one stores, the backward one rebuilds."""

@@ -1,0 +1,1 @@
+"""Chooses the values that are stored, and those that are computed again."""
