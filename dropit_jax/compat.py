@@ -79,22 +79,25 @@ __all__ = [
     "flax_counters",
     "flax_function",
     "flax_jit_proxies",
+    "flax_modules",
     "flax_stream",
     "get_opaque_trace_state",
     "has_triton",
     "hush_triton",
     "in_scope",
     "is_export",
+    "is_reference",
     "jaxpr_as_fun",
     "jaxprs_in_params",
     "mlir",
     "num_devices",
     "open_jaxpr",
-    "remat_traced",
+    "remat",
     "scan_counts",
     "sdy",
     "set_flax_counters",
     "set_xla_metadata",
+    "shard_map_arguments",
     "source_line",
     "under",
     "with_layout_constraint",
@@ -244,6 +247,23 @@ def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
     return len(list(consts)), len(list(carried))
 
 
+def shard_map_arguments(equation: JaxprEqn) -> dict[str, Any]:
+    """The arguments that `jax.shard_map` was called with, beside the function."""
+    params = equation.params
+    return {
+        "mesh": params["mesh"],
+        "in_specs": tuple(params["in_specs"]),
+        "out_specs": tuple(params["out_specs"]),
+        "axis_names": set(params["newly_manual_axes"]),
+        "check_vma": params["check_vma"],
+    }
+
+
+def is_reference(aval: Any) -> bool:
+    """Whether values of this type are mutable references to arrays (`jax.new_ref`)."""
+    return hasattr(aval, "inner_aval")
+
+
 def num_devices(context: mlir.LoweringRuleContext) -> int:
     """For how many devices a program is lowered; 0 if that is not known yet.
 
@@ -263,7 +283,7 @@ def concrete(dimension: Any) -> int:
 
     Prices of values are compared, which symbols cannot be.
     """
-    if not jax.export.is_symbolic_dim(dimension):
+    if isinstance(dimension, int) or not jax.export.is_symbolic_dim(dimension):
         return int(dimension)
     values: Any = dict.fromkeys(dimension._get_vars(), _SYMBOL)
     return int(dimension._evaluate(values))
@@ -272,14 +292,22 @@ def concrete(dimension: Any) -> int:
 _SYMBOL = 256
 
 
-def remat_traced(equation: JaxprEqn) -> Any:
-    """The checkpointed function of an equation under `jax_remat3`; `None` of others.
+def remat(equation: JaxprEqn) -> tuple[Any, Any, bool] | None:
+    """The program, the policy and `prevent_cse` of a call of `jax.checkpoint`.
 
-    It has a `jaxpr`, a `policy` and, from JAX 0.11 on, `prevent_cse`, as the parameters
-    of the primitive that it replaces.
+    `None` of other equations, and of a call that is differentiated. Under `jax_remat3`
+    these are in an object of JAX's, which is to take the place of the primitive; that
+    of JAX 0.10 has no `prevent_cse`.
     """
-    found = equation.params.get("_prim")
-    return found if type(found).__name__ == "RematTraced" else None
+    params = equation.params
+    if equation.primitive.name in ("remat2", "checkpoint"):
+        if params["differentiated"]:
+            return None
+        return params["jaxpr"], params["policy"], params["prevent_cse"]
+    found: Any = params.get("_prim")
+    if type(found).__name__ != "RematTraced":
+        return None
+    return found.jaxpr, found.policy, getattr(found, "prevent_cse", True)
 
 
 @functools.cache
@@ -310,8 +338,9 @@ def hush_triton() -> None:
     )
 
 
-# The parts of Flax below are reached for by `intercept` and `nnx.apply`, which change
-# models from outside: `linen.intercept_methods` alone is public.
+# The parts of Flax below are reached for by `nnx.drop`, and by `intercept` and
+# `nnx.apply`, which change models from outside: `linen.intercept_methods` alone is
+# public.
 
 
 def flax_function(context: Any) -> Callable[..., Any]:
@@ -360,6 +389,17 @@ def flax_stream(scope: Any, name: str) -> Any:
     It is one array for all layers, by which they are known to share a stream.
     """
     return scope.rngs[name].rng
+
+
+def flax_modules(tree: Any) -> Any:
+    """A tree with `None` for all leaves but modules and variables of nnx.
+
+    Such a tree a lifted function of nnx returns beside its results, for what changed in
+    its arguments; `nnx.from_tree` finds them in it.
+    """
+    from flax import nnx  # noqa: PLC0415  # not all users have Flax models
+
+    return nnx.extract.clear_non_graph_nodes(tree)
 
 
 def flax_counters(scope: Any) -> dict[Any, Any]:

@@ -28,12 +28,19 @@ def spec(x: Array) -> Spec:
 
 def shards(x: Array, axis: int) -> int:
     """Over how many shards an axis of `x` is explicitly sharded."""
-    names = spec(x)[axis]
+    return shards_of(jax.typeof(x), axis)
+
+
+def shards_of(aval: Any, axis: int) -> int:
+    """Over how many shards an axis of arrays of a type is explicitly sharded."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or not aval.shape:
+        return 1
+    names = tuple(sharding.spec)[axis]
     if names is None:
         return 1
     names = (names,) if isinstance(names, str) else names
-    sizes = jax.typeof(x).sharding.mesh.shape
-    return math.prod(sizes[name] for name in names)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def gather(x: Array, keep: int) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dropit_jax import compat
 from dropit_jax.transform import drop as transform
 from dropit_jax.transform.forms.presets import Preset
 from dropit_jax.transform.plan import Plan
@@ -45,7 +46,7 @@ def drop(
     def of_trees(*trees: Any) -> Any:
         args = nnx.from_tree(trees, ctxtag=_TAG, is_inner=True)
         out = fun(*args)
-        changed = nnx.extract.clear_non_graph_nodes(args)
+        changed = compat.flax_modules(args)
         return nnx.to_tree((changed, out), ctxtag=_TAG)
 
     pure = transform.drop(
@@ -68,11 +69,10 @@ def drop(
         _, out = nnx.from_tree(pure(*trees), ctxtag=_TAG, is_inner=False)
         return out
 
-    own = pure.dropit  # type: ignore[attr-defined]
-    dropped.dropit = dataclasses.replace(  # type: ignore[attr-defined]
-        own, differentiable=_differentiable
+    own = pure.dropit_settings  # type: ignore[attr-defined]
+    dropped.dropit_settings = dataclasses.replace(  # type: ignore[attr-defined]
+        own, differentiable=_differentiable, lift=lift
     )
-    dropped.lift = lift  # type: ignore[attr-defined]
     return dropped
 
 

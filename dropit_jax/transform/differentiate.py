@@ -66,10 +66,10 @@ class Dropped:
         """
         keys = [self.key if key is None else key] if self._is_keyed else []
         inputs = (*keys, *self._constants, *arrays)
-        return _call(self, *inputs) if self.is_reached else self.plain(*inputs)
+        return _call(self, *inputs) if self.has_plan else self.plain(*inputs)
 
     @functools.cached_property
-    def is_reached(self) -> bool:
+    def has_plan(self) -> bool:
         """Whether the function is differentiated by a plan.
 
         JAX's derivative of a loop that writes to a mutable reference cannot be taken
@@ -89,7 +89,7 @@ class Dropped:
 
     def plan(self, is_perturbed: Sequence[bool]) -> None:
         """Makes the planner plan for these inputs to be differentiated."""
-        if not self.is_reached:
+        if not self.has_plan:
             raise PlanError(
                 "A loop or a conditional of the function writes to a mutable "
                 "reference: drop leaves the function as it is, and has no plan of it."

@@ -46,7 +46,7 @@ def drop(
         no such argument; `key` names no key; a rule names no place of the function.
       PlanError: when called; the plan is of another function, or of other arguments.
     """
-    own = _Own.of(fun, preset, rules, key, static_argnums)
+    own = Settings.of(fun, preset, rules, key, static_argnums)
 
     @functools.wraps(fun)
     def dropped(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def drop(
         )
         return jax.tree.unflatten(call.results, run(*call.arrays))
 
-    dropped.dropit = own  # type: ignore[attr-defined]
+    dropped.dropit_settings = own  # type: ignore[attr-defined]
     return dropped
 
 
@@ -85,12 +85,12 @@ def plan(
     Raises:
       As `drop`; when called, ValueError: there is no such argument.
     """
-    of = getattr(fun, "dropit", None)
-    if of is None:
-        own = _Own.of(fun, preset or "lean", rules, key, ())
-    else:
-        own = _Own.of(of.fun, preset or of.given, rules, key or of.key, of.static)
-        own = dataclasses.replace(own, differentiable=of.differentiable)
+    of = getattr(fun, "dropit_settings", None) or Settings.of(fun, "lean")
+    own = dataclasses.replace(
+        Settings.of(of.fun, preset or of.given, rules, key or of.key, of.static),
+        differentiable=of.differentiable,
+        lift=of.lift,
+    )
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(own.fun)
@@ -105,12 +105,12 @@ def plan(
         plain = call.plain_bytes(is_perturbed)
         return plans.of_choices(planner.preset, planner.made, plain)
 
-    return getattr(fun, "lift", lambda function: function)(planned)
+    return planned if own.lift is None else own.lift(planned)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Own:
-    """A function, and how it is dropped.
+class Settings:
+    """The arguments of `drop`, checked; every dropped function has them.
 
     Attributes:
       fun: the plain function.
@@ -121,6 +121,8 @@ class _Own:
       static: the places of arguments.
       differentiable: of a tree of arguments, which leaves may be differentiated, as a
         tree of booleans; `None`: all.
+      lift: makes a function of the arguments of `fun` one of the user's arguments;
+        `None`: they are the same.
     """
 
     fun: Callable[..., Any]
@@ -130,16 +132,17 @@ class _Own:
     key: str | None
     static: tuple[int, ...]
     differentiable: Callable[[Any], Any] | None = None
+    lift: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     @classmethod
     def of(
         cls,
         fun: Callable[..., Any],
         given: str | Preset | Plan,
-        rules: Mapping[str, Any] | None,
-        key: str | None,
-        static: int | Sequence[int],
-    ) -> "_Own":
+        rules: Mapping[str, Any] | None = None,
+        key: str | None = None,
+        static: int | Sequence[int] = (),
+    ) -> "Settings":
         """Checks the arguments of `drop`."""
         if not callable(fun):
             raise TypeError(f"drop takes a function, got {fun!r}.")
@@ -198,7 +201,9 @@ class _Call:
     key: Any
 
     @classmethod
-    def of(cls, own: _Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
+    def of(
+        cls, own: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "_Call":
         """Traces a function for these arguments."""
         fun = own.fun
         _check_places("static_argnums", own.static, len(args))
@@ -247,14 +252,12 @@ class _Call:
         return memory.saved_residuals(function, *self.arrays).total_bytes
 
 
-def _key(own: _Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _key(own: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The PRNG key that an argument brings."""
-    given = inspect.signature(own.fun).bind(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+    bound = inspect.signature(own.fun).bind(*args, **kwargs)
+    given = dict(bound.arguments) | bound.kwargs
     found: Any = given.get(str(own.key))
-    shape = getattr(found, "shape", None)
-    is_typed = shape is not None and jnp.issubdtype(found.dtype, jax.dtypes.prng_key)
-    if shape == (() if is_typed else (2,)) and (is_typed or found.dtype == jnp.uint32):
+    if _is_key(found):
         return found
     names = ", ".join(map(repr, given)) or "none"
     is_what = "of another type" if str(own.key) in given else "not there"
@@ -262,6 +265,15 @@ def _key(own: _Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         f"key={own.key!r} has to name an argument that is a PRNG key, and this one is "
         f"{is_what}; the arguments are {names}."
     )
+
+
+def _is_key(x: Any) -> bool:
+    """Whether an argument is one PRNG key, of either kind."""
+    if not _is_array(x):
+        return False
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return not x.shape
+    return bool(x.shape == (2,) and x.dtype == jnp.uint32)
 
 
 def _is_array(leaf: Any) -> bool:

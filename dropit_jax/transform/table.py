@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -57,22 +57,13 @@ def rich(plan: "Plan") -> Table:
 
 
 def text(plan: "Plan") -> str:
-    """The table as text, drawn by `rich` where it goes to a terminal."""
-    if sys.stdout.isatty():
-        console = Console(color_system=None)
-        with console.capture() as captured:
-            console.print(rich(plan))
-        return captured.get().rstrip()
-    return f"{_aligned([_HEADER, *rows(plan)])}\n{total(plan)}"
+    """The table as text: as wide as the terminal, or as it takes elsewhere."""
+    width = None if sys.stdout.isatty() else _WIDEST
+    console = Console(color_system=None, width=width)
+    with console.capture() as captured:
+        console.print(rich(plan))
+    lines = captured.get().splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells: list[Any] = [
-            cell.rjust(width) if place < 2 else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+_WIDEST = 10_000

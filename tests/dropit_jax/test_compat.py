@@ -203,6 +203,88 @@ class ThereTest(parameterized.TestCase):
         (scan,) = [each for each in equations if each.primitive.name == "scan"]
         self.assertEqual(compat.scan_counts(scan), (constants, carried))
 
+    @parameterized.parameters(False, True)
+    def test_a_checkpointed_function(self, remat3):
+        policy = jax.checkpoint_policies.dots_saveable
+
+        def function(x):
+            return jax.checkpoint(jnp.sin, policy=policy)(x)
+
+        jax.config.update("jax_remat3", remat3)
+        self.addCleanup(jax.config.update, "jax_remat3", False)
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(function)(1.0)).eqns
+        jaxpr, found, prevent_cse = compat.remat(equation)
+        names = [each.primitive.name for each in compat.open_jaxpr(jaxpr).eqns]
+        self.assertEqual(names, ["sin"])
+        self.assertIs(found, policy)
+        self.assertTrue(prevent_cse)
+
+    def test_what_is_not_checkpointed_has_no_policy(self):
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(lax.sin)(1.0)).eqns
+        self.assertIsNone(compat.remat(equation))
+
+    def test_arguments_of_a_shard_map(self):
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("x")
+        given = {"in_specs": (spec,), "out_specs": (spec,), "axis_names": {"x"}}
+        function = jax.shard_map(
+            lambda x: (jnp.sin(x),), mesh=mesh, check_vma=True, **given
+        )
+        equations = compat.open_jaxpr(jax.make_jaxpr(function)(jnp.ones(4))).eqns
+        (equation,) = [e for e in equations if e.primitive.name == "shard_map"]
+        found = compat.shard_map_arguments(equation)
+        self.assertEqual({name: found[name] for name in given}, given)
+        self.assertEqual(found["mesh"].shape, mesh.shape)
+
+    def test_references(self):
+        def function(x):
+            reference = jax.new_ref(x)
+            return reference[...]
+
+        equations = compat.open_jaxpr(jax.make_jaxpr(function)(1.0)).eqns
+        made, read = equations[0].outvars[0], equations[-1].outvars[0]
+        self.assertTrue(compat.is_reference(made.aval))
+        self.assertFalse(compat.is_reference(read.aval))
+
+    def test_scopes_and_lines(self):
+        seen = []
+
+        def function(x):
+            with jax.named_scope("inside"):
+                seen.append(compat.current_scope())
+                return jnp.sin(x)
+
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(function)(1.0)).eqns
+        self.assertEqual(seen, ["inside"])
+        line = compat.source_line(equation)
+        self.assertRegex(line, r"^test_compat\.py:\d+ .*function")
+
+    def test_symbolic_sizes_are_numbers(self):
+        (first, second) = jax.export.symbolic_shape("b, 2*b+1")
+        self.assertEqual(compat.concrete(second), 2 * compat.concrete(first) + 1)
+        self.assertEqual(compat.concrete(7), 7)
+
+    def test_exports_are_told_from_other_lowerings(self):
+        seen = []
+        primitive = compat.Primitive("exported_in_tests")
+        primitive.def_abstract_eval(lambda x: x)
+
+        def lower(context, x):
+            seen.append(compat.is_export(context))
+            return [x]
+
+        compat.mlir.register_lowering(primitive, lower)
+        x = jax.ShapeDtypeStruct((4,), jnp.float32)
+        jax.jit(primitive.bind).lower(x)
+        jax.export.export(jax.jit(primitive.bind))(x)
+        self.assertEqual(seen, [False, True])
+
+    def test_modules_of_nnx_are_told_from_arrays(self):
+        layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        found = compat.flax_modules({"x": jnp.ones(2), "layer": layer})
+        self.assertIsNone(found["x"])
+        self.assertIs(found["layer"], layer)
+
     @parameterized.parameters(1, 2)
     def test_number_of_devices(self, count):
         seen = []

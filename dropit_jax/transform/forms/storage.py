@@ -223,7 +223,7 @@ def _grouped(x: Array) -> Array:
     """Returns groups, or elements with their extremes: `(*rows, groups, n)`."""
     *rows, last = x.shape
     size, count = _groups(last)
-    shards = _shards(jax.typeof(x))
+    shards = shardings.shards(x, -1)
     own = last // shards
     if shards == 1 or own % size == 0:
         return _cut(x, count, size)
@@ -248,16 +248,8 @@ def _cut(x: Array, count: int, size: int) -> Array:
 
 def _packed_size(aval: Any, bits: int) -> int:
     """Bytes of the codes of a row, of which each shard is packed by itself."""
-    last, shards = (aval.shape or (1,))[-1], _shards(aval)
+    last, shards = (aval.shape or (1,))[-1], shardings.shards_of(aval, -1)
     return shards * packing.packed_size(last // shards, bits)
-
-
-def _shards(aval: Any) -> int:
-    """Over how many shards the last axis of a type is explicitly sharded."""
-    if aval.sharding is None:
-        return 1
-    axes = jax.tree.leaves(tuple(aval.sharding.spec)[-1:])
-    return math.prod(aval.sharding.mesh.shape[axis] for axis in axes)
 
 
 def _spread(x: Array, size: int, last: int) -> Array:

@@ -131,26 +131,19 @@ def run_backward(
     program = _products_first(backward, products)
     last = programs.last_uses(program)
     moving = {v for v in halves.cotangents if v not in backward.constants}
-    # Cotangents that are a few numbers repeated: what waits are these numbers, as an
-    # array that waits is written to memory.
-    spread: dict[int, tuple[Node, Any]] = {}
+    repeated: dict[int, tuple[Node, Any]] = {}
     for node in program.nodes:
         met = next((value for value in node.operands if value in moving), None)
         if met is None and not node.equation.effects:
             reader.defer(node)
             continue
         wanted = reader.wanted(node)
-        if met is not None and met in spread:
-            maker, narrow = spread[met]
-            narrow = rebuild.open(wanted, narrow)
-            spread[met] = maker, narrow
-            (known[met],) = programs.bind(maker, narrow)
-        elif met is not None:
-            known[met] = rebuild.open(wanted, known[met])
+        if met is not None:
+            _open(rebuild, wanted, met, known, repeated)
         operands = [*map(reader, node.inputs)]
         results = programs.bind(node, *operands)
         if node.name == "broadcast_in_dim" and len(operands) == 1:
-            spread[node.outputs[0]] = node, operands[0]
+            repeated[node.outputs[0]] = node, operands[0]
         if met is not None and node in products:
             # What else reads the cotangent waits for the gradient.
             results, known[met] = barriers.barrier((results, known[met]))
@@ -161,6 +154,34 @@ def run_backward(
         for value in last[node]:
             known.pop(value, None)
     return [reader(atom) for atom in program.outputs]
+
+
+def _open(
+    rebuild: Rebuilder,
+    wanted: Sequence[int],
+    met: int,
+    known: dict[int, Any],
+    repeated: dict[int, tuple[Node, Any]],
+) -> None:
+    """Has a cotangent wait for the stored values that an equation reads with it.
+
+    An array that waits is written to memory: of a cotangent that is a few numbers
+    repeated, as of a mean, the numbers wait.
+
+    Args:
+      rebuild: of the stored values.
+      wanted: the values that the equation reads.
+      met: the cotangent.
+      known: the values of the backward pass so far.
+      repeated: of such cotangents, the equation that repeats, and the numbers.
+    """
+    if met not in repeated:
+        known[met] = rebuild.open(wanted, known[met])
+        return
+    node, numbers = repeated[met]
+    numbers = rebuild.open(wanted, numbers)
+    repeated[met] = node, numbers
+    (known[met],) = programs.bind(node, numbers)
 
 
 class _Reader:

@@ -85,8 +85,11 @@ class Planner:
           scope: as in `Choice`.
         """
         classes = classify.classify(halves, halves.backward, is_free, final)
-        key = _fingerprint(halves, is_free)
-        forms = self._forms(key, halves.forward, classes, scope)
+        found = places.find(self.preset, halves.forward, scope)
+        self._matched |= found.matched
+        self._places |= found.known
+        key = _fingerprint(halves, is_free, found)
+        forms = self._forms(key, halves.forward, classes, found)
         made = Choice(key, halves, classes, forms, turns, is_recomputed, scope)
         self.made.append(made)
         return forms
@@ -97,8 +100,6 @@ class Planner:
         Raises:
           ValueError: there is one.
         """
-        if self._given is not None:
-            return
         for pattern, _ in self.preset.rules:
             if pattern not in self._matched:
                 known = ", ".join(map(repr, sorted(self._places)[:_SHOWN])) or "none"
@@ -108,7 +109,7 @@ class Planner:
                 )
 
     def _forms(
-        self, key: str, program: Program, classes: Classes, scope: str
+        self, key: str, program: Program, classes: Classes, found: Places
     ) -> Mapping[int, Form]:
         if self._given is not None:
             if key not in self._given:
@@ -117,10 +118,7 @@ class Planner:
                     "make it of these, with dropit_jax.plan."
                 )
             return self._given[key]
-        found = places.find(self.preset, program, scope)
-        self._matched |= found.matched
-        self._places |= found.known
-        case = key, self.preset, frozenset(found.ruled.items())
+        case = key, self.preset
         forms = _known.get(case)
         if forms is None:
             forms = _known[case] = _cut(program, classes, found)
@@ -130,7 +128,7 @@ class Planner:
 
 
 # A function that is not jitted is planned at each call, and cut at the first.
-_known: dict[Any, Mapping[int, Form]] = {}
+_known: dict[tuple[str, Preset], Mapping[int, Form]] = {}
 _MOST = 1024
 
 # Places that an error names.
@@ -143,13 +141,15 @@ def _cut(program: Program, classes: Classes, found: Places) -> Mapping[int, Form
     return {value: prices.form(value) for value in sorted(stored)}
 
 
-def _fingerprint(halves: split.Halves, is_free: Sequence[bool]) -> str:
-    """Equal for programs for which the same is chosen, in any process."""
+def _fingerprint(halves: split.Halves, is_free: Sequence[bool], found: Places) -> str:
+    """Equal for programs for which a preset chooses the same, in any process."""
     text = hashlib.sha256()
     for program in (halves.forward, halves.backward):
         for line in _lines(program):
             text.update(line.encode())
     text.update(repr((halves.perturbed, tuple(is_free))).encode())
+    for value, ruled in sorted(found.ruled.items(), key=lambda pair: pair[0]):
+        text.update(repr((value, ruled.to_dict())).encode())
     return text.hexdigest()
 
 

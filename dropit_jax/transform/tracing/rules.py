@@ -14,7 +14,7 @@ from jax import lax
 
 from dropit_jax import compat
 from dropit_jax.nn import pooling
-from dropit_jax.transform.tracing import primitives, split
+from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Node, Program
 
@@ -81,26 +81,17 @@ def _cond(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[
 def _shard_map(
     node: Node, operands: Sequence[Any], drop_body: DropBody
 ) -> Sequence[Any]:
-    params = node.params
-    body = drop_body(params["jaxpr"], [True] * len(operands))
-    return jax.shard_map(
-        lambda *shards: tuple(body(*shards)),
-        mesh=params["mesh"],
-        in_specs=tuple(params["in_specs"]),
-        out_specs=tuple(params["out_specs"]),
-        axis_names=set(params["newly_manual_axes"]),
-        check_vma=params["check_vma"],
-    )(*operands)
+    body = drop_body(node.params["jaxpr"], [True] * len(operands))
+    arguments = compat.shard_map_arguments(node.equation)
+    return jax.shard_map(lambda *shards: tuple(body(*shards)), **arguments)(*operands)
 
 
 def _remat(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
-    params = node.params
-    if params["differentiated"]:
-        return programs.bind(node, *operands)
-    body = drop_body(params["jaxpr"], [True] * len(operands), is_recomputed=True)
-    return jax.checkpoint(
-        body, policy=params["policy"], prevent_cse=params["prevent_cse"]
-    )(*operands)
+    remat = compat.remat(node.equation)
+    assert remat is not None
+    jaxpr, policy, prevent_cse = remat
+    body = drop_body(jaxpr, [True] * len(operands), is_recomputed=True)
+    return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(*operands)
 
 
 # Places in a window that 16 bits can tell apart.
@@ -126,27 +117,18 @@ def _largest_of_windows(
     ]
 
 
-def _remat3(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
-    traced = compat.remat_traced(node.equation)
-    body = drop_body(traced.jaxpr, [True] * len(operands), is_recomputed=True)
-    prevent_cse = getattr(traced, "prevent_cse", True)  # JAX 0.10 has no such field
-    return jax.checkpoint(body, policy=traced.policy, prevent_cse=prevent_cse)(
-        *operands
-    )
-
-
 def has_reference(node: Node) -> bool:
     """Whether an equation is of a body to which a mutable reference is given."""
     has_body = _rule(node) is not None or node.name in primitives.BODIES
     return has_body and any(
-        split.is_reference(variable.aval) for variable in node.equation.invars
+        compat.is_reference(variable.aval) for variable in node.equation.invars
     )
 
 
 def _rule(node: Node) -> Callable[..., Sequence[Any]] | None:
     """The rule for an equation; `None`: it is bound as it is."""
-    if compat.remat_traced(node.equation) is not None:
-        return _remat3
+    if compat.remat(node.equation) is not None:
+        return _remat
     return _RULES.get(node.name)
 
 
@@ -155,6 +137,4 @@ _RULES = {
     "scan": _scan,
     "cond": _cond,
     "shard_map": _shard_map,
-    "remat2": _remat,
-    "checkpoint": _remat,
 }

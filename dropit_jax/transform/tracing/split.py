@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dropit_jax import compat
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Program
 
@@ -91,14 +92,9 @@ def split(
 
 def is_floating(aval: Any) -> bool:
     """Whether values of this type have a cotangent of their own type."""
-    if not hasattr(aval, "dtype") or is_reference(aval):
+    if not hasattr(aval, "dtype") or compat.is_reference(aval):
         return False
     return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
-
-
-def is_reference(aval: Any) -> bool:
-    """Whether values of this type are mutable references to arrays."""
-    return hasattr(aval, "inner_aval")
 
 
 # Sums, which are the other operand where one is zero.

@@ -77,6 +77,27 @@ def scan_of_constants(params, x):
     return jnp.sum(y**2)
 
 
+def scan_of_norms(params, x):
+    def turn(x, w):
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x).mean(-1, keepdims=True) - mean**2
+        return jnp.tanh((x - mean) * lax.rsqrt(variance + 1e-6) @ w), None
+
+    y, _ = lax.scan(turn, x, params["w"])
+    return jnp.sum(y**2)
+
+
+def scan_of_an_unused_carry(params, x):
+    w = params["w"][0]
+
+    def turn(carry, _):
+        x, _ = carry
+        return (jnp.tanh(x @ w), jnp.mean(x**2)), jnp.mean(jnp.sin(x))
+
+    _, means = lax.scan(turn, (x, 0.0), None, length=2)
+    return jnp.sum(means)
+
+
 def scan_nested(params, x):
     def outer(x, _):
         y, _ = lax.scan(lambda c, w: (jnp.sin(c @ w), None), x, params["w"])
