@@ -1,4 +1,4 @@
-"""What a training step really allocates on the GPU at hand, beside what was predicted.
+"""Memory of a training step on the GPU at hand, measured and predicted.
 
 `python -m benchmarks.allocated [--model=NAME] [--variants=lean] [--batch=512] [--json]`
 
@@ -27,7 +27,7 @@ from dropit_jax import memory
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one variant of a training step takes.
+    """Memory of one variant of a training step, measured and predicted.
 
     Attributes:
       model: its name.
@@ -106,7 +106,7 @@ def measure(
     batch: int | None,
     processes: Executor,
 ) -> list[Result]:
-    """What variants of a model's step take.
+    """Measures variants of a model's step.
 
     Args:
       model: one of `GPU_MODELS`.

@@ -80,7 +80,7 @@ def encoding(shape: tuple[int, ...], drop: DropIT) -> str:
 
 @functools.cache  # to trace takes longer than all else that is no measurement
 def _residual(shape: tuple[int, ...], drop: DropIT) -> Residual:
-    """What a policy keeps of a float32 activation; its arrays are abstract."""
+    """The residual of a float32 activation under a policy; its arrays are abstract."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     return jax.eval_shape(functools.partial(compress, dropit=drop), x)
 
@@ -88,7 +88,7 @@ def _residual(shape: tuple[int, ...], drop: DropIT) -> Residual:
 def bounds(
     elements: int, rate: float, chunk_sizes: Sequence[int] = CHUNK_SIZES
 ) -> list[Bound]:
-    """What the bandwidths of GPUs allow.
+    """The shortest times that the bandwidths of GPUs allow.
 
     Args:
       elements: of the activation, a multiple of `ROW`.

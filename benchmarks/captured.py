@@ -1,4 +1,4 @@
-"""What Dense and Conv layers of a trained model read, and what comes back to them."""
+"""Inputs and cotangents of the Dense and Conv layers of a trained model."""
 
 import dataclasses
 import functools

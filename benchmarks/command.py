@@ -1,4 +1,4 @@
-"""What several commands share: their arguments, their tables, and their JSON."""
+"""Arguments, tables and JSON of the commands."""
 
 import argparse
 import dataclasses
@@ -44,7 +44,7 @@ def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def machine(device: str) -> str:
-    """What a time was measured on, given the kind of device."""
+    """The machine as tables name it, given the kind of device."""
     return f"cpu ({os.cpu_count()} cores)" if device == "cpu" else device
 
 

@@ -32,7 +32,7 @@ _PERTURBATION = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a preset stores, and how far its gradient is from the exact one.
+    """The bytes that a preset stores, and the error of its gradient.
 
     Attributes:
       model: its name.

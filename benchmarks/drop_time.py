@@ -1,9 +1,9 @@
-"""What `drop` costs in time on a CPU: steps, compilation, and planning.
+"""Times of `drop` on a CPU: of steps, compilation and planning.
 
 `python -m benchmarks.drop_time [--model=NAME] [--rounds=9] [--json]`
 
 Steps with `drop` take turns with plain Flax and with recomputed blocks, as in
-`benchmarks.step_time`. What a plan takes, in seconds of a processor, is measured on a
+`benchmarks.step_time`. Planning, in seconds of a processor, is measured on a
 transformer whose 24 blocks are written one after the other.
 """
 
@@ -35,7 +35,7 @@ _TRACE = "trace"
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
-    """What it takes to plan a function.
+    """Times of planning a function.
 
     Attributes:
       model: of which the function is the loss.
@@ -86,7 +86,7 @@ def _fresh(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 
 def markdown(model: Transformer, results: Sequence[Planning]) -> str:
-    """What planning takes as a table."""
+    """The times of planning as a table."""
     header = ["preset", "gradient traced s", "planned s"]
     rows = [
         [each.preset, f"{each.trace_s:.2f}", f"{each.plan_s:.2f}"] for each in results

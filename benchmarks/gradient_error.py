@@ -54,7 +54,7 @@ _BUDGETS = (0.5, 1, 1.5, 2, 2.5, 3.5, 4.5, 8.5, 16.5, 33)
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-    """What a policy does to the weight gradient of a layer.
+    """The error of a layer's weight gradient under a policy.
 
     Attributes:
       family: of the policy, as the figures have it.
@@ -154,7 +154,7 @@ def run(
 
 
 def measure(layer: Layer, policies: Mapping[str, tuple[str, DropIT]]) -> list[Error]:
-    """What each policy does to a layer's weight gradient."""
+    """The errors of a layer's weight gradient, one for each policy."""
     gradient = jax.jit(layer.kernel_gradient)
     exact = gradient(layer.x)
     errors = []

@@ -1,4 +1,4 @@
-"""What a training step allocates on a GPU, for every preset and its peers.
+"""Memory of a training step on a GPU, for every preset and its peers.
 
 `python -m benchmarks.memory [--target=h100] [--model=NAME] [--json] [--max_batch]`
 
@@ -42,7 +42,7 @@ _WORKERS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one variant of a training step takes.
+    """Memory, operations and traffic of one variant of a training step.
 
     Attributes:
       model: its name.
@@ -131,7 +131,7 @@ def with_largest_batch(workload: Workload, result: Result) -> Result:
 def _measured(
     workload: Workload, names: Sequence[str], target: str, max_batch: bool
 ) -> list[Result]:
-    """What was asked for of a workload, beside its baseline."""
+    """The measured variants of a workload, its baseline first."""
     own = list(workload.variants)
     of_model = [own[0], *(name for name in own[1:] if name in names)]
     results = measure(workload, target, of_model)

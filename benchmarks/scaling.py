@@ -1,4 +1,4 @@
-"""What a training step costs against batch, width, depth and number of devices.
+"""Costs of a training step against batch, width, depth and number of devices.
 
 `python -m benchmarks.scaling [--part=batch] [--output=docs/figures] [--json]`
 
@@ -78,7 +78,7 @@ def _scaled_slope(line: Fit) -> tuple[str, str]:
 
 
 def devices_markdown(results: Sequence[OnDevices]) -> str:
-    """What devices take, as a table."""
+    """The costs on each number of devices as a table."""
     rows = [
         [
             str(result.devices),

@@ -39,7 +39,7 @@ _BOUND_ELEMENTS = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one way of selection takes on the devices at hand.
+    """Times of one way of selection on the devices at hand.
 
     Attributes:
       section: "measured".
@@ -219,7 +219,7 @@ def _result(
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """What was measured, as a table."""
+    """The measurements as a table."""
     first = results[0]
     header = [
         "method",

@@ -1,4 +1,4 @@
-"""What a training step takes on a number of devices that share its batch.
+"""Memory and collectives of a training step on devices that share its batch.
 
 Steps are compiled and not run: the devices may be simulated.
 """
@@ -31,7 +31,7 @@ _COLLECTIVE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class OnDevices:
-    """What a step takes on a number of devices, each with the same part of the batch.
+    """Memory and collectives of a step; each device has the same part of the batch.
 
     Attributes:
       kind: "devices".
@@ -85,7 +85,7 @@ def on_devices(
 
 
 def _backward(model: Any, variables: Any, images: jax.Array) -> Any:
-    """What the backward pass of a model is given: a function, and the arrays in it."""
+    """The backward pass of a model, a function that holds its residuals."""
 
     def forward(params: Any) -> Any:
         given = variables | {"params": params}

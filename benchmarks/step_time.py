@@ -1,4 +1,4 @@
-"""What a training step takes, in time and memory, for every way of saving memory.
+"""Time and memory of a training step, for every way of saving memory.
 
 `python -m benchmarks.step_time [--model=MLP] [--variants=dropit_16,lean] [--json]`
 
@@ -40,7 +40,7 @@ MODELS = CPU_MODELS | GPU_MODELS
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one variant of a training step takes.
+    """Time and memory of one variant of a training step.
 
     Attributes:
       model: its name.

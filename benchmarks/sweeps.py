@@ -70,7 +70,7 @@ SWEEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What one step takes.
+    """Time and memory of one step.
 
     Attributes:
       kind: "point".

@@ -115,7 +115,7 @@ def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Spread:
 def summarise(
     seconds: Mapping[str, Sequence[float]], baseline: str
 ) -> dict[str, Summary]:
-    """What `interleaved` gave, in short.
+    """Medians and quartiles of the times that `interleaved` returned.
 
     Args:
       seconds: by name, in each round.

@@ -47,13 +47,13 @@ class Transformer:
 
     @property
     def model(self) -> str:
-        """What it is."""
+        """Its name in tables."""
         kind = "in lax.scan" if self.scan else "one by one"
         return f"Transformer of {self.layers} blocks {kind}"
 
     @property
     def name(self) -> str:
-        """What it is called on a command line."""
+        """Its name on a command line."""
         return f"{self.model}, {self.dtype}"
 
     @property
@@ -63,7 +63,7 @@ class Transformer:
 
     @property
     def attention_core_flops(self) -> float:
-        """What it takes to compute the scores of all layers once."""
+        """Operations of the attention's scores of all layers, computed once."""
         return 2.0 * self.layers * self.batch * self.tokens**2 * self.width
 
     def title(self, where: str) -> str:

@@ -46,7 +46,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """What it is called on a command line."""
+        """Its name on a command line."""
         return f"{self.model}, {self.image_size}², {self.dtype}"
 
     @property
@@ -61,7 +61,7 @@ class Workload:
 
     @property
     def attention_core_flops(self) -> float:
-        """What it takes to compute the scores of all layers once.
+        """Operations of the attention's scores of all layers, computed once.
 
         A preset that recomputes the scores adds as much to a step.
         """
@@ -126,7 +126,7 @@ def _vit(dtype: str) -> Callable[[LayerPreset], nn.Module]:
 
 @functools.cache
 def _variables(workload: Workload, layers: LayerPreset) -> Any:
-    """What a model is applied with, as `jax.ShapeDtypeStruct`s."""
+    """The variables of a model, as `jax.ShapeDtypeStruct`s."""
     model, size = workload.make(layers), workload.image_size
     image = jax.ShapeDtypeStruct((1, size, size, workload.channels), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image)

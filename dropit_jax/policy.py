@@ -1,4 +1,4 @@
-"""What a layer keeps of its input: the `DropIT` policy."""
+"""The `DropIT` policy: how much of a layer's input is kept."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a training step really takes: memory, operations, the batch that fits.
+"""Memory and operations of a training step, and the largest batch that fits.
 
 `compile_report` asks the compiler of the device, which need not be there, and
 `max_batch` searches with it; `saved_residuals` and `cached_bytes` look at what

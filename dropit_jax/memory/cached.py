@@ -1,4 +1,4 @@
-"""What the DropIT operations of a function cache."""
+"""Bytes that the DropIT operations of a function cache."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What differentiation caches of a function for its backward pass."""
+"""The residuals of a function: arrays that its backward pass reads."""
 
 import collections
 import dataclasses
@@ -43,7 +43,7 @@ class SavedResidual:
 
 @dataclasses.dataclass(frozen=True)
 class SavedResiduals:
-    """What differentiation caches of a function; printed, a table.
+    """The residuals of a function; printed, a table.
 
     Attributes:
       residuals: the arrays that the backward pass reads, largest first.
@@ -79,7 +79,7 @@ class SavedResiduals:
 
 
 def saved_residuals(fn: Callable[..., Any], *args: Any) -> SavedResiduals:
-    """What differentiation caches of a function for its backward pass.
+    """The residuals of a function: arrays that its backward pass reads.
 
     That is what `jax.grad` keeps before any compiler looks at it: XLA computes some of
     it anew instead, and adds workspace. Nothing runs and nothing is allocated.

@@ -31,7 +31,7 @@ def largest(size: Callable[[int], int], limit: int, upper: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Bracket:
-    """What the answer lies between; it may be `low`.
+    """Two numbers that the answer lies between; it may be `low`.
 
     Attributes:
       low: a number within the limit.

@@ -236,7 +236,7 @@ _call.defvjp(_forward, _backward, symbolic_zeros=True)
 )
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """What the backward pass has.
+    """The inputs of the backward pass.
 
     Attributes:
       passes: how it runs.

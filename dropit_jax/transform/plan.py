@@ -48,7 +48,7 @@ class StoredValue:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a function stores between its forward and its backward pass.
+    """The values that a function stores for its backward pass.
 
     Printed, it is a table. `drop(fun, plan)` uses it again.
 
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """What the function stores."""
+        """Bytes that the function stores."""
         return sum(value.nbytes for value in self.values)
 
     @functools.cached_property

@@ -28,7 +28,7 @@ class Rebuilder:
         inputs: Mapping[int, Any],
         stored: Mapping[int, Any],
     ) -> None:
-        """What is there to rebuild from.
+        """The stored values to rebuild from.
 
         Args:
           forward: the program that made the values.

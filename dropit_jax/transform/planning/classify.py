@@ -1,4 +1,4 @@
-"""What an error in a forward value would do to the gradients."""
+"""Sorts forward values by the harm that an error in them does to the gradients."""
 
 import dataclasses
 import enum

@@ -27,7 +27,7 @@ class PlanError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
-    """What is stored of one program: of the function, or of a body in it.
+    """The stored values of one program: of the function, or of a body in it.
 
     Attributes:
       fingerprint: of the program.

@@ -1,4 +1,4 @@
-"""What the transformation knows of primitives, by name.
+"""Primitives by their properties, as names.
 
 A primitive in none of these sets is never computed twice, and what it makes is stored
 if the backward pass reads it.

@@ -140,7 +140,7 @@ def run(
     arguments: Sequence[Any],
     evaluate: Callable[..., Sequence[Any]] | None = None,
 ) -> list[Any]:
-    """What the program returns.
+    """Runs the program, and returns its outputs.
 
     Args:
       program: to be run, one equation after the other.
@@ -237,7 +237,7 @@ class _Flat:
         return tuple(map(atom, jaxpr.outvars))
 
     def _operands(self, called: Any, given: Sequence[Atom]) -> dict[Any, Atom]:
-        """What the inputs of a called program stand for."""
+        """The atoms that the inputs of a called program stand for."""
         jaxpr = compat.open_jaxpr(called)
         atoms = dict(zip(jaxpr.invars, given, strict=True))
         for variable, array in zip(

@@ -34,7 +34,7 @@ class Halves:
 
     @property
     def residuals(self) -> tuple[Atom, ...]:
-        """What the backward pass is given, as atoms of the forward pass."""
+        """The residuals: atoms of the forward pass that the backward pass reads."""
         return self.forward.outputs[len(self.floating) :]
 
     @property
