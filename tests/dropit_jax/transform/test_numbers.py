@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 from jax import lax
 
 from dropit_jax import drop
+from tests.dropit_jax.transform.comparing import error
 
 _WIDTH = 64
 _RNG = np.random.default_rng(0)
@@ -56,14 +57,6 @@ def _gradient(function, preset=None):
     """The compiled gradient of a function, dropped if there is a preset."""
     dropped = function if preset is None else drop(function, preset)
     return jax.jit(jax.grad(dropped, argnums=(0, 1)))
-
-
-def _error(found, expected):
-    found, expected = (
-        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in tree])
-        for tree in (found, expected)
-    )
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 def _is_finite(gradients):
@@ -122,7 +115,7 @@ class NotFiniteTest(parameterized.TestCase):
         expected = _gradient(_norm)(*args)
         found = _gradient(_norm, "lean")(*args)
         self.assertTrue(_is_finite(found))
-        self.assertLess(_error(found, expected), 0.02)
+        self.assertLess(error(found, expected), 0.02)
 
     def test_the_largest_of_float16(self):
         w = jnp.stack([_SAME, _SAME]).astype(jnp.float16)
@@ -208,12 +201,12 @@ class MaskTest(parameterized.TestCase):
             _gradient(of_argument, "lean")(_W, _X, jnp.asarray(mask)),
             _gradient(of_constant, "lean")(_W, _X),
         ):
-            self.assertLess(_error(found, expected), 0.02)
+            self.assertLess(error(found, expected), 0.02)
 
     def _assert_near(self, function, preset, bound):
         expected = _gradient(function)(_W, _X)
         self.assertTrue(_is_finite(expected))
-        self.assertLess(_error(_gradient(function, preset)(_W, _X), expected), bound)
+        self.assertLess(error(_gradient(function, preset)(_W, _X), expected), bound)
 
 
 _LEVELS = {"lean": 255, "leanest": 15}
@@ -326,7 +319,7 @@ class SteepTest(parameterized.TestCase):
         expected = _gradient(function)(_W, _X)
         found = _gradient(function, "lean")(_W, _X)
         self.assertTrue(_is_finite(expected))
-        self.assertLess(_error(found, expected), 0.05)
+        self.assertLess(error(found, expected), 0.05)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class PlanTest(parameterized.TestCase):
 
     def test_printed_it_is_a_table(self):
         text = str(plan(FEATURES["mlp"])(PARAMS, X))
-        for word in ("8 bits", "flowing", "features.py:", "plain function", "again"):
+        for word in ("8 bits", "flowing", "arguments.py:", "plain function", "again"):
             self.assertIn(word, text)
 
 

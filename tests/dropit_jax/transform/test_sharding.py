@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -17,13 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dropit_jax.transform.drop import drop
 from dropit_jax.transform.forms.storage import Bits, Codes
-
-AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+from tests.dropit_jax.transform.comparing import error
+from tests.dropit_jax.transform.sharded_programs import (
+    AUTO,
+    EXPLICIT,
+    ONE_DEVICE,
+    PLACEMENTS,
+    PROGRAMS,
+)
 
 _COLLECTIVE = re.compile(
     r"^ *(?:ROOT )?%\S+ = (.*?) "
@@ -31,202 +35,6 @@ _COLLECTIVE = re.compile(
     re.MULTILINE,
 )
 _ARRAY = re.compile(r"\w+\[[\d,]*\]")
-
-_RNG = np.random.default_rng(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """How the arrays of a program are sharded; by default not at all.
-
-    Attributes:
-      axes: of the mesh, with their sizes.
-      batch: the one that the batch is sharded over.
-      features: the one that heads and hidden features are sharded over.
-      weights: the one that weights are sharded over where they are not in use.
-      axis_type: of all axes.
-    """
-
-    axes: tuple[tuple[str, int], ...] = ()
-    batch: str | None = None
-    features: str | None = None
-    weights: str | None = None
-    axis_type: AxisType = AUTO
-
-    @property
-    def mesh(self) -> jax.sharding.Mesh:
-        names, sizes = zip(*self.axes, strict=True)
-        return jax.make_mesh(sizes, names, axis_types=(self.axis_type,) * len(names))
-
-    def out(self, ndim: int, features: int | None = None) -> dict[str, P]:
-        """The argument that JAX asks for where a product has a sum over devices."""
-        if self.axis_type is AUTO:
-            return {}
-        spec = [self.batch, *[None] * (ndim - 1)]
-        if features is not None:
-            spec[features] = self.features
-        return {"out_sharding": P(*spec)}
-
-    @property
-    def gathers(self) -> bool:
-        """Whether the program itself gathers weights, as Explicit mode asks for."""
-        return self.axis_type is EXPLICIT and self.weights is not None
-
-    def gathered(self, params: Any) -> Any:
-        """Weights that are in use."""
-        if not self.gathers:
-            return params
-        return jax.tree.map(lambda p: jax.sharding.reshard(p, P()), params)
-
-
-_ONE_DEVICE = Placement()
-_PLACEMENTS = {
-    "data": Placement((("data", 8),), batch="data"),
-    "fsdp": Placement((("data", 8),), batch="data", weights="data"),
-    "tensor": Placement((("model", 8),), features="model"),
-    "data_tensor": Placement(
-        (("data", 4), ("model", 2)), batch="data", features="model"
-    ),
-}
-
-
-# Sizes are such that
-# - on no mesh two devices share a group of 64 features: their minimum and maximum
-#   would meet in two all-reduces of one number a group (`FormsTest` has such groups);
-# - the batch is large, so that of weights and activations XLA gathers the weights:
-#   activations that are rebuilt would be gathered once more;
-# - vectors are not sharded, as each equation that reads one, be it to rebuild a value,
-#   gathers it.
-def _weight(*shape):
-    fan_in = np.prod(shape[:-1])
-    return _RNG.normal(size=shape) / np.sqrt(fan_in)
-
-
-def _normalized(x):
-    return x * lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-
-
-def _mlp(place, params, x):
-    params = place.gathered(params)
-    for _ in range(2):
-        hidden = jax.nn.gelu(x @ params["column"])
-        x = x + jnp.einsum("bf,fd->bd", hidden, params["row"], **place.out(2))
-        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    return jnp.mean(jnp.sin(x))
-
-
-def _batch_norm(x, scale):
-    """With statistics of the whole batch."""
-    mean = x.mean((0, 1, 2))
-    variance = jnp.mean(x**2, axis=(0, 1, 2)) - mean**2
-    return (x - mean) * lax.rsqrt(variance + 1e-5) * scale
-
-
-def _convs(place, params, x):
-    params = place.gathered(params)
-    conv = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    y = conv(x, params["column"], **place.out(4, features=3))
-    y = jax.nn.relu(_batch_norm(y, params["scale"]))
-    x = x + conv(y, params["row"], **place.out(4))
-    return jnp.mean(jnp.sin(jax.nn.relu(x).mean((1, 2))))
-
-
-def _block(place, params, x):
-    params = place.gathered(params)
-    y = _normalized(x)
-    q, k, v = (
-        jnp.einsum("btd,dhk->bthk", y, params[name], **place.out(4, features=2))
-        for name in "qkv"
-    )
-    scores = jnp.einsum("bqhk,bthk->bhqt", q, k) / np.sqrt(q.shape[-1])
-    causal = np.tril(np.ones(scores.shape[-2:], bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -1e9))
-    y = jnp.einsum("bhqt,bthk->bqhk", weights, v)
-    x = x + jnp.einsum("bqhk,hkd->bqd", y, params["out"], **place.out(3))
-    y = jax.nn.silu(_normalized(x) @ params["column"])
-    return x + jnp.einsum("btf,fd->btd", y, params["row"], **place.out(3))
-
-
-def _transformer(place, params, x):
-    return jnp.mean(jnp.sin(_block(place, params, x)))
-
-
-def _scanned(place, params, x):
-    def turn(x, params):
-        params = place.gathered(params)
-        y = jnp.tanh(_normalized(x) @ params["column"])
-        return x + jnp.einsum("bf,fd->bd", y, params["row"], **place.out(2)), None
-
-    return jnp.mean(jnp.sin(lax.scan(turn, x, params)[0]))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """A function of parameters and a batch.
-
-    Attributes:
-      function: of a placement, the parameters and the batch.
-      params: by name.
-      sharded: of each parameter, the axis that may be sharded, of features or weights.
-      x: the batch.
-    """
-
-    function: Callable[..., Any]
-    params: dict[str, np.ndarray]
-    sharded: dict[str, int]
-    x: np.ndarray
-
-    def shardings(self, place: Placement, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-        name = place.features or place.weights
-
-        def sharding(key):
-            axes = range(self.params[key].ndim)
-            spec = [name if axis == self.sharded.get(key) else None for axis in axes]
-            return NamedSharding(mesh, P(*spec))
-
-        return {key: sharding(key) for key in self.params}
-
-
-_PROGRAMS = {
-    "mlp": Program(
-        _mlp,
-        {"column": _weight(64, 512), "row": _weight(512, 64)},
-        {"column": 1, "row": 0},
-        _RNG.normal(size=(1024, 64)),
-    ),
-    "convs": Program(
-        _convs,
-        {
-            "column": _weight(3, 3, 16, 128),
-            "row": _weight(3, 3, 128, 16),
-            "scale": 1 + _weight(128),
-        },
-        {"column": 3, "row": 2},
-        _RNG.normal(size=(32, 4, 4, 16)),
-    ),
-    "transformer": Program(
-        _transformer,
-        {
-            **{name: _weight(32, 8, 8) for name in "qkv"},
-            "out": _weight(8, 8, 32),
-            "column": _weight(32, 512),
-            "row": _weight(512, 32),
-        },
-        {"q": 1, "k": 1, "v": 1, "out": 0, "column": 1, "row": 0},
-        _RNG.normal(size=(32, 16, 32)),
-    ),
-    "scanned": Program(
-        _scanned,
-        {"column": _weight(3, 64, 512), "row": _weight(3, 512, 64)},
-        {"column": 2, "row": 1},
-        _RNG.normal(size=(1024, 64)),
-    ),
-}
 
 
 def _collectives(compiled):
@@ -253,18 +61,11 @@ def _on_mesh(function, program, place):
 @functools.cache
 def _on_one_device(name, preset):
     """The gradient; of the plain function where the preset loses nothing."""
-    program = _PROGRAMS[name]
-    function = functools.partial(program.function, _ONE_DEVICE)
+    program = PROGRAMS[name]
+    function = functools.partial(program.function, ONE_DEVICE)
     if preset != "exact":
         function = drop(function, preset)
     return jax.device_get(jax.jit(jax.grad(function))(program.params, program.x))
-
-
-def _error(gradients, exact):
-    """Of all gradients as one vector, relative to the exact ones."""
-    flat = (np.concatenate([*map(np.ravel, g.values())]) for g in (gradients, exact))
-    found, expected = flat
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 # Every program and every mesh with both types of axes.
@@ -296,8 +97,8 @@ class ProgramTest(parameterized.TestCase):
         for name, mesh, axis_type, *presets in _CASES
     )
     def test_moves_what_the_plain_function_does(self, name, mesh, axis_type, *presets):
-        program = _PROGRAMS[name]
-        place = dataclasses.replace(_PLACEMENTS[mesh], axis_type=axis_type)
+        program = PROGRAMS[name]
+        place = dataclasses.replace(PLACEMENTS[mesh], axis_type=axis_type)
         function = functools.partial(program.function, place)
         plain, _ = _on_mesh(function, program, place)
         self.assertNotEmpty(plain)
@@ -307,7 +108,7 @@ class ProgramTest(parameterized.TestCase):
             if preset == "lean" and place.gathers:
                 # Weights that the function gathers are values like any other, of which
                 # one device has none: they are stored in few bits, too.
-                self.assertLess(_error(gradients, _on_one_device(name, "exact")), 0.02)
+                self.assertLess(error(gradients, _on_one_device(name, "exact")), 0.02)
                 continue
             alone = _on_one_device(name, preset)
             chex.assert_trees_all_close(gradients, alone, rtol=1e-6, atol=1e-9)
@@ -339,8 +140,8 @@ class ShardMapTest(parameterized.TestCase):
           make: makes a function of a preset, given `jax.shard_map` for a layer.
           *presets: the presets.
         """
-        program = _PROGRAMS["mlp"]
-        place = dataclasses.replace(_PLACEMENTS["data_tensor"], axis_type=axis_type)
+        program = PROGRAMS["mlp"]
+        place = dataclasses.replace(PLACEMENTS["data_tensor"], axis_type=axis_type)
         specs = (P("data"), P(None, "model"), P("model"))
         shared_out = functools.partial(
             jax.shard_map, mesh=place.mesh, in_specs=specs, out_specs=specs[0]
@@ -353,8 +154,8 @@ class ShardMapTest(parameterized.TestCase):
             collectives, gradients = _on_mesh(function, program, place)
             self.assertEqual(collectives, expected, preset)
             tolerance = 1e-9 if preset == "exact" else 0.02
-            error = _error(gradients, _on_one_device("mlp", "exact"))
-            self.assertLess(error, tolerance)
+            exact = _on_one_device("mlp", "exact")
+            self.assertLess(error(gradients, exact), tolerance)
 
     def test_in_a_dropped_function(self):
         def make(shared_out, preset):
@@ -376,8 +177,9 @@ class FormsTest(parameterized.TestCase):
         forms = (Bits(), Codes(4))
         mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(EXPLICIT,) * 2)
         specs = (P("data", "model"), P("data", "model"), P("data", None))
+        rng = np.random.default_rng(0)
         arrays = [
-            jnp.asarray(_RNG.normal(size=(8, features)), jnp.float32)
+            jnp.asarray(rng.normal(size=(8, features)), jnp.float32)
             for features in (136, 8, 136)
         ]
         sharded = [

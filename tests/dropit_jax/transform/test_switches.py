@@ -11,10 +11,11 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import hijax
 from jax.experimental.compilation_cache import compilation_cache
 
 from dropit_jax import drop, plan
+from tests.dropit_jax.transform.comparing import error
+from tests.dropit_jax.transform.features.rules import Cube
 
 # Written so that the plain functions pass under each switch: no operands of different
 # ranks, and none of different dtypes.
@@ -115,14 +116,6 @@ def _expected(name, dtype):
         return gradient(*_arguments(dtype))
 
 
-def _error(found, expected):
-    found, expected = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-        for tree in (found, expected)
-    )
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
 # The others act when a function is traced, which is the same eagerly: two functions
 # of all are run that way.
 _AT_RUN_TIME = ("jax_debug_nans", "jax_disable_jit")
@@ -142,7 +135,7 @@ class SwitchTest(parameterized.TestCase):
             found = transform(gradient)(*_arguments(dtype))
             chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
             bound = rounding if preset == "exact" else 0.02
-            self.assertLess(_error(found, expected), bound, preset)
+            self.assertLess(error(found, expected), bound, preset)
 
     @parameterized.named_parameters(
         (f"{switch}_{name}", switch, name)
@@ -166,24 +159,8 @@ class SwitchTest(parameterized.TestCase):
         self._check(switch, name, presets, lambda gradient: gradient)
 
 
-# JAX 0.12 calls it by its new name.
-class _Cube(getattr(hijax, "HiPrim", None) or hijax.VJPHiPrimitive):
-    def __init__(self, aval):
-        self.in_avals, self.out_aval, self.params = (aval,), aval, {}
-        super().__init__()
-
-    def expand(self, x):
-        return x**3
-
-    def vjp_fwd(self, nonzeros, x):
-        return self(x), x
-
-    def vjp_bwd_retval(self, x, g):
-        return (3 * x**2 * g,)
-
-
 def _cube(x):
-    return _Cube(jax.typeof(x))(x)
+    return Cube(jax.typeof(x))(x)
 
 
 def _with_remat_rules():
@@ -229,8 +206,8 @@ class NextImplementationsTest(parameterized.TestCase):
             return [jax.grad(transform(each))(*args) for each in functions]
 
         expected, exact, lean = gradients(*_arguments(np.float32))
-        self.assertLess(_error(exact, expected), 1e-6)
-        self.assertLess(_error(lean, expected), 0.02)
+        self.assertLess(error(exact, expected), 1e-6)
+        self.assertLess(error(lean, expected), 0.02)
 
     def _assert_checkpointed_is_same(self, operation):
         block = jax.checkpoint(lambda x, w: operation(jnp.tanh(x @ w)))

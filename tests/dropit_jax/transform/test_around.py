@@ -1,6 +1,5 @@
-"""`drop` on every feature of JAX: values and gradients are the function's."""
+"""`drop` inside of JAX's transformations, and what it may be given."""
 
-import collections
 import functools
 
 import chex
@@ -10,49 +9,16 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from jax import export
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from dropit_jax import drop, plan
-from dropit_jax.transform.tracing import program as programs
+from tests.dropit_jax.transform.comparing import error, primitives
 from tests.dropit_jax.transform.features import FEATURES, PARAMS, X
 
 
 def _gradient(function):
     return jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(PARAMS, X)
-
-
-def _error(found, expected):
-    found, expected = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-        for tree in (found, expected)
-    )
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
-# Those of which a program of the dropped function could differ.
-_UNLIKE = (
-    "complex_values",
-    "cond",
-    "convolved",
-    "custom_vjp",
-    "dropit_layer",
-    "integers",
-    "ordered_effects",
-    "pooled",
-    "scan_of_checkpointed",
-)
-
-
-def _primitives(jaxpr):
-    """How often each primitive stands in a program."""
-    found = collections.Counter()
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        found[equation.primitive.name] += 1
-        for inner in jaxprs_in_params(equation.params):
-            found += _primitives(inner)
-    return found
 
 
 def _mean_of(function):
@@ -63,83 +29,6 @@ def _mean_of(function):
         return jax.lax.pmean(function(params, x) * scale, "rows")
 
     return mean
-
-
-class FeatureTest(parameterized.TestCase):
-    @parameterized.parameters(*sorted(FEATURES))
-    def test_exact_is_jaxs_gradient_and_lean_is_near(self, name):
-        function = FEATURES[name]
-
-        @jax.jit  # one program, which takes less time to compile than three
-        def gradients(*args):
-            functions = (function, drop(function, "exact"), drop(function, "lean"))
-            return [jax.value_and_grad(f, argnums=(0, 1))(*args) for f in functions]
-
-        (value, expected), exact, lean = gradients(PARAMS, X)
-        for preset, (dropped_value, found), bound in (
-            ("exact", exact, 1e-5),
-            ("lean", lean, 0.02),
-        ):
-            np.testing.assert_allclose(dropped_value, value, rtol=1e-6)
-            chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
-            self.assertLess(_error(found, expected), bound, preset)
-
-    @parameterized.parameters(*_UNLIKE)
-    def test_not_differentiated_it_is_the_function(self, name):
-        function = FEATURES[name]
-        np.testing.assert_array_equal(
-            jax.jit(drop(function))(PARAMS, X), jax.jit(function)(PARAMS, X)
-        )
-
-    def test_not_differentiated_it_is_the_functions_program(self):
-        for name, function in FEATURES.items():
-            plain, dropped = (
-                programs.flatten(jax.make_jaxpr(f)(PARAMS, X))
-                for f in (function, drop(function))
-            )
-            found, expected = (
-                [
-                    (node.name, [str(program.avals[value]) for value in node.outputs])
-                    for node in program.nodes
-                ]
-                for program in (dropped, plain)
-            )
-            self.assertEqual(found, expected, name)
-
-
-class CheckpointPolicyTest(parameterized.TestCase):
-    """What a policy saves or moves to the host is not computed again, as in JAX."""
-
-    @parameterized.product(
-        name=("checkpointed_with_policy", "offloaded"), preset=("exact", "lean")
-    )
-    def test_products_and_moves(self, name, preset):
-        plain, dropped = (
-            _primitives(jax.make_jaxpr(jax.grad(function))(PARAMS, X))
-            for function in (FEATURES[name], drop(FEATURES[name], preset))
-        )
-        for operation in ("dot_general", "device_put"):
-            self.assertEqual(dropped[operation], plain[operation], operation)
-        self.assertEqual(plain["device_put"] > 0, name == "offloaded")
-
-
-class ParametersTest(parameterized.TestCase):
-    """Parameters are alive anyway: neither they nor products with them cost more."""
-
-    @parameterized.product(
-        name=("cond", "gated", "mlp", "scan", "scan_nested"),
-        preset=("exact", "lean"),
-    )
-    def test_no_product_with_a_parameter_is_computed_twice(self, name, preset):
-        plain, dropped = (
-            str(jax.make_jaxpr(jax.grad(function))(PARAMS, X)).count("dot_general[")
-            for function in (FEATURES[name], drop(FEATURES[name], preset))
-        )
-        self.assertEqual(dropped, plain)
-
-    def test_branches_do_not_store_them(self):
-        shapes = {value.shape for value in plan(FEATURES["cond"])(PARAMS, X).values}
-        self.assertNotIn((16, 16), shapes)
 
 
 class AroundTest(parameterized.TestCase):
@@ -285,7 +174,7 @@ class AroundTest(parameterized.TestCase):
             jax.jit(after_a_step(f))(PARAMS, X)
             for f in (drop(self.function, "lean"), self.function)
         )
-        self.assertLess(_error(lean, plain), 0.02)
+        self.assertLess(error(lean, plain), 0.02)
 
     @parameterized.parameters("lean", "leanest")
     def test_second_derivatives_raise(self, preset):
@@ -307,7 +196,7 @@ class AroundTest(parameterized.TestCase):
             return jax.jit(jax.grad(squared))(PARAMS)
 
         found, expected = map(penalised, (self.dropped, self.function))
-        self.assertLess(_error(found, expected), 1e-5)
+        self.assertLess(error(found, expected), 1e-5)
 
     def test_forward_mode_raises(self):
         for transform in (
@@ -398,7 +287,7 @@ class FrozenTest(parameterized.TestCase):
         args = frozen, adapters, X
         dropped = drop(function, preset)
         plain, found = (
-            _primitives(jax.make_jaxpr(jax.grad(f, argnums=1))(*args))["dot_general"]
+            primitives(jax.make_jaxpr(jax.grad(f, argnums=1))(*args))["dot_general"]
             for f in (function, dropped)
         )
         self.assertEqual(found, plain)
