@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dropit_jax.compat import Var, dce_jaxpr, open_jaxpr
+from dropit_jax.compat import Jaxpr, Var, dce_jaxpr, open_jaxpr
 from dropit_jax.memory import origins, scopes
 
 
@@ -103,14 +103,27 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> SavedResiduals:
         return pullback.take_apart(*jax.vjp(of_given, *[leaves[i] for i in given]))
 
     jaxpr = open_jaxpr(jax.make_jaxpr(forward)(*leaves))
-    avals = [variable.aval for variable in jaxpr.outvars]
+    backward = pullback.traced([variable.aval for variable in jaxpr.outvars])
+    return between(jaxpr, backward, len(jaxpr.outvars))
+
+
+def between(forward: Jaxpr, backward: Jaxpr, count: int) -> SavedResiduals:
+    """The residuals between two passes.
+
+    Args:
+      forward: returns the residuals last.
+      backward: takes them first.
+      count: of the residuals that one gives to the other.
+    """
+    _, used = dce_jaxpr(backward, [True] * len(backward.outvars))
+    given = forward.outvars[len(forward.outvars) - count :]
     read = [
         variable
-        for variable, is_read in zip(jaxpr.outvars, pullback.reads(avals), strict=True)
+        for variable, is_read in zip(given, used[:count], strict=True)
         if is_read and isinstance(variable, Var)
     ]
     found: dict[tuple[int, ...], SavedResidual] = {}
-    for variable, origin in zip(read, origins.find(read, jaxpr), strict=True):
+    for variable, origin in zip(read, origins.find(read, forward), strict=True):
         if origin.name or origin.key not in found:  # a name may be on one use only
             found[origin.key] = _residual(variable, origin)
     ordered = sorted(found.values(), key=lambda each: each.nbytes, reverse=True)
@@ -118,7 +131,7 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> SavedResiduals:
 
 
 class _Pullback:
-    """A traced pullback, and which of its residuals it reads."""
+    """A pullback, as a function of residuals and cotangents."""
 
     def take_apart(self, result: Any, pullback: Any) -> list[Any]:
         """The residuals of a pullback, given also the function's result."""
@@ -126,11 +139,9 @@ class _Pullback:
         self._cotangents = jax.tree.map(jax.typeof, result)
         return residuals
 
-    def reads(self, avals: Sequence[Any]) -> list[bool]:
-        """Of each residual of these types, whether the backward pass reads it."""
-        jaxpr = open_jaxpr(jax.make_jaxpr(self._call)(avals, self._floating()))
-        _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        return used[: len(avals)]
+    def traced(self, avals: Sequence[Any]) -> Jaxpr:
+        """The backward pass, of residuals of these types and of cotangents."""
+        return open_jaxpr(jax.make_jaxpr(self._call)(avals, self._floating()))
 
     def _floating(self) -> list[Any]:
         return [

@@ -87,8 +87,11 @@ class Dropped:
         jaxpr, count = compat.open_jaxpr(self._traced), len(self._constants)
         return jax.core.eval_jaxpr(jaxpr, inputs[:count], *inputs[count:])
 
-    def plan(self, is_perturbed: Sequence[bool]) -> None:
-        """Makes the planner plan for these inputs to be differentiated."""
+    def plan(self, is_perturbed: Sequence[bool]) -> int:
+        """Makes the planner plan for these inputs to be differentiated.
+
+        Returns the bytes that the plain function stores.
+        """
         if not self.has_plan:
             raise PlanError(
                 "A loop or a conditional of the function writes to a mutable "
@@ -101,7 +104,11 @@ class Dropped:
         before = len(avals) - len(is_perturbed)
         wanted = (False,) * before + tuple(is_perturbed)
         pairs = zip(wanted, avals, strict=True)
-        self.passes(tuple(w and split.is_floating(aval) for w, aval in pairs), avals)
+        perturbed = tuple(w and split.is_floating(aval) for w, aval in pairs)
+        passes = self.passes(perturbed, avals)
+        if rules.has_any(self._program):
+            return split.split(self.plain, avals, perturbed).residual_bytes
+        return passes.halves.residual_bytes
 
     def passes(self, perturbed: tuple[bool, ...], avals: tuple[Any, ...]) -> Passes:
         """The passes when these of key, constants and inputs are differentiated."""

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dropit_jax import compat, memory
 from dropit_jax.transform import plan as plans
 from dropit_jax.transform.differentiate import Dropped
 from dropit_jax.transform.forms import presets
@@ -101,8 +100,7 @@ def plan(
         planner = own.planner()
         run = Dropped(call.traced, planner, [True] * len(call.arrays), key=call.key)
         is_perturbed = [place in wanted for place in call.argument]
-        run.plan(is_perturbed)
-        plain = call.plain_bytes(is_perturbed)
+        plain = run.plan(is_perturbed)
         return plans.of_choices(planner.preset, planner.made, plain)
 
     return planned if own.lift is None else own.lift(planned)
@@ -236,20 +234,6 @@ class _Call:
             ]
         key = _key(own, args, kwargs) if own.preset.needs_key else None
         return cls(traced, arrays, argument, results, key)
-
-    def plain_bytes(self, is_perturbed: Sequence[bool]) -> int:
-        """The bytes that the plain function stores when these are differentiated."""
-
-        def function(*arrays: Any) -> Any:
-            given = [
-                array if yes else jax.lax.stop_gradient(array)
-                for array, yes in zip(arrays, is_perturbed, strict=True)
-            ]
-            return jax.core.eval_jaxpr(
-                compat.open_jaxpr(self.traced), compat.constants(self.traced), *given
-            )
-
-        return memory.saved_residuals(function, *self.arrays).total_bytes
 
 
 def _key(own: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -40,6 +40,11 @@ def run(program: Program, arguments: Sequence[Any], drop_body: DropBody) -> list
     return programs.run(program, arguments, evaluate)
 
 
+def has_any(program: Program) -> bool:
+    """Whether one of these rules changes how the program is bound."""
+    return any(_rule(node) is not None for node in program.nodes)
+
+
 def _scan(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[Any]:
     consts, carried = compat.scan_counts(node.equation)
     params, end = node.params, consts + carried

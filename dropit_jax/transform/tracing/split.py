@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dropit_jax import compat
+from dropit_jax.compat import Jaxpr
+from dropit_jax.memory import residuals
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Program
 
@@ -25,17 +27,25 @@ class Halves:
         result of floating point and a gradient for each perturbed input.
       perturbed: of each input, whether it is differentiated.
       floating: of each result, whether it has a cotangent.
+      traced: both, as JAX traced them.
     """
 
     forward: Program
     backward: Program
     perturbed: tuple[bool, ...]
     floating: tuple[bool, ...]
+    traced: tuple[Jaxpr, Jaxpr]
 
     @property
     def residuals(self) -> tuple[Atom, ...]:
         """The residuals: atoms of the forward pass that the backward pass reads."""
         return self.forward.outputs[len(self.floating) :]
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of all residuals that are neither arguments nor constants."""
+        found = residuals.between(*self.traced, len(self.residuals))
+        return found.total_bytes
 
     @property
     def cotangents(self) -> tuple[int, ...]:
@@ -64,29 +74,30 @@ def split(
 
         nonlocal structure, results
         outputs, pullback = jax.vjp(of_perturbed, *[arrays[i] for i in places])
-        residuals, structure = jax.tree.flatten(pullback)
+        leaves, structure = jax.tree.flatten(pullback)
         results = [jax.typeof(output) for output in outputs]
-        return [*outputs, *residuals]
+        return [*outputs, *leaves]
 
     traced = jax.make_jaxpr(forward)(*avals)
     floating = tuple(is_floating(aval) for aval in results)
-    residuals = traced.out_avals[len(results) :]
+    given = traced.out_avals[len(results) :]
 
-    def backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
-        given = iter(cotangents)
+    def backward(given: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
+        found = iter(cotangents)
         complete = [
-            next(given) if has_one else np.zeros(aval.shape, jax.dtypes.float0)
+            next(found) if has_one else np.zeros(aval.shape, jax.dtypes.float0)
             for aval, has_one in zip(results, floating, strict=True)
         ]
-        return jax.tree.unflatten(structure, residuals)(complete)
+        return jax.tree.unflatten(structure, given)(complete)
 
     wanted = [aval for aval, has_one in zip(results, floating, strict=True) if has_one]
-    pulled = jax.make_jaxpr(backward)(residuals, wanted)
+    pulled = jax.make_jaxpr(backward)(given, wanted)
     return Halves(
         programs.flatten(traced),
         programs.flatten(pulled),
         tuple(perturbed),
         floating,
+        (compat.open_jaxpr(traced), compat.open_jaxpr(pulled)),
     )
 
 

@@ -93,6 +93,16 @@ class PlanTest(parameterized.TestCase):
         hidden = {v.form for v in planned.values if v.shape == (64, 128)}
         self.assertEqual(hidden, {"8 bits"})
 
+    def test_the_plain_functions_bytes_are_those_that_jax_keeps(self):
+        for name, function in FEATURES.items():
+            if name.startswith("reference_"):
+                continue  # `drop` leaves them as they are, and has no plan of them
+            planned = plan(function, "exact", argnums=(0, 1))(PARAMS, X)
+            kept = memory.saved_residuals(function, PARAMS, X)
+            # A number that two calls of one jitted function make is one here.
+            few = 8 if name == "convolved" else 0
+            self.assertEqual(planned.plain_bytes + few, kept.total_bytes, name)
+
     def test_of_other_arguments_it_is_an_error(self):
         planned = plan(FEATURES["mlp"])(PARAMS, X)
         with pytest.raises(PlanError, match="another function, or of arguments"):
