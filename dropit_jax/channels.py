@@ -5,13 +5,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from dropit_jax import dtypes
+
 
 def largest(x: Float[Array, "*batch channels"], k: int) -> Int[Array, "{k}"]:
     """The k channels of largest L2 norm, in the order of their indices.
 
     Ties go to the lower index; a channel with NaN or infinity counts as largest.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(dtypes.wide(x.dtype))
     energy = jnp.sum(jnp.square(wide), axis=tuple(range(x.ndim - 1)))
     # The top of a NaN with a sign, such as 0 / 0 on x86, would be the bottom.
     energy = jnp.where(jnp.isnan(energy), jnp.nan, energy)

@@ -19,7 +19,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Shaped, UInt8
 
-from dropit_jax import barriers, blocks, chunking, inlining, packing, shardings
+from dropit_jax import (
+    barriers,
+    blocks,
+    chunking,
+    dtypes,
+    inlining,
+    packing,
+    shardings,
+)
 from dropit_jax.platforms import by_platform
 
 # More than a rounding to bfloat16 changes a number by, relative to it.
@@ -99,7 +107,7 @@ def _dequantized_rows(
     """The dequantised values, in the rows that groups are cut from."""
     groups = chunking.cut(shape, group_size)
     codes = packing.unpack(codes, bits, groups.row_size)
-    compute = jnp.promote_types(dtype, jnp.float32)
+    compute = dtypes.wide(dtype)
     segments = [
         low + code.astype(compute) * step
         for code, low, step in zip(
@@ -182,7 +190,7 @@ def _stored(
     groups = chunking.cut(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
-    rows = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
+    rows = rows.astype(dtypes.wide(x.dtype))
     segments = _in_groups(rows, groups)
     noise = _noise(key, rows, groups)
     found = [ranges(values, levels) for values in segments]

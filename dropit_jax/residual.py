@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from dropit_jax import barriers, channels, chunking, encodings, selection, shardings
+from dropit_jax import (
+    barriers,
+    channels,
+    chunking,
+    dtypes,
+    encodings,
+    selection,
+    shardings,
+)
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.quantization import Quantized, quantize
 
@@ -208,9 +216,9 @@ def _dropped_means(
 ) -> Float[Array, "batch channels"]:
     """The mean of the dropped elements of each sample and channel; 0 for none."""
     positions = tuple(range(1, x.ndim - 1))
-    wide = jnp.where(kept, 0, x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    dropped = jnp.sum(~kept, axis=positions)
-    return jnp.sum(wide, axis=positions) / jnp.maximum(dropped, 1)
+    wide = jnp.where(kept, 0, x).astype(dtypes.wide(x.dtype))
+    dropped = jnp.maximum(jnp.sum(~kept, axis=positions), 1)
+    return jnp.sum(wide, axis=positions) / dropped.astype(wide.dtype)
 
 
 def _kept_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:

@@ -44,7 +44,7 @@ def top_k(
 ) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
     """The elements of the k largest scores, largest first, and their indices."""
     indices = _largest_first(scores, k)
-    here = indices[..., :, None] == jnp.arange(x.shape[-1])
+    here = indices[..., :, None] == _counted(x.shape[-1], x.ndim + 1)
     # By their bits: exact for -0.0 and NaN.
     taken = jnp.where(here, _bits(x)[..., None, :], 0).max(axis=-1)
     return _from_bits(taken, x), indices
@@ -178,7 +178,7 @@ def compact(
     x: Shaped[Array, "*rows size"], mask: Bool[Array, "*rows size"], k: int
 ) -> Shaped[Array, "*rows {k}"]:
     """The k elements under the mask, in the order of their indices."""
-    slots, order = _slots(mask), jnp.arange(k)
+    slots, order = _slots(mask), _counted(k, mask.ndim)
     bits = _bits(x)
     taken = lax.full_like(_spread(bits, 0, k), 0)
     for i in range(x.shape[-1]):
@@ -217,8 +217,8 @@ def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
     if k <= _MAX_PASSES:
         slots = [slot for _, slot in _passes(scores, k)]
         return stack(slots).astype(jnp.int32)
-    order = _ranks(scores)[..., None, :] == jnp.arange(k)[:, None]
-    return jnp.where(order, _indices(scores), 0).max(axis=-1)
+    order = _ranks(scores)[..., None, :] == _counted(k, scores.ndim)[..., None]
+    return jnp.where(order, _indices(scores)[..., None, :], 0).max(axis=-1)
 
 
 def _passes(
@@ -293,7 +293,14 @@ def _indices(
     x: Shaped[Array, "*rows size"], dtype: jax.typing.DTypeLike = np.int32
 ) -> Int[np.ndarray, "*ones size"]:
     """Each element's index in its chunk; of the same rank, which takes no broadcast."""
-    return np.arange(x.shape[-1], dtype=dtype).reshape(*[1] * (x.ndim - 1), -1)
+    return _counted(x.shape[-1], x.ndim, dtype)
+
+
+def _counted(
+    count: int, ndim: int, dtype: jax.typing.DTypeLike = np.int32
+) -> Int[np.ndarray, "*ones count"]:
+    """The numbers from 0, along the last of so many axes."""
+    return np.arange(count, dtype=dtype).reshape(*[1] * (ndim - 1), -1)
 
 
 def _spread(
@@ -312,7 +319,7 @@ def _select(
 
 def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
     """How many elements of the chunk come before each: larger, or equal and earlier."""
-    slots = jnp.arange(scores.shape[-1])
+    slots = blocks.along(np.arange(scores.shape[-1]), scores)
     ranks = jnp.zeros(scores.shape, jnp.int32)
     # One comparison after the other: a sum over pairs would be a pass of its own.
     for i in range(scores.shape[-1]):
@@ -327,10 +334,12 @@ def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
     slots = jnp.zeros(mask.shape, jnp.int32)
     for start in range(0, size, _WORD):
         part = mask[..., start : start + _WORD].astype(jnp.uint32)
-        places = jnp.arange(part.shape[-1], dtype=jnp.uint32)
-        word = jnp.sum(part << places, axis=-1, keepdims=True, dtype=jnp.uint32)
+        places = np.arange(part.shape[-1], dtype=np.uint32)
+        part = part << blocks.along(places, part)
+        word = jnp.sum(part, axis=-1, keepdims=True, dtype=jnp.uint32)
         before = np.clip(np.arange(size) - start, 0, _WORD)
-        earlier = word & jnp.asarray((1 << before) - 1, jnp.uint32)
+        these = ((1 << before) - 1).astype(np.uint32)
+        earlier = word & blocks.along(these, mask)
         slots += lax.population_count(earlier).astype(jnp.int32)
     return slots
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from logging import LogRecord
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -118,6 +119,10 @@ def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
         logging.get_absl_logger().addFilter(_is_of_use)
+        if jax.config.jax_numpy_dtype_promotion != "standard":
+            # Flax's norms in bfloat16 and Optax's schedules have no other.
+            print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
+            jax.config.update("jax_numpy_dtype_promotion", "standard")
         try:
             job(list(argv[1:]))
         except _USER_ERRORS as error:

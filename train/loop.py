@@ -79,7 +79,7 @@ def _train(
     config = job.config
     steps_per_epoch, total_steps = config_lib.steps(config)
     evaluate_every = max(1, round(config.evaluate_every * steps_per_epoch))
-    learning_rate = optim.schedule(config, steps_per_epoch, total_steps)
+    learning_rate = optim.values(optim.schedule(config, steps_per_epoch, total_steps))
     train_step = mesh_lib.compile_training(
         step_lib.train_step(config), job.mesh, job.shardings
     )
@@ -118,7 +118,7 @@ def _train(
                 row: Row = {
                     "step": done,
                     "epoch": math.ceil(done / steps_per_epoch),
-                    "learning_rate": float(learning_rate(done - 1)),
+                    "learning_rate": learning_rate(done - 1),
                     "train_loss": meter.loss,
                     "train_accuracy": meter.accuracy,
                     "images_per_second": round(meter.rate, 1),

@@ -36,7 +36,7 @@ def is_among_largest(
     NaN is not among the largest.
     """
     right = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
+    earlier = jnp.arange(logits.shape[-1])[None, :] < labels[:, None]
     # Not `logits > right`, which NaN never is.
     before = ~(logits <= right) | ((logits == right) & earlier)
     return (jnp.sum(before, axis=-1) < count) & ~jnp.isnan(right[:, 0])

@@ -31,7 +31,10 @@ def normaliser(config: ConfigDict) -> Normalise:
         mean, std = info.mean, info.std
 
     def normalise(images: UInt8[Array, "..."]) -> Float[Array, "..."]:
-        mean_, std_ = (jnp.asarray(value, jnp.float32) for value in (mean, std))
+        channels = (*[1] * (images.ndim - 1), -1)
+        mean_, std_ = (
+            jnp.asarray(value, jnp.float32).reshape(channels) for value in (mean, std)
+        )
         return (images.astype(jnp.float32) - mean_) / std_
 
     return normalise

@@ -1,5 +1,7 @@
 """The optimiser and its learning rate, as a config describes them."""
 
+from collections.abc import Callable
+
 import jax
 import optax
 from ml_collections import ConfigDict
@@ -34,6 +36,12 @@ def schedule(
         }
         decay = optax.piecewise_constant_schedule(peak, boundaries)
     return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def values(schedule: optax.Schedule) -> Callable[[int], float]:
+    """A schedule as a function of a step's number, which moves no array unasked."""
+    compiled = jax.jit(schedule)
+    return lambda step: float(jax.device_get(compiled(jax.device_put(step))))
 
 
 def optimizer(

@@ -255,7 +255,7 @@ def _sums(
     correct_top5 = losses.is_among_largest(logits, labels, 5)
     return Sums(
         loss=jnp.sum(loss * mask),
-        correct=jnp.sum(correct * mask),
-        correct_top5=jnp.sum(correct_top5 * mask),
+        correct=jnp.sum(correct.astype(mask.dtype) * mask),
+        correct_top5=jnp.sum(correct_top5.astype(mask.dtype) * mask),
         count=jnp.sum(mask),
     )

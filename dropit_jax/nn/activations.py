@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from dropit_jax import derivatives
+from dropit_jax import derivatives, dtypes
 from dropit_jax.nn import codes
 from dropit_jax.nn.codes import Codes
 
@@ -215,6 +215,10 @@ def _gradient_of(function: _Activation) -> Callable[[Array, Array], Array]:
 _two_sided.defvjp(_two_sided_forward, _two_sided_backward)
 
 
+# The bits of a NaN in float32.
+_NAN = 0x7FC00000
+
+
 @dataclasses.dataclass(frozen=True)
 class _Scale:
     """Derivatives as bytes: `code = round(steps · derivative) + zero`; 255 is NaN.
@@ -230,14 +234,20 @@ class _Scale:
     def encode(self, derivative: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
         """The nearest codes."""
         code = lax.round(derivative * self.steps, lax.RoundingMethod.TO_NEAREST_EVEN)
-        code = lax.clamp(0.0, code + self.zero, 254.0)
+        least, most = (lax.full_like(code, number) for number in (0, 254))
+        code = lax.clamp(least, code + self.zero, most)
         of_nan = lax.full_like(code, 255)
         return lax.select(jnp.isnan(derivative), of_nan, code).astype(jnp.uint8)
 
     def decode(self, code: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The derivatives, in float32."""
         derivative = (code.astype(jnp.float32) - self.zero) / self.steps
-        return lax.select(code == 255, lax.full_like(derivative, jnp.nan), derivative)
+        # As bits: `jax_debug_nans` would take a constant for the culprit.
+        bits = lax.bitcast_convert_type(derivative, jnp.uint32)
+        of_nan = lax.full_like(bits, _NAN)
+        return lax.bitcast_convert_type(
+            lax.select(code == 255, of_nan, bits), jnp.float32
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -262,7 +272,7 @@ def _value_and_code(
     x: Float[Array, "*shape"], function: _Activation, scale: _Scale
 ) -> tuple[Float[Array, "*shape"], UInt8[Array, "*shape"]]:
     """The function, and its derivative as bytes."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(dtypes.wide(x.dtype))
     value, pullback = jax.vjp(function, wide)
     code = scale.encode(*pullback(jnp.ones_like(wide)))
     return value if wide.dtype == x.dtype else function(x), code
@@ -273,7 +283,9 @@ def _smooth_backward(
 ) -> tuple[Array]:
     del function, name
     code = codes.load(saved, cotangent)
-    return ((cotangent * scale.decode(code)).astype(cotangent.dtype),)
+    derivative = scale.decode(code)
+    wide = cotangent.astype(dtypes.common(cotangent.dtype, derivative.dtype))
+    return ((wide * derivative.astype(wide.dtype)).astype(cotangent.dtype),)
 
 
 _smooth.defvjp(_smooth_forward, _smooth_backward)

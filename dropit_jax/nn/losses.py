@@ -22,7 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
-from dropit_jax import shardings
+from dropit_jax import dtypes, shardings
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -134,7 +134,7 @@ def _shifted(logits: Array, maximum: Array) -> Array:
 def _maximum(logits: Array) -> Array:
     # Without a derivative: what it adds to both terms of the loss cancels.
     largest = lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
-    return largest.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return largest.astype(dtypes.wide(logits.dtype))
 
 
 def _finite_or_0(x: Array) -> Array:
@@ -155,9 +155,10 @@ _hard = jax.custom_vjp(_hard_value)
 def _is_label(logits: Array, labels: Array) -> Bool[Array, "*rows classes"]:
     classes = logits.shape[-1]
     # An integer type of 8 bits may be too small for the number of classes.
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    labels = labels.astype(dtypes.common(labels.dtype, jnp.int32))
     labels = jnp.where(labels < 0, labels + classes, labels)
-    is_label = lax.iota(labels.dtype, classes) == labels[..., None]
+    each = lax.expand_dims(lax.iota(labels.dtype, classes), range(labels.ndim))
+    is_label = each == labels[..., None]
     return shardings.like(is_label, logits)
 
 
@@ -194,9 +195,9 @@ def _soft_forward(logits: Array, labels: Array) -> tuple[Array, _Saved]:
 def _soft_backward(saved: _Saved, cotangent: Array) -> tuple[Array, Array | None]:
     saved, cotangent = _load(saved, cotangent)
     logits, labels = saved.logits, saved.labels
-    wide = -cotangent.astype(jnp.promote_types(cotangent.dtype, saved.total.dtype))
+    wide = -cotangent.astype(dtypes.common(cotangent.dtype, saved.total.dtype))
     wide = wide[..., None]
-    shares = labels * wide
+    shares = labels.astype(wide.dtype) * wide
     total = saved.total[..., None]
     gradient = shares - shares.sum(-1, keepdims=True) / total * saved.exponentials()
     gradient = gradient.astype(logits.dtype)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import barriers, derivatives, shardings
+from dropit_jax import barriers, derivatives, dtypes, shardings
 from dropit_jax.nn import eight_bits
 from dropit_jax.nn.eight_bits import EightBits
 
@@ -104,7 +104,7 @@ def statistics(
       dtype: of the computation; `None`: float32, or x's if that is wider.
     """
     if dtype is None:
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = dtypes.wide(x.dtype)
     axes = _stat_axes(x, norm)
     wide = _cut(lax.stop_gradient(x), norm).astype(dtype)
     where = None if mask is None else _cut(jnp.asarray(mask, bool), norm)
@@ -250,8 +250,7 @@ def _gradients(
     norm: Norm, saved: _Saved, decoded: Array | None, cotangent: Array
 ) -> tuple[Array, Array | None, Array | None]:
     """The gradients of x, γ and β."""
-    dtypes = (saved.inverse.dtype, saved.dtype, cotangent.dtype)
-    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    dtype = dtypes.wide(saved.inverse.dtype, saved.dtype, cotangent.dtype)
     x_hat: Any = None
     if decoded is not None:
         x_hat = shardings.like(decoded.astype(dtype), cotangent)
