@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dropit_jax import shardings
+from dropit_jax.shapes import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Chunking:
       tail: elements of the shorter chunk at the end of a row; 0 where there is none.
     """
 
-    rows: tuple[int, ...]
+    rows: Shape
     count: int
     size: int
     tail: int
@@ -38,7 +39,7 @@ class Chunking:
         return (*whole, (1, self.tail)) if self.tail else whole
 
 
-def cut(shape: tuple[int, ...], chunk_size: int | None) -> Chunking:
+def cut(shape: Shape, chunk_size: int | None) -> Chunking:
     """Cuts each sample of a tensor into chunks of `chunk_size` consecutive elements.
 
     A sample is a slice along the leading axis, flattened in row-major order; a tensor

@@ -29,6 +29,7 @@ from dropit_jax import derivatives, layouts, shardings, sharing
 from dropit_jax.barriers import barrier
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.residual import Residual, compress
+from dropit_jax.shapes import Shape
 
 # The name of what is cached, for `jax.checkpoint_policies.save_only_these_names`.
 RESIDUAL_NAME = "dropit"
@@ -155,7 +156,7 @@ class _Cached:
     """
 
     residual: Residual
-    shape: tuple[int, ...]
+    shape: Shape
     spec: shardings.Spec
     group: int
 
@@ -345,9 +346,7 @@ def _restored_late(cached: _Cached, axes: Axes, cotangent: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "axes"), inline=True)
-def _restored(
-    residual: Residual, after: Array, shape: tuple[int, ...], axes: Axes
-) -> Array:
+def _restored(residual: Residual, after: Array, shape: Shape, axes: Axes) -> Array:
     """The decompressed â, as `a` was, computed after something else."""
     ordered = residual.decompress(after).reshape([shape[axis] for axis in axes.order])
     return jnp.transpose(axes.laid_out(ordered), tuple(np.argsort(axes.order)))

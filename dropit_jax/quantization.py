@@ -29,6 +29,7 @@ from dropit_jax import (
     shardings,
 )
 from dropit_jax.platforms import by_platform
+from dropit_jax.shapes import Shape
 
 # More than a rounding to bfloat16 changes a number by, relative to it.
 _MARGIN = 2.0**-8
@@ -58,7 +59,7 @@ class Quantized:
     codes: UInt8[Array, "*rows bytes"]
     minimum: BFloat16[Array, "*rows groups"]
     scale: BFloat16[Array, "*rows groups"]
-    shape: tuple[int, ...]
+    shape: Shape
     bits: int
     group_size: int
 
@@ -99,7 +100,7 @@ def _dequantized_rows(
     minimum: BFloat16[Array, "..."],
     scale: BFloat16[Array, "..."],
     *,
-    shape: tuple[int, ...],
+    shape: Shape,
     bits: int,
     group_size: int,
     dtype: jax.typing.DTypeLike,

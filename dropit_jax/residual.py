@@ -19,6 +19,7 @@ from dropit_jax import (
 )
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.quantization import Quantized, quantize
+from dropit_jax.shapes import Shape
 
 # Below so many elements a sample and channel, `fill="mean"` is refused: the means
 # would take more than this share of the bytes that DropIT is there to save.
@@ -51,7 +52,7 @@ class Residual:
     values: Shaped[Array, "*rows kept"] | Quantized
     positions: Shaped[Array, "*rows stored"] | None
     means: Float[Array, "batch channels"] | None
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: jnp.dtype
     dropit: DropIT
 
@@ -127,7 +128,7 @@ def compress(
     )
 
 
-def encoding(shape: tuple[int, ...], dropit: DropIT) -> str:
+def encoding(shape: Shape, dropit: DropIT) -> str:
     """`"index"` or `"bitmap"`: how positions in a tensor of this shape are stored."""
     return encodings.choose(chunking.cut(shape, dropit.chunk_size), dropit)
 
@@ -190,7 +191,7 @@ def _index_dtype(count: int) -> jax.typing.DTypeLike:
 def _place(
     values: Array,
     positions: Array,
-    shape: tuple[int, ...],
+    shape: Shape,
     dropit: DropIT,
     dtype: jax.typing.DTypeLike,
     after: Array | None = None,
@@ -204,9 +205,7 @@ def _place(
     return rows.reshape(shape)
 
 
-def _kept_mask(
-    positions: Array, values: Array, shape: tuple[int, ...], dropit: DropIT
-) -> Array:
+def _kept_mask(positions: Array, values: Array, shape: Shape, dropit: DropIT) -> Array:
     ones = jnp.ones(values.shape, jnp.uint8)
     return _place(ones, positions, shape, dropit, ones.dtype).astype(bool)
 

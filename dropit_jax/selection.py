@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
 from dropit_jax import bit_vectors, blocks, large_chunks, small_chunks
 from dropit_jax.policy import Selection
+from dropit_jax.shapes import Shape
 
 # The largest chunk that selects by comparisons. Beyond, they cost more than bisection.
 MAX_SMALL = 64
@@ -123,7 +124,7 @@ def from_bitmap(
     return large_chunks.expand(values, words, row_size)
 
 
-def random_scores(key: Array, shape: tuple[int, ...]) -> Int[Array, "*shape"]:
+def random_scores(key: Array, shape: Shape) -> Int[Array, "*shape"]:
     """Scores whose top-k is a uniform sample.
 
     Two of them are equal, and the choice between them not random, with a probability

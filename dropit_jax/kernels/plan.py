@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
+from dropit_jax.shapes import Shape
+
 # The largest chunk whose indices are stored in the order of magnitude.
 MAX_ORDERED = 64
 
@@ -93,7 +95,12 @@ def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
 
 
 def fits(plan: Plan, units: int) -> bool:
-    """Whether a kernel can count the chunks, and address what is stored of them."""
+    """Whether a kernel can count the chunks, and address what is stored of them.
+
+    Of a number that is a symbol (`jax.export`) nobody knows.
+    """
+    if jax.export.is_symbolic_dim(units):
+        return False
     return units * plan.positions <= _MAX_STORED and units * plan.unit < _MAX_CHUNKS
 
 
@@ -141,7 +148,7 @@ def cast_bits(
 
 
 def result(
-    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: Array
+    shape: Shape, dtype: jax.typing.DTypeLike, like: Array
 ) -> jax.ShapeDtypeStruct:
     """A result that, within `jax.shard_map`, differs by device where `like` does."""
     varying = jax.typeof(like).manual_axis_type

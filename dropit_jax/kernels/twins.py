@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Shaped, UInt8, UInt16
 
 from dropit_jax import packing, selection, small_chunks
 from dropit_jax.kernels.plan import Plan, cast_bits, from_bits, to_bits
+from dropit_jax.shapes import Shape
 
 # Packed bytes, or indices.
 Positions = UInt8[Array, "*rows units stored"] | UInt16[Array, "*rows units stored"]
@@ -155,7 +156,7 @@ def _select_large(
 
 def _select(
     chunks: Float[Array, "*chunks size"],
-    lead: tuple[int, ...],
+    lead: Shape,
     plan: Plan,
     before: UInt8[Array, "*chunks"] | None,
 ) -> tuple[Shaped[Array, "*chunks kept"], Positions]:

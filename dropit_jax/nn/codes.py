@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Inexact, Shaped, UInt
 
 from dropit_jax import barriers, chunking, inlining, packing, shardings
 from dropit_jax.platforms import by_platform
+from dropit_jax.shapes import Shape
 
 
 @functools.partial(
@@ -83,7 +84,7 @@ def store_apart(
 def load(
     codes: Codes,
     cotangent: Inexact[Array, "*shape"],
-    shape: tuple[int, ...] | None = None,
+    shape: Shape | None = None,
 ) -> UInt[Array, "*shape"]:
     """The codes of an array, not unpacked before its cotangent is computed.
 
@@ -143,9 +144,7 @@ def _packed_in_call(x: Array, code: Callable[[Array], Array], bits: int) -> Arra
 
 # Likewise.
 @functools.partial(jax.jit, static_argnames=("bits", "shape"), inline=True)
-def _unpacked(
-    packed: Array, cotangent: Array, bits: int, shape: tuple[int, ...]
-) -> Array:
+def _unpacked(packed: Array, cotangent: Array, bits: int, shape: Shape) -> Array:
     def unpacked(packed: Array) -> Array:
         return _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
 
@@ -174,7 +173,7 @@ def _unchanged(code: Array) -> Array:
     return code
 
 
-def _rows(shape: tuple[int, ...], bits: int) -> chunking.Chunking:
+def _rows(shape: Shape, bits: int) -> chunking.Chunking:
     """Rows of whole bytes."""
     return chunking.cut(shape, max(1, 8 // bits))
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Inexact, Shaped
 from dropit_jax import shardings
 from dropit_jax.nn import codes
 from dropit_jax.nn.codes import Codes
+from dropit_jax.shapes import Shape
 
 
 def dropout(
@@ -57,7 +58,7 @@ def _axes(x: Array, dims: Sequence[int]) -> frozenset[int]:
     return frozenset(dim % x.ndim for dim in dims)
 
 
-def _mask_shape(shape: tuple[int, ...], shared: frozenset[int]) -> tuple[int, ...]:
+def _mask_shape(shape: Shape, shared: frozenset[int]) -> Shape:
     return tuple(1 if axis in shared else size for axis, size in enumerate(shape))
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Shaped, UInt
 from dropit_jax import barriers
 from dropit_jax.nn import codes
 from dropit_jax.nn.codes import Codes
+from dropit_jax.shapes import Shape
 
 
 def max_pool(
@@ -74,13 +76,13 @@ class _Windows:
       padding: elements before and after.
     """
 
-    inputs: tuple[int, ...]
-    shape: tuple[int, ...]
+    inputs: Shape
+    shape: Shape
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
 
     @property
-    def widths(self) -> list[int]:
+    def widths(self) -> list[Any]:
         """Elements from the first element of the first window to that of the last."""
         padded = (
             n + sum(pad) for n, pad in zip(self.inputs, self.padding, strict=True)
@@ -185,7 +187,7 @@ class _Windows:
         return lax.pad(share, jnp.zeros((), share.dtype), pads)
 
     @property
-    def _steps(self) -> list[int]:
+    def _steps(self) -> list[Any]:
         """How many times the stride it takes to the end of the array."""
         return [
             max(0, -(-(n + before) // stride))
@@ -196,7 +198,7 @@ class _Windows:
 
 
 def _windows(
-    inputs: tuple[int, ...],
+    inputs: Shape,
     window_shape: Sequence[int],
     strides: Sequence[int] | None,
     padding: str | Sequence[tuple[int, int]],
