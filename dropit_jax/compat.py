@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.export
@@ -55,6 +55,8 @@ from jax.interpreters import ad, batching, mlir
 # Tells which residuals a backward pass reads.
 from jax.interpreters.partial_eval import dce_jaxpr
 
+_T = TypeVar("_T")
+
 __all__ = [
     "COPIES",
     "CUSTOM_VJP",
@@ -91,6 +93,7 @@ __all__ = [
     "jaxprs_in_params",
     "mlir",
     "num_devices",
+    "of_module",
     "open_jaxpr",
     "remat",
     "scan_counts",
@@ -270,6 +273,19 @@ def num_devices(context: mlir.LoweringRuleContext) -> int:
     On one device there is nothing to share out. JAX tells a lowering rule nowhere else.
     """
     return getattr(context.module_context.axis_context, "num_devices", 0)
+
+
+def of_module(context: mlir.LoweringRuleContext, kind: type[_T]) -> _T:
+    """The object of a class that belongs to the module being lowered, made if need be.
+
+    `keepalives` is the one thing that all rules of a module share and may add to.
+    """
+    kept = context.module_context.keepalives
+    found = next((each for each in kept if type(each) is kind), None)
+    if found is None:
+        found = kind()
+        kept.append(found)
+    return found
 
 
 def is_export(context: mlir.LoweringRuleContext) -> bool:

@@ -101,8 +101,7 @@ def whole_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None))
 
 
-# Far from the numbers that JAX gives the groups of `jax.experimental.shard_alike`.
-_groups = itertools.count(1 << 40)
+_groups = itertools.count()
 
 
 def new_group() -> int:
@@ -136,10 +135,23 @@ def _batched(operands: Any, axes: Any, *, group: int) -> tuple[Array, int]:
     return join(jnp.moveaxis(operands[0], axes[0], 0), group), 0
 
 
+class _Numbers(dict[int, int]):
+    """The numbers that the groups of a module have in it.
+
+    They are counted in each module anew, so that its text is the same whatever was
+    traced before.
+    """
+
+
+# Far from the numbers that JAX gives the groups of `jax.experimental.shard_alike`.
+_FIRST = 1 << 40
+
+
 def _lowered(context: Any, x: Any, *, group: int) -> list[Any]:
     # On one device XLA would take the groups out again, in passes of their own.
     if compat.num_devices(context) != 1:
-        sdy.sharding_group(x, group)
+        numbers = compat.of_module(context, _Numbers)
+        sdy.sharding_group(x, numbers.setdefault(group, _FIRST + len(numbers)))
     return [x]
 
 

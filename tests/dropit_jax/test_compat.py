@@ -1,6 +1,7 @@
 """What is private or experimental in JAX and Flax is there, and in one file."""
 
 import ast
+import collections
 import importlib
 import importlib.util
 import logging
@@ -278,6 +279,24 @@ class ThereTest(parameterized.TestCase):
         jax.jit(primitive.bind).lower(x)
         jax.export.export(jax.jit(primitive.bind))(x)
         self.assertEqual(seen, [False, True])
+
+    def test_rules_of_a_module_share_an_object(self):
+        seen = []
+        primitive = compat.Primitive("sharing_in_tests")
+        primitive.def_abstract_eval(lambda x: x)
+
+        def lower(context, x):
+            seen.append(compat.of_module(context, collections.Counter))
+            return [x]
+
+        compat.mlir.register_lowering(primitive, lower)
+        x = jax.ShapeDtypeStruct((4,), jnp.float32)
+        for _ in range(2):
+            function = jax.jit(lambda x: primitive.bind(primitive.bind(x)[:2]))
+            function.lower(x)
+        first, again, other, _ = seen
+        self.assertIs(first, again)
+        self.assertIsNot(first, other)
 
     def test_modules_of_nnx_are_told_from_arrays(self):
         layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
