@@ -25,6 +25,7 @@ from dropit_jax.memory import (
     traffic,
 )
 from dropit_jax.memory.buffers import Buffer
+from dropit_jax.memory.call import Call
 from dropit_jax.memory.toolchain import CompilerError
 
 # Autotuning times kernels, which takes the device; without the second flag matrix
@@ -84,7 +85,8 @@ def compile_report(
     """Compiles a function for a device and reports what it takes there.
 
     Args:
-      step: a function that `jax.jit` takes.
+      step: a function that `jax.jit` takes, or one that it gave: its `static_argnums`
+        and `donate_argnums` are heeded.
       *abstract_args: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
       target: a GPU, by its name in `targets()` or by the path of a description
         (XLA's `GpuTargetConfigProto` in text form); it need not be present. `None`:
@@ -96,14 +98,15 @@ def compile_report(
         heeded for a target.
 
     Raises:
-      ValueError: `donate` names an argument that there is not, or `compiler_options`
-        what the report sets itself.
+      ValueError: `donate` names an argument that there is not, or the function says
+        itself what it donates; `compiler_options` names what the report sets itself;
+        the function calls back to the host, and the target is another machine's.
       TargetError: the target is unknown.
       CompilerMissingError: XLA's GPU compiler is not installed; the message has the
         command for it.
       CompilerError: the compilation failed.
     """
-    donate = _donated_arguments(donate, len(abstract_args))
+    called = Call.of(step, abstract_args, donate)
     options = dict(compiler_options or {})
     for name in gpu_compiler.NOTES_OPTIONS:
         if name in options:
@@ -111,15 +114,13 @@ def compile_report(
     with tempfile.TemporaryDirectory() as directory:
         if target is None:
             name, names = jax.default_backend(), []
-            lowered = jax.jit(step, donate_argnums=donate).lower(*abstract_args)
+            lowered = called.jitted.lower(*abstract_args)
             compiled = gpu_compiler.compile_with_notes(lowered, directory, options)
             stats = gpu_compiler.memory_stats(compiled)
         else:
             description = devices.target_path(target)
-            name, names = description.stem, _names(abstract_args)
-            stats = _compile_apart(
-                step, abstract_args, donate, description, directory, options
-            )
+            name, names = description.stem, called.names
+            stats = _compile_apart(called, description, directory, options)
         program = hlo.parse(Path(directory, gpu_compiler.PROGRAM_FILE).read_text())
         largest = buffers.at_peak(Path(directory), program, names)[:num_buffers]
     return CompileReport(
@@ -131,32 +132,18 @@ def compile_report(
     )
 
 
-def _donated_arguments(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """The indices of donated arguments, counted from the first."""
-    listed = (donate,) if isinstance(donate, int) else tuple(donate)
-    for index in listed:
-        if not -count <= index < count:
-            raise ValueError(f"donate={donate!r}: there are {count} arguments.")
-    return tuple(index % count for index in listed)
-
-
 def _compile_apart(
-    step: Callable[..., Any],
-    abstract_args: tuple[Any, ...],
-    donate: tuple[int, ...],
-    description: Path,
-    directory: str,
-    options: dict[str, str | bool],
+    called: Call, description: Path, directory: str, options: dict[str, str | bool]
 ) -> dict[str, int]:
     """Compiles in another process, which leaves its notes in the directory."""
     environment = toolchain.find().environment(_XLA_FLAGS)
-    program, donated = _exported(step, abstract_args, donate)
+    program = _exported(called)
     try:
         return compiler_process.compile_exported(
             program,
             environment,
             description=str(description),
-            donated=donated,
+            donated=[i for i, here in enumerate(called.donated) if here],
             directory=directory,
             options=options,
         )
@@ -166,33 +153,24 @@ def _compile_apart(
         ) from None
 
 
-def _exported(
-    step: Callable[..., Any], abstract_args: tuple[Any, ...], donate: tuple[int, ...]
-) -> tuple[bytes, list[int]]:
-    """The function as a portable program over flat arguments, and the donated ones."""
-    leaves, structure = jax.tree.flatten(abstract_args)
-    donated = [
-        argument in donate
-        for argument, tree in enumerate(abstract_args)
-        for _ in jax.tree.leaves(tree)
-    ]
-
-    def flat_step(*leaves: Any) -> list[Any]:
-        return jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves)))
-
+def _exported(called: Call) -> bytes:
+    """The function as a portable program over flat arguments."""
     # What these do is read by the very same version of JAX that wrote it.
     unstable = [
         export.DisabledSafetyCheck.custom_call(target)
         for target in ("__gpu$xla.gpu.triton", "LayoutConstraint")
     ]
-    with platforms.exporting_for_this_version():
-        exported = export.export(
-            jax.jit(flat_step), platforms=["cuda"], disabled_checks=unstable
-        )(*leaves)
-    return bytes(exported.serialize()), [i for i, here in enumerate(donated) if here]
-
-
-def _names(abstract_args: tuple[Any, ...]) -> list[str]:
-    """Names for the leaves of the arguments."""
-    paths = jax.tree_util.tree_leaves_with_path(abstract_args)
-    return [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
+    try:
+        with platforms.exporting_for_this_version():
+            exported = export.export(
+                jax.jit(called.flat), platforms=["cuda"], disabled_checks=unstable
+            )(*called.leaves)
+        return bytes(exported.serialize())
+    except ValueError:
+        if host_call := called.host_call():
+            raise ValueError(
+                f"The function calls Python on the host ({host_call}), which can be "
+                "compiled for the device at hand alone: leave the call out of the "
+                "function, or `target` out of the report."
+            ) from None
+        raise
