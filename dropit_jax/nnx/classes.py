@@ -4,6 +4,7 @@ Ours are subclasses of Flax's with the same attributes: for one to take the plac
 other, the class of a layer is all that changes.
 """
 
+import copyreg
 from typing import Any
 
 # The classes made here, by what they are made of: somebody's class, and ours. There is
@@ -23,7 +24,8 @@ def with_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any]:
         return layer
     if (cls, layer) not in _made:
         # The class itself comes first: it calls ours where it would have called Flax's.
-        made = type(cls.__name__, (cls, layer), {"__module__": cls.__module__})
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        made = _metaclass(type(cls))(cls.__name__, (cls, layer), names)
         _made[cls, layer] = made
     return _made[cls, layer]
 
@@ -33,3 +35,23 @@ def without_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any] | Non
     if cls in ours:
         return cls.__bases__[-1]
     return next((theirs for (theirs, _), made in _made.items() if made is cls), None)
+
+
+_metaclasses: dict[Any, Any] = {}
+
+
+def _metaclass(base: type[type]) -> type[type]:
+    """A metaclass whose classes are pickled as what they are made of."""
+    made: type[type] | None = _metaclasses.get(base)
+    if made is None:
+        made = _metaclasses[base] = type(base.__name__, (base,), {})
+        copyreg.pickle(made, _reduced)
+    return made
+
+
+def _reduced(made: type[Any]) -> Any:
+    """How a class is pickled, which no module has under its name."""
+    for (cls, layer), known in _made.items():
+        if made is known:
+            return with_ours, (cls, (layer,))
+    return made.__qualname__  # a class that somebody made of one

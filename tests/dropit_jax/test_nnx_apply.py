@@ -1,4 +1,6 @@
+import copy
 import functools
+import pickle
 
 import chex
 import flax.linen as nn
@@ -24,6 +26,16 @@ _RANDOM = DropIT(0.5, strategy="random")
 class Scaled(nnx.Linear):
     def __call__(self, x, scale=0.5):
         return scale * super().__call__(jnp.tanh(x))
+
+
+def _converted():
+    layer = Scaled(16, 16, rngs=nnx.Rngs(0))
+    dn.apply(layer, _POLICY)
+    return type(layer)
+
+
+class _OfConverted(_converted()):
+    pass
 
 
 class Rectified(nnx.ConvTranspose):
@@ -212,6 +224,23 @@ class ApplyTest(parameterized.TestCase):
         self.assertEqual(
             runs.cached_bytes(copy, self.x), runs.cached_bytes(self.model, self.x)
         )
+
+    @parameterized.parameters(
+        lambda model: pickle.loads(pickle.dumps(model)),
+        copy.deepcopy,
+        lambda model: nnx.merge(*pickle.loads(pickle.dumps(nnx.split(model)))),
+    )
+    def test_a_converted_model_can_be_copied(self, copied):
+        model = Network(nnx.Rngs(0))
+        dn.apply(model, _POLICY)
+        other = copied(model)
+        self.assertIs(type(other.lora), type(model.lora))
+        self.assertIs(type(other.up), type(model.up))
+        x = jnp.ones((2, 4, 16))
+        np.testing.assert_array_equal(other(x), model(x))
+
+    def test_a_class_made_of_a_converted_one_is_pickled_by_its_name(self):
+        self.assertIs(pickle.loads(pickle.dumps(_OfConverted)), _OfConverted)
 
     def test_training(self):
         dn.apply(self.model, _RANDOM, rngs=nnx.Rngs(0))
