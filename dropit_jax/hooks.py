@@ -27,6 +27,16 @@ def replaced(module: Any, **fields: Any) -> Iterator[None]:
             object.__setattr__(module, name, value)
 
 
+def changed(module: Any, **fields: Any) -> Any:
+    """A module of the same parameters, with other values in some fields.
+
+    For modules that threads share: nothing of the module itself changes.
+    """
+    other = object.__new__(type(module))
+    vars(other).update(vars(module) | fields)
+    return other
+
+
 def cast_once(inputs: Any, cast: Array, how: Any) -> Array:
     """The cast of some inputs, the same array for all layers that read them.
 

@@ -7,7 +7,6 @@ Flax's. Streams are forked from the stream `"dropit"` of the `rngs` that a layer
 made with.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -54,8 +53,8 @@ class _Caching(nnx.Module):
         for layer, hook, operation in _HOOKED:
             if isinstance(self, layer):
                 caching = functools.partial(operation, dropit=self.dropit, key=key)
-                with _replaced(self, hook, caching):
-                    return method(inputs, *args, **kwargs)
+                other = _with_operation(self, hook, caching)
+                return method.__func__(other, inputs, *args, **kwargs)
         return _conv_transpose(self, key, inputs)
 
 
@@ -159,10 +158,8 @@ def _key(layer: Any, inputs: Any) -> Array | None:
     return sharing.once(stream, (inputs, stream), "a layer's key")
 
 
-def _replaced(
-    layer: Any, hook: str, operation: Callable[..., Array]
-) -> contextlib.AbstractContextManager[None]:
-    """Puts a caching operation into a hook of a layer, for one call.
+def _with_operation(layer: Any, hook: str, operation: Callable[..., Array]) -> Any:
+    """The layer with a caching operation in its hook.
 
     The operation that the layer would have used itself, be it the user's own, is what
     computes the product.
@@ -175,7 +172,7 @@ def _replaced(
         operation = functools.partial(operation, operation=own)
     promote = _promoting_once(layer.promote_dtype)
     fields |= {hook: operation, "promote_dtype": promote}
-    return hooks.replaced(layer, **fields)
+    return hooks.changed(layer, **fields)
 
 
 def _promoting_once(promote: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,8 +197,7 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
         used: dict[str, Any] = {"kernel": nnx.Param(kernel), "mask": mask}
         if bias:
             used["bias"] = nnx.Param(bias[0])
-        with hooks.replaced(layer, **used):
-            return nnx.ConvTranspose.__call__(layer, inputs)
+        return nnx.ConvTranspose.__call__(hooks.changed(layer, **used), inputs)
 
     promote = _promoting_once(layer.promote_dtype)
     flat, batch = hooks.as_batch(jnp.asarray(inputs), len(layer.kernel_size))

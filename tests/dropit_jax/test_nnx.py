@@ -257,5 +257,26 @@ class AttentionTest(parameterized.TestCase):
         reference.assert_same_bits(ours.cached_key[...], theirs.cached_key[...])
 
 
+class SharedTest(parameterized.TestCase):
+    """Threads may share a layer: a call changes nothing of it for any time."""
+
+    @parameterized.parameters(
+        (dn.Linear, (), "dot_general", lax.dot_general),
+        (dn.Conv, ((3,),), "conv_general_dilated", lax.conv_general_dilated),
+    )
+    def test_a_call_leaves_the_layer_as_it_is(self, cls, args, hook, operation):
+        seen = []
+
+        def own(*args, **kwargs):
+            seen.append(getattr(layer, hook))
+            return operation(*args, **kwargs)
+
+        rngs = nnx.Rngs(0)
+        layer = cls(16, 16, *args, dropit=DropIT(0.5), rngs=rngs, **{hook: own})
+        nnx.grad(lambda layer: jnp.sum(layer(jnp.ones((2, 8, 16)))))(layer)
+        self.assertNotEmpty(seen)
+        self.assertTrue(all(each is own for each in seen))
+
+
 if __name__ == "__main__":
     absltest.main()
