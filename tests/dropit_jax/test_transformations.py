@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from dropit_jax import DropIT, compress, memory
 from dropit_jax import linen as dn
+from dropit_jax.nn import gelu
 
 _POLICY = DropIT(0.75)
 _OPCODE = re.compile(r"= \S+ ([a-z-]+)\(")
@@ -180,6 +181,29 @@ class SecondDerivativeTest(parameterized.TestCase):
         loss = functools.partial(_loss, x=_X)
         with pytest.raises(TypeError, match=r"DropIT has no second derivative|forward"):
             derivative(loss)(_params())
+
+    @parameterized.named_parameters(
+        ("eager", lambda f: f, lambda step, params: step(params, None)[0]),
+        ("jit", jax.jit, lambda step, params: step(params, None)[0]),
+        (
+            "scan",
+            jax.jit,
+            lambda step, params: jax.lax.scan(step, params, None, length=1)[0],
+        ),
+    )
+    def test_a_gradient_that_is_detached_is_none(self, wrap, run):
+        """As in meta-learning of the first order."""
+
+        def loss(params):
+            return jnp.sum(gelu(Net(_POLICY).apply({"params": params}, _X)))
+
+        def step(params, _):
+            gradient = jax.lax.stop_gradient(jax.grad(loss)(params))
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), None
+
+        found = wrap(jax.grad(lambda params: loss(run(step, params))))(_params())
+        expected = jax.jit(jax.grad(loss))(step(_params(), None)[0])
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
     def test_of_the_input_it_is_exact(self):
         # A gradient penalty: nothing that is cached is differentiated.
