@@ -10,8 +10,16 @@ from ml_collections import ConfigDict, FieldReference
 from dropit_jax import DropIT, LayerPreset, layer_preset
 from train import data, models
 
-# What does not change the result of a run, and may change when it is resumed.
-_FREE = ("data_dir", "workers", "checkpoint_steps", "profile_steps")
+# What changes the result of a run by no more than rounding, and may change when it is
+# resumed: on other devices, for one, where the state is sharded anew.
+_FREE = (
+    "checkpoint_steps",
+    "data_dir",
+    "mesh.data",
+    "mesh.fsdp",
+    "profile_steps",
+    "workers",
+)
 
 
 class ConfigError(ValueError):

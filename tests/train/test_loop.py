@@ -87,9 +87,25 @@ class LoopTest(parameterized.TestCase):
         self.assertIn(f"goes on after step {saved} of", out)
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
 
-    def _stop_after(self, step, workdir, signum):
+    def test_it_goes_on_with_other_devices(self):
+        """Of which there are fewer than the state was sharded over."""
+        workdir = self.directory / "elsewhere"
+        four = ("--config.mesh.fsdp=4",)
+        self._stop_after(0, workdir, signal.SIGTERM, *four, devices=4)
+        saved = commands.steps(workdir)[-1]
+        status, out, errors = self._train(workdir, "--config.mesh.fsdp=2", devices=2)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn(f"goes on after step {saved} of", out)
+        rows, expected = (commands.metrics(d) for d in (workdir, self.whole))
+        self.assertEqual([r["step"] for r in rows], [r["step"] for r in expected])
+        # The same sums in another order, again and again.
+        for name in ("train_loss", "test_accuracy"):
+            self.assertAlmostEqual(rows[-1][name], expected[-1][name], delta=0.1)
+
+    def _stop_after(self, step, workdir, signum, *more, **kwargs):
         """Starts a run and stops it once it has a checkpoint of a later step."""
-        process = commands.start("train.main", *commands.TINY, f"--workdir={workdir}")
+        flags = (*commands.TINY, f"--workdir={workdir}", *more)
+        process = commands.start("train.main", *flags, **kwargs)
         commands.wait_for(
             lambda: max(commands.steps(workdir), default=0) > step, process
         )
