@@ -168,13 +168,7 @@ def _mib(nbytes: int | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints what was asked for."""
     parser = command.parser("allocated", __doc__)
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        help=f"one of {', '.join(map(repr, GPU_MODELS))}; may be repeated; "
-        "default: all",
-    )
+    command.add_models(parser, GPU_MODELS)
     parser.add_argument(
         "--variants",
         default="",

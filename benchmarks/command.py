@@ -23,6 +23,25 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_models(
+    parser: argparse.ArgumentParser, models: Iterable[str], default: str = "all"
+) -> None:
+    """Adds `--model` to the arguments of a command.
+
+    Args:
+      parser: of the command.
+      models: the names that it takes.
+      default: the models that are meant where none is named, in words.
+    """
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help=f"one of {', '.join(map(repr, models))}; may be repeated; "
+        f"default: {default}",
+    )
+
+
 def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
     """The known names that are asked for, in the order in which they are known.
 

@@ -132,12 +132,7 @@ def markdown(results: Sequence[Result]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints what was asked for."""
     parser = command.parser("drop_error", __doc__)
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        help=f"one of {', '.join(map(repr, MODELS))}; may be repeated; default: all",
-    )
+    command.add_models(parser, MODELS)
     flags = parser.parse_args(arguments)
     try:
         models = command.chosen("model", flags.model, MODELS)

@@ -99,12 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints what was asked for."""
     parser = command.parser("drop_time", __doc__)
     known = [*MODELS, UNROLLED.name]
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        help=f"one of {', '.join(map(repr, known))}; may be repeated; default: all",
-    )
+    command.add_models(parser, known)
     parser.add_argument(
         "--rounds", type=timing.count, help="default: of each model its own"
     )

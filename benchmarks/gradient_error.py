@@ -185,7 +185,7 @@ def measure(layer: Layer, policies: Mapping[str, tuple[str, DropIT]]) -> list[Er
 
 
 def averaged(errors: Iterable[Error]) -> list[Error]:
-    """Of each policy the mean error over the layers, and its bits over all of them."""
+    """The mean error of each policy over the layers, and its bits over all of them."""
     by_policy: dict[str, list[Error]] = {}
     for each in errors:
         by_policy.setdefault(each.policy, []).append(each)

@@ -184,12 +184,7 @@ def _batch(result: Result, target: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("memory", __doc__)
     parser.add_argument("--target", default="h100", help="the GPU to compile for")
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        help=f"one of {', '.join(map(repr, MODELS))}; may be repeated; default: all",
-    )
+    command.add_models(parser, MODELS)
     parser.add_argument(
         "--variants",
         default="",

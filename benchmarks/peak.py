@@ -96,12 +96,7 @@ def markdown(workload: Workload, results: Iterable[Held]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("peak", __doc__)
     parser.add_argument("--target", default="h100", help="the GPU to compile for")
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        help=f"one of {', '.join(map(repr, MODELS))}; may be repeated; default: all",
-    )
+    command.add_models(parser, MODELS)
     parser.add_argument(
         "--variants",
         default="drop lean",

@@ -124,7 +124,7 @@ def bytes_a_device(
 
 
 def _depends(function: Callable[..., Any], arguments: Sequence[Any]) -> list[bool]:
-    """Of each result, whether any argument has an influence on it."""
+    """Whether each result depends on any argument."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     count = len(jaxpr.outvars)
     inputs = (

@@ -203,13 +203,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("step_time", __doc__)
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        help=f"one of {', '.join(map(repr, MODELS))}; may be repeated; default: the "
-        "first four on a CPU, the others on a GPU",
-    )
+    command.add_models(parser, MODELS, "the first four on a CPU, the others on a GPU")
     parser.add_argument(
         "--variants",
         default="",

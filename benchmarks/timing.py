@@ -108,7 +108,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Spread:
-    """Of times to the baseline's in the same rounds."""
+    """Ratios of times to the baseline's in the same rounds."""
     return spread([a / b for a, b in zip(seconds, baseline, strict=True)])
 
 

@@ -60,6 +60,7 @@ _T = TypeVar("_T")
 __all__ = [
     "COPIES",
     "CUSTOM_VJP",
+    "HOST_CALLS",
     "NAME",
     "REDUCE_PRECISION",
     "SCAN",
@@ -130,6 +131,10 @@ CUSTOM_VJP = "custom_vjp_call"
 NAME = "name"  # `jax.ad_checkpoint.checkpoint_name`
 REDUCE_PRECISION = "reduce_precision"  # with it `jax.checkpoint` marks what it saves
 SCAN = "scan"
+# They call a function of Python on the host, which no other machine's compiler takes.
+HOST_CALLS = frozenset(
+    {"debug_callback", "debug_print", "io_callback", "pure_callback"}
+)
 # Those that return an operand as it is, if size and dtype stay the same.
 COPIES = frozenset(
     {

@@ -67,7 +67,7 @@ def unbatch(out: Array, batch: tuple[int, ...]) -> Array:
 
 
 class StandIns:
-    """What stands in the place of other objects, in all threads, for some time.
+    """Puts objects in the place of others, in all threads, for some time.
 
     Attributes of modules become properties, which give the stand-in to some readers
     alone. Entries of a dictionary, such as the names in a file, have no such hook:

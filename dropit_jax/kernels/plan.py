@@ -1,4 +1,4 @@
-"""What a kernel is asked to do, and for which types and sizes there are kernels."""
+"""The task of a kernel, and the types and sizes for which there are kernels."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain JAX: the definition that they are tested against.
+"""The kernels' results in plain JAX: the definition that they are tested against.
 
 Values are copied by their bits, and cast only to `Plan.value_dtype` and back.
 """
@@ -49,7 +49,7 @@ def compress(
 def before_first(
     units: Sequence[int], plan: Plan
 ) -> UInt8[Array, "*rows units"] | None:
-    """What `compress` may take as `before`; `None`: nothing.
+    """The argument `before` of `compress`; `None` where it takes none.
 
     It is for the chunks of the default. Those of fewer elements it takes longer.
     """

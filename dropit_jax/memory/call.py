@@ -9,10 +9,8 @@ import jax
 
 from dropit_jax import compat
 
-# Primitives that call a function of Python on the host.
-_HOST_CALLS = frozenset(
-    {"debug_callback", "debug_print", "io_callback", "pure_callback"}
-)
+# Not functions that others jitted, such as those of `nnx.jit`, which take other trees.
+_JITTED = type(jax.jit(lambda: None))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +38,7 @@ class Call:
         arguments: tuple[Any, ...],
         donate: int | Sequence[int],
     ) -> "Call":
-        """Traces the function.
+        """Finds out what is donated, and of a jitted function what is static.
 
         Args:
           step: the function, jitted or not.
@@ -52,7 +50,7 @@ class Call:
             says itself what it donates; or static arguments cannot be told.
         """
         wanted = _positions(donate, len(arguments))
-        if not _is_jitted(step):
+        if not isinstance(step, _JITTED):
             donated = [
                 position in wanted
                 for position, argument in enumerate(arguments)
@@ -100,7 +98,7 @@ class Call:
     def host_call(self) -> str | None:
         """Where the function calls Python on the host, if it does."""
         for equation in _equations(self.jitted.trace(*self.arguments).jaxpr):
-            if equation.primitive.name in _HOST_CALLS:
+            if equation.primitive.name in compat.HOST_CALLS:
                 name, line = equation.primitive.name, compat.source_line(equation)
                 return f"{name} at {line}"
         return None
@@ -123,10 +121,6 @@ def _positions(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(index % count for index in listed)
 
 
-def _is_jitted(step: Any) -> bool:
-    return hasattr(step, "trace") and hasattr(step, "lower")
-
-
 def _static(arguments: tuple[Any, ...], count: int) -> frozenset[int]:
     """The positions of so many static arguments: those that have no arrays."""
     if not count:
@@ -145,6 +139,7 @@ def _has_array(argument: Any) -> bool:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a program and of all programs in it."""
     for equation in compat.open_jaxpr(jaxpr).eqns:
         yield equation
         for inner in compat.jaxprs_in_params(equation.params):

@@ -91,7 +91,7 @@ def _check_logits(logits: Array) -> None:
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads.
+    """The arrays that the backward pass reads.
 
     Attributes:
       logits: the argument.
@@ -116,7 +116,7 @@ def _save(logits: Array, labels: Array, maximum: Array, name: str) -> _Saved:
 
 
 def _load(saved: _Saved, cotangent: Array) -> tuple[_Saved, Array]:
-    """What was saved, and the cotangent to go on with."""
+    """The saved arrays, and the cotangent to go on with."""
     # Without the barrier XLA may compute the softmax early and keep it alive. Labels
     # stay out of it: where they are computed, XLA can do so anew (`jax.nn.one_hot`).
     *read, cotangent = lax.optimization_barrier(

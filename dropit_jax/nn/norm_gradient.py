@@ -62,7 +62,7 @@ _LOCAL = Across()
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What a normalisation does, all but its arrays.
+    """The settings of a normalisation: all but its arrays.
 
     Attributes:
       axes: over which statistics are taken, counted from the first.
@@ -165,7 +165,7 @@ def with_compact_gradient(
 )
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """What the backward pass reads.
+    """The arrays that the backward pass reads.
 
     Attributes:
       x_hat: the normalised input; `None` where no gradient takes it.

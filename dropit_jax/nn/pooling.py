@@ -77,7 +77,7 @@ class _Windows:
     """
 
     inputs: Shape
-    shape: Shape
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
 

@@ -77,7 +77,7 @@ def drop(
 
 
 def _differentiable(trees: Any) -> Any:
-    """Of each leaf, whether `nnx.grad` differentiates it."""
+    """Whether `nnx.grad` differentiates each leaf, as a tree."""
 
     def of_variable(variable: Any) -> Any:
         may = not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.Param)

@@ -112,7 +112,7 @@ class Settings:
 
     Attributes:
       fun: the plain function.
-      given: the preset or plan, as it was given.
+      given: the plan that was given, else the preset with its rules.
       preset: the preset.
       choices: those of a plan.
       key: the name of an argument.
@@ -124,7 +124,7 @@ class Settings:
     """
 
     fun: Callable[..., Any]
-    given: str | Preset | Plan
+    given: Preset | Plan
     preset: Preset
     choices: Choices | None
     key: str | None
@@ -164,7 +164,8 @@ class Settings:
                 "as in drop(loss, preset, key='rng')."
             )
         places = (static,) if isinstance(static, int) else tuple(static)
-        return cls(fun, given, chosen, choices, key, places)
+        kept = given if isinstance(given, Plan) else chosen
+        return cls(fun, kept, chosen, choices, key, places)
 
     def planner(self) -> Planner:
         """A planner of the function."""

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import importlib
 import importlib.util
 import logging
@@ -21,6 +22,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
 from jax import lax
+from jax.experimental import io_callback
 
 import dropit_jax
 from dropit_jax import DropIT, compat
@@ -68,6 +70,20 @@ def _is_private(node):
         return False
     owner = ast.unparse(node.value)
     return owner.split(".")[0] in ("jax", "flax", "nn", "nnx", "lax", "jnp")
+
+
+def _looking(name, look):
+    """A primitive, and a list of what is seen of the contexts that it is lowered in."""
+    seen = []
+    primitive = compat.Primitive(name)
+    primitive.def_abstract_eval(lambda x: x)
+
+    def lower(context, x):
+        seen.append(look(context))
+        return [x]
+
+    compat.mlir.register_lowering(primitive, lower)
+    return primitive, seen
 
 
 class OneFileTest(parameterized.TestCase):
@@ -266,30 +282,15 @@ class ThereTest(parameterized.TestCase):
         self.assertEqual(compat.concrete(7), 7)
 
     def test_exports_are_told_from_other_lowerings(self):
-        seen = []
-        primitive = compat.Primitive("exported_in_tests")
-        primitive.def_abstract_eval(lambda x: x)
-
-        def lower(context, x):
-            seen.append(compat.is_export(context))
-            return [x]
-
-        compat.mlir.register_lowering(primitive, lower)
+        primitive, seen = _looking("exported_in_tests", compat.is_export)
         x = jax.ShapeDtypeStruct((4,), jnp.float32)
         jax.jit(primitive.bind).lower(x)
         jax.export.export(jax.jit(primitive.bind))(x)
         self.assertEqual(seen, [False, True])
 
     def test_rules_of_a_module_share_an_object(self):
-        seen = []
-        primitive = compat.Primitive("sharing_in_tests")
-        primitive.def_abstract_eval(lambda x: x)
-
-        def lower(context, x):
-            seen.append(compat.of_module(context, collections.Counter))
-            return [x]
-
-        compat.mlir.register_lowering(primitive, lower)
+        look = functools.partial(compat.of_module, kind=collections.Counter)
+        primitive, seen = _looking("sharing_in_tests", look)
         x = jax.ShapeDtypeStruct((4,), jnp.float32)
         for _ in range(2):
             function = jax.jit(lambda x: primitive.bind(primitive.bind(x)[:2]))
@@ -297,6 +298,16 @@ class ThereTest(parameterized.TestCase):
         first, again, other, _ = seen
         self.assertIs(first, again)
         self.assertIsNot(first, other)
+
+    @parameterized.parameters(
+        lambda x: jax.debug.print("{}", x),
+        lambda x: jax.debug.callback(lambda _: None, x),
+        lambda x: jax.pure_callback(lambda x: x, x, x),
+        lambda x: io_callback(lambda _: None, None, x),
+    )
+    def test_calls_of_the_host_have_these_names(self, function):
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(function)(1.0)).eqns
+        self.assertIn(equation.primitive.name, compat.HOST_CALLS)
 
     def test_modules_of_nnx_are_told_from_arrays(self):
         layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
@@ -306,15 +317,7 @@ class ThereTest(parameterized.TestCase):
 
     @parameterized.parameters(1, 2)
     def test_number_of_devices(self, count):
-        seen = []
-        primitive = compat.Primitive("seen_in_tests")
-        primitive.def_abstract_eval(lambda x: x)
-
-        def lower(context, x):
-            seen.append(compat.num_devices(context))
-            return [x]
-
-        compat.mlir.register_lowering(primitive, lower)
+        primitive, seen = _looking("seen_in_tests", compat.num_devices)
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), "x")
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)

@@ -25,14 +25,23 @@ def _gradient(function):
     return jax.grad(lambda *arrays: jnp.sum(jnp.sin(function(*arrays))))
 
 
+def _types(avals):
+    # Symbols of two programs are equal as text alone.
+    return [f"{aval.dtype}{aval.shape}" for aval in avals]
+
+
 class ExportTest(parameterized.TestCase):
     @parameterized.parameters(_forward, _gradient)
     def test_for_a_gpu(self, transform):
         for name, operation in OPERATIONS.items():
             with self.subTest(name):
                 step = jax.jit(transform(operation.own))
-                exported = export.export(step, platforms=("cuda",))
-                exported(*operation.arguments("float32")).serialize()
+                arguments = operation.arguments("float32")
+                exported = export.export(step, platforms=("cuda",))(*arguments)
+                again = export.deserialize(exported.serialize())
+                self.assertEqual(again.platforms, ("cuda",))
+                expected = jax.eval_shape(transform(operation.plain), *arguments)
+                self.assertEqual(_types(again.out_avals), _types([expected]))
 
     @parameterized.parameters(_forward, _gradient)
     def test_of_a_batch_of_any_size(self, transform):
@@ -47,7 +56,9 @@ class ExportTest(parameterized.TestCase):
                     for i, x in enumerate(operation.arguments("float32"))
                 ]
                 exported = export.export(jax.jit(transform(operation.own)))(*types)
-                exported.serialize()
+                again = export.deserialize(exported.serialize())
+                plain = export.export(jax.jit(transform(operation.plain)))(*types)
+                self.assertEqual(_types(again.out_avals), _types(plain.out_avals))
 
     @parameterized.parameters("dot_general_indices", "conv_mean", "gelu")
     def test_does_the_same(self, name):

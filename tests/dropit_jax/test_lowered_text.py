@@ -16,13 +16,14 @@ from tests.dropit_jax.operations import OPERATIONS
 from tests.dropit_jax.transform.features import FEATURES, PARAMS, X
 
 
-def _text(function, arguments, platform):
-    """Of the gradient on two devices, which share the batch of the last argument."""
+def _text(function, arguments, batched, platform):
+    """Of the gradient on two devices, which share the argument that is batched."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    specs = [P()] * (len(arguments) - 1) + [P("batch")]
     placed = [
-        jax.device_put(argument, NamedSharding(mesh, spec))
-        for argument, spec in zip(arguments, specs, strict=True)
+        jax.device_put(
+            argument, NamedSharding(mesh, P("batch") if i == batched else P())
+        )
+        for i, argument in enumerate(arguments)
     ]
 
     def loss(*arrays):
@@ -42,11 +43,7 @@ class LoweredTextTest(parameterized.TestCase):
     def test_of_operations(self, platform):
         def texts():
             return {
-                name: _text(
-                    lambda *reversed_, own=operation.own: own(*reversed_[::-1]),
-                    operation.arguments("float32")[::-1],
-                    platform,
-                )
+                name: _text(operation.own, operation.arguments("float32"), 0, platform)
                 for name, operation in OPERATIONS.items()
             }
 
@@ -60,7 +57,7 @@ class LoweredTextTest(parameterized.TestCase):
     )
     def test_of_dropped_functions(self, name, preset):
         def text():
-            return _text(drop(FEATURES[name], preset), (PARAMS, X), "cpu")
+            return _text(drop(FEATURES[name], preset), (PARAMS, X), 1, "cpu")
 
         first = text()
         jax.clear_caches()

@@ -18,7 +18,7 @@ from unittest import mock
 from dropit_jax import memory
 from train import records
 
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 TINY = (
     "--config=configs/digits_resnet18.py",
@@ -97,7 +97,7 @@ class Command:
 def _execute(module, arguments, variables, out, errors):
     """Runs a module in this new process, which ends with it."""
     os.environ.update(variables)
-    os.chdir(_ROOT)
+    os.chdir(ROOT)
     for descriptor, connection in ((1, out), (2, errors)):
         os.dup2(connection.fileno(), descriptor)
         connection.close()

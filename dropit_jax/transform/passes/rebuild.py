@@ -5,16 +5,21 @@ from typing import Any
 
 from jaxtyping import Array
 
-from dropit_jax import barriers
+from dropit_jax import barriers, derivatives
 from dropit_jax.transform.forms.orders import Order
 from dropit_jax.transform.forms.storage import Form
-from dropit_jax.transform.passes.once import once
 from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Node, Program
 
 # Computed element by element, inside of the kernel that reads the result.
 _CHEAP = primitives.CONTINUOUS | primitives.MOVES | primitives.STEPS
+
+# For the error of a second derivative: that of a decoded value would be zero.
+_WHAT = "A function that dropit_jax.drop made"
+_INSTEAD = (
+    "jax.lax.stop_gradient on its gradient, the preset 'exact', or the plain function"
+)
 
 
 class Rebuilder:
@@ -94,7 +99,9 @@ class Rebuilder:
             stored, aval = self._stored[atom], self._avals[atom]
             form = self._forms[atom]
             decoded = form.decode(stored, aval, self._orders.get(atom))
-            self._known[atom] = once(decoded) if form.is_lossy else decoded
+            if form.is_lossy:
+                decoded = derivatives.once(decoded, _WHAT, _INSTEAD)
+            self._known[atom] = decoded
             self._cheap.add(atom)
         return programs.read(self._known, atom)
 

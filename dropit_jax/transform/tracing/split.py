@@ -43,7 +43,7 @@ class Halves:
 
     @property
     def residual_bytes(self) -> int:
-        """Of all residuals that are neither arguments nor constants."""
+        """Bytes of the residuals that are neither arguments nor constants."""
         found = residuals.between(*self.traced, len(self.residuals))
         return found.total_bytes
 

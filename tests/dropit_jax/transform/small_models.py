@@ -6,21 +6,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LAYERS, ROWS, WIDTH = 4, 4096, 128
+ROWS, WIDTH = 4096, 128
+_SQUARE = (WIDTH, WIDTH)
 
 
 def _stacked(layer, *shapes):
-    """The loss of layers one after the other, and the types of their parameters."""
+    """The loss of layers one after the other, and the shapes of a layer's weights."""
 
     def loss(params, x):
-        for i in range(LAYERS):
+        for i in range(len(params[0])):
             x = layer(x, *(p[i] for p in params))
         return jnp.mean(x.astype(jnp.float32) ** 2)
 
-    params = tuple(
-        jax.ShapeDtypeStruct((LAYERS, *shape), jnp.float32) for shape in shapes
-    )
-    return loss, params
+    return loss, shapes
 
 
 def _gated(function):
@@ -32,7 +30,7 @@ def _gated(function):
 
 
 def _mlp(function):
-    return _stacked(lambda x, w, v: x + function(x @ w) @ v, *[(WIDTH, WIDTH)] * 2)
+    return _stacked(lambda x, w, v: x + function(x @ w) @ v, _SQUARE, _SQUARE)
 
 
 def _norm(x):
@@ -51,7 +49,7 @@ def _attention():
         mixed = jnp.einsum("bhqk,bkhd->bqhd", scores, v)
         return x + mixed.reshape(x.shape) @ out
 
-    return _stacked(layer, *[(WIDTH, WIDTH)] * 4)
+    return _stacked(layer, *[_SQUARE] * 4)
 
 
 def _recurrent():
@@ -63,7 +61,7 @@ def _recurrent():
         y, _ = lax.scan(turn, x, params)
         return jnp.mean(y**2)
 
-    return loss, (jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32),) * 2
+    return loss, (_SQUARE, _SQUARE)
 
 
 def _dropout(x, w, v):
@@ -77,7 +75,6 @@ def _pooled(x, w, v):
     return x + y.reshape(x.shape) @ v
 
 
-_SQUARE = (WIDTH, WIDTH)
 X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 MODELS = {
     "attention": _attention(),
@@ -96,3 +93,10 @@ MODELS = {
     "tanh": _mlp(jnp.tanh),
     "leaky": _mlp(functools.partial(jax.nn.leaky_relu, negative_slope=0.2)),
 }
+
+
+def parameters(shapes, layers):
+    """The types of the parameters of so many layers."""
+    return tuple(
+        jax.ShapeDtypeStruct((layers, *shape), jnp.float32) for shape in shapes
+    )

@@ -124,6 +124,17 @@ class PlanTest(parameterized.TestCase):
         dropped = drop(FEATURES["mlp"], "exact")
         self.assertEqual(plan(dropped)(PARAMS, X).preset, presets.preset("exact"))
 
+    def test_so_it_does_with_its_rules(self):
+        def function(params, x):
+            with jax.named_scope("first"):
+                x = jnp.tanh(x @ params["w"][0])
+            return jnp.sum(jnp.sin(x @ params["w"][1]))
+
+        rules = {"first": "exact"}
+        found = plan(drop(function, "lean", rules=rules))(PARAMS, X)
+        self.assertEqual(found, plan(function, "lean", rules=rules)(PARAMS, X))
+        self.assertNotEqual(found, plan(function, "lean")(PARAMS, X))
+
     def test_what_is_not_differentiated_costs_nothing(self):
         def function(params, x):
             return jnp.sum((jnp.tanh(x @ params["w"][0]) @ params["w"][1]) ** 2)
@@ -144,7 +155,7 @@ class PlanTest(parameterized.TestCase):
 
     def test_printed_it_is_a_table(self):
         text = str(plan(FEATURES["mlp"])(PARAMS, X))
-        for word in ("8 bits", "flowing", "arguments.py:", "plain function", "again"):
+        for word in ("8 bits", "flowing", "network.py:", "plain function", "again"):
             self.assertIn(word, text)
 
 

@@ -3,7 +3,8 @@
 import inspect
 
 from tests.dropit_jax.transform.features import loops, plain, rules
-from tests.dropit_jax.transform.features.arguments import PARAMS, X, mlp
+from tests.dropit_jax.transform.features.arguments import PARAMS, X
+from tests.dropit_jax.transform.features.network import mlp
 
 __all__ = ["FEATURES", "PARAMS", "X"]
 

@@ -1,4 +1,4 @@
-"""Arguments of the functions, and a network of a few layers."""
+"""The arguments of the functions."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +9,3 @@ PARAMS = {
     "b": jnp.asarray(_RNG.normal(size=(3, 16)) / 4, jnp.float32),
 }
 X = jnp.asarray(_RNG.normal(size=(8, 16)), jnp.float32)
-
-
-def layer(x, w, b):
-    return jnp.tanh(x @ w + b)
-
-
-def mlp(params, x):
-    for w, b in zip(params["w"], params["b"], strict=True):
-        x = layer(x, w, b)
-    return jnp.sum(x**2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tests.dropit_jax.transform.features.arguments import layer, mlp
+from tests.dropit_jax.transform.features.network import layer, mlp
 
 
 def scan(params, x):

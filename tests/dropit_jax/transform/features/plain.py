@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.dropit_jax.transform.features.arguments import mlp
+from tests.dropit_jax.transform.features.network import mlp
 
 
 def jit(params, x):

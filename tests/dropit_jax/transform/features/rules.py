@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from dropit_jax import DropIT
 from dropit_jax import dot_general as dropit_dot
-from tests.dropit_jax.transform.features.arguments import mlp
+from tests.dropit_jax.transform.features.network import mlp
 
 
 @jax.custom_vjp
