@@ -76,7 +76,8 @@ def apply(
       only: a glob, or several: the paths of the layers to change, such as
         `"blocks/*/mlp"`; `*` matches "/" too. `None`: all.
       exclude: the paths of layers to leave alone.
-      rngs: for policies that need keys: where their stream is forked from.
+      rngs: for policies that need keys: where their stream is forked from. Of layers
+        stacked by `nnx.vmap` each gets keys of its own.
 
     Returns:
       What was changed, in the order of the model's attributes.
@@ -103,14 +104,14 @@ def apply(
         if takes_back or _meant(layer, preset) is not None
     ]
     meant.check([path for path, _ in found], [] if first is None else [first])
-    stream = _stream(preset, rngs)
+    streams = _streams(preset, rngs)
     changes = []
     for path, layer in found:
         before, after = _residual(layer), _meant(layer, preset)
         if (before is None) == (after is None) or not meant.selects(path, first):
             continue
         kind = type(layer).__name__
-        _convert(layer, after, stream)
+        _convert(layer, after, streams)
         changes.append(Change(path, kind, before, after))
     return changes
 
@@ -163,7 +164,11 @@ def _is_free(layer: Any) -> bool:
     return isinstance(layer, (*layers.FLAX_LAYERS, *_FLAX_TWINS))
 
 
-def _convert(layer: Any, residual: Any, stream: nnx.RngStream | None) -> None:
+# Streams of keys, by the sizes of the axes that layers are stacked along.
+_Streams = dict[tuple[int, ...], nnx.RngStream]
+
+
+def _convert(layer: Any, residual: Any, streams: _Streams) -> None:
     """Makes a layer cache what it is to."""
     if isinstance(layer, nnx.MultiHeadAttention):
         layer.attention_fn = _FLAX_ATTENTION if residual is None else _ATTENTION
@@ -172,13 +177,29 @@ def _convert(layer: Any, residual: Any, stream: nnx.RngStream | None) -> None:
         cls: Any = swap(type(layer), _TWINS)
         layer.__class__ = cls
     else:
-        layers.convert(layer, residual, stream)
+        layers.convert(layer, residual, _stream_of(layer, streams))
 
 
-def _stream(preset: LayerPreset, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
+def _streams(preset: LayerPreset, rngs: nnx.Rngs | None) -> _Streams:
     """One stream of keys for all layers, where a policy needs them."""
-    streams = (layers.new_stream(p, rngs) for p in (preset.dropit, preset.conv))
-    return next((stream for stream in streams if stream is not None), None)
+    for policy in (preset.dropit, preset.conv):
+        if (stream := layers.new_stream(policy, rngs)) is not None:
+            return {(): stream}
+    return {}
+
+
+def _stream_of(layer: Any, streams: _Streams) -> nnx.RngStream | None:
+    """The stream for a layer; for stacked ones a key each, as `nnx.vmap` makes them.
+
+    `nnx.scan` and `nnx.vmap` take a layer's state apart along the axis that it is
+    stacked along, and its keys with it.
+    """
+    if not streams:
+        return None
+    axes = layers.stacked_axes(layer)
+    if axes not in streams:
+        streams[axes] = streams[()].split(axes)
+    return streams[axes]
 
 
 def _layers(

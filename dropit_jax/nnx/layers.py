@@ -115,7 +115,7 @@ def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> No
     Args:
       layer: one of `FLAX_LAYERS`.
       dropit: what to keep of its input.
-      keys: for a policy that needs some.
+      keys: for a policy that needs some, shaped as `stacked_axes(layer)`.
     """
     if not isinstance(layer, _Caching):
         layer.__class__ = classes.with_ours(type(layer), LAYERS)
@@ -123,6 +123,28 @@ def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> No
     needed = dropit is not None and dropit.needs_key
     # Beside arrays, where nothing but its absence stood.
     layer.dropit_rngs = nnx.data(keys) if needed else None
+
+
+def stacked_axes(layer: Any) -> tuple[int, ...]:
+    """The sizes of the axes that `nnx.vmap` put before those of a layer's kernel.
+
+    Args:
+      layer: one of `FLAX_LAYERS`.
+    """
+    kernel = layer.kernel.shape
+    return kernel[: len(kernel) - _kernel_rank(layer)]
+
+
+def _kernel_rank(layer: Any) -> int:
+    """The rank of the kernel of one layer."""
+    if isinstance(layer, nnx.LinearGeneral):
+        features = layer.in_features, layer.out_features, layer.batch_axis
+        return sum(map(len, features))
+    if isinstance(layer, nnx.Einsum):
+        return len(layer.kernel_shape)
+    if isinstance(layer, nnx.Conv | nnx.ConvTranspose):
+        return len(layer.kernel_size) + 2
+    return 2
 
 
 def new_stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:

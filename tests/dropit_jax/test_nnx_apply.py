@@ -225,6 +225,58 @@ class ApplyTest(parameterized.TestCase):
             runs.cached_bytes(copy, self.x), runs.cached_bytes(self.model, self.x)
         )
 
+    @parameterized.product(
+        make=[
+            lambda rngs: nnx.Linear(64, 3, use_bias=False, rngs=rngs),
+            lambda rngs: nnx.LinearGeneral((64,), (3, 1), use_bias=False, rngs=rngs),
+            lambda rngs: nnx.Einsum("...i,io->...o", (64, 3), rngs=rngs),
+            lambda rngs: nnx.Conv(64, 3, (1,), use_bias=False, rngs=rngs),
+            lambda rngs: nnx.ConvTranspose(64, 3, (1,), use_bias=False, rngs=rngs),
+        ],
+        sizes=[(3,), (2, 2)],
+    )
+    def test_stacked_layers_drop_elements_of_their_own(self, make, sizes):
+        for size in sizes:
+            make = nnx.split_rngs(splits=size)(nnx.vmap(make))
+        stacked = make(nnx.Rngs(0))
+        dn.apply(stacked, _RANDOM, rngs=nnx.Rngs(dropit=1))
+        x = runs.numbers(1, 1, 64) + 10
+
+        def call(layer, x):
+            return layer(x)
+
+        for _ in sizes:
+            call = nnx.vmap(call, in_axes=(0, None))
+        gradient = nnx.grad(lambda layer: call(layer, x).sum())(stacked)
+        # Of one sample and a sum, it is the sparse input itself.
+        sparse = gradient["kernel"][...].reshape(*sizes, 64, 3)[..., 0]
+        chex.assert_trees_all_equal(sparse, jnp.where(sparse == 0, 0, x[0, 0]))
+        rows = np.asarray(sparse).reshape(-1, 4, 16)
+        np.testing.assert_array_equal(np.count_nonzero(rows, axis=2), 8)
+        self.assertLen(np.unique(rows, axis=0), len(rows))
+
+    def test_stacked_layers_in_a_scan(self):
+        make = nnx.split_rngs(splits=3)(nnx.vmap(Block))
+        model = nnx.Dict(stem=nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+        model.blocks = make(nnx.Rngs(1))
+        dn.apply(model, _RANDOM, rngs=nnx.Rngs(dropit=1))
+
+        @nnx.jit
+        @nnx.grad
+        def gradient(model, x):
+            scan = nnx.scan(
+                lambda x, block: block(x),
+                in_axes=(nnx.Carry, 0),
+                out_axes=nnx.Carry,
+            )
+            return jnp.sum(scan(model.stem(x), model.blocks) ** 2)
+
+        first, second = (gradient(model, self.x) for _ in range(2))
+        kernel = first.blocks.mlp.layers[0].kernel[...]
+        self.assertEqual(kernel.shape, (3, 16, 16))
+        other = second.blocks.mlp.layers[0].kernel[...]
+        self.assertFalse(bool((kernel == other).all(axis=(1, 2)).any()))
+
     @parameterized.parameters(
         lambda model: pickle.loads(pickle.dumps(model)),
         copy.deepcopy,
