@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -36,6 +36,45 @@ CONVOLUTIONS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 # The code of their calls, as Flax's interceptors name it. A subclass with another
 # `__call__` is another layer, until it calls Flax's.
 FLAX_CALLS = {inspect.unwrap(layer.__call__) for layer in LAYERS}
+
+# From the code of our layers' calls to that of Flax's, which runs as a part of it.
+_flax_calls: dict[Any, Any] = {}
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def runs(layer: type[nn.Module]) -> Callable[[Call], Call]:
+    """Says of a `__call__` that it runs Flax's for `layer`, by `inherited`."""
+
+    def told(call: Call) -> Call:
+        _flax_calls[call] = inspect.unwrap(layer.__call__)
+        return call
+
+    return told
+
+
+def inherited(method: Callable[..., Array]) -> Callable[..., Array]:
+    """The `__call__` of a base class as a part of the subclass's own.
+
+    Flax takes note of each call of a method, so that `capture_intermediates` would
+    record the layer twice.
+
+    Args:
+      method: `super().__call__`.
+    """
+    bound: Any = method
+    return functools.partial(inspect.unwrap(bound.__func__), bound.__self__)
+
+
+def flax_call(context: Any) -> Callable[..., Any]:
+    """The code of the call that an interceptor is told of; for our layers, Flax's.
+
+    Args:
+      context: `flax.linen.module.InterceptorContext`.
+    """
+    call = compat.flax_function(context)
+    return _flax_calls.get(call, call)
+
 
 # Set while a layer is run as the product of a caching operation.
 _is_product = contextvars.ContextVar("is_product", default=False)
@@ -66,7 +105,7 @@ def is_layer_call(context: Any) -> bool:
       context: `flax.linen.module.InterceptorContext`.
     """
     module = context.module
-    if is_product() or compat.flax_function(context) not in FLAX_CALLS:
+    if is_product() or flax_call(context) not in FLAX_CALLS:
         return False
     names = (hook for layer, hook, _ in _HOOKED if isinstance(module, layer))
     return not any(_caches(getattr(module, hook)) for hook in names)

@@ -24,10 +24,12 @@ class Dense(nn.Dense):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.Dense)
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Applies the layer along the last axis."""
-        return calls.cached(self, super().__call__, self.dropit, inputs)
+        call = calls.inherited(super().__call__)
+        return calls.cached(self, call, self.dropit, inputs)
 
 
 class DenseGeneral(nn.DenseGeneral):
@@ -41,10 +43,12 @@ class DenseGeneral(nn.DenseGeneral):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.DenseGeneral)
     @nn.compact
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies the layer along the axes in `axis`."""
-        return calls.cached(self, super().__call__, self.dropit, inputs)
+        call = calls.inherited(super().__call__)
+        return calls.cached(self, call, self.dropit, inputs)
 
 
 class Einsum(nn.Einsum):
@@ -58,12 +62,13 @@ class Einsum(nn.Einsum):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.Einsum)
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "..."], einsum_str: str | None = None
     ) -> Float[Array, "..."]:
         """Applies the equation, given here or as an attribute."""
-        call = super().__call__
+        call = calls.inherited(super().__call__)
         return calls.cached(self, call, self.dropit, inputs, einsum_str=einsum_str)
 
 
@@ -77,12 +82,14 @@ class Conv(nn.Conv):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.Conv)
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the convolution over the spatial axes, channels last."""
-        return calls.cached(self, super().__call__, self.dropit, inputs)
+        call = calls.inherited(super().__call__)
+        return calls.cached(self, call, self.dropit, inputs)
 
 
 class ConvLocal(nn.ConvLocal):
@@ -97,12 +104,14 @@ class ConvLocal(nn.ConvLocal):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.ConvLocal)
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the unshared convolution over the spatial axes, channels last."""
-        return calls.cached(self, super().__call__, self.dropit, inputs)
+        call = calls.inherited(super().__call__)
+        return calls.cached(self, call, self.dropit, inputs)
 
 
 class ConvTranspose(nn.ConvTranspose):
@@ -115,12 +124,14 @@ class ConvTranspose(nn.ConvTranspose):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.ConvTranspose)
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the transposed convolution over the spatial axes, channels last."""
-        return calls.cached(self, super().__call__, self.dropit, inputs)
+        call = calls.inherited(super().__call__)
+        return calls.cached(self, call, self.dropit, inputs)
 
 
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
@@ -135,6 +146,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.MultiHeadDotProductAttention)
     @nn.compact
     def __call__(
         self,
@@ -144,8 +156,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         **kwargs: Any,
     ) -> Float[Array, "*batch length out"]:
         """Applies attention; the arguments are those of Flax's layer."""
+        call = calls.inherited(super().__call__)
         with calls.cached_children(self, self.dropit):
-            return super().__call__(inputs_q, inputs_k, inputs_v, **kwargs)
+            return call(inputs_q, inputs_k, inputs_v, **kwargs)
 
 
 class MultiHeadAttention(MultiHeadDotProductAttention):
@@ -161,6 +174,7 @@ class SelfAttention(nn.SelfAttention):
 
     dropit: DropIT | None = None
 
+    @calls.runs(nn.SelfAttention)
     @nn.compact
     def __call__(
         self,
@@ -169,5 +183,6 @@ class SelfAttention(nn.SelfAttention):
         **kwargs: Any,
     ) -> Float[Array, "*batch length out"]:
         """Applies attention; the arguments are those of Flax's layer."""
+        call = calls.inherited(super().__call__)
         with calls.cached_children(self, self.dropit):
-            return super().__call__(inputs_q, *args, **kwargs)
+            return call(inputs_q, *args, **kwargs)

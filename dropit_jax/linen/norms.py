@@ -16,7 +16,7 @@ from flax.linen import normalization
 from jaxtyping import Array, Float
 
 from dropit_jax import norm_layers
-from dropit_jax.linen import parameters
+from dropit_jax.linen import calls, parameters
 from dropit_jax.nn import norm_gradient
 from dropit_jax.nn.norm_gradient import Norm
 
@@ -41,7 +41,7 @@ class BatchNorm(nn.BatchNorm):
         mask: Array | None = None,
     ) -> Float[Array, "..."]:
         """Normalises by the statistics of the batch, or by running averages."""
-        call = super().__call__
+        call = calls.inherited(super().__call__)
         return compact(self, call, x, use_running_average, mask=mask)
 
 
@@ -53,7 +53,7 @@ class LayerNorm(nn.LayerNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Normalises over `reduction_axes`."""
-        return compact(self, super().__call__, x, mask=mask)
+        return compact(self, calls.inherited(super().__call__), x, mask=mask)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -64,7 +64,7 @@ class RMSNorm(nn.RMSNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Divides by the root mean square over `reduction_axes`."""
-        return compact(self, super().__call__, x, mask=mask)
+        return compact(self, calls.inherited(super().__call__), x, mask=mask)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -75,7 +75,7 @@ class GroupNorm(nn.GroupNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Normalises each sample's groups of channels."""
-        return compact(self, super().__call__, x, mask=mask)
+        return compact(self, calls.inherited(super().__call__), x, mask=mask)
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -86,7 +86,7 @@ class InstanceNorm(nn.InstanceNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Normalises each sample's channels."""
-        return compact(self, super().__call__, x, mask=mask)
+        return compact(self, calls.inherited(super().__call__), x, mask=mask)
 
 
 def compact(

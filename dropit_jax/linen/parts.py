@@ -63,7 +63,7 @@ def part(context: Any) -> Part | None:
     Args:
       context: as in `calls.is_layer_call`.
     """
-    call = compat.flax_function(context)
+    call = calls.flax_call(context)
     found = next((each for each in PARTS if call in each.calls), None)
     is_twin = found is not None and isinstance(context.module, found.twins)
     return None if is_twin else found
@@ -93,7 +93,7 @@ def with_own_call(context: Any) -> nn.Module | int | None:
       One of `calls.LAYERS`, without a policy of its own, or the bits of another `Part`.
       Whether the call comes to Flax's nobody knows before.
     """
-    module, call = context.module, compat.flax_function(context)
+    module, call = context.module, calls.flax_call(context)
     if context.method_name != "__call__" or call in calls.FLAX_CALLS:
         return None
     if isinstance(module, calls.LAYERS):

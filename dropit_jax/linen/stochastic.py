@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dropit_jax.linen import calls
 from dropit_jax.nn.dropout import dropout
 
 
@@ -25,7 +26,8 @@ class Dropout(nn.Dropout):
         rng: Array | None = None,
     ) -> Float[Array, "*shape"]:
         """Drops elements at random, unless it is deterministic."""
-        return compact(self, super().__call__, inputs, deterministic, rng)
+        call = calls.inherited(super().__call__)
+        return compact(self, call, inputs, deterministic, rng)
 
 
 def compact(
