@@ -72,6 +72,7 @@ __all__ = [
     "Var",
     "ad",
     "batching",
+    "beneath",
     "bind_equation",
     "called_program",
     "concrete",
@@ -89,6 +90,7 @@ __all__ = [
     "hush_triton",
     "in_scope",
     "is_export",
+    "is_mapped",
     "is_reference",
     "jaxpr_as_fun",
     "jaxprs_in_params",
@@ -270,6 +272,22 @@ def shard_map_arguments(equation: JaxprEqn) -> dict[str, Any]:
 def is_reference(aval: Any) -> bool:
     """Whether values of this type are mutable references to arrays (`jax.new_ref`)."""
     return hasattr(aval, "inner_aval")
+
+
+def beneath(value: Any) -> Iterator[Any]:
+    """A value, and the arrays that JAX's tracers of derivatives and batches hold of it.
+
+    One of them is what a forward rule gets, unless that is traced on its own.
+    """
+    yield value
+    while is_mapped(value) or hasattr(value, "primal"):
+        value = value.val if is_mapped(value) else value.primal
+        yield value
+
+
+def is_mapped(value: Any) -> bool:
+    """Whether `jax.vmap` is mapping a function over it."""
+    return isinstance(value, jax.core.Tracer) and hasattr(value, "batch_dim")
 
 
 def num_devices(context: mlir.LoweringRuleContext) -> int:

@@ -15,7 +15,8 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import derivatives, layouts, shardings, sharing
+from dropit_jax import compat, deferral, derivatives, layouts, shardings, sharing
 from dropit_jax.barriers import barrier
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.residual import Residual, compress
@@ -123,10 +124,10 @@ def cached_product(
     nbytes = None if observe is None else _bytes_cached(lhs, dropit, axes)
     if observe is not None and nbytes is not None:
         observe(lhs, axes, nbytes)
-    ahead = _cached_ahead(lhs, rhs, dropit, axes, key)
+    compression = _compression(lhs, dropit, axes, key)
+    call = _Call(compression, sharing.run_of(lhs), _references(compat.beneath(lhs)))
     with _forward_mode_explained():
-        run = sharing.run_of(lhs)
-        return _cached_product(product, dropit, axes, run, lhs, rhs, offset, key, ahead)
+        return _cached_product(product, call, lhs, rhs, offset, key)
 
 
 @contextlib.contextmanager
@@ -137,6 +138,16 @@ def observed(observe: _Observe) -> Iterator[None]:
         yield
     finally:
         _observer.reset(token)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=(), meta_fields=("number",)
+)
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The number of a group of arrays that are sharded alike."""
+
+    number: int
 
 
 @functools.partial(
@@ -161,19 +172,61 @@ class _Cached:
     group: int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@dataclasses.dataclass(frozen=True)
+class _Compression:
+    """What is cached of an operand, given it and a key if one is needed.
+
+    Attributes:
+      dropit: what of it to keep.
+      axes: which of it are the samples and the channels.
+      group: what is sharded like it.
+    """
+
+    dropit: DropIT
+    axes: Axes
+    group: _Group
+
+    def __call__(self, a: Array, key: Array | None = None) -> _Cached:
+        """Compresses the operand."""
+        a = lax.stop_gradient(a)
+        joined = shardings.join(a, self.group.number)
+        residual = _residual(joined, self.dropit, self.axes, key)
+        named = checkpoint_name(residual, RESIDUAL_NAME)
+        return _Cached(named, a.shape, shardings.spec(a), self.group.number)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """What a call of a caching product knows beside its arrays.
+
+    Attributes:
+      compression: of its first operand.
+      run: the number of the calls that come one after the other with that operand.
+      beneath: references to what is beneath that operand.
+    """
+
+    compression: _Compression
+    run: int
+    beneath: tuple[Callable[[], Any], ...]
+
+    def cached(self, a: Array, key: Array | None) -> _Cached:
+        """What is cached of the operand, the same for all products that read it."""
+        direct = tuple(reference() for reference in self.beneath)
+        keys = () if key is None else (key,)
+        result: _Cached = deferral.cached(self.compression, direct, a, *keys)
+        return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cached_product(
     product: Callable[..., Array],
-    dropit: DropIT,
-    axes: Axes,
-    run: int,
+    call: _Call,
     lhs: Array,
     rhs: Array,
     offset: tuple[Array, ...],
     key: Array | None,
-    ahead: _Cached | None,
 ) -> Array:
-    del dropit, axes, run, key, ahead
+    del call, key
     return product(lhs, rhs, *offset)
 
 
@@ -188,25 +241,21 @@ _Saved = tuple[
 
 def _forward(
     product: Callable[..., Array],
-    dropit: DropIT,
-    axes: Axes,
-    run: int,
+    call: _Call,
     lhs: Any,
     rhs: Any,
     offset: Any,
     key: Any,
-    ahead: Any,
 ) -> tuple[Array, _Saved]:
-    del run
-    a, kernel, added, key, ahead = jax.tree.map(
+    a, kernel, added, key = jax.tree.map(
         lambda operand: operand.value,
-        (lhs, rhs, offset, key, ahead),
+        (lhs, rhs, offset, key),
         is_leaf=lambda node: hasattr(node, "perturbed"),
     )
     if not rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
         z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
         return z, (None, kernel, added, pullback_a)
-    cached = _compressed(a, dropit, axes, key) if ahead is None else ahead
+    cached = call.cached(a, key)
     once = derivatives.once(a, "DropIT")
     # Without the barrier XLA may compress late, which keeps `a` alive till then.
     a, _ = barrier((once, cached.residual))
@@ -214,23 +263,18 @@ def _forward(
 
 
 def _backward(
-    product: Callable[..., Array],
-    dropit: DropIT,
-    axes: Axes,
-    run: int,
-    saved: _Saved,
-    cotangent: Array,
-) -> tuple[Array, Array | None, Any, None, None]:
-    del dropit
+    product: Callable[..., Array], call: _Call, saved: _Saved, cotangent: Array
+) -> tuple[Array, Array | None, Any, None]:
+    axes, run = call.compression.axes, call.run
     cached, kernel, offset, pullback_a = saved
     if cached is None:
         assert pullback_a is not None
         (to_a,) = pullback_a(cotangent)
         if not offset:
-            return to_a, None, (), None, None
+            return to_a, None, (), None
         zeros = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
         to_offset = jax.vjp(functools.partial(product, zeros, kernel), *offset)[1]
-        return to_a, None, to_offset(cotangent), None, None
+        return to_a, None, to_offset(cotangent), None
     cotangent = axes.laid_out(cotangent)
     # After the first cotangent of a run; the last to use it ends its life.
     a_hat = sharing.once(
@@ -243,7 +287,7 @@ def _backward(
     a_hat, cotangent = barrier((a_hat, cotangent))
     gradients = _gradients_traced_once if _is_of_jax(product) else _gradients
     to_a, to_kernel, *rest = gradients(product, cotangent, a_hat, kernel, *offset)
-    return to_a, to_kernel, tuple(rest), None, None
+    return to_a, to_kernel, tuple(rest), None
 
 
 # Symbolic zeros tell the forward rule which operands are differentiated.
@@ -276,33 +320,24 @@ def _is_of_jax(product: Callable[..., Array]) -> bool:
     return True
 
 
-def _cached_ahead(
-    lhs: Array, rhs: Array, dropit: DropIT, axes: Axes, key: Array | None
-) -> _Cached | None:
-    """What is cached of `lhs`, before it is known whether anything has to be.
+def _references(values: Iterable[Any]) -> tuple[Callable[[], Any], ...]:
+    """Weak references to those that can be referred to."""
+    references = []
+    for value in values:
+        with contextlib.suppress(TypeError):
+            references.append(weakref.ref(value))
+    return tuple(references)
 
-    The forward rule of an operation in a loop, a checkpoint or an inner `jax.jit` is
-    traced on its own, where nothing shows that two operations read the same array;
-    here it shows. What turns out not to be needed XLA leaves out. `None` where nothing
-    can be differentiated, or an error is due if something is: the forward rule's.
-    """
-    if not isinstance(rhs, jax.core.Tracer):
-        return None
+
+def _compression(
+    lhs: Array, dropit: DropIT, axes: Axes, key: Array | None
+) -> _Compression:
+    """The same for all products that read the same operand in the same way."""
     operands = (lhs,) if key is None else (lhs, key)
-    with contextlib.suppress(TypeError, ValueError):
-        return sharing.once(
-            lambda: _compressed(lax.stop_gradient(lhs), dropit, axes, key),
-            operands,
-            (dropit, axes),
-        )
-    return None
-
-
-def _compressed(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> _Cached:
-    group = shardings.new_group()
-    residual = _residual(shardings.join(a, group), dropit, axes, key)
-    named = checkpoint_name(residual, RESIDUAL_NAME)
-    return _Cached(named, a.shape, shardings.spec(a), group)
+    group = sharing.once(
+        lambda: _Group(shardings.new_group()), operands, (dropit, axes)
+    )
+    return _Compression(dropit, axes, group)
 
 
 @functools.partial(jax.jit, static_argnames=("dropit", "axes"), inline=True)

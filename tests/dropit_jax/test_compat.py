@@ -288,6 +288,28 @@ class ThereTest(parameterized.TestCase):
         jax.export.export(jax.jit(primitive.bind))(x)
         self.assertEqual(seen, [False, True])
 
+    def test_what_is_beneath_a_tracer(self):
+        x = jnp.ones(3)
+        seen = []
+
+        def look(x):
+            seen.append([*compat.beneath(x)])
+            return x.sum()
+
+        jax.grad(look)(x)
+        self.assertLen(seen[-1], 2, "`primal` of a tracer is gone")
+        self.assertIs(seen[-1][1], x)
+        jax.grad(lambda x: jax.vmap(look)(x[None]).sum())(x)
+        self.assertLen(seen[-1], 3, "`val` of a mapped tracer is gone")
+        jax.eval_shape(look, x)
+        self.assertLen(seen[-1], 1)
+
+    def test_what_is_mapped(self):
+        mapped = []
+        jax.vmap(lambda x: mapped.append(compat.is_mapped(x)))(jnp.ones((2, 3)))
+        jax.grad(lambda x: mapped.append(compat.is_mapped(x)) or x)(1.0)
+        self.assertEqual(mapped, [True, False], "`batch_dim` is gone")
+
     def test_rules_of_a_module_share_an_object(self):
         look = functools.partial(compat.of_module, kind=collections.Counter)
         primitive, seen = _looking("sharing_in_tests", look)
