@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -49,6 +50,15 @@ class FeatureTest(parameterized.TestCase):
         np.testing.assert_array_equal(
             jax.jit(drop(function))(PARAMS, X), jax.jit(function)(PARAMS, X)
         )
+
+    def test_nor_is_it_another_where_nothing_is_jitted(self):
+        def attend(weights, x):
+            heads = [jnp.reshape(x @ w, (2, 8, 4, 16)) for w in weights]
+            return jax.nn.dot_product_attention(*heads, is_causal=True)
+
+        weights = list(jax.random.normal(jax.random.key(0), (3, 64, 64)))
+        x = jax.random.normal(jax.random.key(1), (2, 8, 64))
+        np.testing.assert_array_equal(drop(attend)(weights, x), attend(weights, x))
 
     def test_not_differentiated_it_is_the_functions_program(self):
         for name, function in FEATURES.items():
