@@ -24,20 +24,32 @@ _BARS = {
     (0, "drop lean"): 0.32,
     (0, "dropit"): 0.60,
     (0, "lean"): 0.30,
-    (0, "lean+remat_blocks"): 0.30,
-    (2, "dropit"): 0.73,
-    (2, "lean"): 0.27,
-    (2, "lean+remat_blocks"): 0.10,
-    (3, "drop exact"): 0.42,
-    (3, "drop lean"): 0.25,
+    (2, "dropit"): 0.79,
+    (2, "lean"): 0.35,
+    (2, "lean+remat_blocks"): 0.25,
+    (3, "drop exact"): 0.47,
+    (3, "drop lean"): 0.33,
 }
+_BLOCKS = 3
+
+
+def _shallow(workload):
+    """A workload with a few of the blocks of a ViT, which are all alike."""
+    if workload.attention is None:
+        return workload
+    _, *attention = workload.attention
+    return dataclasses.replace(
+        workload,
+        make=lambda preset: workload.make(preset).clone(num_layers=_BLOCKS),
+        attention=(_BLOCKS, *attention),
+    )
 
 
 class BarsTest(parameterized.TestCase):
     @parameterized.parameters(0, 2, 3)
     def test_presets_save_what_they_are_for_on_an_h100(self, index):
         names = tuple(variant for row, variant in _BARS if row == index)
-        workload = workloads.WORKLOADS[index]
+        workload = _shallow(workloads.WORKLOADS[index])
         results = benchmark.measure(workload, "h100", ("baseline", *names))
         for result in results[1:]:
             bar = _BARS[index, result.variant]
