@@ -21,7 +21,6 @@ _LATEST = 2
 _HALF_WRITTEN = ".orbax-checkpoint-tmp*"
 # Characters of a message of Orbax's that are shown.
 _LONGEST = 300
-_ITEMS = ("state", "position")
 # The field of the position with the accuracy on the test examples, if it is known.
 _ACCURACY = "test_accuracy"
 
@@ -209,7 +208,8 @@ class Checkpoints:
         # Orbax calls it when all is written, and then gives the directory its name.
         if is_first():
             (path,) = self._directory.glob(f"{self._saving}{_HALF_WRITTEN}")
-            checksums.write(path, _ITEMS)
+            assert self._saving is not None
+            checksums.write(path, self._saving)
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
@@ -227,7 +227,7 @@ class Checkpoints:
           CheckpointError: it is of another model.
         """
         # Before Orbax sees it, whose threads write of their own what they fail at.
-        problem = checksums.problem(self._path(step)) if is_first() else ""
+        problem = checksums.problem(self._path(step), step) if is_first() else ""
         if any_of(bool(problem)):
             return problem or "a file has changed"
         result: Any = None

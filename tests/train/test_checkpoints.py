@@ -383,11 +383,11 @@ class DamagedTest(_SavedTestCase):
         step = self.directory / "2"
         names = [
             str(path.relative_to(step))
-            for item in ("state", "position")
-            for path in sorted((step / item).rglob("*"))
+            for path in sorted(step.rglob("*"))
             if path.is_file() and path.name != "commit_success.txt"
         ]
-        self.assertGreater(len(names), 8)
+        self.assertContainsSubset({"_CHECKPOINT_METADATA", "checksums.json"}, names)
+        self.assertGreater(len(names), 10)
         return names
 
     @parameterized.parameters(*_DAMAGES)
@@ -486,27 +486,38 @@ class DamagedTest(_SavedTestCase):
             self._save(checkpoints, 2)
         self._assert_intact(1, 2)
 
-    def test_without_checksums_what_can_be_read_is_used(self):
-        (self.directory / "2" / "checksums.json").unlink()
-        with self._open() as checkpoints:
-            step, *result = checkpoints.restore_latest(_abstract(_state()))
-        self.assertEqual(step, 2)
-        self._assert_restores(result, 2)
-
-    def test_without_checksums_what_cannot_be_read_is_damaged(self):
-        (self.directory / "2" / "checksums.json").unlink()
-        (self.directory / "2" / "position" / "metadata").write_text("{")
+    @parameterized.parameters(None, "{}", '{"version": 1, "step": 2, "files": {}}')
+    def test_without_checksums_it_is_damaged(self, text):
+        file = self.directory / "2" / "checksums.json"
+        file.unlink() if text is None else file.write_text(text)
         with self._open() as checkpoints:
             step, *result = checkpoints.restore_latest(_abstract(_state()))
         self.assertEqual(step, 1)
         self._assert_restores(result, 1)
-        self.assertTrue((self.root / "damaged" / "2").is_dir())
+        self.assertIn("checksums.json", self.said[0])
 
-    def test_damaged_checksums_are_damage(self):
-        os.truncate(self.directory / "2" / "checksums.json", 20)
+    @parameterized.product(name=["3", "99999999"], move=[True, False])
+    def test_a_step_of_another_name_is_damaged(self, name, move):
+        (shutil.move if move else shutil.copytree)(
+            self.directory / "2", self.directory / name
+        )
         with self._open() as checkpoints:
-            step, *_ = checkpoints.restore_latest(_abstract(_state()))
-        self.assertEqual(step, 1)
+            with pytest.raises(CheckpointError, match="written as that of step 2"):
+                checkpoints.restore(int(name), _abstract(_state()))
+            step, *result = checkpoints.restore_latest(_abstract(_state()))
+        expected = 1 if move else 2
+        self.assertEqual(step, expected)
+        self._assert_restores(result, expected)
+        self.assertIn("written as that of step 2", self.said[0])
+        self.assertTrue((self.root / "damaged" / name).is_dir())
+
+    def test_checksums_without_a_step_are_read(self):
+        """Those of the first version, which had those of some files."""
+        file = self.directory / "2" / "checksums.json"
+        files = json.loads(file.read_text())["files"]
+        del files["_CHECKPOINT_METADATA"]
+        file.write_text(json.dumps(files))
+        self._assert_intact(1, 2)
 
 
 class AnotherModelTest(_SavedTestCase):
@@ -754,8 +765,7 @@ class ChecksumsTest(_TestCase):
             "a/small": b"content",
             "a/block": generator.bytes(_MIB),
             "a/b/blocks": generator.bytes(2 * _MIB + 3),
-            "c/of another part": b"not told",
-            "beside": b"not told either",
+            "beside": b"text",
         }
         for name, content in self.content.items():
             path = self.root / name
@@ -763,82 +773,118 @@ class ChecksumsTest(_TestCase):
             path.write_bytes(content)
         self.file = self.root / "checksums.json"
 
-    def _write(self):
-        checksums.write(self.root, ("a", "absent"))
+    def _problem(self, step=7):
+        return checksums.problem(self.root, step)
 
     def test_of_the_whole_content(self):
-        self._write()
-        expected = {
-            name: zlib.crc32(content)
-            for name, content in self.content.items()
-            if name.startswith("a/")
-        }
+        checksums.write(self.root, 7)
+        files = {name: zlib.crc32(content) for name, content in self.content.items()}
+        expected = {"version": 1, "step": 7, "files": files}
         self.assertEqual(json.loads(self.file.read_text()), expected)
-        self.assertEqual(checksums.problem(self.root), "")
+        self.assertEqual(self._problem(), "")
         self.assertEqual({*_files(self.root)}, {*self.content, "checksums.json"})
 
     @parameterized.product(
         name=["a/small", "a/block", "a/b/blocks"], place=["first", "middle", "last"]
     )
     def test_any_byte_counts(self, name, place):
-        self._write()
+        checksums.write(self.root, 7)
         content = bytearray(self.content[name])
         index = {"first": 0, "middle": len(content) // 2, "last": -1}[place]
         content[index] ^= 1
         (self.root / name).write_bytes(content)
-        self.assertEqual(
-            checksums.problem(self.root), f"{name} has changed since it was written"
-        )
+        self.assertEqual(self._problem(), f"{name} has changed since it was written")
+
+    def test_of_orbaxs_metadata_the_time_at_the_end_does_not_count(self):
+        path = self.root / "_CHECKPOINT_METADATA"
+        content = {"item_handlers": {"state": "a"}, "commit_timestamp_nsecs": None}
+        path.write_text(json.dumps(content))
+        checksums.write(self.root, 7)
+        path.write_text(json.dumps(content | {"commit_timestamp_nsecs": 3}))
+        (self.root / "commit_success.txt").write_text("")
+        self.assertEqual(self._problem(), "")
+        for text in (
+            json.dumps(content | {"item_handlers": {"state": "b"}}),
+            json.dumps(content | {"more": 1}),
+            "[" * 100_000,
+            "[]",
+            "",
+        ):
+            path.write_text(text)
+            self.assertIn("_CHECKPOINT_METADATA has changed", self._problem())
 
     @parameterized.parameters("a/empty", "a/b/blocks")
     def test_a_file_that_is_missing(self, name):
-        self._write()
+        checksums.write(self.root, 7)
         (self.root / name).unlink()
-        self.assertEqual(checksums.problem(self.root), f"{name} is missing")
+        self.assertEqual(self._problem(), f"{name} is missing")
 
     def test_a_file_that_grew_and_one_that_shrank(self):
         for content in (b"content\0", b"conten", b""):
-            self._write()
+            checksums.write(self.root, 7)
             (self.root / "a/small").write_bytes(content)
-            self.assertIn("a/small has changed", checksums.problem(self.root))
+            self.assertIn("a/small has changed", self._problem())
             (self.root / "a/small").write_bytes(b"content")
 
     def test_a_file_that_became_a_directory(self):
-        self._write()
+        checksums.write(self.root, 7)
         (self.root / "a/small").unlink()
         (self.root / "a/small").mkdir()
-        self.assertIn("a/small", checksums.problem(self.root))
+        self.assertIn("a/small", self._problem())
 
-    def test_other_files_do_not_count(self):
-        self._write()
-        (self.root / "beside").unlink()
-        (self.root / "c/of another part").write_bytes(b"")
+    def test_files_that_are_not_of_it_do_not_count(self):
+        checksums.write(self.root, 7)
         (self.root / "a/new").write_bytes(b"new")
-        self.assertEqual(checksums.problem(self.root), "")
+        self.assertEqual(self._problem(), "")
 
-    def test_where_there_are_none_nothing_is_known(self):
-        self.assertEqual(checksums.problem(self.root), "")
-        self.assertEqual(checksums.problem(self.root / "absent"), "")
+    def test_no_other_file_is_opened(self):
+        """Such as a device that has no end."""
+        files = {"/dev/zero": 1, "../../dev/zero": 1}
+        for name in files:
+            content = {"version": 1, "step": 7, "files": {name: 1}}
+            self.file.write_text(json.dumps(content))
+            self.assertEqual(self._problem(), f"{name} is missing")
+
+    @parameterized.parameters(8, "7", None, True, ([7],))
+    def test_another_step(self, step):
+        checksums.write(self.root, 7)
+        self.assertEqual(self._problem(8), "it was written as that of step 7")
+        content = json.loads(self.file.read_text()) | {"step": step}
+        self.file.write_text(json.dumps(content))
+        self.assertNotEqual(self._problem(), "")
+
+    def test_none_at_all(self):
+        self.assertEqual(self._problem(), "checksums.json is missing")
+        self.assertEqual(
+            checksums.problem(self.root / "absent", 7), "checksums.json is missing"
+        )
 
     @parameterized.parameters(
-        b"", b"{", b'{"a/small": 1', b"[]", b"1", b'"text"', b"null", b"\xff", b"[1]"
+        *("", "{", '{"a/small": 1', "[]", "1", '"text"', "null", "[1]", "{}"),
+        *('{"version": 2, "step": 7, "files": {"a/small": 1}}', '{"version": 1}'),
+        '{"version": 1, "step": 7, "files": 3}',
+        "[" * 100_000,
     )
-    def test_what_is_no_table_is_a_problem(self, content):
-        self.file.write_bytes(content)
-        problem = checksums.problem(self.root)
+    def test_another_table_is_a_problem(self, text):
+        self.file.write_text(text)
+        problem = self._problem()
         self.assertNotEqual(problem, "")
         self.assertLen(problem.splitlines(), 1)
+
+    def test_bytes_are_no_table(self):
+        self.file.write_bytes(b"\xff")
+        self.assertLen(self._problem().splitlines(), 1)
 
     @parameterized.parameters("null", '"1"', "[]", "1.5", "-1")
     def test_what_is_no_checksum_is_a_problem(self, value):
         self.file.write_text(f'{{"a/small": {value}}}')
-        self.assertIn("a/small has changed", checksums.problem(self.root))
+        self.assertIn("a/small has changed", self._problem())
 
     def test_writing_again_replaces_them(self):
-        self._write()
+        checksums.write(self.root, 7)
         (self.root / "a/small").write_bytes(b"other")
-        self._write()
-        self.assertEqual(checksums.problem(self.root), "")
+        checksums.write(self.root, 7)
+        self.assertEqual(self._problem(), "")
 
 
 if __name__ == "__main__":
