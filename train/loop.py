@@ -3,6 +3,7 @@
 import contextlib
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from train.profiler import Profiler
 from train.records import Records, Row
 from train.terminal import Terminal
 
-# The field of a checkpoint's position that says how large the dataset is.
+# The fields of a checkpoint's position that say how large the dataset is, and what
+# `metrics.csv` holds.
 _EXAMPLES = "train_examples"
+_ROWS = "rows"
 
 
 def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
@@ -86,24 +89,26 @@ def _train(
     evaluate = evaluator(job)
 
     meter = Meter()
-    if restored := checkpoints.restore_latest(job.abstract):
-        done, state, position = restored
-        _check_data(job, position)
-        meter.restore(position["meter"])
+    done, state, rows = _beginning(job, checkpoints, meter)
+    if done:
         terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
-    else:
-        done, state = 0, initialisation.initial_state(job)
     workdir_lib.claim(workdir, config)
 
-    def save(test_accuracy: float | None = None) -> None:
-        position = {"meter": meter.state(), _EXAMPLES: len(job.dataset.train)}
+    def save(rows: list[Row], test_accuracy: float | None = None) -> None:
+        position = {
+            "meter": meter.state(),
+            _EXAMPLES: len(job.dataset.train),
+            _ROWS: rows,
+        }
         checkpoints.save(done, state, position, test_accuracy)
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         interrupts = enter(Interrupts(several=jax.process_count() > 1))
         batches = enter(_batches(job, done))
-        records = enter(Records(workdir, done, write=processes.is_first()))
+        records = enter(
+            Records(workdir, done, rows, terminal.say, write=processes.is_first())
+        )
         profiler = enter(Profiler(config.profile_steps, workdir / "profile"))
         bar = enter(terminal.start(workdir.name, done, total_steps))
         while done < total_steps:
@@ -115,34 +120,61 @@ def _train(
             bar.update(done, meter.loss, meter.accuracy, meter.rate)
             if done % evaluate_every == 0 or done == total_steps:
                 meter.finish()
-                row: Row = {
-                    "step": done,
-                    "epoch": math.ceil(done / steps_per_epoch),
-                    "learning_rate": learning_rate(done - 1),
-                    "train_loss": meter.loss,
-                    "train_accuracy": meter.accuracy,
-                    "images_per_second": round(meter.rate, 1),
-                    "data_wait": round(batches.take_waited() / meter.seconds, 4),
-                }
+                waited = batches.take_waited() / meter.seconds
                 test = evaluate(state)
-                row |= {
-                    "test_loss": test.loss,
-                    "test_accuracy": test.accuracy,
-                    "test_top5_accuracy": test.top5_accuracy,
-                }
-                records.append(row)
+                row = _row(done, steps_per_epoch, learning_rate, meter, waited, test)
                 bar.say(_line(workdir.name, row))
                 meter.reset()
-                save(test.accuracy)
+                save([*records.rows, row], test.accuracy)
+                if not records.rows:
+                    # `workdir.check` knows by its rows that a run has a checkpoint.
+                    checkpoints.wait()
+                records.append(row)
             elif config.checkpoint_steps and done % config.checkpoint_steps == 0:
-                save()
+                save(records.rows)
             if processes.must_stop(done):
                 interrupts.signum = signal.SIGTERM
             if interrupts.signum is not None:
-                save()
+                save(records.rows)
                 checkpoints.wait()
                 raise Interrupted(interrupts.signum, done)
     return records.rows
+
+
+def _beginning(
+    job: Job, checkpoints: Checkpoints, meter: Meter
+) -> tuple[int, step_lib.State, list[Row]]:
+    """The steps done, the state and the rows to go on from; the meter is set."""
+    restored = checkpoints.restore_latest(job.abstract)
+    if restored is None:
+        return 0, initialisation.initial_state(job), []
+    done, state, position = restored
+    _check_data(job, position)
+    meter.restore(position["meter"])
+    return done, state, position.get(_ROWS, [])
+
+
+def _row(
+    done: int,
+    steps_per_epoch: int,
+    learning_rate: Callable[[int], float],
+    meter: Meter,
+    waited: float,
+    test: Meter,
+) -> Row:
+    """A row of `metrics.csv`, after an evaluation."""
+    return {
+        "step": done,
+        "epoch": math.ceil(done / steps_per_epoch),
+        "learning_rate": learning_rate(done - 1),
+        "train_loss": meter.loss,
+        "train_accuracy": meter.accuracy,
+        "images_per_second": round(meter.rate, 1),
+        "data_wait": round(waited, 4),
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "test_top5_accuracy": test.top5_accuracy,
+    }
 
 
 def _check_data(job: Job, position: dict[str, Any]) -> None:

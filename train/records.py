@@ -1,6 +1,7 @@
 """The metrics of a run, one row an evaluation: a CSV file and TensorBoard events."""
 
 import csv
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,6 +11,7 @@ import tensorboardX
 from train import tables
 from train.files import write_atomically
 
+NAME = "metrics.csv"
 COLUMNS = (
     "step",
     "epoch",
@@ -33,28 +35,46 @@ class RecordsError(Exception):
 class Records:
     """The rows so far, in the workdir's `metrics.csv` and `tensorboard/`."""
 
-    def __init__(self, workdir: Path, step: int, *, write: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        saved: Sequence[Row] = (),
+        say: Callable[[str], None] = print,
+        *,
+        write: bool = True,
+    ) -> None:
         """Goes on from a step: later rows, of a run that was cut off, are dropped.
 
         Args:
           workdir: of the run.
           step: how many steps have been done.
+          saved: the rows up to that step, as the checkpoint has them. Those that the
+            files lack are written again.
+          say: is told of these.
           write: whether to write; one of several processes does.
 
         Raises:
           RecordsError: nothing can be written there, or what is there is damaged.
         """
-        self._path = workdir / "metrics.csv"
+        self._path = workdir / NAME
         self.rows = [row for row in read(self._path) if row["step"] <= step]
         self._events = None
-        if not write:
-            return
-        try:
-            self._events = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=step + 1
+        if write:
+            try:
+                self._events = tensorboardX.SummaryWriter(
+                    str(workdir / "tensorboard"), purge_step=step + 1
+                )
+            except OSError as error:
+                raise RecordsError(f"Cannot write to {workdir}: {error}") from error
+        there = {row["step"] for row in self.rows}
+        if lost := [row for row in saved if row["step"] not in there]:
+            say(
+                f"{self._path} lacks {len(lost)} of {len(saved)} rows: they are "
+                "restored from the checkpoint."
             )
-        except OSError as error:
-            raise RecordsError(f"Cannot write to {workdir}: {error}") from error
+        for row in lost:
+            self.append(row)
 
     def append(self, row: Row) -> None:
         """Adds a row, of the values for `COLUMNS`.
@@ -62,7 +82,7 @@ class Records:
         Raises:
           RecordsError: it cannot be written.
         """
-        self.rows.append(row)
+        self.rows = sorted([*self.rows, row], key=lambda row: row["step"])
         if self._events is None:
             return
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import processes
+from train import processes, records
 from train.config import ConfigError
 from train.files import write_atomically
 
@@ -27,15 +27,21 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
-    """Checks that the workdir holds a run of this config, or no checkpoint of any.
+    """Checks that the workdir holds a run of this config, or nothing of any.
 
     Raises:
-      ConfigError: it holds a run of another config.
+      ConfigError: it holds a run of another config, or one without its checkpoints.
     """
     # Those that are not written to their end have another ending.
-    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        check_same(workdir, config)
         return
-    check_same(workdir, config)
+    # A run writes its first row after its first checkpoint.
+    if records.read(workdir / records.NAME):
+        raise ConfigError(
+            f"{workdir} holds the metrics of a run, and no checkpoint to go on from: "
+            "put checkpoints/ back, take another --workdir, or delete it to start over."
+        )
 
 
 def check_same(workdir: Path, config: ConfigDict) -> None:

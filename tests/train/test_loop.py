@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -122,6 +123,30 @@ class LoopTest(parameterized.TestCase):
         self.assertIn("config.augmentation: 'none' -> 'shift'", errors)
         self.assertNotIn("Traceback", errors)
         self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
+
+    def _copy(self, name):
+        workdir = self.directory / name
+        shutil.copytree(self.whole, workdir)
+        return workdir
+
+    def test_a_run_that_lost_its_checkpoints_is_left_alone(self):
+        workdir = self._copy("lost")
+        shutil.rmtree(workdir / "checkpoints")
+        before = (workdir / "metrics.csv").read_bytes()
+        status, _, errors = self._train(workdir)
+        self.assertEqual(status, 2)
+        self.assertIn("holds the metrics of a run, and no checkpoint", errors)
+        self.assertEqual((workdir / "metrics.csv").read_bytes(), before)
+        self.assertFalse((workdir / "checkpoints").exists())
+
+    def test_a_record_that_is_lost_is_restored(self):
+        workdir = self._copy("unrecorded")
+        before = (workdir / "metrics.csv").read_bytes()
+        (workdir / "metrics.csv").unlink()
+        status, out, errors = self._train(workdir)
+        self.assertEqual(status, 0)
+        self.assertIn("lacks 6 of 6 rows", out + errors)
+        self.assertEqual((workdir / "metrics.csv").read_bytes(), before)
 
     def test_a_finished_run_stays_as_it_is(self):
         """And what changes no result may change."""

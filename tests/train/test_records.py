@@ -66,6 +66,28 @@ class RecordsTest(parameterized.TestCase):
         self.assertEqual(log.rows, [_row(1)])
         self.assertEmpty(list(self.directory.iterdir()))
 
+    @parameterized.parameters("delete", "empty", "first", "last")
+    def test_rows_that_are_lost_come_from_the_checkpoint(self, lost):
+        rows = [_row(step) for step in (1, 2, 3)]
+        with records.Records(self.directory, 0) as log:
+            for row in rows:
+                log.append(row)
+        path, said = self.directory / records.NAME, []
+        lines = path.read_text().splitlines(keepends=True)
+        if lost == "delete":
+            path.unlink()
+        else:
+            kept = {"empty": [], "first": lines[:1] + lines[2:], "last": lines[:-1]}
+            path.write_text("".join(kept[lost]))
+        with records.Records(self.directory, 3, rows, said.append) as log:
+            self.assertEqual(log.rows, rows)
+        self.assertEqual(records.read(path), rows)
+        count = 1 if lost in ("first", "last") else 3
+        (line,) = said
+        self.assertIn(f"lacks {count} of 3 rows", line)
+        with records.Records(self.directory, 3, rows, said.append):
+            self.assertLen(said, 1)
+
     def test_no_file_has_no_rows(self):
         self.assertEqual(records.read(self.directory / "metrics.csv"), [])
 
