@@ -378,7 +378,9 @@ class PreparedTest(parameterized.TestCase):
             tiny.write(directory)
         for name in ("cifar10", "cifar100", "imagenet2012"):
             one, other = prepared.find(name, directory), prepared.find(name, _TINY)
-            ours, theirs = (prepared.Records(each, "train") for each in (one, other))
+            ours, theirs = (
+                prepared.Records(each, "train", 1000) for each in (one, other)
+            )
             self.assertEqual([x["label"] for x in ours], [x["label"] for x in theirs])
 
     def test_information_needs_no_dataset_and_makes_no_directory(self):
@@ -442,6 +444,61 @@ class DamageTest(parameterized.TestCase):
         ]
         path.write_text(json.dumps(description))
         self._assert_fails(root, "no split 'test', but 'train'")
+
+    @parameterized.product(name=("cifar100", "imagenet2012"), split=("train", "test"))
+    def test_split_that_is_empty(self, name, split):
+        root, directory = self._copy(name)
+        path = directory / "dataset_info.json"
+        description = json.loads(path.read_text())
+        for each in description["splits"]:
+            if (each["name"] == "train") == (split == "train"):
+                each["shardLengths"] = ["0"]
+        path.write_text(json.dumps(description))
+        self._assert_fails(root, "Split '.*' of the dataset .* has no examples", name)
+
+    @parameterized.parameters(
+        *(-1, 1000, 10**9, 3.0, b"7", "7", True, None, ([3],), ([3, 4],)),
+        np.int64(-1),
+    )
+    def test_labels_that_are_none_of_the_classes(self, label):
+        root, _ = self._copy("imagenet2012")
+        examples = [
+            dict(each) for each in data.load("imagenet2012", _TINY, 32, "none").train
+        ]
+        examples[5]["label"] = label
+
+        class Source(list):
+            def __getitems__(self, indices):
+                return [self[index] for index in indices]
+
+        source = data.load("imagenet2012", str(root), 32, "none").train
+        source.__dict__["_source"] = Source(examples)
+        self.assertLen([source[i] for i in range(5)], 5)
+        for read in (lambda: source[5], lambda: source.many(range(6))):
+            with pytest.raises(data.DataError) as caught:
+                read()
+            for part in (
+                "Example 5 of split 'train'",
+                "imagenet2012-train.array_record-0000",
+                f"has the label {label!r}",
+                "whole numbers from 0 to 999",
+            ):
+                self.assertIn(part, str(caught.value))
+
+    @parameterized.parameters(KeyError("label"), ValueError("no Example"))
+    def test_what_is_no_example(self, error):
+        source = data.load("imagenet2012", _TINY, 32, "none").test
+
+        class Source:
+            def __getitem__(self, index):
+                raise error
+
+            __getitems__ = __getitem__
+
+        source.__dict__["_source"] = Source()
+        for read in (lambda: source[0], lambda: source.many([0])):
+            with pytest.raises(data.DataError, match="Example 0 of split 'validation'"):
+                read()
 
     def test_file_that_is_missing(self):
         root, directory = self._copy("imagenet2012")

@@ -131,20 +131,23 @@ def _in_memory(
     name: str, data_dir: str, splits: tuple[str, ...]
 ) -> tuple[Examples, Examples]:
     directory = prepared.locate(name, data_dir, splits)
-    train, test = (_decoded(directory, split) for split in splits)
+    classes = _DATASETS[name].info.num_classes
+    train, test = (_decoded(directory, split, classes) for split in splits)
     return train, test
 
 
 @functools.cache
-def _decoded(directory: Path, split: str) -> Examples:
-    return arrays.decode(prepared.Records(directory, split), _CIFAR_SHAPE)
+def _decoded(directory: Path, split: str, num_classes: int) -> Examples:
+    source = prepared.Records(directory, split, num_classes)
+    return arrays.decode(source, _CIFAR_SHAPE)
 
 
 def _streamed(
     name: str, data_dir: str, splits: tuple[str, ...]
 ) -> tuple[prepared.Records, prepared.Records]:
     directory = prepared.locate(name, data_dir, splits)
-    train, test = (prepared.Records(directory, split) for split in splits)
+    classes = _DATASETS[name].info.num_classes
+    train, test = (prepared.Records(directory, split, classes) for split in splits)
     return train, test
 
 

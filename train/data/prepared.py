@@ -5,13 +5,17 @@ which those who need no prepared dataset are spared.
 """
 
 import functools
+import itertools
 import os
 import re
+import reprlib
 import shlex
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from train.data.errors import DataError
 
@@ -30,10 +34,15 @@ class Records:
     Args:
       directory: of the dataset and version.
       split: TFDS's name of the part.
+      num_classes: labels are in [0, num_classes).
+
+    Raises:
+      DataError: from reading, if an example is damaged or has no such label.
     """
 
-    def __init__(self, directory: Path, split: str):
+    def __init__(self, directory: Path, split: str, num_classes: int):
         self._directory, self._split = directory, split
+        self._num_classes = num_classes
         self._length = _split_info(directory, split).num_examples
 
     def __len__(self) -> int:
@@ -43,25 +52,41 @@ class Records:
         if index >= self._length:
             raise IndexError(index)
         try:
-            return self._source[index]
-        except RuntimeError as error:  # what ArrayRecord's reader raises
-            raise self._damaged(index, error) from error
+            example = self._source[index]
+        except Exception as error:  # of many types: ArrayRecord's, TFDS's
+            raise self._unreadable(index, error) from error
+        return self._checked(index, example)
 
     def many(self, indices: Sequence[int]) -> Sequence[Any]:
         """Several examples, in less time than one after the other; one takes more."""
         try:
-            return self._source.__getitems__(indices)
-        except RuntimeError as error:
-            raise self._damaged(indices[0], error) from error
+            examples = self._source.__getitems__(indices)
+        except Exception as error:  # as above
+            raise self._unreadable(indices[0], error) from error
+        return list(map(self._checked, indices, examples))
 
-    def _damaged(self, index: int, error: Exception) -> DataError:
+    def _checked(self, index: int, example: Any) -> Any:
+        """The example, if its label is one of the classes."""
+        given = example.get("label")
+        label = np.asarray(given)
+        is_whole = label.ndim == 0 and np.issubdtype(label.dtype, np.integer)
+        if is_whole and 0 <= label < self._num_classes:
+            return example
+        raise DataError(
+            f"Example {index} of split {self._split!r} in {self._directory}, in "
+            f"{_shard(self._directory, self._split, index)}, has the label "
+            f"{reprlib.repr(given)}, and labels are whole numbers from 0 to "
+            f"{self._num_classes - 1}. {_remedy(self._directory)}"
+        )
+
+    def _unreadable(self, index: int, error: Exception) -> DataError:
         return DataError(
             f"Example {index} of split {self._split!r} in {self._directory}, or one "
             f"soon after, cannot be read: {error}. {_remedy(self._directory)}"
         )
 
-    def __reduce__(self) -> tuple[type["Records"], tuple[Path, str]]:
-        return Records, (self._directory, self._split)
+    def __reduce__(self) -> tuple[type["Records"], tuple[Path, str, int]]:
+        return Records, (self._directory, self._split, self._num_classes)
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -172,7 +197,20 @@ def _split_info(directory: Path, split: str) -> Any:
             f"The dataset in {directory} has no split {split!r}, but "
             f"{', '.join(map(repr, splits)) or 'none'}. {_remedy(directory)}"
         )
+    if not splits[split].num_examples:
+        raise DataError(
+            f"Split {split!r} of the dataset in {directory} has no examples. "
+            f"{_remedy(directory)}"
+        )
     return splits[split]
+
+
+def _shard(directory: Path, split: str, index: int) -> str:
+    """The name of the file with an example."""
+    shards = _split_info(directory, split).file_instructions
+    ends = itertools.accumulate(shard.examples_in_shard for shard in shards)
+    names = (Path(shard.filename).name for shard in shards)
+    return next(name for name, end in zip(names, ends, strict=True) if index < end)
 
 
 @functools.cache
