@@ -1,6 +1,8 @@
 import functools
 import math
 import tempfile
+import warnings
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -654,6 +656,53 @@ class ErrorTest(_TestCase):
             "batch_stats/count: {} in the file, {} in the model".format(*names),
             self.message(path, variables),
         )
+
+    @parameterized.parameters(
+        (np.nan, "float32"),
+        (-np.inf, "float16"),
+        (1e39, "float64"),
+        (-1e300, "float64"),
+    )
+    def test_values_that_are_not_finite_are_named(self, value, dtype):
+        path = self.folder / "file.safetensors"
+        kernel = np.ones((2, 3), dtype)
+        kernel[1, 1] = value
+        weights.save(path, {"params": {"kernel": kernel, "bias": np.ones(3)}}, {})
+        specs = {"params": {"kernel": np.ones((2, 3), "f4"), "bias": np.ones(3, "f4")}}
+        message = self.message(path, specs)
+        self.assertIn("1 arrays have values that are infinite or NaN", message)
+        self.assertIn("params/kernel: 1 of 6 values", message)
+
+    @parameterized.parameters("int32", "complex64", "bool")
+    def test_positions_of_another_type_are_not_interpolated(self, dtype):
+        variables = _random_variables(_vit())
+        flat = _flat(variables)
+        (name,) = (name for name in flat if "pos_embed" in name or "positions" in name)
+        flat[name] = np.ones((1, 50, flat[name].shape[-1]), dtype)
+        path = self.write(flat, "file.safetensors")
+        message = self.message(path, _specs(_vit()))
+        self.assertIn(f"{dtype} in the file, float32 in the model", message)
+
+    def test_names_that_are_there_twice_are_refused(self):
+        npz = self.folder / "file.npz"
+        np.savez(npz, **_flat(_random_variables(_vit())))
+        with zipfile.ZipFile(npz, "a") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file.writestr(file.namelist()[0], file.read(file.namelist()[0]))
+        entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+        header = f"{{{entry},{entry}}}".encode()
+        twice = self.folder / "file.safetensors"
+        twice.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        deep = self.folder / "deep.safetensors"
+        deep.write_bytes((9000).to_bytes(8, "little") + b"[" * 9000)
+        for path, part in (
+            (npz, "is in it more than once"),
+            (twice, "'a' is in it more than once"),
+            (deep, "cannot be read as .safetensors"),
+        ):
+            message = self.message(path, _specs(_vit()))
+            self.assertIn(part, message)
+            self.assertIn(str(path), message)
 
     def test_file_of_another_model_lists_what_does_not_fit(self):
         path = self.folder / "file.safetensors"

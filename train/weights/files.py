@@ -1,6 +1,9 @@
 """The two kinds of files that hold named arrays: NumPy's .npz, and .safetensors."""
 
+import collections
+import json
 import re
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,6 +24,7 @@ _DAMAGES = (
     EOFError,
     KeyError,
     OSError,
+    RecursionError,
     RuntimeError,
     ValueError,
     zipfile.BadZipFile,
@@ -35,6 +39,8 @@ _GOOGLE = {
     r"ViT-[BLH]_(8|14|16|32)-224\.npz": "imagenet21k+imagenet2012",
     r"(Ti|S|B|L)_(8|16|32)-i(1k|21k|21k_30)-.+\.npz": "augreg",
 }
+# That of safetensors itself.
+_LARGEST_HEADER = 100_000_000
 _FROM_SCRATCH = "--config.init_from= trains from scratch."
 
 
@@ -120,6 +126,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(content, np.lib.npyio.NpzFile):
             raise ValueError("It holds a single array without a name.")
         with content:
+            _check_names(content.files)
             return {name: _array(name, content[name]) for name in content.files}
 
 
@@ -131,9 +138,29 @@ def _array(name: str, value: Any) -> np.ndarray:
     return value
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(min(size, _LARGEST_HEADER))
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_names([name for name, _ in pairs])
+        return dict(pairs)
+
+    json.loads(header, object_pairs_hook=checked)
+    return safetensors.numpy.load_file(path)
+
+
+def _check_names(names: list[str]) -> None:
+    """Refuses a name that is there twice, of which readers take one or the other."""
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{reprlib.repr(twice[0])} is in it more than once.")
+
+
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".npz": _read_npz,
-    ".safetensors": safetensors.numpy.load_file,
+    ".safetensors": _read_safetensors,
 }
 
 

@@ -55,8 +55,9 @@ def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
       WeightsError: the file does not exist, cannot be read or has an unknown layout; or
-        a name or a shape, of the file or of the model, has no counterpart, or one is
-        of integers where the other is not, and then the message lists them.
+        a name or a shape, of the file or of the model, has no counterpart, one is of
+        integers where the other is not, or a value is not finite in the model's type;
+        the message lists them.
     """
     flat = traverse_util.flatten_dict(variables, keep_empty_nodes=True, sep="/")
     specs = {
@@ -89,10 +90,23 @@ def _taken(tensors: Tensors, specs: Specs) -> dict[str, np.ndarray]:
     ]
     if lines:
         raise WeightsError(_summary(lines))
-    return {
-        name: np.asarray(tensors[name].array, spec.dtype)
-        for name, spec in specs.items()
-    }
+    # Values beyond the variable's type become infinite.
+    with np.errstate(over="ignore"):
+        taken = {
+            name: np.asarray(tensors[name].array, spec.dtype)
+            for name, spec in specs.items()
+        }
+    lines = [
+        f"{_where(name, tensors[name])}: {bad} of {array.size} values"
+        for name, array in taken.items()
+        if (bad := np.count_nonzero(~np.isfinite(array)))
+    ]
+    if lines:
+        raise WeightsError(
+            f"{len(lines)} arrays have values that are infinite or NaN in the model's "
+            f"type: name another file.{_listed(lines)}"
+        )
+    return taken
 
 
 def _head_stays(tensors: Tensors, specs: Specs) -> bool:
@@ -117,6 +131,8 @@ def _fit_tokens(tensors: Tensors, specs: Specs) -> Tensors:
     if positions is None or wanted is None:
         return tensors
     array = positions.array
+    if not _converts(array.dtype, wanted.dtype):
+        return tensors
     if array.ndim != 3 or array.shape[::2] != wanted.shape[::2]:
         return tensors
     if dropped:
@@ -135,14 +151,17 @@ def _difference(
         return f"{tensor.source} {tensor.array.shape}: in the file alone"
     if tensor is None:
         return f"{name} {spec.shape}: in the model alone"
-    where = name if tensor.source == name else f"{tensor.source} ({name})"
-    array = tensor.array
+    where, array = _where(name, tensor), tensor.array
+    if not _converts(array.dtype, spec.dtype):
+        return f"{where}: {array.dtype} in the file, {spec.dtype} in the model"
     if array.shape != spec.shape:
         hint = "; only square grids are interpolated" if name == POSITIONS else ""
         return f"{where}: {array.shape} in the file, {spec.shape} in the model{hint}"
-    if not _converts(array.dtype, spec.dtype):
-        return f"{where}: {array.dtype} in the file, {spec.dtype} in the model"
     return None
+
+
+def _where(name: str, tensor: Tensor) -> str:
+    return name if tensor.source == name else f"{tensor.source} ({name})"
 
 
 def _converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
@@ -152,8 +171,11 @@ def _converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
 
 
 def _summary(lines: list[str]) -> str:
-    listed = "".join(f"\n  {line}" for line in lines)
     return (
         f"{len(lines)} arrays do not fit. Configure the model that the file is of, or "
-        f"name another file.{listed}"
+        f"name another file.{_listed(lines)}"
     )
+
+
+def _listed(lines: list[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)
