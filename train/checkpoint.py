@@ -34,7 +34,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, say: Callable[[str], None], *, read_only: bool = False
+        self,
+        directory: Path,
+        say: Callable[[str], None],
+        *,
+        read_only: bool = False,
+        problem: Callable[[Any], str] | None = None,
     ) -> None:
         """Opens the directory.
 
@@ -42,11 +47,14 @@ class Checkpoints:
           directory: of the checkpoints; it is made if need be.
           say: is told what was found that is not as it should be.
           read_only: whether nothing on disk may change.
+          problem: says what is wrong with a restored state, which then counts as
+            damaged; nothing if it is empty.
 
         Raises:
           CheckpointError: what is half-written cannot be removed.
         """
         self._directory, self._say = directory.absolute(), say
+        self._problem = problem
         self._accuracies: dict[int, float] = {}
         if not read_only:
             for path in sorted(self._directory.glob(f"*{_HALF_WRITTEN}")):
@@ -246,6 +254,8 @@ class Checkpoints:
             problem = _first_line(error)
         if any_of(bool(problem)):
             return problem or "another process cannot read it"
+        if self._problem and (problem := self._problem(result["state"])):
+            return problem
         return result["state"], result["position"]
 
     def _read_accuracy(self, step: int) -> dict[int, float]:

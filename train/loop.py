@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import data, failure, initialisation, optim, processes
+from train import data, failure, finite, initialisation, optim, processes
 from train import job as job_lib
 from train import mesh as mesh_lib
 from train import step as step_lib
@@ -54,7 +54,8 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
       CheckpointError: a checkpoint cannot be written or read.
       DataError: the dataset is not there, or damaged.
       WeightsError: `config.init_from` does not fit the model.
-      NonFiniteLossError: the loss became infinite or NaN; `failure/` is written.
+      NonFiniteLossError: the loss, or an array of the state that is to be saved,
+        became infinite or NaN; `failure/` is written.
       RecordsError: metrics cannot be written.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
@@ -67,7 +68,9 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
     job = job_lib.prepare(config)
     workdir_lib.check(workdir, config)
     check_writable(workdir / "checkpoints", job.state_bytes)
-    with Checkpoints(workdir / "checkpoints", terminal.say) as checkpoints:
+    with Checkpoints(
+        workdir / "checkpoints", terminal.say, problem=finite.problem
+    ) as checkpoints:
         try:
             return _train(job, workdir, terminal, checkpoints)
         except NonFiniteLossError as error:
@@ -94,13 +97,14 @@ def _train(
         terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
     workdir_lib.claim(workdir, config)
 
-    def save(rows: list[Row], test_accuracy: float | None = None) -> None:
+    def save(rows: list[Row], test: Meter | None = None) -> None:
         position = {
             "meter": meter.state(),
             _EXAMPLES: len(job.dataset.train),
             _ROWS: rows,
         }
-        checkpoints.save(done, state, position, test_accuracy)
+        accuracy = _accuracy(done, state, test, is_last=done == total_steps)
+        checkpoints.save(done, state, position, accuracy)
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -125,7 +129,7 @@ def _train(
                 row = _row(done, steps_per_epoch, learning_rate, meter, waited, test)
                 bar.say(_line(workdir.name, row))
                 meter.reset()
-                save([*records.rows, row], test.accuracy)
+                save([*records.rows, row], test)
                 if not records.rows:
                     # `workdir.check` knows by its rows that a run has a checkpoint.
                     checkpoints.wait()
@@ -139,6 +143,24 @@ def _train(
                 checkpoints.wait()
                 raise Interrupted(interrupts.signum, done)
     return records.rows
+
+
+def _accuracy(
+    done: int, state: step_lib.State, test: Meter | None, *, is_last: bool
+) -> float | None:
+    """The test accuracy, if it is known, of a state that may be saved.
+
+    Raises:
+      NonFiniteLossError: the state is not finite, or the test loss after the last step.
+    """
+    problem = finite.problem(state)
+    if test is not None and not math.isfinite(test.loss):
+        if is_last:
+            problem = problem or f"The test loss became {test.loss}"
+        test = None  # training can still recover, but the best this is not
+    if problem:
+        raise NonFiniteLossError(done, math.nan, problem)
+    return None if test is None else test.accuracy
 
 
 def _beginning(

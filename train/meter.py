@@ -18,17 +18,24 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Sums))
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss that is infinite or not a number.
+    """A loss, or a state after a step, that is infinite or not a number.
 
     Attributes:
-      step: the step of which it is the loss, counted from 1.
-      loss: its sum over the batch.
+      step: the step of which it is the loss or the state, counted from 1.
+      loss: its sum over the batch; NaN for a state.
     """
 
-    def __init__(self, step: int, loss: float) -> None:
-        """Says which step it is, and what may help."""
+    def __init__(self, step: int, loss: float, what: str | None = None) -> None:
+        """Says which step it is, and what may help.
+
+        Args:
+          step: the step.
+          loss: its loss.
+          what: what became of what; `None`: of the loss.
+        """
         super().__init__(
-            f"The loss became {loss} at step {step}. In another --workdir, try a lower "
+            f"{what or f'The loss became {loss}'} at step {step}. In another "
+            "--workdir, try a lower "
             "config.optimizer.learning_rate, a longer config.schedule.warmup_epochs or "
             "config.optimizer.clip_norm=1."
         )

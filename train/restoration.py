@@ -7,8 +7,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from train import finite, validation
 from train import step as step_lib
-from train import validation
 from train import workdir as workdir_lib
 from train.checkpoint import Checkpoints
 from train.disk import CheckpointError
@@ -49,7 +49,9 @@ def restore(
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
-    with Checkpoints(workdir / "checkpoints", say, read_only=True) as checkpoints:
+    with Checkpoints(
+        workdir / "checkpoints", say, read_only=True, problem=finite.problem
+    ) as checkpoints:
         step = _choose(checkpoints, workdir)
         say(f"{workdir}: the checkpoint of step {step}.")
         state, _ = checkpoints.restore(step, abstract)

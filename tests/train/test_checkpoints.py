@@ -511,6 +511,18 @@ class DamagedTest(_SavedTestCase):
         self.assertIn("written as that of step 2", self.said[0])
         self.assertTrue((self.root / "damaged" / name).is_dir())
 
+    def test_a_state_with_a_problem_is_damaged(self):
+        def problem(state):
+            return "too large" if state["step"] == 2 else ""
+
+        with self._open(problem=problem) as checkpoints:
+            with pytest.raises(CheckpointError, match=r"2 is damaged \(too large\)"):
+                checkpoints.restore(2, _abstract(_state()))
+            step, *result = checkpoints.restore_latest(_abstract(_state()))
+        self.assertEqual(step, 1)
+        self._assert_restores(result, 1)
+        self.assertIn("step 2 is damaged (too large)", self.said[0])
+
     def test_checksums_without_a_step_are_read(self):
         """Those of the first version, which had those of some files."""
         file = self.directory / "2" / "checksums.json"

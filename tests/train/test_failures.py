@@ -127,6 +127,21 @@ class FailuresTest(parameterized.TestCase):
         record = logging.makeLogRecord({"msg": message})
         self.assertEqual(cli._is_of_use(record), shown)
 
+    def test_an_explosion_in_the_last_update_is_no_success(self):
+        workdir = self.directory / "exploded"
+        steep = (
+            "--config.optimizer.learning_rate=1e38",
+            "--config.schedule.warmup_epochs=0",
+            "--config.num_steps=1",
+        )
+        status, _, errors = self._train(workdir, *steep)
+        self.assertEqual(status, 2)
+        self.assertRegex(errors, "(test loss became|infinite or NaN).* at step 1")
+        self.assertNotIn("Traceback", errors)
+        self.assertEqual(commands.steps(workdir), [])
+        self.assertFalse((workdir / "metrics.csv").exists())
+        self.assertTrue((workdir / "failure" / "batch-1-process-0.npz").exists())
+
     def test_a_loss_that_is_not_finite_leaves_what_shows_it_again(self):
         workdir = self.directory / "diverged"
         steep = (
