@@ -4,6 +4,7 @@ The value and the gradient of the first operand are exact; the gradient of the s
 the kernel, is computed from what was cached (`products` has the rule).
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,8 +48,9 @@ def dot_general(
       of `rhs` is the one that `operation` has at the sparse `lhs`.
 
     Raises:
-      TypeError: `lhs` is not a real floating-point array, or forward-mode
-        differentiation was asked for, which the operation does not have.
+      TypeError: `lhs` is not a real floating-point array, `dimension_numbers` are not
+        two pairs of sequences, or forward-mode differentiation was asked for, which
+        the operation does not have.
       ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
         key that it needs is missing.
     """
@@ -62,10 +64,27 @@ def dot_general(
     product = Operation.of(operation, dimension_numbers, **kwargs)
     if dropit is None:
         return product(lhs, rhs)
-    (contracted, _), _ = dimension_numbers
+    contracted = _contracted(dimension_numbers)
     others = [i for i in range(jnp.ndim(lhs)) if i not in contracted]
     axes = Axes((*others, *contracted), len(contracted), row_major=True)
     return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)
+
+
+def _contracted(dimension_numbers: Any) -> tuple[int, ...]:
+    """The axes of the first operand that are summed over.
+
+    Raises:
+      TypeError: these are no dimension numbers.
+    """
+    try:
+        (contracted, _), (_, _) = dimension_numbers
+        return tuple(contracted)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "dimension_numbers must be ((lhs_contracting, rhs_contracting), "
+            "(lhs_batch, rhs_batch)), each a sequence of axes, such as "
+            f"(((1,), (0,)), ((), ())); got {reprlib.repr(dimension_numbers)}."
+        ) from None
 
 
 def conv_general_dilated(

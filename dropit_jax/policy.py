@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import reprlib
 from typing import Any, Literal
 
 import numpy as np
@@ -151,10 +152,11 @@ def check_policy(dropit: Any) -> None:
 def _checked_rate(rate: Any) -> float:
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(f"DropIT.rate must be a number, got {rate!r}.")
-    if not 0 <= float(rate) < 1:
+    value: Any = rate  # which `float` may not hold
+    if not 0 <= value < 1:
         raise ValueError(
-            f"DropIT.rate must be in [0, 1), got {rate!r}: it is the fraction of "
-            "elements that is dropped."
+            f"DropIT.rate must be in [0, 1), got {reprlib.repr(rate)}: it is the "
+            "fraction of elements that is dropped."
         )
     return float(rate)
 
@@ -182,6 +184,7 @@ def _dtype_name(value_dtype: Any) -> Any:
 
 
 def _check_choice(field: str, value: Any) -> None:
-    if value not in _KNOWN[field]:
+    # An array is equal to some of them, element by element.
+    if not isinstance(value, str | None) or value not in _KNOWN[field]:
         known = ", ".join(map(repr, _KNOWN[field]))
         raise ValueError(f"DropIT.{field}: unknown value {value!r}; known are {known}.")

@@ -43,7 +43,7 @@ _SMALLEST_SCALE = float(jnp.finfo(jnp.bfloat16).tiny)
     data_fields=("codes", "minimum", "scale"),
     meta_fields=("shape", "bits", "group_size"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
     """An array in few bits.
 

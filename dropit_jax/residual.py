@@ -31,11 +31,12 @@ _MIN_ELEMENTS_PER_MEAN = 8
     data_fields=("values", "positions", "means"),
     meta_fields=("shape", "dtype", "dropit"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Residual:
     """A compressed activation.
 
-    A pytree whose leaves are the arrays that are really stored.
+    A pytree whose leaves are the arrays that are really stored. It is equal to itself
+    alone.
 
     Attributes:
       values: what is kept, chunk after chunk along the last axis, or the kept channels.
@@ -69,10 +70,23 @@ class Residual:
     ) -> Float[Array, "*shape"]:
         """The activation â: what was kept in its place, and the fill elsewhere.
 
+        Which positions are stored is taken on trust: twice the same, or one that the
+        activation does not have, gives any value there.
+
         Args:
           after: an array; on a CPU what takes a pass over the whole activation is not
             computed before it is. XLA heeds barriers elsewhere, and not there.
+
+        Raises:
+          ValueError: the arrays are not those that `compress` makes of an activation
+            of this shape and dtype.
         """
+        found = _types(self)
+        if found != (wanted := _parts(self.shape, self.dtype, self.dropit)):
+            raise ValueError(
+                f"A residual of {self.dtype}{self.shape} by {self.dropit} has "
+                f"{wanted}, and this one {found}."
+            )
         values = self.values
         if isinstance(values, Quantized):
             values = values.dequantize(self.dtype, after)
@@ -126,6 +140,19 @@ def compress(
         dtype=x.dtype,
         dropit=dropit,
     )
+
+
+@functools.lru_cache
+def _parts(shape: Shape, dtype: jnp.dtype, dropit: DropIT) -> dict[str, str]:
+    """The arrays of a residual."""
+    x, key = jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(jax.random.key, 0)
+    return _types(jax.eval_shape(lambda x, key: compress(x, dropit, key), x, key))
+
+
+def _types(residual: Residual) -> dict[str, str]:
+    """Names, dtypes and shapes of a residual's arrays."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(residual)
+    return {jax.tree_util.keystr(path): f"{x.dtype}{x.shape}" for path, x in flat}
 
 
 def encoding(shape: Shape, dropit: DropIT) -> str:

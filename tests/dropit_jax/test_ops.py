@@ -362,6 +362,15 @@ class ResidualTest(parameterized.TestCase):
                 ).sum()
             )(jnp.ones((3, 4)))
 
+    @parameterized.parameters(
+        *(None, 3, "ab", ((1,), (0,)), (((1,), (0,)),), ((1, 0), ((), ()))),
+        (((1,), (0,)), ((), ()), ()),
+    )
+    def test_what_is_no_dimension_numbers_is_refused(self, *numbers):
+        (numbers,) = numbers if len(numbers) == 1 else (numbers,)
+        with pytest.raises(TypeError, match=r"dimension_numbers must be .* got "):
+            dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), numbers, dropit=DropIT())
+
     def test_forward_mode_is_refused(self):
         lhs, rhs = _operands(_DOTS["dense"])
         with pytest.raises(TypeError, match="forward-mode"):

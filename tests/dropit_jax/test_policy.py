@@ -45,6 +45,10 @@ class DropITTest(parameterized.TestCase):
         ({"rate": 1.0}, ValueError, r"DropIT\.rate must be in \[0, 1\), got 1\.0"),
         ({"rate": -0.1}, ValueError, r"DropIT\.rate .* got -0\.1"),
         ({"rate": math.nan}, ValueError, r"DropIT\.rate .* got nan"),
+        ({"rate": 10**400}, ValueError, r"DropIT\.rate .* got 1000.*\.\.\."),
+        ({"rate": np.array([0.5])}, TypeError, r"DropIT\.rate must be a number"),
+        ({"chunk_size": np.array([16])}, TypeError, r"DropIT\.chunk_size .* got array"),
+        ({"group_size": np.array([16])}, TypeError, r"DropIT\.group_size .* got array"),
         ({"rate": "0.5"}, TypeError, r"DropIT\.rate must be a number, got '0\.5'"),
         ({"rate": True}, TypeError, r"DropIT\.rate .* got True"),
         ({"rate": None}, TypeError, r"DropIT\.rate .* got None"),
@@ -139,6 +143,15 @@ class DropITTest(parameterized.TestCase):
     )
     def test_per_channel(self, fields, expected):
         self.assertIs(DropIT(**fields).per_channel, expected)
+
+    @parameterized.parameters(
+        *("strategy", "granularity", "encoding", "selection", "rounding", "fill")
+    )
+    def test_arrays_are_no_choices(self, field):
+        default = getattr(DropIT(), field)
+        for value in (np.array([default]), np.array(default), [default], {}):
+            with pytest.raises(ValueError, match=rf"DropIT\.{field}: unknown value"):
+                DropIT(**{field: value})
 
     def test_unknown_fields_are_named(self):
         with pytest.raises(TypeError, match="chunk"):

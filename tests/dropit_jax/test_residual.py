@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 
@@ -298,6 +299,40 @@ class PytreeTest(parameterized.TestCase):
         same = jax.tree.map(lambda leaf: leaf, residual)
         self.assertEqual((same.shape, same.dtype), (residual.shape, residual.dtype))
         self.assertEqual(same.dropit, residual.dropit)
+
+    def test_is_equal_to_itself_alone(self):
+        one, other = (compress(jnp.ones((4, 32)), DropIT()) for _ in range(2))
+        self.assertEqual(one, one)
+        self.assertNotEqual(one, other)
+        self.assertLen({one, other, one}, 2)
+
+    @parameterized.product(
+        policy=[
+            DropIT(),
+            DropIT(encoding="bitmap"),
+            DropIT(0.0),
+            DropIT(granularity="channel"),
+            DropIT(value_dtype="int4"),
+            DropIT(fill="mean"),
+        ],
+        change=["absent", "fewer", "other dtype"],
+    )
+    def test_arrays_of_another_residual_are_refused(self, policy, change):
+        residual = compress(jnp.ones((4, 9, 32)), policy)
+        chex.assert_shape(residual.decompress(), (4, 9, 32))
+        leaves, structure = jax.tree.flatten(residual)
+        tampered = [dataclasses.replace(residual, shape=(4, 9, 64))]
+        for index, leaf in enumerate(leaves):
+            new = {
+                "absent": None,
+                "fewer": leaf[..., :-1],
+                "other dtype": leaf.astype("int32"),
+            }[change]
+            changed = [*leaves[:index], new, *leaves[index + 1 :]]
+            tampered.append(jax.tree.unflatten(structure, changed))
+        for each in tampered:
+            with pytest.raises(ValueError, match=r"A residual of .* and this one"):
+                each.decompress()
 
 
 if __name__ == "__main__":
