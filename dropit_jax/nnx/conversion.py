@@ -111,7 +111,7 @@ def apply(
         if (before is None) == (after is None) or not meant.selects(path, first):
             continue
         kind = type(layer).__name__
-        _convert(layer, after, streams)
+        _convert(layer, after, streams, path)
         changes.append(Change(path, kind, before, after))
     return changes
 
@@ -164,11 +164,13 @@ def _is_free(layer: Any) -> bool:
     return isinstance(layer, (*layers.FLAX_LAYERS, *_FLAX_TWINS))
 
 
-# Streams of keys, by the sizes of the axes that layers are stacked along.
-_Streams = dict[tuple[int, ...], nnx.RngStream]
+# Streams of keys: one for all layers that are not stacked, and one for those that are
+# by the module that they are in and the sizes of the axes that they are stacked along.
+_Streams = dict[tuple[str, tuple[int, ...]], nnx.RngStream]
+_UNSTACKED = ("", ())
 
 
-def _convert(layer: Any, residual: Any, streams: _Streams) -> None:
+def _convert(layer: Any, residual: Any, streams: _Streams, path: str) -> None:
     """Makes a layer cache what it is to."""
     if isinstance(layer, nnx.MultiHeadAttention):
         layer.attention_fn = _FLAX_ATTENTION if residual is None else _ATTENTION
@@ -177,29 +179,31 @@ def _convert(layer: Any, residual: Any, streams: _Streams) -> None:
         cls: Any = swap(type(layer), _TWINS)
         layer.__class__ = cls
     else:
-        layers.convert(layer, residual, _stream_of(layer, streams))
+        layers.convert(layer, residual, _stream_of(layer, streams, path))
 
 
 def _streams(preset: LayerPreset, rngs: nnx.Rngs | None) -> _Streams:
     """One stream of keys for all layers, where a policy needs them."""
     for policy in (preset.dropit, preset.conv):
         if (stream := layers.new_stream(policy, rngs)) is not None:
-            return {(): stream}
+            return {_UNSTACKED: stream}
     return {}
 
 
-def _stream_of(layer: Any, streams: _Streams) -> nnx.RngStream | None:
+def _stream_of(layer: Any, streams: _Streams, path: str) -> nnx.RngStream | None:
     """The stream for a layer; for stacked ones a key each, as `nnx.vmap` makes them.
 
     `nnx.scan` and `nnx.vmap` take a layer's state apart along the axis that it is
-    stacked along, and its keys with it.
+    stacked along, and its keys with it. They refuse a stream that is in two modules of
+    which one is taken apart and the other is not.
     """
     if not streams:
         return None
     axes = layers.stacked_axes(layer)
-    if axes not in streams:
-        streams[axes] = streams[()].split(axes)
-    return streams[axes]
+    place = (path.rpartition("/")[0], axes) if axes else _UNSTACKED
+    if place not in streams:
+        streams[place] = streams[_UNSTACKED].split(axes)
+    return streams[place]
 
 
 def _layers(

@@ -126,25 +126,35 @@ def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> No
 
 
 def stacked_axes(layer: Any) -> tuple[int, ...]:
-    """The sizes of the axes that `nnx.vmap` put before those of a layer's kernel.
+    """The sizes of the axes that `nnx.vmap` put among those of a layer's kernel.
 
     Args:
       layer: one of `FLAX_LAYERS`.
     """
-    kernel = layer.kernel.shape
-    return kernel[: len(kernel) - _kernel_rank(layer)]
+    own, stacked = list(_kernel_shape(layer)), []
+    for size in layer.kernel.shape:
+        if size in own:
+            own.remove(size)
+        else:
+            stacked.append(size)
+    return tuple(stacked)
 
 
-def _kernel_rank(layer: Any) -> int:
-    """The rank of the kernel of one layer."""
+def _kernel_shape(layer: Any) -> tuple[int, ...]:
+    """The shape of the kernel of one layer, in some order."""
     if isinstance(layer, nnx.LinearGeneral):
-        features = layer.in_features, layer.out_features, layer.batch_axis
-        return sum(map(len, features))
+        batch = tuple(layer.batch_axis.values())
+        return (*batch, *layer.in_features, *layer.out_features)
     if isinstance(layer, nnx.Einsum):
-        return len(layer.kernel_shape)
-    if isinstance(layer, nnx.Conv | nnx.ConvTranspose):
-        return len(layer.kernel_size) + 2
-    return 2
+        return tuple(layer.kernel_shape)
+    if isinstance(layer, nnx.Conv):
+        groups = layer.feature_group_count
+        features = layer.in_features // groups, layer.out_features
+        return (*layer.kernel_size, *features)
+    features = layer.in_features, layer.out_features
+    if isinstance(layer, nnx.ConvTranspose):
+        return (*layer.kernel_size, *features)
+    return features
 
 
 def new_stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:

@@ -255,6 +255,38 @@ class ApplyTest(parameterized.TestCase):
         np.testing.assert_array_equal(np.count_nonzero(rows, axis=2), 8)
         self.assertLen(np.unique(rows, axis=0), len(rows))
 
+    def test_layers_may_be_stacked_along_any_axis(self):
+        axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+        make = nnx.vmap(
+            lambda rngs: nnx.Linear(16, 16, use_bias=False, rngs=rngs), out_axes=axes
+        )
+        stacked = nnx.split_rngs(splits=3)(make)(nnx.Rngs(0))
+        dn.apply(stacked, _RANDOM, rngs=nnx.Rngs(dropit=1))
+        self.assertEqual(stacked.dropit_rngs.key.shape, (3,))
+
+        def call(stacked):
+            scan = nnx.scan(
+                lambda x, layer: layer(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry
+            )
+            return jnp.sum(scan(self.x, stacked))
+
+        gradient = nnx.grad(call)(stacked)
+        self.assertEqual(gradient.kernel.shape, (16, 3, 16))
+
+    def test_stacks_of_one_size_may_be_taken_apart_along_other_axes(self):
+        make = nnx.split_rngs(splits=3)(nnx.vmap(Block))
+        model = nnx.Dict(one=make(nnx.Rngs(0)), other=make(nnx.Rngs(1)))
+        dn.apply(model, _RANDOM, rngs=nnx.Rngs(dropit=1))
+
+        def call(one, other, x):
+            scan = nnx.scan(
+                lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+            )
+            return scan(one(x), other)
+
+        out = nnx.vmap(call, in_axes=(0, None, None))(model.one, model.other, self.x)
+        self.assertEqual(out.shape, (3, *self.x.shape))
+
     def test_stacked_layers_in_a_scan(self):
         make = nnx.split_rngs(splits=3)(nnx.vmap(Block))
         model = nnx.Dict(stem=nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
