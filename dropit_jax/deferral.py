@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from dropit_jax import compat, sharing
-from dropit_jax.compat import Primitive, batching, mlir
+from dropit_jax.compat import Primitive, ad, batching, mlir
 
 # From arrays to a pytree of arrays; hashable, equal to those that compute the same.
 Computation = Callable[..., Any]
@@ -84,10 +84,19 @@ def _batched(
     return leaves, [0] * len(leaves)
 
 
+def _derivative(
+    operands: Any, _: Any, *, compute: Computation, results: Any
+) -> tuple[list[Any], list[Any]]:
+    """What is cached has no derivative: that of the product says so."""
+    zeros = [ad.Zero(aval.to_tangent_aval()) for aval in results]
+    return _computed(*operands, compute=compute), zeros
+
+
 _deferred_p = _Deferred("dropit_deferred")
 _deferred_p.multiple_results = True
 _deferred_p.def_abstract_eval(lambda *_, results, **__: results)
 _deferred_p.def_impl(_computed)
+ad.primitive_jvps[_deferred_p] = _derivative
 batching.primitive_batchers[_deferred_p] = _batched
 mlir.register_lowering(
     _deferred_p, mlir.lower_fun(_computed, multiple_results=True), cacheable=False

@@ -54,26 +54,42 @@ def runs(layer: type[nn.Module]) -> Callable[[Call], Call]:
 
 
 def inherited(method: Callable[..., Array]) -> Callable[..., Array]:
-    """The `__call__` of a base class as a part of the subclass's own.
+    """Returns `super().__call__` without the wrapper that Flax gives every method.
 
-    Flax takes note of each call of a method, so that `capture_intermediates` would
-    record the layer twice.
+    By it Flax takes note of each call, so that `capture_intermediates` would record the
+    layer twice. A method that somebody else wrapped stays as it is.
 
     Args:
       method: `super().__call__`.
     """
     bound: Any = method
-    return functools.partial(inspect.unwrap(bound.__func__), bound.__self__)
+    if bound.__func__.__code__ is not _FLAX_WRAPPER:
+        return method
+    return functools.partial(bound.__func__.__wrapped__, bound.__self__)
+
+
+# All of Flax's wrappers are of one code.
+_FLAX_WRAPPER = vars(nn.Dense)["__call__"].__code__
 
 
 def flax_call(context: Any) -> Callable[..., Any]:
-    """The code of the call that an interceptor is told of; for our layers, Flax's.
+    """Returns the code of the call that an interceptor is told of.
+
+    For a layer of ours it is Flax's, unless a class stands between the two.
 
     Args:
       context: `flax.linen.module.InterceptorContext`.
     """
     call = compat.flax_function(context)
-    return _flax_calls.get(call, call)
+    if call not in _flax_calls:
+        return call
+    calls = [
+        inspect.unwrap(vars(cls)["__call__"])
+        for cls in type(context.module).__mro__
+        if "__call__" in vars(cls)
+    ]
+    following = calls[calls.index(call) + 1]
+    return following if following is _flax_calls[call] else call
 
 
 # Set while a layer is run as the product of a caching operation.

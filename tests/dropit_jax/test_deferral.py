@@ -7,6 +7,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 from absl.testing import absltest, parameterized
 
 from dropit_jax import DropIT, dot_general, memory
@@ -101,6 +102,32 @@ class DeferralTest(parameterized.TestCase):
         self.assertEqual(codes(kernels), codes(kernels[:1]))
         expected = jax.grad(lambda kernels: jnp.sum(block(kernels, x)))(kernels)
         chex.assert_trees_all_close(jax.grad(loss)(kernels, x), expected, rtol=1e-4)
+
+    @parameterized.parameters(True, False)
+    def test_a_mapped_gradient_within_another(self, detached):
+        kernel = jax.random.normal(jax.random.key(0), (32, 32)) / 8
+        x = jax.random.normal(jax.random.key(1), (4, 32))
+
+        def product(kernel, x):
+            return dot_general(jnp.sin(x), kernel, _PRODUCT, dropit=DropIT())
+
+        def inner(kernel, x):
+            return jnp.sum(product(kernel, product(kernel, x)) ** 2)
+
+        program, constants = jax.closure_convert(inner, kernel, x[:1])
+
+        def loss(kernel):
+            each = jax.grad(lambda kernel, row: program(kernel, row[None], *constants))
+            square = jnp.sum(jax.vmap(each, (None, 0))(kernel, x) ** 2)
+            square = jax.lax.stop_gradient(square) if detached else square
+            return inner(kernel, x) + square
+
+        if not detached:
+            with pytest.raises(TypeError, match="no second derivative"):
+                jax.grad(loss)(kernel)
+            return
+        expected = jax.grad(inner)(kernel, x)
+        chex.assert_trees_all_close(jax.grad(loss)(kernel), expected, rtol=1e-5)
 
 
 if __name__ == "__main__":

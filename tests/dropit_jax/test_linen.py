@@ -344,6 +344,35 @@ class LayerTest(parameterized.TestCase):
         )
 
     @parameterized.product(
+        layer=["Dense", "Conv", "Einsum", "ConvTranspose"], preset=[None, "dropit"]
+    )
+    def test_a_class_between_ours_and_flaxs_is_called(self, layer, preset):
+        arguments, shape = _LAYERS[layer][1]
+
+        def tripled(method):
+            @functools.wraps(method)
+            def call(self, x, **kwargs):
+                return 3 * method(self, x, **kwargs)
+
+            return call
+
+        class Mixed(getattr(nn, layer)):
+            @tripled
+            def __call__(self, x, **kwargs):
+                return super().__call__(x, **kwargs)
+
+        class Own(getattr(dn, layer), Mixed):
+            pass
+
+        x = _input(shape)
+        plain, own = getattr(nn, layer)(**arguments), Own(**arguments)
+        variables = plain.init(jax.random.key(0), x)
+        intercept = functools.partial(dn.intercept, preset, skip_first=False)
+        with intercept() if preset else contextlib.nullcontext():
+            out = own.apply(variables, x)
+        reference.assert_same_bits(out, 3 * plain.apply(variables, x))
+
+    @parameterized.product(
         [
             *(
                 {"name": name, "arguments": cases[0][0], "shape": cases[0][1]}
