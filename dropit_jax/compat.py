@@ -71,6 +71,7 @@ __all__ = [
     "Primitive",
     "Var",
     "ad",
+    "are_of_one_trace",
     "batching",
     "beneath",
     "bind_equation",
@@ -90,7 +91,7 @@ __all__ = [
     "hush_triton",
     "in_scope",
     "is_export",
-    "is_mapped",
+    "is_mapping",
     "is_reference",
     "jaxpr_as_fun",
     "jaxprs_in_params",
@@ -107,6 +108,7 @@ __all__ = [
     "source_line",
     "under",
     "with_layout_constraint",
+    "without_flax_wrapper",
     "wrap_flax_statistics",
 ]
 
@@ -280,14 +282,30 @@ def beneath(value: Any) -> Iterator[Any]:
     One of them is what a forward rule gets, unless that is traced on its own.
     """
     yield value
-    while is_mapped(value) or hasattr(value, "primal"):
-        value = value.val if is_mapped(value) else value.primal
+    while isinstance(value, jax.core.Tracer):
+        held = "val" if hasattr(value, "batch_dim") else "primal"
+        if not hasattr(value, held):
+            return
+        value = getattr(value, held)
         yield value
 
 
-def is_mapped(value: Any) -> bool:
-    """Whether `jax.vmap` is mapping a function over it."""
-    return isinstance(value, jax.core.Tracer) and hasattr(value, "batch_dim")
+def is_mapping() -> bool:
+    """Whether operations are traced by `jax.vmap`, and not within what it maps over.
+
+    Its operands need not show it: it may map over others alone.
+    """
+    return hasattr(get_opaque_trace_state()._trace_ref(), "axis_data")
+
+
+def are_of_one_trace(values: Sequence[Any]) -> bool:
+    """Whether all are tracers, of the same trace.
+
+    Operations of a function that `jax.vmap` maps over other arrays are not traced by it
+    but by the trace around it.
+    """
+    traces = {id(getattr(value, "_trace", None)) for value in values}
+    return len(traces) == 1 and isinstance(values[0], jax.core.Tracer)
 
 
 def num_devices(context: mlir.LoweringRuleContext) -> int:
@@ -391,6 +409,30 @@ def flax_function(context: Any) -> Callable[..., Any]:
       context: `flax.linen.module.InterceptorContext`.
     """
     return context.orig_method.func
+
+
+def without_flax_wrapper(method: Any) -> Any:
+    """A bound method of a module without the wrapper that Flax gives every method.
+
+    By the wrapper Flax takes note of a call, which is one call too many where a method
+    calls that of its base class. A method that somebody else wrapped stays as it is.
+    """
+    function = method.__func__
+    if function.__code__ is not _flax_wrapper():
+        return method
+    return functools.partial(function.__wrapped__, method.__self__)
+
+
+@functools.cache
+def _flax_wrapper() -> Any:
+    """The code of Flax's wrappers, which is one for all methods."""
+    from flax import linen  # noqa: PLC0415  # not all users have Flax models
+
+    class _Module(linen.Module):
+        def __call__(self) -> None:
+            """Nothing."""
+
+    return vars(_Module)["__call__"].__code__
 
 
 def flax_jit_proxies() -> Any:

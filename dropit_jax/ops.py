@@ -13,8 +13,9 @@ import opt_einsum
 from jax import lax
 from jaxtyping import Array, Float
 
+from dropit_jax.cached_operand import Axes
 from dropit_jax.policy import DropIT
-from dropit_jax.products import Axes, Operation, cached_product
+from dropit_jax.products import Operation, cached_product
 
 
 def dot_general(

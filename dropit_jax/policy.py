@@ -35,7 +35,7 @@ _ROUNDING = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class DropIT:
-    """What is kept of the input of a layer for its weight gradient (paper §3.2, §3.3).
+    """How a layer keeps its input for its weight gradient (paper §3.2, §3.3).
 
     The policy is immutable and hashable, so it can be a module's field and a static
     argument of a jitted function. It is checked when it is made.

@@ -14,46 +14,18 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import compat, deferral, derivatives, layouts, shardings, sharing
+from dropit_jax import deferral, derivatives, sharing
 from dropit_jax.barriers import barrier
+from dropit_jax.cached_operand import Axes, CachedOperand, Compression, bytes_cached
 from dropit_jax.policy import DropIT, check_policy
-from dropit_jax.residual import Residual, compress
-from dropit_jax.shapes import Shape
-
-# The name of what is cached, for `jax.checkpoint_policies.save_only_these_names`.
-RESIDUAL_NAME = "dropit"
-
-
-@dataclasses.dataclass(frozen=True)
-class Axes:
-    """How an operand's axes are to be read: as (batch, *positions, channels).
-
-    Attributes:
-      order: its axes, those of the samples first, those of the channels last.
-      channel_axes: how many of the last are the channels.
-      row_major: whether what is compressed, and the cotangent, lie in a GPU's memory in
-        the order of their axes; else XLA lays them out as convolutions like.
-    """
-
-    order: tuple[int, ...]
-    channel_axes: int = 1
-    row_major: bool = False
-
-    def laid_out(self, x: Array) -> Array:
-        """An array as it is to lie in memory."""
-        return layouts.row_major(x) if self.row_major else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +93,11 @@ def cached_product(
     """
     check_policy(dropit)
     observe = _observer.get()
-    nbytes = None if observe is None else _bytes_cached(lhs, dropit, axes)
+    nbytes = None if observe is None else bytes_cached(lhs, dropit, axes)
     if observe is not None and nbytes is not None:
         observe(lhs, axes, nbytes)
-    compression = _compression(lhs, dropit, axes, key)
-    call = _Call(compression, sharing.run_of(lhs), _references(compat.beneath(lhs)))
+    compression = Compression.of(lhs, dropit, axes, key)
+    call = _Call(compression, sharing.run_of(lhs), deferral.Origin(lhs))
     with _forward_mode_explained():
         return _cached_product(product, call, lhs, rhs, offset, key)
 
@@ -140,81 +112,19 @@ def observed(observe: _Observe) -> Iterator[None]:
         _observer.reset(token)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=(), meta_fields=("number",)
-)
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """The number of a group of arrays that are sharded alike."""
-
-    number: int
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("residual",),
-    meta_fields=("shape", "spec", "group"),
-)
-@dataclasses.dataclass(frozen=True)
-class _Cached:
-    """The compressed `a`.
-
-    Attributes:
-      residual: what is kept of it.
-      shape: its shape.
-      spec: its explicit sharding.
-      group: what is sharded like it.
-    """
-
-    residual: Residual
-    shape: Shape
-    spec: shardings.Spec
-    group: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Compression:
-    """What is cached of an operand, given it and a key if one is needed.
-
-    Attributes:
-      dropit: what of it to keep.
-      axes: which of it are the samples and the channels.
-      group: what is sharded like it.
-    """
-
-    dropit: DropIT
-    axes: Axes
-    group: _Group
-
-    def __call__(self, a: Array, key: Array | None = None) -> _Cached:
-        """Compresses the operand."""
-        a = lax.stop_gradient(a)
-        joined = shardings.join(a, self.group.number)
-        residual = _residual(joined, self.dropit, self.axes, key)
-        named = checkpoint_name(residual, RESIDUAL_NAME)
-        return _Cached(named, a.shape, shardings.spec(a), self.group.number)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Call:
-    """What a call of a caching product knows beside its arrays.
+    """One call of a caching product, without its arrays.
 
     Attributes:
-      compression: of its first operand.
+      compression: compresses the first operand.
       run: the number of the calls that come one after the other with that operand.
-      beneath: references to what is beneath that operand.
+      origin: where that operand comes from.
     """
 
-    compression: _Compression
+    compression: Compression
     run: int
-    beneath: tuple[Callable[[], Any], ...]
-
-    def cached(self, a: Array, key: Array | None) -> _Cached:
-        """What is cached of the operand, the same for all products that read it."""
-        direct = tuple(reference() for reference in self.beneath)
-        keys = () if key is None else (key,)
-        result: _Cached = deferral.cached(self.compression, direct, a, *keys)
-        return result
+    origin: deferral.Origin
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -232,7 +142,7 @@ def _cached_product(
 
 # What is cached of `a`, θ, offset; and opᵀ(·, θ) instead of the first, if θ is frozen.
 _Saved = tuple[
-    _Cached | None,
+    CachedOperand | None,
     Array,
     tuple[Array, ...],
     Callable[[Array], tuple[Array]] | None,
@@ -255,7 +165,8 @@ def _forward(
     if not rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
         z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
         return z, (None, kernel, added, pullback_a)
-    cached = call.cached(a, key)
+    operands = (a,) if key is None else (a, key)
+    cached = deferral.computed(call.compression, call.origin, *operands)
     once = derivatives.once(a, "DropIT")
     # Without the barrier XLA may compress late, which keeps `a` alive till then.
     a, _ = barrier((once, cached.residual))
@@ -278,7 +189,7 @@ def _backward(
     cotangent = axes.laid_out(cotangent)
     # After the first cotangent of a run; the last to use it ends its life.
     a_hat = sharing.once(
-        lambda: _restored_late(cached, axes, cotangent),
+        lambda: cached.restored(axes, cotangent),
         tuple(jax.tree.leaves(cached)),
         (jax.tree.structure(cached), axes, run),
     )
@@ -318,73 +229,6 @@ def _is_of_jax(product: Callable[..., Array]) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _references(values: Iterable[Any]) -> tuple[Callable[[], Any], ...]:
-    """Weak references to those that can be referred to."""
-    references = []
-    for value in values:
-        with contextlib.suppress(TypeError):
-            references.append(weakref.ref(value))
-    return tuple(references)
-
-
-def _compression(
-    lhs: Array, dropit: DropIT, axes: Axes, key: Array | None
-) -> _Compression:
-    """The same for all products that read the same operand in the same way."""
-    operands = (lhs,) if key is None else (lhs, key)
-    group = sharing.once(
-        lambda: _Group(shardings.new_group()), operands, (dropit, axes)
-    )
-    return _Compression(dropit, axes, group)
-
-
-@functools.partial(jax.jit, static_argnames=("dropit", "axes"), inline=True)
-def _residual(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> Residual:
-    return compress(_arrange(a, dropit, axes), dropit, key)
-
-
-def _bytes_cached(lhs: Array, dropit: DropIT, axes: Axes) -> int | None:
-    """Bytes that are cached of `lhs`; `None` where it does not suit the policy."""
-
-    def compressed(a: Array, key: Array) -> Residual:
-        return compress(_arrange(a, dropit, axes), dropit, key)
-
-    try:
-        return jax.eval_shape(compressed, lhs, jax.random.key(0)).nbytes
-    except (TypeError, ValueError):
-        return None  # which the forward rule says, if a gradient is asked for
-
-
-def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
-    """The operand as (batch, *positions, channels)."""
-    ordered = axes.laid_out(jnp.transpose(a, axes.order))
-    if axes.channel_axes == 1:
-        return ordered
-    lead = ordered.ndim - axes.channel_axes
-    if dropit.per_channel:
-        ordered = shardings.gather(ordered, keep=lead)
-    elif any(shardings.spec(ordered)):
-        return ordered  # chunks are the same, and no axis need be gathered
-    # What is compressed alike is compiled once: heads as the features of other layers.
-    return ordered.reshape(*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
-
-
-def _restored_late(cached: _Cached, axes: Axes, cotangent: Array) -> Array:
-    """The decompressed â, computed after the first cotangent that asks for it."""
-    # Without the barrier XLA may decompress early, which keeps the dense â alive
-    # through the whole forward pass.
-    residual, cotangent = barrier((cached.residual, cotangent))
-    restored = _restored(residual, cotangent, cached.shape, axes)
-    return shardings.join(shardings.to(restored, cached.spec), cached.group)
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "axes"), inline=True)
-def _restored(residual: Residual, after: Array, shape: Shape, axes: Axes) -> Array:
-    """The decompressed â, as `a` was, computed after something else."""
-    ordered = residual.decompress(after).reshape([shape[axis] for axis in axes.order])
-    return jnp.transpose(axes.laid_out(ordered), tuple(np.argsort(axes.order)))
 
 
 def _as_tuples(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from dropit_jax.compat import get_opaque_trace_state
+from dropit_jax import compat
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def once(compute: Callable[[], T], operands: tuple[Any, ...], how: Hashable) -> 
       how: all else that the result depends on.
     """
     # A concrete array has one identity in all traces, but a result is of one trace.
-    trace = get_opaque_trace_state()
+    trace = compat.get_opaque_trace_state()
     place = (how, *map(id, operands))
     found = _alive(_entries.get(place), operands, trace)
     if found is not None:
@@ -68,6 +68,8 @@ def once(compute: Callable[[], T], operands: tuple[Any, ...], how: Hashable) -> 
         sources = [weakref.ref(operand, forget) for operand in operands]
     except TypeError:
         return result  # a list or a number, which no two calls have in common
+    if compat.are_of_one_trace([*operands, *leaves]):
+        trace = None  # wherever the operands may be read, the result may
     references = [weakref.ref(leaf) for leaf in leaves]
     _entries[place] = (sources, trace, references, structure)
     return result
@@ -79,6 +81,6 @@ def _alive(entry: _Entry | None, operands: tuple[Any, ...], trace: Any) -> Any:
     sources, made_in, references, structure = entry
     same = all(ref() is this for ref, this in zip(sources, operands, strict=True))
     leaves = [reference() for reference in references]
-    if not same or made_in != trace or any(leaf is None for leaf in leaves):
+    if not same or made_in not in (None, trace) or any(leaf is None for leaf in leaves):
         return None
     return jax.tree.unflatten(structure, leaves)

@@ -262,7 +262,7 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(position=ocp.args.JsonRestore())
             accuracy = self._manager.restore(step, args=args)["position"][_ACCURACY]
-        except Exception:  # it is damaged, which `restore` will tell
+        except Exception:  # of many types: it is damaged, which `restore` will tell
             return {}
         return {} if accuracy is None else {step: accuracy}
 

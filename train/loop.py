@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def _train(
             _EXAMPLES: len(job.dataset.train),
             _ROWS: rows,
         }
-        accuracy = _accuracy(done, state, test, is_last=done == total_steps)
+        accuracy = _fit_to_save(done, state, test, is_last=done == total_steps)
         checkpoints.save(done, state, position, accuracy)
 
     with contextlib.ExitStack() as stack:
@@ -124,9 +123,15 @@ def _train(
             bar.update(done, meter.loss, meter.accuracy, meter.rate)
             if done % evaluate_every == 0 or done == total_steps:
                 meter.finish()
-                waited = batches.take_waited() / meter.seconds
+                # Before the evaluation, whose time is not that of the steps.
+                row: Row = {
+                    "step": done,
+                    "epoch": math.ceil(done / steps_per_epoch),
+                    "learning_rate": learning_rate(done - 1),
+                    **_measured(meter, batches.take_waited()),
+                }
                 test = evaluate(state)
-                row = _row(done, steps_per_epoch, learning_rate, meter, waited, test)
+                row |= _tested(test)
                 bar.say(_line(workdir.name, row))
                 meter.reset()
                 save([*records.rows, row], test)
@@ -145,10 +150,10 @@ def _train(
     return records.rows
 
 
-def _accuracy(
+def _fit_to_save(
     done: int, state: step_lib.State, test: Meter | None, *, is_last: bool
 ) -> float | None:
-    """The test accuracy, if it is known, of a state that may be saved.
+    """Returns the test accuracy, if it is known, of a state that is fit to be saved.
 
     Raises:
       NonFiniteLossError: the state is not finite, or the test loss after the last step.
@@ -176,23 +181,19 @@ def _beginning(
     return done, state, position.get(_ROWS, [])
 
 
-def _row(
-    done: int,
-    steps_per_epoch: int,
-    learning_rate: Callable[[int], float],
-    meter: Meter,
-    waited: float,
-    test: Meter,
-) -> Row:
-    """A row of `metrics.csv`, after an evaluation."""
+def _measured(meter: Meter, waited: float) -> Row:
+    """The columns of the steps since the last row; `waited` for data, in seconds."""
     return {
-        "step": done,
-        "epoch": math.ceil(done / steps_per_epoch),
-        "learning_rate": learning_rate(done - 1),
         "train_loss": meter.loss,
         "train_accuracy": meter.accuracy,
         "images_per_second": round(meter.rate, 1),
-        "data_wait": round(waited, 4),
+        "data_wait": round(waited / meter.seconds, 4),
+    }
+
+
+def _tested(test: Meter) -> Row:
+    """The columns of an evaluation."""
+    return {
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
         "test_top5_accuracy": test.top5_accuracy,

@@ -18,6 +18,7 @@ from flax.core import meta
 from jaxtyping import Array
 
 from dropit_jax import compat, hooks, ops, products, sharing
+from dropit_jax.cached_operand import Axes
 from dropit_jax.linen import parameters
 from dropit_jax.policy import DropIT, check_policy
 
@@ -44,32 +45,17 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def runs(layer: type[nn.Module]) -> Callable[[Call], Call]:
-    """Says of a `__call__` that it runs Flax's for `layer`, by `inherited`."""
+    """Returns a decorator of a `__call__` that runs Flax's of a layer as a part of it.
 
-    def told(call: Call) -> Call:
+    Args:
+      layer: Flax's, whose call `compat.without_flax_wrapper` gives.
+    """
+
+    def decorated(call: Call) -> Call:
         _flax_calls[call] = inspect.unwrap(layer.__call__)
         return call
 
-    return told
-
-
-def inherited(method: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns `super().__call__` without the wrapper that Flax gives every method.
-
-    By it Flax takes note of each call, so that `capture_intermediates` would record the
-    layer twice. A method that somebody else wrapped stays as it is.
-
-    Args:
-      method: `super().__call__`.
-    """
-    bound: Any = method
-    if bound.__func__.__code__ is not _FLAX_WRAPPER:
-        return method
-    return functools.partial(bound.__func__.__wrapped__, bound.__self__)
-
-
-# All of Flax's wrappers are of one code.
-_FLAX_WRAPPER = vars(nn.Dense)["__call__"].__code__
+    return decorated
 
 
 def flax_call(context: Any) -> Callable[..., Any]:
@@ -83,13 +69,13 @@ def flax_call(context: Any) -> Callable[..., Any]:
     call = compat.flax_function(context)
     if call not in _flax_calls:
         return call
-    calls = [
+    codes = [
         inspect.unwrap(vars(cls)["__call__"])
         for cls in type(context.module).__mro__
         if "__call__" in vars(cls)
     ]
-    following = calls[calls.index(call) + 1]
-    return following if following is _flax_calls[call] else call
+    inherited = codes[codes.index(call) + 1]
+    return inherited if inherited is _flax_calls[call] else call
 
 
 # Set while a layer is run as the product of a caching operation.
@@ -294,12 +280,12 @@ def _whole(
         return cache(inputs, kernel, axes=axes)
     size = module.kernel_size
     flat, batch = hooks.as_batch(inputs, 1 if isinstance(size, int) else len(size))
-    axes = products.Axes(tuple(range(flat.ndim)))
+    axes = Axes(tuple(range(flat.ndim)))
     return hooks.unbatch(cache(flat, kernel, axes=axes), batch)
 
 
 def fields_of(module: Any, layer: type[nn.Module]) -> dict[str, Any]:
-    """What a module gives to the constructor of its base class."""
+    """The fields of a base class with a module's values, for its constructor."""
     return {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(layer)

@@ -17,6 +17,7 @@ import jax
 from jaxtyping import Array
 
 from dropit_jax import compat, layer_presets, matching, products
+from dropit_jax.cached_operand import Axes
 from dropit_jax.layer_presets import LayerPreset
 from dropit_jax.linen import calls, functions, model_call, parts, report, tools
 from dropit_jax.linen.model_call import ModelCall
@@ -143,7 +144,7 @@ class Interception:
         """The call of a layer, with DropIT."""
         path, policy = model_call.path(module), self.policy(module)
 
-        def observe(lhs: Array, axes: products.Axes, nbytes: int) -> None:
+        def observe(lhs: Array, axes: Axes, nbytes: int) -> None:
             reader = call.first_reader(lhs, (axes, policy), path)
             before = math.prod(lhs.shape) * lhs.dtype.itemsize
             shared = reader != path

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from dropit_jax import compat
 from dropit_jax.linen import calls
 from dropit_jax.policy import DropIT
 
@@ -28,7 +29,7 @@ class Dense(nn.Dense):
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Applies the layer along the last axis."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return calls.cached(self, call, self.dropit, inputs)
 
 
@@ -47,7 +48,7 @@ class DenseGeneral(nn.DenseGeneral):
     @nn.compact
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies the layer along the axes in `axis`."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return calls.cached(self, call, self.dropit, inputs)
 
 
@@ -68,7 +69,7 @@ class Einsum(nn.Einsum):
         self, inputs: Float[Array, "..."], einsum_str: str | None = None
     ) -> Float[Array, "..."]:
         """Applies the equation, given here or as an attribute."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return calls.cached(self, call, self.dropit, inputs, einsum_str=einsum_str)
 
 
@@ -88,7 +89,7 @@ class Conv(nn.Conv):
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the convolution over the spatial axes, channels last."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return calls.cached(self, call, self.dropit, inputs)
 
 
@@ -110,7 +111,7 @@ class ConvLocal(nn.ConvLocal):
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the unshared convolution over the spatial axes, channels last."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return calls.cached(self, call, self.dropit, inputs)
 
 
@@ -130,7 +131,7 @@ class ConvTranspose(nn.ConvTranspose):
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the transposed convolution over the spatial axes, channels last."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return calls.cached(self, call, self.dropit, inputs)
 
 
@@ -156,7 +157,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         **kwargs: Any,
     ) -> Float[Array, "*batch length out"]:
         """Applies attention; the arguments are those of Flax's layer."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         with calls.cached_children(self, self.dropit):
             return call(inputs_q, inputs_k, inputs_v, **kwargs)
 
@@ -183,6 +184,6 @@ class SelfAttention(nn.SelfAttention):
         **kwargs: Any,
     ) -> Float[Array, "*batch length out"]:
         """Applies attention; the arguments are those of Flax's layer."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         with calls.cached_children(self, self.dropit):
             return call(inputs_q, *args, **kwargs)

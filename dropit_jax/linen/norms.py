@@ -15,8 +15,8 @@ from flax.core import meta
 from flax.linen import normalization
 from jaxtyping import Array, Float
 
-from dropit_jax import norm_layers
-from dropit_jax.linen import calls, parameters
+from dropit_jax import compat, norm_layers
+from dropit_jax.linen import parameters
 from dropit_jax.nn import norm_gradient
 from dropit_jax.nn.norm_gradient import Norm
 
@@ -41,7 +41,7 @@ class BatchNorm(nn.BatchNorm):
         mask: Array | None = None,
     ) -> Float[Array, "..."]:
         """Normalises by the statistics of the batch, or by running averages."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return compact(self, call, x, use_running_average, mask=mask)
 
 
@@ -53,7 +53,9 @@ class LayerNorm(nn.LayerNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Normalises over `reduction_axes`."""
-        return compact(self, calls.inherited(super().__call__), x, mask=mask)
+        return compact(
+            self, compat.without_flax_wrapper(super().__call__), x, mask=mask
+        )
 
 
 class RMSNorm(nn.RMSNorm):
@@ -64,7 +66,9 @@ class RMSNorm(nn.RMSNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Divides by the root mean square over `reduction_axes`."""
-        return compact(self, calls.inherited(super().__call__), x, mask=mask)
+        return compact(
+            self, compat.without_flax_wrapper(super().__call__), x, mask=mask
+        )
 
 
 class GroupNorm(nn.GroupNorm):
@@ -75,7 +79,9 @@ class GroupNorm(nn.GroupNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Normalises each sample's groups of channels."""
-        return compact(self, calls.inherited(super().__call__), x, mask=mask)
+        return compact(
+            self, compat.without_flax_wrapper(super().__call__), x, mask=mask
+        )
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -86,7 +92,9 @@ class InstanceNorm(nn.InstanceNorm):
         self, x: Float[Array, "..."], *, mask: Array | None = None
     ) -> Float[Array, "..."]:
         """Normalises each sample's channels."""
-        return compact(self, calls.inherited(super().__call__), x, mask=mask)
+        return compact(
+            self, compat.without_flax_wrapper(super().__call__), x, mask=mask
+        )
 
 
 def compact(

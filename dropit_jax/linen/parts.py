@@ -58,7 +58,9 @@ _WITHOUT_TWIN: tuple[tuple[type[nn.Module], str, int], ...] = (
 
 
 def part(context: Any) -> Part | None:
-    """What an interceptor is told the call of, if a plain one of these layers.
+    """Returns the kind of Flax's layer whose call an interceptor is told of.
+
+    It is `None` for other calls, and for those of our twins.
 
     Args:
       context: as in `calls.is_layer_call`.
@@ -84,7 +86,7 @@ def without_twin(context: Any) -> int | None:
 
 
 def with_own_call(context: Any) -> nn.Module | int | None:
-    """What an interceptor is told the call of, if a subclass that has its own.
+    """Returns the layer that an interceptor is told of, if its `__call__` is its own.
 
     Args:
       context: as in `calls.is_layer_call`.

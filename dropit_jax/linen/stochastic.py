@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dropit_jax.linen import calls
+from dropit_jax import compat
 from dropit_jax.nn.dropout import dropout
 
 
@@ -26,7 +26,7 @@ class Dropout(nn.Dropout):
         rng: Array | None = None,
     ) -> Float[Array, "*shape"]:
         """Drops elements at random, unless it is deterministic."""
-        call = calls.inherited(super().__call__)
+        call = compat.without_flax_wrapper(super().__call__)
         return compact(self, call, inputs, deterministic, rng)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from dropit_jax import compat
+from dropit_jax.cached_operand import RESIDUAL_NAME
 from dropit_jax.compat import Jaxpr, Var, jaxprs_in_params, open_jaxpr
-from dropit_jax.products import RESIDUAL_NAME
 
 
 def cached_bytes(fn: Callable[..., Any], *abstract_args: Any) -> int:

@@ -25,7 +25,7 @@ _FLAX_ATTENTION = nnx.dot_product_attention
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What `apply` did to a layer.
+    """A change that `apply` made to a layer.
 
     Attributes:
       path: the layer's, its names joined by "/".
@@ -135,7 +135,7 @@ def _as_preset(dropit: DropIT | LayerPreset | str | None) -> LayerPreset:
 
 
 def _meant(layer: Any, preset: LayerPreset) -> DropIT | str | None:
-    """What a layer is to cache by a preset; `None`: what Flax does."""
+    """The policy or form in which a preset has a layer cache; `None`: as Flax does."""
     if isinstance(layer, nnx.MultiHeadAttention):
         return "recomputed" if preset.eight_bit else None
     if isinstance(layer, nnx.Dropout):
@@ -147,7 +147,7 @@ def _meant(layer: Any, preset: LayerPreset) -> DropIT | str | None:
 
 
 def _residual(layer: Any) -> DropIT | str | None:
-    """What a layer caches."""
+    """The policy or form in which a layer caches; `None`: as Flax does."""
     if isinstance(layer, nnx.MultiHeadAttention):
         return None if layer.attention_fn is _FLAX_ATTENTION else "recomputed"
     if isinstance(layer, _TWINS):

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dropit_jax import hooks, ops, products, sharing
+from dropit_jax.cached_operand import Axes
 from dropit_jax.nnx import classes
 from dropit_jax.policy import DropIT, check_policy
 
@@ -29,7 +30,7 @@ _HOOKED: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
 
 
 class _Caching(nnx.Module):
-    """What the layers here add to Flax's."""
+    """The fields and the call that our layers add to Flax's."""
 
     dropit: DropIT | None
     dropit_rngs: nnx.RngStream | None
@@ -241,7 +242,7 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
         kernel,
         offset,
         dropit=layer.dropit,
-        axes=products.Axes(tuple(range(flat.ndim))),
+        axes=Axes(tuple(range(flat.ndim))),
         key=key,
     )
     return hooks.unbatch(out, batch)

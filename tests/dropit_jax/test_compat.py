@@ -304,11 +304,47 @@ class ThereTest(parameterized.TestCase):
         jax.eval_shape(look, x)
         self.assertLen(seen[-1], 1)
 
-    def test_what_is_mapped(self):
-        mapped = []
-        jax.vmap(lambda x: mapped.append(compat.is_mapped(x)))(jnp.ones((2, 3)))
-        jax.grad(lambda x: mapped.append(compat.is_mapped(x)) or x)(1.0)
-        self.assertEqual(mapped, [True, False], "`batch_dim` is gone")
+    def test_tracers_of_one_trace(self):
+        found = []
+
+        def inner(x, y):
+            found.append(compat.are_of_one_trace([x, y]))
+            found.append(compat.are_of_one_trace([y, jnp.sin(y)]))
+            return x * y
+
+        jax.eval_shape(jax.vmap(inner, (0, None)), *jnp.ones((2, 3)))
+        self.assertEqual(found, [False, True], "`_trace` of a tracer is gone")
+        self.assertFalse(compat.are_of_one_trace([jnp.ones(3), jnp.ones(3)]))
+
+    def test_flaxs_wrapper_of_a_method_can_be_left_out(self):
+        def wrapped(method):
+            @functools.wraps(method)
+            def call(self, x):
+                return method(self, x)
+
+            return call
+
+        dense = nn.Dense(3).__call__
+        found = compat.without_flax_wrapper(dense)
+        self.assertIs(found.func, dense.__func__.__wrapped__, "wrappers have changed")
+        with mock.patch.object(nn.Dense, "__call__", wrapped(nn.Dense.__call__)):
+            patched = nn.Dense(3).__call__
+            self.assertEqual(compat.without_flax_wrapper(patched), patched)
+
+    def test_whether_vmap_maps(self):
+        found = []
+
+        def look(x):
+            found.append(compat.is_mapping())
+            return x.sum()
+
+        look(jnp.ones(3))
+        jax.vmap(look)(jnp.ones((2, 3)))
+        jax.vmap(lambda _: look(jnp.ones(3)))(jnp.ones((2, 3)))
+        jax.grad(look)(jnp.ones(3))
+        jax.vmap(jax.jit(look))(jnp.ones((2, 3)))
+        expected = [False, True, True, False, False]
+        self.assertEqual(found, expected, "`axis_data` of a trace of vmap is gone")
 
     def test_rules_of_a_module_share_an_object(self):
         look = functools.partial(compat.of_module, kind=collections.Counter)

@@ -103,6 +103,27 @@ class DeferralTest(parameterized.TestCase):
         expected = jax.grad(lambda kernels: jnp.sum(block(kernels, x)))(kernels)
         chex.assert_trees_all_close(jax.grad(loss)(kernels, x), expected, rtol=1e-4)
 
+    @parameterized.parameters("nothing", "jit", "scan", "checkpoint")
+    def test_so_do_products_that_vmap_does_not_map(self, around):
+        x = jax.random.normal(jax.random.key(0), (8, 64))
+        kernels = list(jax.random.normal(jax.random.key(1), (3, 2, 64, 64)) / 8)
+
+        def block(kernels, x):
+            products = (dot_general(x, k, _PRODUCT, dropit=DropIT()) for k in kernels)
+            return functools.reduce(jnp.multiply, products)
+
+        function = _AROUND[around](block)
+
+        def loss(kernels, x):
+            return jnp.sum(jax.vmap(function, (0, None))(kernels, jnp.sin(x)))
+
+        def codes(kernels):
+            saved = memory.saved_residuals(loss, kernels, x).residuals
+            return sum(each.dtype == "uint8" for each in saved)
+
+        self.assertGreater(codes(kernels), 0)
+        self.assertEqual(codes(kernels), codes(kernels[:1]))
+
     @parameterized.parameters(True, False)
     def test_a_mapped_gradient_within_another(self, detached):
         kernel = jax.random.normal(jax.random.key(0), (32, 32)) / 8

@@ -1,5 +1,3 @@
-import contextlib
-import dataclasses
 import functools
 
 import chex
@@ -242,24 +240,6 @@ _LAYERS = {
 }
 
 
-_OTHERS = {
-    "MultiHeadDotProductAttention": (({"num_heads": 2}, (2, 5, 16)),),
-    "SelfAttention": (({"num_heads": 2}, (2, 5, 16)),),
-    "BatchNorm": (({"use_running_average": False}, (2, 5, 16)),),
-    "LayerNorm": (({}, (2, 5, 16)),),
-    "RMSNorm": (({}, (2, 5, 16)),),
-    "GroupNorm": (({"num_groups": 4}, (2, 5, 16)),),
-    "InstanceNorm": (({}, (2, 5, 16)),),
-    "Dropout": (({"rate": 0.5, "deterministic": False}, (2, 5, 16)),),
-}
-
-
-def _takes_policy(name):
-    return any(
-        field.name == "dropit" for field in dataclasses.fields(getattr(dn, name))
-    )
-
-
 def _cases():
     for name, cases in _LAYERS.items():
         for arguments, shape in cases:
@@ -342,70 +322,6 @@ class LayerTest(parameterized.TestCase):
             rtol=1e-5,
             atol=1e-5,
         )
-
-    @parameterized.product(
-        layer=["Dense", "Conv", "Einsum", "ConvTranspose"], preset=[None, "dropit"]
-    )
-    def test_a_class_between_ours_and_flaxs_is_called(self, layer, preset):
-        arguments, shape = _LAYERS[layer][1]
-
-        def tripled(method):
-            @functools.wraps(method)
-            def call(self, x, **kwargs):
-                return 3 * method(self, x, **kwargs)
-
-            return call
-
-        class Mixed(getattr(nn, layer)):
-            @tripled
-            def __call__(self, x, **kwargs):
-                return super().__call__(x, **kwargs)
-
-        class Own(getattr(dn, layer), Mixed):
-            pass
-
-        x = _input(shape)
-        plain, own = getattr(nn, layer)(**arguments), Own(**arguments)
-        variables = plain.init(jax.random.key(0), x)
-        intercept = functools.partial(dn.intercept, preset, skip_first=False)
-        with intercept() if preset else contextlib.nullcontext():
-            out = own.apply(variables, x)
-        reference.assert_same_bits(out, 3 * plain.apply(variables, x))
-
-    @parameterized.product(
-        [
-            *(
-                {"name": name, "arguments": cases[0][0], "shape": cases[0][1]}
-                for name, cases in (*_LAYERS.items(), *_OTHERS.items())
-            )
-        ],
-        has_policy=[True, False],
-        preset=[None, "lean"],
-    )
-    @pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
-    def test_intermediates_are_captured_once(
-        self, name, arguments, shape, has_policy, preset
-    ):
-        x = _input(shape)
-        policy = {"dropit": _POLICY} if has_policy and _takes_policy(name) else {}
-
-        layers = (
-            getattr(nn, name)(**arguments),
-            getattr(dn, name)(**arguments, **policy),
-        )
-
-        def intermediates(layer):
-            keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-            options = {"mutable": True, "capture_intermediates": True}
-            return layer.init(keys, x, **options)["intermediates"]
-
-        intercept = functools.partial(dn.intercept, preset, skip_first=False)
-        with intercept() if preset else contextlib.nullcontext():
-            theirs, ours = (
-                jax.eval_shape(lambda layer=layer: intermediates(layer))
-                for layer in layers
-            )
-        self.assertEqual(ours, theirs)
 
     @parameterized.parameters(*((name, *cases[0]) for name, cases in _LAYERS.items()))
     def test_without_a_policy_it_is_flaxs_layer(self, name, arguments, shape):

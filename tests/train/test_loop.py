@@ -3,12 +3,14 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from configs import digits_resnet18
 from tests.train import commands
-from train import records
+from train import evaluation, loop, meter, records, terminal
 
 _EPOCHS = 6
 _STEPS_PER_EPOCH = 1437 // 32
@@ -219,6 +221,35 @@ class LoopTest(parameterized.TestCase):
         self.assertIn(message, out + errors)
         self.assertNotIn("Traceback", out + errors)
         self.assertFalse(workdir.exists())
+
+
+class RowTest(absltest.TestCase):
+    def test_rates_are_of_the_steps_and_not_of_the_evaluation(self):
+        clock = [0.0]
+
+        def monotonic():
+            clock[0] += 1e-3
+            return clock[0]
+
+        def slow(job):
+            def evaluate(state):
+                clock[0] += 1e9
+                return fast(state)
+
+            fast = evaluation.evaluator(job)
+            return evaluate
+
+        config = digits_resnet18.get_config()
+        config.update(image_size=8, num_epochs=1, batch_size=480)
+        config.model.width = 4
+        workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        with (
+            mock.patch.object(meter.time, "monotonic", monotonic),
+            mock.patch.object(loop, "evaluator", slow),
+        ):
+            (row,) = loop.run(config, workdir, terminal.Terminal())
+        self.assertGreater(row["images_per_second"], 1)
+        self.assertBetween(row["data_wait"], 0, 1e6)
 
 
 if __name__ == "__main__":

@@ -51,16 +51,18 @@ class Records:
     def __getitem__(self, index: int) -> Any:
         if index >= self._length:
             raise IndexError(index)
+        source = self._source
         try:
-            example = self._source[index]
+            example = source[index]
         except Exception as error:  # of many types: ArrayRecord's, TFDS's
             raise self._unreadable(index, error) from error
         return self._checked(index, example)
 
     def many(self, indices: Sequence[int]) -> Sequence[Any]:
         """Several examples, in less time than one after the other; one takes more."""
+        source = self._source
         try:
-            examples = self._source.__getitems__(indices)
+            examples = source.__getitems__(indices)
         except Exception as error:  # as above
             raise self._unreadable(indices[0], error) from error
         return list(map(self._checked, indices, examples))

@@ -24,7 +24,6 @@ _DAMAGES = (
     EOFError,
     KeyError,
     OSError,
-    RecursionError,
     RuntimeError,
     ValueError,
     zipfile.BadZipFile,
@@ -39,7 +38,7 @@ _GOOGLE = {
     r"ViT-[BLH]_(8|14|16|32)-224\.npz": "imagenet21k+imagenet2012",
     r"(Ti|S|B|L)_(8|16|32)-i(1k|21k|21k_30)-.+\.npz": "augreg",
 }
-# That of safetensors itself.
+# safetensors refuses larger ones.
 _LARGEST_HEADER = 100_000_000
 _FROM_SCRATCH = "--config.init_from= trains from scratch."
 
