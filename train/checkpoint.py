@@ -39,7 +39,7 @@ class Checkpoints:
         say: Callable[[str], None],
         *,
         read_only: bool = False,
-        problem: Callable[[Any], str] | None = None,
+        problem: Callable[[Any, Any], str] | None = None,
     ) -> None:
         """Opens the directory.
 
@@ -47,8 +47,8 @@ class Checkpoints:
           directory: of the checkpoints; it is made if need be.
           say: is told what was found that is not as it should be.
           read_only: whether nothing on disk may change.
-          problem: says what is wrong with a restored state, which then counts as
-            damaged; nothing if it is empty.
+          problem: says what is wrong with a restored state and position, which then
+            count as damaged; nothing if it is empty.
 
         Raises:
           CheckpointError: what is half-written cannot be removed.
@@ -254,9 +254,10 @@ class Checkpoints:
             problem = _first_line(error)
         if any_of(bool(problem)):
             return problem or "another process cannot read it"
-        if self._problem and (problem := self._problem(result["state"])):
+        state, position = result["state"], result["position"]
+        if self._problem and (problem := self._problem(state, position)):
             return problem
-        return result["state"], result["position"]
+        return state, position
 
     def _read_accuracy(self, step: int) -> dict[int, float]:
         try:
@@ -264,7 +265,7 @@ class Checkpoints:
             accuracy = self._manager.restore(step, args=args)["position"][_ACCURACY]
         except Exception:  # of many types: it is damaged, which `restore` will tell
             return {}
-        return {} if accuracy is None else {step: accuracy}
+        return {step: accuracy} if isinstance(accuracy, float) else {}
 
     def _check_structure(self, step: int, abstract: Any) -> None:
         """Checks that a checkpoint has the arrays, and empty parts, that are wanted.

@@ -1,5 +1,6 @@
 """What the commands of this package share: two flags, and errors as one line."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from logging import LogRecord
@@ -13,9 +14,11 @@ from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
 from train.config import ConfigError
 from train.data import DataError
 from train.disk import CheckpointError
-from train.interrupts import Interrupted
+from train.interrupts import Interrupted, end_in_one_line
 from train.meter import NonFiniteLossError
 from train.records import RecordsError
+from train.text import printable
+from train.waiting import WaitError, is_abandoned
 from train.weights import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,6 +38,7 @@ _USER_ERRORS = (
     NonFiniteLossError,
     RecordsError,
     TargetError,
+    WaitError,
     WeightsError,
 )
 # What a config file, or a value for one of its fields, can go wrong with.
@@ -117,24 +121,35 @@ def _refuse(arguments: list[str]) -> None:
 
 def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
+        end_in_one_line()
         logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
         logging.get_absl_logger().addFilter(_is_of_use)
         if jax.config.jax_numpy_dtype_promotion != "standard":
             # Flax's norms in bfloat16 and Optax's schedules have no other.
             print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
             jax.config.update("jax_numpy_dtype_promotion", "standard")
-        try:
-            job(list(argv[1:]))
-        except _USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
-            return 128 + interrupted.signum
-        return 0
+        status = _status(lambda: job(list(argv[1:])))
+        if is_abandoned():  # whose thread Python would wait for
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
     flags.mark_flags_as_required(required)
     app.run(main, flags_parser=_parse_flags)
+
+
+def _status(job: Callable[[], None]) -> int:
+    """Runs the job; the exit status, after a line on an error or a signal."""
+    try:
+        job()
+    except _USER_ERRORS as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 128 + interrupted.signum
+    return 0
 
 
 def _is_of_use(record: LogRecord) -> bool:
@@ -159,5 +174,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
             text = text[1:-1]
         words = text.replace("\\'", "'").replace("\\n", " ").split()
         reason = f"--config: {' '.join(words)}"
-    print(f"error: {reason}", file=sys.stderr)
+    print(f"error: {printable(reason)}", file=sys.stderr)
     sys.exit(2)

@@ -29,7 +29,8 @@ def evaluator(job: Job) -> Evaluate:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        with Prefetch(batches, mesh_lib.placer(job.mesh)) as prefetch:
+        placer = mesh_lib.placer(job.mesh)
+        with Prefetch(batches, placer, data.check_workers) as prefetch:
             for number, batch in enumerate(prefetch):
                 meter.add(number, step(state, batch))
         meter.finish()

@@ -1,10 +1,11 @@
 """The training loop: steps, evaluations, checkpoints, resumption."""
 
 import contextlib
+import dataclasses
 import math
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -13,23 +14,20 @@ from train import config as config_lib
 from train import data, failure, finite, initialisation, optim, processes
 from train import job as job_lib
 from train import mesh as mesh_lib
+from train import position as position_lib
 from train import step as step_lib
 from train import workdir as workdir_lib
 from train.checkpoint import Checkpoints
 from train.disk import check_writable
 from train.evaluation import evaluator
-from train.interrupts import Interrupted, Interrupts
+from train.interrupts import Interrupted, Interrupts, StopRequested
 from train.job import Job
 from train.meter import Meter, NonFiniteLossError
+from train.position import Position
 from train.prefetch import Prefetch
 from train.profiler import Profiler
 from train.records import Records, Row
 from train.terminal import Terminal
-
-# The fields of a checkpoint's position that say how large the dataset is, and what
-# `metrics.csv` holds.
-_EXAMPLES = "train_examples"
-_ROWS = "rows"
 
 
 def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
@@ -56,7 +54,8 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
       NonFiniteLossError: the loss, or an array of the state that is to be saved,
         became infinite or NaN; `failure/` is written.
       RecordsError: metrics cannot be written.
-      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
+      WaitError: the next batch did not come in half an hour.
     """
     if config.num_steps is not None and config.num_epochs is not None:
         terminal.say(
@@ -68,7 +67,7 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
     workdir_lib.check(workdir, config)
     check_writable(workdir / "checkpoints", job.state_bytes)
     with Checkpoints(
-        workdir / "checkpoints", terminal.say, problem=finite.problem
+        workdir / "checkpoints", terminal.say, problem=_problem
     ) as checkpoints:
         try:
             return _train(job, workdir, terminal, checkpoints)
@@ -96,19 +95,11 @@ def _train(
         terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
     workdir_lib.claim(workdir, config)
 
-    def save(rows: list[Row], test: Meter | None = None) -> None:
-        position = {
-            "meter": meter.state(),
-            _EXAMPLES: len(job.dataset.train),
-            _ROWS: rows,
-        }
-        accuracy = _fit_to_save(done, state, test, is_last=done == total_steps)
-        checkpoints.save(done, state, position, accuracy)
-
+    saver = _Saver(checkpoints, meter, len(job.dataset.train), total_steps)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         interrupts = enter(Interrupts(several=jax.process_count() > 1))
-        batches = enter(_batches(job, done))
+        batches = enter(_batches(job, done, interrupts))
         records = enter(
             Records(workdir, done, rows, terminal.say, write=processes.is_first())
         )
@@ -116,7 +107,11 @@ def _train(
         bar = enter(terminal.start(workdir.name, done, total_steps))
         while done < total_steps:
             profiler.before(done, state)
-            state, sums = train_step(state, next(batches))
+            try:
+                batch = next(batches)
+            except StopRequested as request:
+                saver.stop(request.signum, done, state, records.rows)
+            state, sums = train_step(state, batch)
             done += 1
             profiler.after(done, state)
             meter.add(done, sums)
@@ -124,48 +119,77 @@ def _train(
             if done % evaluate_every == 0 or done == total_steps:
                 meter.finish()
                 # Before the evaluation, whose time is not that of the steps.
-                row: Row = {
+                row = {
                     "step": done,
                     "epoch": math.ceil(done / steps_per_epoch),
                     "learning_rate": learning_rate(done - 1),
-                    **_measured(meter, batches.take_waited()),
-                }
+                } | _measured(meter, batches.take_waited())
                 test = evaluate(state)
                 row |= _tested(test)
                 bar.say(_line(workdir.name, row))
                 meter.reset()
-                save([*records.rows, row], test)
+                saver.save(done, state, [*records.rows, row], test)
                 if not records.rows:
                     # `workdir.check` knows by its rows that a run has a checkpoint.
                     checkpoints.wait()
                 records.append(row)
             elif config.checkpoint_steps and done % config.checkpoint_steps == 0:
-                save(records.rows)
+                saver.save(done, state, records.rows)
             if processes.must_stop(done):
                 interrupts.signum = signal.SIGTERM
             if interrupts.signum is not None:
-                save(records.rows)
-                checkpoints.wait()
-                raise Interrupted(interrupts.signum, done)
+                saver.stop(interrupts.signum, done, state, records.rows)
     return records.rows
 
 
-def _fit_to_save(
-    done: int, state: step_lib.State, test: Meter | None, *, is_last: bool
-) -> float | None:
-    """Returns the test accuracy, if it is known, of a state that is fit to be saved.
+@dataclasses.dataclass(frozen=True)
+class _Saver:
+    """Saves the state after a step, if it is fit to go on from.
 
-    Raises:
-      NonFiniteLossError: the state is not finite, or the test loss after the last step.
+    Attributes:
+      checkpoints: where it goes.
+      meter: has the sums of the epoch under way.
+      train_examples: how many there are.
+      total_steps: of the whole run.
     """
-    problem = finite.problem(state)
-    if test is not None and not math.isfinite(test.loss):
-        if is_last:
-            problem = problem or f"The test loss became {test.loss}"
-        test = None  # training can still recover, but the best this is not
-    if problem:
-        raise NonFiniteLossError(done, math.nan, problem)
-    return None if test is None else test.accuracy
+
+    checkpoints: Checkpoints
+    meter: Meter
+    train_examples: int
+    total_steps: int
+
+    def save(
+        self,
+        done: int,
+        state: step_lib.State,
+        rows: list[Row],
+        test: Meter | None = None,
+    ) -> None:
+        """Saves the state, and the rows up to it.
+
+        Raises:
+          NonFiniteLossError: the state is not finite, or the test loss after the last
+            step.
+        """
+        problem = finite.problem(state)
+        if test is not None and not math.isfinite(test.loss):
+            if done == self.total_steps:
+                problem = problem or f"The test loss became {test.loss}"
+            test = None  # training can still recover, but the best this is not
+        if problem:
+            raise NonFiniteLossError(done, math.nan, problem)
+        position = Position(self.meter.state(), self.train_examples, rows)
+        accuracy = None if test is None else test.accuracy
+        self.checkpoints.save(done, state, position.to_json(), accuracy)
+
+    def stop(
+        self, signum: int, done: int, state: step_lib.State, rows: list[Row]
+    ) -> NoReturn:
+        """Saves the state and ends the run, as a signal asked."""
+        if done:
+            self.save(done, state, rows)
+            self.checkpoints.wait()
+        raise Interrupted(signum, done, self.total_steps)
 
 
 def _beginning(
@@ -175,10 +199,11 @@ def _beginning(
     restored = checkpoints.restore_latest(job.abstract)
     if restored is None:
         return 0, initialisation.initial_state(job), []
-    done, state, position = restored
+    done, state, content = restored
+    position = Position.from_json(content)
     _check_data(job, position)
-    meter.restore(position["meter"])
-    return done, state, position.get(_ROWS, [])
+    meter.restore(position.meter)
+    return done, state, position.rows
 
 
 def _measured(meter: Meter, waited: float) -> Row:
@@ -200,13 +225,18 @@ def _tested(test: Meter) -> Row:
     }
 
 
-def _check_data(job: Job, position: dict[str, Any]) -> None:
+def _problem(state: step_lib.State, position: Any) -> str:
+    """Returns why a checkpoint is none to go on from; empty if it is one."""
+    return finite.problem(state) or position_lib.problem(position)
+
+
+def _check_data(job: Job, position: Position) -> None:
     """Checks that the dataset is that of the checkpoint, wherever it lies.
 
     Raises:
       ConfigError: it has another number of examples.
     """
-    before, now = position[_EXAMPLES], len(job.dataset.train)
+    before, now = position.train_examples, len(job.dataset.train)
     if before != now:
         raise config_lib.ConfigError(
             f"The run began with {before} training examples of "
@@ -215,7 +245,11 @@ def _check_data(job: Job, position: dict[str, Any]) -> None:
         )
 
 
-def _batches(job: Job, start: int) -> Prefetch:
+def _batches(job: Job, start: int, interrupts: Interrupts) -> Prefetch:
+    def check() -> None:
+        data.check_workers()
+        interrupts.check()
+
     batches = data.training_batches(
         job.dataset,
         job.config.batch_size,
@@ -225,7 +259,7 @@ def _batches(job: Job, start: int) -> Prefetch:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return Prefetch(batches, mesh_lib.placer(job.mesh))
+    return Prefetch(batches, mesh_lib.placer(job.mesh), check)
 
 
 def _line(name: str, row: Row) -> str:

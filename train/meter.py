@@ -14,7 +14,7 @@ from train.step import Sums
 # a limit the batches of all the steps ahead would pile up in its memory.
 _MAX_PENDING = 2
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Sums))
+FIELDS = tuple(field.name for field in dataclasses.fields(Sums))
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -62,7 +62,7 @@ class Meter:
 
     def reset(self) -> None:
         """Starts over."""
-        self.restore(dict.fromkeys(_FIELDS, 0.0))
+        self.restore(dict.fromkeys(FIELDS, 0.0))
 
     def add(self, step: int, sums: Sums) -> None:
         """Adds the sums of one step, once the device has them."""
@@ -115,7 +115,7 @@ class Meter:
     def restore(self, state: dict[str, float]) -> None:
         """Goes on from sums that `state` gave."""
         self._pending.clear()
-        self._sums = {name: state[name] for name in _FIELDS}
+        self._sums = {name: state[name] for name in FIELDS}
         self._restored = self.count
         self._started = time.monotonic()
 
@@ -127,7 +127,7 @@ class Meter:
         host = jax.device_get(sums)
         if not (self._may_diverge or math.isfinite(host.loss)):
             raise NonFiniteLossError(step, float(host.loss))
-        for name in _FIELDS:
+        for name in FIELDS:
             self._sums[name] += float(getattr(host, name))
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from train.interrupts import Interrupted
+from train.waiting import Background
+
 # Batches on the device that no step has taken yet. One would do where steps and
 # batches take the same time every time.
 _AHEAD = 2
@@ -18,10 +21,23 @@ class Prefetch:
     next batches are made and cross over, and only what they take longer is waited for.
     """
 
-    def __init__(self, batches: Any, place: Callable[[Any], Any]) -> None:
-        """Takes an iterator, which it closes at the end, and what places a batch."""
+    def __init__(
+        self,
+        batches: Any,
+        place: Callable[[Any], Any],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Takes an iterator, which it closes at the end, and what places a batch.
+
+        Args:
+          batches: the iterator.
+          place: puts a batch onto the device.
+          check: ends the waiting for a batch that does not come, by raising.
+        """
         self._batches = batches
         self._place = place
+        self._check = check
+        self._background = Background("a batch of data")
         self._placed: collections.deque[Any] = collections.deque()
         self._waited = 0.0
 
@@ -36,7 +52,7 @@ class Prefetch:
     def __next__(self) -> Any:
         start = time.monotonic()
         while len(self._placed) < _AHEAD:
-            batch = next(self._batches, None)
+            batch = self._background.call(self._make, self._check)
             if batch is None:
                 break
             self._placed.append(self._place(batch))
@@ -44,6 +60,9 @@ class Prefetch:
         if not self._placed:
             raise StopIteration
         return self._placed.popleft()
+
+    def _make(self) -> Any:
+        return next(self._batches, None)
 
     def __enter__(self) -> Self:
         return self
@@ -55,4 +74,8 @@ class Prefetch:
         trace: TracebackType | None,
     ) -> None:
         self._placed.clear()
-        self._batches.close()
+        with self._background:
+            # Workers that start when a signal comes are ready before long.
+            stops = kind is not None and issubclass(kind, Interrupted)
+            if self._background.is_idle or (stops and self._background.recovers()):
+                self._background.call(self._batches.close)

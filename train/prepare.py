@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from train import data
 from train.data import datasets, prepared
 from train.data_dir import DATA_DIR
+from train.text import printable
 
 # What TFDS needs to prepare datasets, and not to read them.
 _NEEDED = ("tensorflow", "importlib_resources")
@@ -66,10 +67,8 @@ def main(argv: Sequence[str]) -> int:
             )
         print(prepare(argv[1], DATA_DIR.value))
     except data.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -50,7 +50,10 @@ def restore(
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     with Checkpoints(
-        workdir / "checkpoints", say, read_only=True, problem=finite.problem
+        workdir / "checkpoints",
+        say,
+        read_only=True,
+        problem=lambda state, _: finite.problem(state),
     ) as checkpoints:
         step = _choose(checkpoints, workdir)
         say(f"{workdir}: the checkpoint of step {step}.")

@@ -8,6 +8,8 @@ from typing import Self
 import rich.console
 import rich.progress
 
+from train.text import printable
+
 # Seconds between two lines of progress where there is no live bar.
 _PLAIN_INTERVAL = 30.0
 
@@ -25,7 +27,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """Prints a line (above the bar, if there is one)."""
         # Not wrapped: a line of output is a line.
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def start(self, name: str, step: int, total_steps: int) -> Self:
         """Announces a run that goes on from a step; to be used as a context."""

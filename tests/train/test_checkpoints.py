@@ -511,7 +511,8 @@ class DamagedTest(_SavedTestCase):
         self.assertTrue((self.root / "damaged" / name).is_dir())
 
     def test_a_state_with_a_problem_is_damaged(self):
-        def problem(state):
+        def problem(state, position):
+            self.assertIn("meter", position)
             return "too large" if state["step"] == 2 else ""
 
         with self._open(problem=problem) as checkpoints:

@@ -5,6 +5,7 @@ from train.data.datasets import DATASETS, Dataset, Info, info, load
 from train.data.errors import DataError
 from train.data.pipeline import (
     Batch,
+    check_workers,
     evaluation_batches,
     first_batch,
     training_batches,
@@ -17,6 +18,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Info",
+    "check_workers",
     "evaluation_batches",
     "first_batch",
     "info",

@@ -14,8 +14,20 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from multiprocessing import parent_process
-from signal import SIG_IGN, SIGINT, SIGTERM, signal
+from multiprocessing import parent_process, resource_tracker
+from pathlib import Path
+from signal import (
+    SIG_BLOCK,
+    SIG_IGN,
+    SIG_SETMASK,
+    SIGHUP,
+    SIGINT,
+    SIGKILL,
+    SIGTERM,
+    Signals,
+    pthread_sigmask,
+    signal,
+)
 from typing import Any, TypedDict
 
 import grain
@@ -146,6 +158,45 @@ def evaluation_batches(
     return _iterator(mine, _threads(dataset.test), workers)
 
 
+def check_workers() -> None:
+    """Checks that no worker has been lost, where a batch does not come.
+
+    Grain notices a loss as well, but not while a worker starts, for which it waits.
+
+    Raises:
+      DataError: the system, or somebody, ended one.
+    """
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return
+    # Left in the table of processes, so that Grain finds it there.
+    only_look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    with contextlib.suppress(ChildProcessError):
+        ended = os.waitid(os.P_ALL, 0, only_look)
+        if ended is not None and ended.si_status:
+            how = f"exit status {ended.si_status}"
+            if ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                how = Signals(ended.si_status).name
+            _end_workers()
+            raise _lost(f"process {ended.si_pid} ended by {how}")
+
+
+def _end_workers() -> None:
+    """Ends the workers that start, and would print a trace when this process ends."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            with contextlib.suppress(OSError):  # it has ended
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(child, SIGKILL)
+
+
+def _lost(what: str) -> DataError:
+    return DataError(
+        f"A worker of config.workers was lost: {what}. If by SIGKILL, memory may have "
+        "run out: take fewer workers. The same command goes on from the last "
+        "checkpoint."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _TrainingExample:
     """Makes a row of a batch of an example."""
@@ -211,6 +262,11 @@ def _iterator(batches: Any, threads: int, workers: int) -> grain.DatasetIterator
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags
     if _TRACKER not in sys.warnoptions:
         sys.warnoptions.append(_TRACKER)
+    # A thread that starts it would let signals through again, and with it its workers.
+    # The tracker leaves SIGHUP blocked, and heeds no other signal.
+    blocked = pthread_sigmask(SIG_BLOCK, {SIGHUP})
+    resource_tracker.ensure_running()
+    pthread_sigmask(SIG_SETMASK, blocked)
     one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     processes = grain.MultiprocessingOptions(workers, _AHEAD_OF_WORKER)
     dataset = batches.to_iter_dataset(one_by_one).mp_prefetch(processes, _start_worker)
@@ -236,8 +292,8 @@ def _start_worker(index: int, count: int) -> None:
     del index, count
     os.environ["JAX_PLATFORMS"] = "cpu"
     # A signal to the whole group is for the parent, which may want to finish a step.
-    signal(SIGINT, SIG_IGN)
-    signal(SIGTERM, SIG_IGN)
+    for signum in (SIGINT, SIGTERM, SIGHUP):
+        signal(signum, SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,12 +1,11 @@
 """The two kinds of files that hold named arrays: NumPy's .npz, and .safetensors."""
 
 import collections
+import contextlib
 import json
 import re
-import reprlib
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,11 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from train import text
 from train.files import write_atomically
 from train.weights.errors import WeightsError
+from train.weights.tensors import Tensor, zeros
 
-# What NumPy and its zip files raise for bytes that are no .npz file, and safetensors.
-_DAMAGES = (
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-    safetensors.SafetensorError,
-)
 _BUCKET = "https://storage.googleapis.com/vit_models"
 # How Google's files are called (vit_jax/configs and README.md of
 # github.com/google-research/vision_transformer), and the folders that they are in.
@@ -38,33 +28,62 @@ _GOOGLE = {
     r"ViT-[BLH]_(8|14|16|32)-224\.npz": "imagenet21k+imagenet2012",
     r"(Ti|S|B|L)_(8|16|32)-i(1k|21k|21k_30)-.+\.npz": "augreg",
 }
-# safetensors refuses larger ones.
-_LARGEST_HEADER = 100_000_000
+# Bytes of the part of a .safetensors file that names the arrays: a thousandth of it, or
+# less.
+_LARGEST_HEADER = 10_000_000
+_MOST_ARRAYS = 10_000
+# Characters of a parser's reason that are shown.
+_LONGEST = 300
+# The names that .safetensors has for the types that NumPy knows, and for bfloat16.
+_TYPES = {
+    "BOOL": np.bool_,
+    "BF16": jnp.bfloat16,
+    "C64": np.dtype("complex64"),
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+# The array of a file that was read last, by its name.
+Last = dict[str, np.ndarray]
+
 _FROM_SCRATCH = "--config.init_from= trains from scratch."
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by name, none of them pickled.
+def read(path: Path) -> dict[str, Tensor]:
+    """The arrays of a file by name, from its headers: no value is read yet.
 
     bfloat16, for which .npz has no name, is read from its two-byte void.
 
     Raises:
-      WeightsError: there is no such file, or it is none that can be read.
+      WeightsError: there is no such file, or it is none that can be read. Reading the
+        values of a tensor raises it, too.
     """
-    if not path.exists():
-        raise WeightsError(_missing(path))
-    if not path.is_file():
-        raise WeightsError(f"{path} is no file. {_FROM_SCRATCH}")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise WeightsError(
-            f"{path} has an unknown extension; known are {', '.join(_READERS)}."
-        )
-    try:
+    with _readable(path):
+        if not path.exists():
+            raise WeightsError(_missing(path))
+        if not path.is_file():
+            raise WeightsError(f"{path} is no file. {_FROM_SCRATCH}")
+        reader = _READERS.get(path.suffix)
+        if reader is None:
+            raise WeightsError(
+                f"{path} has an unknown extension; known are {', '.join(_READERS)}."
+            )
         return reader(path)
-    except _DAMAGES as error:
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns whatever a parser raises into the error of a file that is damaged."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (
+        Exception
+    ) as error:  # of many types: NumPy's, zipfile's, safetensors', JSON's
+        reason = text.shown(f"{error}" or type(error).__name__)
         raise WeightsError(
-            f"{path} cannot be read as {path.suffix}: {error} If it is damaged, "
+            f"{path} cannot be read as {path.suffix}: {reason} If it is damaged, "
             "fetch it again."
         ) from error
 
@@ -118,46 +137,119 @@ def check_path(path: str | Path) -> None:
         )
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    # Given a path, NumPy leaves the file open where it is no zip file after all.
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    # Not by `np.load`, which has no way to look at a header alone.
     with path.open("rb") as file:
-        content = np.load(file, allow_pickle=False)
-        if not isinstance(content, np.lib.npyio.NpzFile):
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
             raise ValueError("It holds a single array without a name.")
-        with content:
-            _check_names(content.files)
-            return {name: _array(name, content[name]) for name in content.files}
+    with zipfile.ZipFile(path) as archive:
+        _check_names(archive.namelist())
+        last: Last = {}
+        return dict(
+            _npz_tensor(path, archive, info, last) for info in archive.infolist()
+        )
 
 
-def _array(name: str, value: Any) -> np.ndarray:
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"{name!r} is no array.")
-    if value.dtype == np.dtype("V2"):
-        return value.view(jnp.bfloat16)
-    return value
+def _npz_tensor(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, last: Last
+) -> tuple[str, Tensor]:
+    name = info.filename.removesuffix(".npy")
+    if name == info.filename:
+        raise ValueError(f"{text.shown(name)} is no array.")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in _HEADERS:
+            raise ValueError(f"{text.shown(name)} is of an unknown version, {version}.")
+        shape, _, dtype = _HEADERS[version](member)
+        _check_type(name, dtype)
+        is_bfloat16 = dtype == np.dtype("V2")
+        like = zeros(shape, jnp.bfloat16 if is_bfloat16 else dtype)
+        if member.tell() + like.nbytes != info.file_size:
+            raise ValueError(f"{text.shown(name)} is of another size than it says.")
+
+    def values() -> np.ndarray:
+        with (
+            _readable(path),
+            zipfile.ZipFile(path) as opened,
+            opened.open(info) as member,
+        ):
+            array = np.lib.format.read_array(member, allow_pickle=False)
+            return array.view(like.dtype) if is_bfloat16 else array
+
+    return name, Tensor(name, like, _once(name, values, last))
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _check_type(name: str, dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biufc" and dtype != np.dtype("V2"):
+        raise ValueError(f"{text.shown(name)} holds {text.shown(dtype)}, not numbers.")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = file.read(min(size, _LARGEST_HEADER))
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"Its header has {size} bytes.")
+        header = file.read(size)
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         _check_names([name for name, _ in pairs])
         return dict(pairs)
 
     json.loads(header, object_pairs_hook=checked)
-    return safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, framework="np") as content:
+        names = content.keys()
+        last: Last = {}
+        return {name: _safe_tensor(path, content, name, last) for name in names}
+
+
+def _safe_tensor(path: Path, content: Any, name: str, last: Last) -> Tensor:
+    entry = content.get_slice(name)
+    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+    if dtype not in _TYPES:
+        raise ValueError(
+            f"{text.shown(name)} is of type {dtype}; known are {', '.join(_TYPES)}."
+        )
+
+    def values() -> np.ndarray:
+        with _readable(path), safetensors.safe_open(path, framework="np") as opened:
+            return opened.get_tensor(name)
+
+    return Tensor(name, zeros(shape, _TYPES[dtype]), _once(name, values, last))
+
+
+def _once(
+    name: str, values: Callable[[], np.ndarray], last: Last
+) -> Callable[[], np.ndarray]:
+    """Reads once what is wanted several times in a row: the blocks of a stack."""
+
+    def read() -> np.ndarray:
+        if name not in last:
+            last.clear()  # first: not two arrays are in memory
+            last[name] = values()
+        return last[name]
+
+    return read
 
 
 def _check_names(names: list[str]) -> None:
-    """Refuses a name that is there twice, of which readers take one or the other."""
+    """Refuses a name that is there twice, of which readers take one or the other.
+
+    And more names than any model has.
+    """
+    if len(names) > _MOST_ARRAYS:
+        raise ValueError(f"It has {len(names)} names, as no model does.")
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"{reprlib.repr(twice[0])} is in it more than once.")
+        raise ValueError(f"{text.shown(twice[0])} is in it more than once.")
 
 
-_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
 }

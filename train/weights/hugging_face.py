@@ -1,5 +1,6 @@
 """Names and layout of Hugging Face's ViT (transformers, models/vit/modeling_vit.py)."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -33,7 +34,7 @@ _IN_LAYER = {
 }
 # A layer that classifiers do not have, and one for pre-training.
 _DROPPED = re.compile(r"(pooler\.dense\.(weight|bias)|embeddings\.mask_token)")
-_LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
+_LAYER = re.compile(r"encoder\.layer\.(\d{1,4})\.(.+)")
 
 
 def is_layout(names: Iterable[str]) -> bool:
@@ -43,7 +44,7 @@ def is_layout(names: Iterable[str]) -> bool:
 
 
 def translate(
-    arrays: Mapping[str, np.ndarray], specs: Specs
+    tensors: Mapping[str, Tensor], specs: Specs
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of this program's ViT.
 
@@ -51,22 +52,23 @@ def translate(
     of their own. How many there are is the model's to say: the file does not.
 
     Args:
-      arrays: of the file, by name.
+      tensors: of the file, by name.
       specs: of the model's variables, by name.
 
     Yields:
-      Views of the arrays. Names that `ViTForImageClassification` and `ViTModel` do not
+      The tensors. Names that `ViTForImageClassification` and `ViTModel` do not
       have are as they were.
     """
-    for source, array in arrays.items():
+    for source, tensor in tensors.items():
         name = source.removeprefix(_PREFIX)
         if _DROPPED.fullmatch(name):
             continue
         target = _target(name)
         if target is None:
-            yield source, Tensor(source, array)
+            yield source, tensor
             continue
-        yield target, Tensor(source, _laid_out(array, target, specs.get(target)))
+        layout = functools.partial(_laid_out, target=target, spec=specs.get(target))
+        yield target, tensor.map(layout)
 
 
 def _target(name: str) -> str | None:

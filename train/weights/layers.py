@@ -1,5 +1,7 @@
 """Blocks that are scanned, whose parameters are stacked, and those that are not."""
 
+import operator
+
 import jax
 import numpy as np
 
@@ -30,14 +32,19 @@ def unstack_specs(specs: Specs) -> Specs:
     return apart
 
 
-def unstack(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """A tensor by name, or, of scanned blocks, one for each of them (views)."""
-    names = layer_names(name, tensor.array.shape)
+def unstack(name: str, tensor: Tensor, most: int) -> list[tuple[str, Tensor]]:
+    """A tensor by name, or, of scanned blocks, one for each of them (views).
+
+    More blocks than `most` are left as they are, which no model is.
+    """
+    if tensor.shape and tensor.shape[0] > most:
+        return [(name, tensor)]
+    names = layer_names(name, tensor.shape)
     if names is None:
         return [(name, tensor)]
     return [
-        (layer, Tensor(tensor.source, array))
-        for layer, array in zip(names, tensor.array, strict=True)
+        (layer, tensor.map(operator.itemgetter(number)))
+        for number, layer in enumerate(names)
     ]
 
 

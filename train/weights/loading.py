@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from train import text
 from train.weights import files, layers, layouts
 from train.weights.errors import WeightsError
-from train.weights.positions import resize
-from train.weights.tensors import CLS, HEAD, POSITIONS, Specs, Tensor, Tensors
+from train.weights.positions import are_square, resize
+from train.weights.tensors import CLS, HEAD, POSITIONS, Specs, Tensor, Tensors, zeros
+
+# Of a file: a grid of 256 x 256, which is an image of 4,096 pixels a side.
+_MOST_POSITIONS = 2**16
 
 
 def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,12 +94,11 @@ def _taken(tensors: Tensors, specs: Specs) -> dict[str, np.ndarray]:
     ]
     if lines:
         raise WeightsError(_summary(lines))
-    # Values beyond the variable's type become infinite.
-    with np.errstate(over="ignore"):
-        taken = {
-            name: np.asarray(tensors[name].array, spec.dtype)
-            for name, spec in specs.items()
-        }
+    taken = {
+        # By the name in the file, which has the blocks of a stack in one array.
+        name: _values(tensors[name], specs[name].dtype)
+        for name in sorted(specs, key=lambda name: tensors[name].source)
+    }
     lines = [
         f"{_where(name, tensors[name])}: {bad} of {array.size} values"
         for name, array in taken.items()
@@ -104,16 +107,22 @@ def _taken(tensors: Tensors, specs: Specs) -> dict[str, np.ndarray]:
     if lines:
         raise WeightsError(
             f"{len(lines)} arrays have values that are infinite or NaN in the model's "
-            f"type: name another file.{_listed(lines)}"
+            f"type: name another file.{text.lines(lines)}"
         )
     return taken
+
+
+def _values(tensor: Tensor, dtype: Any) -> np.ndarray:
+    """A tensor's values in a type; those beyond it become infinite."""
+    with np.errstate(over="ignore"):
+        return np.asarray(tensor.read(), dtype)
 
 
 def _head_stays(tensors: Tensors, specs: Specs) -> bool:
     """Whether the file has no head, or one of another number of classes."""
     if not all(name in specs for name in HEAD):
         return False
-    found = [tensors[name].array.shape for name in HEAD if name in tensors]
+    found = [tensors[name].shape for name in HEAD if name in tensors]
     if len(found) < len(HEAD):
         return not found
     wanted = [specs[name].shape for name in HEAD]
@@ -130,17 +139,27 @@ def _fit_tokens(tensors: Tensors, specs: Specs) -> Tensors:
     positions, wanted = tensors.get(POSITIONS), specs.get(POSITIONS)
     if positions is None or wanted is None:
         return tensors
-    array = positions.array
-    if not _converts(array.dtype, wanted.dtype):
+    if not _converts(positions.dtype, wanted.dtype):
         return tensors
-    if array.ndim != 3 or array.shape[::2] != wanted.shape[::2]:
+    shape = positions.shape
+    if len(shape) != 3 or shape[::2] != wanted.shape[::2]:
         return tensors
     if dropped:
-        array = array[:, 1:]
-    if array.shape != wanted.shape:
-        resized = resize(array, wanted.shape[1], int(CLS in tensors))
-        array = array if resized is None else resized
-    return tensors | {POSITIONS: Tensor(positions.source, array)}
+        positions = positions.map(lambda array: array[:, 1:])
+    return tensors | {POSITIONS: _resized(positions, wanted.shape, CLS in tensors)}
+
+
+def _resized(positions: Tensor, shape: tuple[int, ...], has_token: bool) -> Tensor:
+    """Positions of another square grid interpolated, others as they are."""
+    old, new = positions.shape[1], shape[1]
+    is_square = are_square(old - has_token, new - has_token)
+    if old == new or not is_square or old > _MOST_POSITIONS:
+        return positions
+    return Tensor(
+        positions.source,
+        zeros(shape, np.float64),
+        lambda: resize(positions.read(), new, int(has_token)),
+    )
 
 
 def _difference(
@@ -148,20 +167,21 @@ def _difference(
 ) -> str | None:
     if spec is None:
         assert tensor is not None
-        return f"{tensor.source} {tensor.array.shape}: in the file alone"
+        return f"{text.shown(tensor.source)} {tensor.shape}: in the file alone"
     if tensor is None:
         return f"{name} {spec.shape}: in the model alone"
-    where, array = _where(name, tensor), tensor.array
-    if not _converts(array.dtype, spec.dtype):
-        return f"{where}: {array.dtype} in the file, {spec.dtype} in the model"
-    if array.shape != spec.shape:
+    where = _where(name, tensor)
+    if not _converts(tensor.dtype, spec.dtype):
+        return f"{where}: {tensor.dtype} in the file, {spec.dtype} in the model"
+    if tensor.shape != spec.shape:
         hint = "; only square grids are interpolated" if name == POSITIONS else ""
-        return f"{where}: {array.shape} in the file, {spec.shape} in the model{hint}"
+        return f"{where}: {tensor.shape} in the file, {spec.shape} in the model{hint}"
     return None
 
 
 def _where(name: str, tensor: Tensor) -> str:
-    return name if tensor.source == name else f"{tensor.source} ({name})"
+    source = text.shown(tensor.source)
+    return source if tensor.source == name else f"{source} ({name})"
 
 
 def _converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
@@ -173,9 +193,5 @@ def _converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
 def _summary(lines: list[str]) -> str:
     return (
         f"{len(lines)} arrays do not fit. Configure the model that the file is of, or "
-        f"name another file.{_listed(lines)}"
+        f"name another file.{text.lines(lines)}"
     )
-
-
-def _listed(lines: list[str]) -> str:
-    return "".join(f"\n  {line}" for line in lines)

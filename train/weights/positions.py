@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 def resize(
     embeddings: Float[np.ndarray, "1 length width"], length: int, tokens: int
-) -> Float[np.ndarray, "1 new_length width"] | None:
+) -> Float[np.ndarray, "1 new_length width"]:
     """Position embeddings, interpolated bilinearly to another grid.
 
     As `interpolate_posembed` in vit_jax/checkpoint.py of Google's public implementation
@@ -21,15 +21,23 @@ def resize(
       tokens: how many come before the grid; they stay as they are.
 
     Returns:
-      The embeddings in float64, or `None` where one of the grids is not square.
+      The embeddings in float64.
+
+    Raises:
+      ValueError: one of the grids is not square: see `are_square`.
     """
     first, grid = np.split(np.asarray(embeddings[0], np.float64), [tokens])
-    old, new = math.isqrt(len(grid)), math.isqrt(max(0, length - tokens))
-    if not old or not new or old**2 != len(grid) or new**2 != length - tokens:
-        return None
+    if not are_square(len(grid), length - tokens):
+        raise ValueError(f"{len(grid)} or {length - tokens} is no square.")
+    old, new = math.isqrt(len(grid)), math.isqrt(length - tokens)
     square = grid.reshape(old, old, -1)
     # By default the last row is 0 where its place is rounded to outside the grid, as
     # from 24 rows to 22.
     zoom = (new / old, new / old, 1)
     square = scipy.ndimage.zoom(square, zoom, order=1, mode="nearest")
     return np.concatenate([first, square.reshape(new**2, -1)])[None]
+
+
+def are_square(*lengths: int) -> bool:
+    """Whether all grids of so many positions are square, and none is empty."""
+    return all(n > 0 and math.isqrt(n) ** 2 == n for n in lengths)
