@@ -1,12 +1,21 @@
+import contextlib
 import dataclasses
 import functools
 import io
 import itertools
 import math
 import multiprocessing
+import struct
+import subprocess
 import tempfile
+import tracemalloc
+import warnings
+import zlib
+from unittest import mock
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -60,6 +69,18 @@ def _jpeg(image, **options):
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90, **options)
     return file.getvalue()
+
+
+def _png(side):
+    """A PNG that says that it is of this height and width, and has no pixel."""
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + crc
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
 def _photograph():
@@ -208,6 +229,44 @@ class AugmentationTest(parameterized.TestCase):
         for broken in (b"no image", _jpeg(_photograph())[:2000]):
             with pytest.raises(data.DataError, match="Damaged image"):
                 images.view({"image": broken}, 32)
+
+    @parameterized.parameters("GIF", "BMP", "TIFF", "EPS", "PPM", "WEBP")
+    def test_other_formats_are_not_opened(self, name):
+        """EPS would start Ghostscript."""
+        content = io.BytesIO()
+        _photograph().save(content, name)
+        with (
+            mock.patch.object(subprocess, "Popen", side_effect=AssertionError),
+            pytest.raises(data.DataError, match="neither JPEG nor PNG"),
+        ):
+            images.view({"image": content.getvalue()}, 32)
+
+    @parameterized.product(side=[20_000, 12_000, 9_500, 2**31 - 1], whole=[True, False])
+    def test_the_size_is_looked_at_first(self, side, whole):
+        content = _png(side)
+        tracemalloc.start()
+        with pytest.raises(data.DataError) as caught:
+            images.decoded(content, (32, 32, 3)) if whole else images.opened(content)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        self.assertLess(peak, 2**20)
+        self.assertRegex(str(caught.value), r"limit|pixels, not 32 x 32|could be")
+
+    @hypothesis.given(
+        st.sampled_from(["JPEG", "PNG"]),
+        st.lists(st.tuples(st.integers(0, 1999), st.binary(max_size=8)), max_size=4),
+        st.integers(0, 2000),
+    )
+    def test_bytes_are_an_image_or_a_data_error(self, name, changes, length):
+        content = io.BytesIO()
+        _photograph().resize((24, 20)).save(content, name)
+        broken = bytearray(content.getvalue())
+        for place, value in changes:
+            broken[place : place + len(value)] = value
+        with contextlib.suppress(data.DataError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF data
+            found = images.view({"image": bytes(broken[:length])}, 8)
+            self.assertEqual(found.shape, (8, 8, 3))
 
 
 class TrainingBatchesTest(parameterized.TestCase):

@@ -1,5 +1,6 @@
 """Datasets that TFDS has prepared: what is read, and what is refused."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -180,6 +181,47 @@ class DamageTest(parameterized.TestCase):
                 "whole numbers from 0 to 999",
             ):
                 self.assertIn(part, str(caught.value))
+
+    def _with_image(self, image):
+        """A training set of which the 6th example has another image."""
+        dataset = data.load("imagenet2012", _TINY, 32, "none")
+        examples = [dict(each) for each in dataset.train]
+        examples[5] |= {"image": image}
+
+        class Source(list):
+            def __getitems__(self, indices):
+                return [self[index] for index in indices]
+
+        dataset.train.__dict__["_source"] = Source(examples)
+        return dataset
+
+    @parameterized.parameters(None, 3, "text", ([1, 2],))
+    def test_what_is_no_encoded_image(self, image):
+        source = self._with_image(image).train
+        for read in (lambda: source[5], lambda: source.many(range(6))):
+            with pytest.raises(
+                data.DataError, match=r"Example 5 of split 'train' in .*, in .*-0000.*"
+            ) as caught:
+                read()
+            self.assertIn("has no encoded image", str(caught.value))
+
+    def test_an_image_that_is_damaged_is_named(self):
+        dataset = self._with_image(b"no image")
+        batches = data.training_batches(dataset, 16, 0)
+        with (
+            contextlib.closing(batches),
+            pytest.raises(data.DataError) as caught,
+        ):
+            list(itertools.islice(batches, 3))
+        self.assertStartsWith(str(caught.value), "Example 5 of split 'train' in ")
+        self.assertIn("neither JPEG nor PNG", str(caught.value))
+
+    @parameterized.parameters("~nosuchuser/data", "a" * 5000, "/" + "a/" * 5000)
+    def test_a_directory_that_cannot_be(self, name):
+        for call in (data.info, lambda *args: data.load(*args, 32, "none")):
+            with pytest.raises(data.DataError, match="is no directory's name") as error:
+                call("cifar10", name)
+            self.assertLess(len(str(error.value)), 500)
 
     @parameterized.parameters(KeyError("label"), ValueError("no Example"))
     def test_what_is_no_example(self, error):

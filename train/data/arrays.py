@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from train.data import images
-from train.data.errors import DataError
+from train.data.errors import of_example
 from train.data.prepared import Records
 
 # Examples that are read at once.
@@ -72,11 +72,7 @@ def decode(source: Records, shape: Sequence[int]) -> Examples:
     chunks = (indices[i : i + _CHUNK] for i in indices[::_CHUNK])
     examples = itertools.chain.from_iterable(map(source.many, chunks))
     for i, raw in enumerate(examples):
-        image = images.decoded(raw["image"])
-        if image.shape != tuple(shape):
-            raise DataError(
-                f"Image {i} is of shape {image.shape}, not {tuple(shape)}: this is not "
-                "the dataset that its directory is named after."
-            )
-        pixels[i], labels[i] = image, raw["label"]
+        with of_example(raw):
+            pixels[i] = images.decoded(raw["image"], shape)
+        labels[i] = raw["label"]
     return Examples(pixels, labels)

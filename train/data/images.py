@@ -4,14 +4,17 @@ An image is either encoded (JPEG or PNG, of any size) or an array, uint8 of shap
 (height, width, channels) with one or three channels. Results are such arrays.
 """
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from train.data.errors import DataError
+from train.text import shown
 
 # left, top, right, bottom in pixels, as Pillow has it.
 Box = tuple[float, float, float, float]
@@ -20,6 +23,14 @@ Box = tuple[float, float, float, float]
 # of 256, as Krizhevsky et al. (2012) did.
 _CENTRE = 0.875
 
+# A file of some kilobytes can ask for a gigabyte. The largest image of ImageNet has 61
+# million pixels.
+_MOST_PIXELS = 80_000_000
+# Pillow opens many formats, some by other programs.
+_FORMATS = ("JPEG", "PNG")
+
+# Pillow warns, at first, of what is an error here.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # ImageNet has photographs with such EXIF data, of which nothing is used here.
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data", UserWarning)
 
@@ -28,14 +39,29 @@ def opened(image: bytes | np.ndarray) -> Image.Image:
     """A Pillow image, of which an encoded image's pixels are not decoded yet.
 
     Raises:
-      DataError: the bytes are not an image.
+      DataError: the bytes are not an image, or one too large.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    with _damaged():
+        found = Image.open(io.BytesIO(image), formats=_FORMATS)
+    if found.width * found.height > _MOST_PIXELS:
+        raise DataError(
+            f"An image of {found.width} x {found.height} pixels has more than "
+            f"{_MOST_PIXELS:,}, which is the limit."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _damaged() -> Iterator[None]:
+    """Turns whatever Pillow raises into the error of an image that is damaged."""
     try:
-        return Image.open(io.BytesIO(image))
-    except (OSError, SyntaxError) as error:  # broken PNGs are errors of syntax
-        raise DataError(f"Damaged image: {error}") from error
+        yield
+    except UnidentifiedImageError as error:  # which names an object in memory
+        raise DataError("Damaged image: neither JPEG nor PNG.") from error
+    except Exception as error:  # of many types: broken PNGs are errors of syntax
+        raise DataError(f"Damaged image: {shown(error)}") from error
 
 
 def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
@@ -48,15 +74,13 @@ def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
       DataError: the image is damaged.
     """
     scale = shrink(image, box, size)
-    try:
+    with _damaged():
         if image.format is not None:  # a file, and not an array
             image = image.convert("RGB")
         left, top, right, bottom = (edge / scale for edge in box)
         part = image.resize(
             (size, size), Image.Resampling.BILINEAR, (left, top, right, bottom)
         )
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"Damaged image: {error}") from error
     pixels = np.asarray(part)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
@@ -92,16 +116,20 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     return crop(pillow, whole(pillow), size)
 
 
-def decoded(image: bytes) -> np.ndarray:
+def decoded(image: bytes, shape: Sequence[int]) -> np.ndarray:
     """An encoded image at its own size, of shape (height, width, 3).
 
     Raises:
-      DataError: the image is damaged.
+      DataError: the image is damaged, or has another shape.
     """
-    try:
-        return np.asarray(opened(image).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"Damaged image: {error}") from error
+    found = opened(image)
+    if (found.height, found.width, 3) != tuple(shape):  # before it is decoded
+        raise DataError(
+            f"An image is of {found.height} x {found.width} pixels, not {shape[0]} x "
+            f"{shape[1]}: this is not the dataset that its directory is named after."
+        )
+    with _damaged():
+        return np.asarray(found.convert("RGB"))
 
 
 def view(raw: Any, size: int) -> np.ndarray:

@@ -36,7 +36,7 @@ from absl import flags
 
 from train.data.arrays import Examples, Source
 from train.data.datasets import Dataset
-from train.data.errors import DataError
+from train.data.errors import DataError, of_example
 
 # Batches that a worker process has made before they are asked for.
 _AHEAD_OF_WORKER = 2
@@ -204,7 +204,8 @@ class _TrainingExample:
     image: Callable[[Any, np.random.Generator], np.ndarray]
 
     def __call__(self, raw: Any, rng: np.random.Generator) -> Batch:
-        return _row(self.image(raw, rng), raw["label"], 1)
+        with of_example(raw):
+            return _row(self.image(raw, rng), raw["label"], 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +229,8 @@ class _PaddedTest(Source):
         if index >= len(self.examples):
             return self._padding
         raw = self.examples[index]
-        return _row(self.image(raw), raw["label"], 1)
+        with of_example(raw):
+            return _row(self.image(raw), raw["label"], 1)
 
     @functools.cached_property
     def _padding(self) -> Batch:

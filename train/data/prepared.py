@@ -4,6 +4,7 @@ Nothing here downloads, or writes. TFDS is imported where it is used: it takes a
 which those who need no prepared dataset are spared.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -18,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from train.data.errors import DataError
+from train.text import shown
 
 FILE_FORMAT = "array_record"
 
+# Characters of a library's reason that are shown.
+_LONGEST = 300
 # Shards that are opened at once: they may be on a remote file system.
 _THREADS = 32
 
@@ -68,23 +72,27 @@ class Records:
         return list(map(self._checked, indices, examples))
 
     def _checked(self, index: int, example: Any) -> Any:
-        """The example, if its label is one of the classes."""
+        """The example and its place, if its image and its label can be such."""
+        place = Place(self._directory, self._split, index)
+        if not isinstance(example.get("image"), bytes):
+            raise DataError(
+                f"{place}, has no encoded image. {_remedy(self._directory)}"
+            )
         given = example.get("label")
         label = np.asarray(given)
         is_whole = label.ndim == 0 and np.issubdtype(label.dtype, np.integer)
         if is_whole and 0 <= label < self._num_classes:
-            return example
+            return example | {"place": place}
         raise DataError(
-            f"Example {index} of split {self._split!r} in {self._directory}, in "
-            f"{_shard(self._directory, self._split, index)}, has the label "
-            f"{reprlib.repr(given)}, and labels are whole numbers from 0 to "
-            f"{self._num_classes - 1}. {_remedy(self._directory)}"
+            f"{place}, has the label {reprlib.repr(given)}, and labels are whole "
+            f"numbers from 0 to {self._num_classes - 1}. {_remedy(self._directory)}"
         )
 
     def _unreadable(self, index: int, error: Exception) -> DataError:
         return DataError(
             f"Example {index} of split {self._split!r} in {self._directory}, or one "
-            f"soon after, cannot be read: {error}. {_remedy(self._directory)}"
+            f"soon after, cannot be read: {shown(error, _LONGEST)}. "
+            f"{_remedy(self._directory)}"
         )
 
     def __reduce__(self) -> tuple[type["Records"], tuple[Path, str, int]]:
@@ -99,10 +107,52 @@ class Records:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an example is; as text, with the name of the file.
+
+    Attributes:
+      directory: of the dataset and version.
+      split: TFDS's name of the part.
+      index: the example's, in the split.
+    """
+
+    directory: Path
+    split: str
+    index: int
+
+    def __str__(self) -> str:
+        shards = _split_info(self.directory, self.split).file_instructions
+        ends = itertools.accumulate(shard.examples_in_shard for shard in shards)
+        file = next(
+            (
+                Path(shard.filename).name
+                for shard, end in zip(shards, ends, strict=True)
+                if self.index < end
+            ),
+            "no file",
+        )
+        return (
+            f"Example {self.index} of split {self.split!r} in {self.directory}, in "
+            f"{file}"
+        )
+
+
 def root(data_dir: str) -> Path:
-    """The directory that holds prepared datasets: the given one, or TFDS's default."""
+    """The directory that holds prepared datasets: the given one, or TFDS's default.
+
+    Raises:
+      DataError: no directory can have that name.
+    """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(data_dir or default).expanduser()
+    try:
+        path = Path(data_dir or default).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or of a user that is unknown
+        raise DataError(
+            f"config.data_dir={shown(data_dir)} is no directory's name: {shown(error)}"
+        ) from error
+    return path
 
 
 def command(name: str, directory: Path | str) -> str:
@@ -176,7 +226,7 @@ def _check_files(directory: Path, split: str) -> None:
             found = reader.num_records()
             reader.close()
         except RuntimeError as error:
-            return f"{path.name} is damaged: {error}"
+            return f"{path.name} is damaged: {shown(error, _LONGEST)}"
         if found == shard.examples_in_shard:
             return None
         return f"{path.name} has {found} of {shard.examples_in_shard} examples"
@@ -207,14 +257,6 @@ def _split_info(directory: Path, split: str) -> Any:
     return splits[split]
 
 
-def _shard(directory: Path, split: str, index: int) -> str:
-    """The name of the file with an example."""
-    shards = _split_info(directory, split).file_instructions
-    ends = itertools.accumulate(shard.examples_in_shard for shard in shards)
-    names = (Path(shard.filename).name for shard in shards)
-    return next(name for name, end in zip(names, ends, strict=True) if index < end)
-
-
 @functools.cache
 def _builder(directory: Path) -> Any:
     """TFDS's description of a dataset, read from the files in its directory."""
@@ -224,7 +266,8 @@ def _builder(directory: Path) -> Any:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # of many types, for files that are not what they should
         raise DataError(
-            f"The description of the dataset in {directory} cannot be read: {error}. "
+            f"The description of the dataset in {directory} cannot be read: "
+            f"{shown(error, _LONGEST)}. "
             f"{_remedy(directory)}"
         ) from error
 
