@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from train import checksums
 from train.disk import CheckpointError, check_room
 from train.processes import any_of, is_first, synchronise
+from train.waiting import Background
 
 # How many of the newest are kept, beside the best.
 _LATEST = 2
@@ -62,6 +63,7 @@ class Checkpoints:
                 _remove(path)
             synchronise("half_written")
         self._saving: int | None = None
+        self._background = Background(f"a checkpoint to be written to {directory}")
         # Not Orbax's `read_only`, which warns of itself.
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -178,7 +180,7 @@ class Checkpoints:
           CheckpointError: it cannot be.
         """
         try:
-            self._manager.wait_until_finished()
+            self._background.call(self._manager.wait_until_finished)
         except Exception as error:  # of many types, as above
             raise self._unwritable(error) from error
 
@@ -197,7 +199,9 @@ class Checkpoints:
             if error is None:  # else there is one to be told already
                 raise
         finally:
-            self._close()
+            with self._background:
+                if self._background.is_idle:
+                    self._close()
 
     def _check_room(self, needed: int) -> None:
         # Before Orbax sees it, whose threads write of their own what they fail at; and

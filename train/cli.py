@@ -1,6 +1,7 @@
 """What the commands of this package share: two flags, and errors as one line."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from logging import LogRecord
@@ -11,13 +12,17 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
+from train import config as config_lib
+from train import validation
 from train.config import ConfigError
 from train.data import DataError
 from train.disk import CheckpointError
+from train.files import PathError, named
 from train.interrupts import Interrupted, end_in_one_line
+from train.lock import LockedError
 from train.meter import NonFiniteLossError
 from train.records import RecordsError
-from train.text import printable
+from train.text import printable, shown
 from train.waiting import WaitError, is_abandoned
 from train.weights import WeightsError
 
@@ -34,8 +39,10 @@ _USER_ERRORS = (
     ConfigError,
     CompilerError,
     DataError,
+    LockedError,
     NoBatchFitsError,
     NonFiniteLossError,
+    PathError,
     RecordsError,
     TargetError,
     WaitError,
@@ -66,7 +73,7 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
     def checked(arguments: list[str]) -> None:
         _refuse(arguments)
         if _WORKDIR.value and not needs_workdir:
-            raise app.UsageError("This command writes nothing: leave out --workdir.")
+            raise ConfigError("This command writes nothing: leave out --workdir.")
         job(_CONFIG.value, _workdir() if needs_workdir else Path())
 
     _run(checked, ["config", *(["workdir"] if needs_workdir else [])])
@@ -81,7 +88,7 @@ def launch_on_run(job: Callable[[Path], None]) -> None:
     def checked(arguments: list[str]) -> None:
         _refuse(arguments)
         if _CONFIG.value is not None:
-            raise app.UsageError("The config is that in --workdir: leave out --config.")
+            raise ConfigError("The config is that in --workdir: leave out --config.")
         job(_workdir())
 
     _run(checked, ["workdir"])
@@ -95,15 +102,15 @@ def launch_on_runs(job: Callable[[list[Path]], None]) -> None:
 
     def checked(directories: list[str]) -> None:
         if _CONFIG.value is not None or _WORKDIR.value is not None:
-            raise app.UsageError(
+            raise ConfigError(
                 "Runs are named without a flag: leave out --config and --workdir."
             )
         if not directories:
-            raise app.UsageError("Name the directories of runs.")
+            raise ConfigError("Name the directories of runs.")
         for directory in directories:
-            if not Path(directory).is_dir():
-                raise ConfigError(f"{directory} is no directory.")
-        job([Path(directory) for directory in directories])
+            if not named(directory).is_dir():
+                raise ConfigError(f"{shown(directory)} is no directory.")
+        job([named(directory) for directory in directories])
 
     _run(checked, [])
 
@@ -111,12 +118,12 @@ def launch_on_runs(job: Callable[[list[Path]], None]) -> None:
 def _workdir() -> Path:
     if not _WORKDIR.value:
         raise ConfigError("--workdir= is empty: name a directory.")
-    return Path(_WORKDIR.value)
+    return named(_WORKDIR.value)
 
 
 def _refuse(arguments: list[str]) -> None:
     if arguments:
-        raise app.UsageError(f"Not an argument: {arguments[0]!r}")
+        raise ConfigError(f"Not an argument: {shown(repr(arguments[0]))}.")
 
 
 def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
@@ -168,11 +175,32 @@ def _parse_flags(argv: list[str]) -> list[str]:
         message = str(error).strip().splitlines()
         reason = message[0] if len(message) == 1 else f"--config: {message[-1].strip()}"
     except _CONFIG_FILE_ERRORS as error:
-        # ml_collections hands on the representation of a text, of which this is left.
-        text = error.args[0] if isinstance(error, KeyError) else str(error)
-        if text.startswith("'\\'"):
-            text = text[1:-1]
-        words = text.replace("\\'", "'").replace("\\n", " ").split()
-        reason = f"--config: {' '.join(words)}"
+        reason = f"--config: {_unknown_override(argv) or _words(error)}"
     print(f"error: {printable(reason)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _unknown_override(argv: list[str]) -> str:
+    """Returns which field that a flag gives the config does not have, if there is one.
+
+    Of the error that this makes, only the last part of the name can be told.
+    """
+    files = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    try:
+        config = flags.FLAGS["config"].parser.parse(files[-1])
+        names = config_lib.flat(config)
+    except (IndexError, *_CONFIG_FILE_ERRORS):  # which is told in its own words
+        return ""
+    for word in argv:
+        match = re.match(r"--?config\.([^=]+)", word)
+        if match and not any(f"{name}.".startswith(f"{match[1]}.") for name in names):
+            return validation.unknown_field(names, match[1])
+    return ""
+
+
+def _words(error: Exception) -> str:
+    # ml_collections hands on the representation of a text, of which this is left.
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    if text.startswith("'\\'"):
+        text = text[1:-1]
+    return " ".join(text.replace("\\'", "'").replace("\\n", " ").split())

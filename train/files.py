@@ -1,7 +1,29 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and their names."""
 
 import os
 from pathlib import Path
+
+from train.text import shown
+
+
+class PathError(ValueError):
+    """A text that cannot be the name of a file."""
+
+
+def named(text: str) -> Path:
+    """The path that a user named; `~` stands for a home directory.
+
+    Raises:
+      PathError: it is too long, or of a user that there is not.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise PathError(
+            f"{shown(text)} is no name of a file: {shown(error)}"
+        ) from error
+    return path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import data, failure, finite, initialisation, optim, processes
+from train import data, failure, finite, initialisation, optim, processes, validation
 from train import job as job_lib
 from train import mesh as mesh_lib
 from train import position as position_lib
@@ -48,6 +48,7 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
 
     Raises:
       ConfigError: the config cannot be run, or the workdir holds a run of another.
+      LockedError: another run writes to the workdir.
       CheckpointError: a checkpoint cannot be written or read.
       DataError: the dataset is not there, or damaged.
       WeightsError: `config.init_from` does not fit the model.
@@ -57,24 +58,26 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
       Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
       WaitError: the next batch did not come in half an hour.
     """
-    if config.num_steps is not None and config.num_epochs is not None:
+    if config.get("num_steps") is not None and config.get("num_epochs") is not None:
         terminal.say(
             f"config.num_steps={config.num_steps} says how long to train, not "
             f"config.num_epochs={config.num_epochs}."
         )
     config = config_lib.without_unused_epochs(config)
     job = job_lib.prepare(config)
-    workdir_lib.check(workdir, config)
-    check_writable(workdir / "checkpoints", job.state_bytes)
-    with Checkpoints(
-        workdir / "checkpoints", terminal.say, problem=_problem
-    ) as checkpoints:
-        try:
-            return _train(job, workdir, terminal, checkpoints)
-        except NonFiniteLossError as error:
-            last = max(checkpoints.steps(), default=0)
-            terminal.say(failure.write(workdir, job, error, last))
-            raise
+    validation.check_workers(config)
+    with workdir_lib.held(workdir, terminal.say):
+        workdir_lib.check(workdir, config)
+        check_writable(workdir / "checkpoints", job.state_bytes)
+        with Checkpoints(
+            workdir / "checkpoints", terminal.say, problem=_problem
+        ) as checkpoints:
+            try:
+                return _train(job, workdir, terminal, checkpoints)
+            except NonFiniteLossError as error:
+                last = max(checkpoints.steps(), default=0)
+                terminal.say(failure.write(workdir, job, error, last))
+                raise
 
 
 def _train(

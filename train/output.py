@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from train.config import ConfigError
+from train.files import named
 
 _OUTPUT = flags.DEFINE_string("output", None, "The directory, or the file, to write.")
 
@@ -14,9 +15,10 @@ def output_path(default: Path | None = None) -> Path:
 
     Raises:
       ConfigError: it names nothing, and there is no default.
+      PathError: it is no name.
     """
     if _OUTPUT.value is None and default is not None:
         return default
     if not _OUTPUT.value:
         raise ConfigError("--output= is missing: name what to write.")
-    return Path(_OUTPUT.value)
+    return named(_OUTPUT.value)

@@ -31,6 +31,7 @@ def config_of(workdir: Path) -> ConfigDict:
     with config.unlocked(), config.ignore_type():
         config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     validation.validate(config)
+    config.workers = min(config.workers, validation.most_workers(config))
     config.accumulate_steps = 1
     config.batch_size = -(-config.batch_size // devices) * devices
     return config

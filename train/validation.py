@@ -4,64 +4,150 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
+from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dropit_jax import LAYER_PRESETS, PRESETS, DropIT
 from dropit_jax.layer_presets import REMATS
 from train import config as config_lib
-from train import data, mesh, models
+from train import data, mesh, models, text
 from train.config import ConfigError
 
-_NUMBER = numbers.Real
-_COUNT = numbers.Integral
+# Steps are counted in an int32.
+_LARGEST_COUNT = 2**31 - 1
+_SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+# Workers to a CPU: some wait for a disk.
+_WORKERS_PER_CPU = 8
 
-# Every field of a config, with its type. Those of DropIT are checked by DropIT itself.
-_FIELDS: dict[str, Any] = {
-    "dataset": str,
-    "data_dir": str,
-    "image_size": _COUNT,
-    "augmentation": str,
-    "normalise": str,
-    "workers": _COUNT,
-    "batch_size": _COUNT,
-    "accumulate_steps": _COUNT,
-    "num_epochs": _COUNT,
-    "num_steps": _COUNT,
-    "seed": _COUNT,
-    "model.name": str,
-    "model.width": _COUNT,
-    "model.stem": str,
-    "model.patch_size": _COUNT,
-    "model.pool": str,
-    "model.positions": str,
-    "model.dropout": _NUMBER,
-    "model.drop_path": _NUMBER,
-    "model.scan": bool,
-    "init_from": str,
-    "dtype": str,
-    "memory": str,
-    "remat": str,
-    "drop": str,
-    **{f"dropit.{field.name}": object for field in dataclasses.fields(DropIT)},
-    "optimizer.learning_rate": _NUMBER,
-    "optimizer.momentum": _NUMBER,
-    "optimizer.nesterov": bool,
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """What a field of a config may be.
+
+    Attributes:
+      type: of the value.
+      choices: the values, if they are few.
+      least: the smallest value, which 0 stands beside if `or_zero`.
+      most: the largest.
+      is_above: whether the smallest is none itself.
+      is_below: whether the largest is none itself.
+      or_zero: whether 0, for "none", is one as well.
+    """
+
+    type: Any = object
+    choices: tuple[str, ...] = ()
+    least: float = -math.inf
+    most: float = math.inf
+    is_above: bool = False
+    is_below: bool = False
+    or_zero: bool = False
+
+    def problem(self, value: Any) -> str:
+        """Returns what is wrong with a value; empty if nothing is."""
+        is_number = self.type in (numbers.Integral, numbers.Real)
+        if not isinstance(value, self.type) or (is_number and isinstance(value, bool)):
+            return f" must be of type {self.type.__name__.lower()}"
+        if self.choices and value not in self.choices:
+            known = ", ".join(map(repr, self.choices))
+            return f": unknown value {text.shown(repr(value))}; known are {known}"
+        if not is_number or (self.or_zero and value == 0):
+            return ""
+        if not -math.inf < value < math.inf:
+            return " must be finite"
+        return self._outside(value) or self._beyond_float32(value)
+
+    def _outside(self, value: Any) -> str:
+        """Returns that a number is outside of the bounds; empty if it is not."""
+        is_low = not self.least < value if self.is_above else value < self.least
+        is_high = not value < self.most if self.is_below else value > self.most
+        if not (is_low or is_high):
+            return ""
+        if self.is_below:
+            return f" must be in [{self.least:g}, {self.most:g})"
+        if is_high:
+            return f" must be at most {self.most:,}"
+        if self.or_zero:
+            return f" must be 0, or at least {self.least:g}"
+        if self.least == 0 and not self.is_above:
+            return " must not be negative"
+        return " must be above 0"
+
+    def _beyond_float32(self, value: Any) -> str:
+        """Returns what becomes of a real number that no float32 can be."""
+        if self.type is not numbers.Real or value == 0:
+            return ""
+        if abs(value) < _SMALLEST_FLOAT32:
+            return " must not be 0 in a float32"
+        return " must be finite in a float32" if abs(value) > _LARGEST_FLOAT32 else ""
+
+
+_TEXT = _Field(str)
+_FLAG = _Field(bool)
+_TUPLE = _Field(tuple)
+_NUMBER = _Field(numbers.Real, least=0)
+_POSITIVE = _Field(numbers.Real, least=0, is_above=True)
+_FRACTION = _Field(numbers.Real, least=0, most=1, is_below=True)
+
+
+def _choice(*values: str) -> _Field:
+    return _Field(str, choices=values)
+
+
+def _count(least: int, most: int = _LARGEST_COUNT) -> _Field:
+    return _Field(numbers.Integral, least=least, most=most)
+
+
+# Every field of a config. Those of DropIT are checked by DropIT itself.
+_FIELDS = {
+    "dataset": _choice(*data.DATASETS),
+    "data_dir": _TEXT,
+    "image_size": _count(1, 2**14),
+    "augmentation": _choice(*data.AUGMENTATIONS),
+    "normalise": _choice("dataset", "unit"),
+    "workers": _count(0),
+    "batch_size": _count(1),
+    "accumulate_steps": _count(1),
+    "num_epochs": _count(1),
+    "num_steps": _count(1),
+    "seed": _count(0, 2**63 - 1),  # of which JAX makes a PRNG key
+    "model.name": _choice(*models.MODELS),
+    "model.width": _count(1, 2**16),
+    "model.stem": _choice(*models.STEMS),
+    "model.patch_size": _count(1, 2**14),
+    "model.pool": _choice(*models.POOLS),
+    "model.positions": _choice(*models.POSITIONS),
+    "model.dropout": _FRACTION,
+    "model.drop_path": _FRACTION,
+    "model.scan": _FLAG,
+    "init_from": _TEXT,
+    "dtype": _choice("float32", "bfloat16"),
+    "memory": _choice(*LAYER_PRESETS),
+    "remat": _choice(*REMATS),
+    "drop": _choice("", *PRESETS),
+    **{f"dropit.{field.name}": _Field() for field in dataclasses.fields(DropIT)},
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.momentum": _FRACTION,
+    "optimizer.nesterov": _FLAG,
     "optimizer.weight_decay": _NUMBER,
     "optimizer.clip_norm": _NUMBER,
-    "schedule.name": str,
-    "schedule.warmup_epochs": _NUMBER,
-    "schedule.decay_epochs": tuple,
-    "schedule.decay_factor": _NUMBER,
-    "label_smoothing": _NUMBER,
-    "mixup": _NUMBER,
-    "ema_decay": _NUMBER,
-    "evaluate_every": _NUMBER,
-    "checkpoint_steps": _COUNT,
-    "profile_steps": tuple,
-    "mesh.data": _COUNT,
-    "mesh.fsdp": _COUNT,
+    "schedule.name": _choice("cosine", "step"),
+    "schedule.warmup_epochs": dataclasses.replace(_NUMBER, most=_LARGEST_COUNT),
+    "schedule.decay_epochs": _TUPLE,
+    "schedule.decay_factor": _POSITIVE,
+    "label_smoothing": _FRACTION,
+    # Beyond, its beta distribution is 0 or 1, or 1/2, in a float32.
+    "mixup": _Field(numbers.Real, least=1e-6, most=1e6, or_zero=True),
+    "ema_decay": _FRACTION,
+    "evaluate_every": dataclasses.replace(_POSITIVE, most=_LARGEST_COUNT),
+    "checkpoint_steps": _count(0),
+    "profile_steps": _TUPLE,
+    "mesh.data": _Field(numbers.Integral),
+    "mesh.fsdp": _Field(numbers.Integral),
 }
 # How long to train is said in one of two units; of both, the second counts.
 _EITHER = ("num_epochs", "num_steps")
@@ -74,51 +160,6 @@ _OF_MODELS = tuple(
 )
 # What only one kind of schedule reads.
 _OPTIONAL = ("schedule.decay_epochs", "schedule.decay_factor")
-# JAX makes a PRNG key of what fits into this type.
-_LARGEST_SEED = 2**63 - 1
-
-_CHOICES = {
-    "dataset": data.DATASETS,
-    "augmentation": data.AUGMENTATIONS,
-    "normalise": ("dataset", "unit"),
-    "model.name": models.MODELS,
-    "model.stem": models.STEMS,
-    "model.pool": models.POOLS,
-    "model.positions": models.POSITIONS,
-    "dtype": ("float32", "bfloat16"),
-    "memory": LAYER_PRESETS,
-    "remat": REMATS,
-    "drop": ("", *PRESETS),
-    "schedule.name": ("cosine", "step"),
-}
-_POSITIVE = (
-    "image_size",
-    "batch_size",
-    "accumulate_steps",
-    "num_epochs",
-    "num_steps",
-    "model.width",
-    "model.patch_size",
-    "optimizer.learning_rate",
-    "schedule.decay_factor",
-    "evaluate_every",
-)
-_NOT_NEGATIVE = (
-    "workers",
-    "seed",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "schedule.warmup_epochs",
-    "mixup",
-    "checkpoint_steps",
-)
-_BELOW_ONE = (
-    "optimizer.momentum",
-    "model.dropout",
-    "model.drop_path",
-    "label_smoothing",
-    "ema_decay",
-)
 
 
 def validate(config: ConfigDict, num_devices: int = 1) -> None:
@@ -145,12 +186,56 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _check_batch(values, num_devices)
 
 
+def check_workers(config: ConfigDict) -> None:
+    """Checks that the workers of a config are not too many for this machine.
+
+    Raises:
+      ConfigError: they are.
+    """
+    most = most_workers(config)
+    if config.workers > most:
+        raise ConfigError(
+            f"config.workers={config.workers} is more than {most}: {_WORKERS_PER_CPU} "
+            f"for each of the {_cpus()} CPUs, and no more than an epoch has batches."
+        )
+
+
+def most_workers(config: ConfigDict) -> int:
+    """How many workers this machine, and the batches of an epoch, can be of use to."""
+    return min(_WORKERS_PER_CPU * _cpus(), config_lib.steps(config)[0])
+
+
+def _cpus() -> int:
+    return os.cpu_count() or 1
+
+
+def unknown_field(names: Collection[str], name: str) -> str:
+    """Returns that a config has no field of a name, what it has, and the nearest."""
+    section, _, field = name.rpartition(".")
+    start = f"{section}." if section else ""
+    inside = dict.fromkeys(
+        each.removeprefix(start).split(".")[0]
+        for each in names
+        if each.startswith(start)
+    )
+    has = f" config{section and '.' + section} has {text.names(inside)}."
+    near = [start + each for each in difflib.get_close_matches(field, inside)]
+    near += difflib.get_close_matches(name, names, cutoff=0.8)
+    hint = f" Did you mean config.{near[0]}?" if near else ""
+    return (
+        f"config.{text.shown(name)} is not a field that a config has."
+        f"{has if inside else ''}{hint}"
+    )
+
+
 def _check_names(values: dict[str, Any]) -> None:
+    if any(name.startswith("variants.") for name in values):
+        raise ConfigError(
+            "This config is a grid of variants: python -m train.ablation trains it."
+        )
     for name in values:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(name, _FIELDS, n=1)
-            hint = f" Did you mean config.{near[0]}?" if near else ""
-            raise ConfigError(f"config.{name} is not a field that a config has.{hint}")
+            raise ConfigError(unknown_field(_FIELDS, name))
     if all(values.get(name) is None for name in _EITHER):
         raise ConfigError("A config has config.num_epochs or config.num_steps.")
     for name in _FIELDS:
@@ -159,25 +244,10 @@ def _check_names(values: dict[str, Any]) -> None:
 
 
 def _check_value(name: str, value: Any) -> None:
-    expected = _FIELDS[name]
-    is_misused_bool = isinstance(value, bool) and expected in (_NUMBER, _COUNT)
-    if not isinstance(value, expected) or is_misused_bool:
-        raise ConfigError(
-            f"config.{name} must be of type {expected.__name__.lower()}, got {value!r}."
-        )
-    if name in _CHOICES and value not in _CHOICES[name]:
-        known = ", ".join(map(repr, _CHOICES[name]))
-        raise ConfigError(f"config.{name}: unknown value {value!r}; known are {known}.")
-    if expected is _NUMBER and not math.isfinite(value):
-        raise ConfigError(f"config.{name} must be finite, got {value!r}.")
-    if name == "seed" and value > _LARGEST_SEED:
-        raise ConfigError(f"config.seed must be below 2**63, got {value!r}.")
-    if name in _POSITIVE and not value > 0:
-        raise ConfigError(f"config.{name} must be above 0, got {value!r}.")
-    if name in _NOT_NEGATIVE and not value >= 0:
-        raise ConfigError(f"config.{name} must not be negative, got {value!r}.")
-    if name in _BELOW_ONE and not 0 <= value < 1:
-        raise ConfigError(f"config.{name} must be in [0, 1), got {value!r}.")
+    problem = _FIELDS[name].problem(value)
+    if problem:
+        got = "" if problem.startswith(":") else f", got {text.shown(repr(value))}"
+        raise ConfigError(f"config.{name}{problem}{got}.")
 
 
 def _check_model(values: dict[str, Any]) -> None:
@@ -204,7 +274,8 @@ def _check_decay(values: dict[str, Any]) -> None:
     """Checks when the learning rate falls, which the step schedule alone says."""
     epochs = values.get("schedule.decay_epochs", ())
     if not all(
-        isinstance(epoch, int | float) and 0 <= epoch < math.inf for epoch in epochs
+        isinstance(epoch, int | float) and 0 <= epoch <= _LARGEST_COUNT
+        for epoch in epochs
     ):
         raise ConfigError(
             f"config.schedule.decay_epochs takes numbers of epochs, got {epochs!r}."
@@ -228,7 +299,7 @@ def _check_profile(steps: tuple[Any, ...]) -> None:
     if not (
         len(steps) == 2
         and all(type(step) is int for step in steps)  # which a bool is not
-        and 0 <= steps[0] < steps[1]
+        and 0 <= steps[0] < steps[1] <= _LARGEST_COUNT
     ):
         raise ConfigError(
             "config.profile_steps takes the first step and the one after the last, "
@@ -270,4 +341,10 @@ def _check_batch(values: dict[str, Any], num_devices: int) -> None:
         raise ConfigError(
             f"config.batch_size={size} is more than the {examples} training examples "
             f"of {values['dataset']!r}."
+        )
+    steps = (values.get("num_epochs") or 0) * (examples // size)
+    if values.get("num_steps") is None and steps > _LARGEST_COUNT:
+        raise ConfigError(
+            f"config.num_epochs={values['num_epochs']} are {steps:,} steps, and "
+            f"{_LARGEST_COUNT:,} are counted at most."
         )

@@ -1,13 +1,16 @@
 """The directory of a run, and the config in it."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from train import config as config_lib
-from train import processes, records
+from train import lock, processes, records
 from train.config import ConfigError
 from train.files import write_atomically
+from train.lock import LockedError
 
 _CONFIG_FILE = "config.json"
 
@@ -24,6 +27,45 @@ def read_config(workdir: Path) -> ConfigDict:
         raise ConfigError(
             f"{workdir} holds no run that can be read: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def held(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Makes a workdir, and keeps other runs from it; leaves none that is empty.
+
+    Of several processes, the first does so, and all get its error.
+
+    Raises:
+      ConfigError: it cannot be made.
+      LockedError: another run writes there.
+    """
+    problem: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            try:
+                stack.enter_context(_made(workdir))
+                stack.enter_context(lock.held(workdir, say))
+            except OSError as error:
+                problem = ConfigError(f"Cannot write to {workdir}: {error}")
+            except LockedError as error:
+                problem = error
+        if processes.any_of(problem is not None):
+            raise problem or ConfigError(f"Process 0 cannot write to {workdir}.")
+        yield
+
+
+@contextlib.contextmanager
+def _made(workdir: Path) -> Iterator[None]:
+    is_new = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                (workdir / "checkpoints").rmdir()
+            with contextlib.suppress(OSError):
+                workdir.rmdir()
 
 
 def check(workdir: Path, config: ConfigDict) -> None:

@@ -219,7 +219,7 @@ class DamageTest(parameterized.TestCase):
     @parameterized.parameters("~nosuchuser/data", "a" * 5000, "/" + "a/" * 5000)
     def test_a_directory_that_cannot_be(self, name):
         for call in (data.info, lambda *args: data.load(*args, 32, "none")):
-            with pytest.raises(data.DataError, match="is no directory's name") as error:
+            with pytest.raises(data.DataError, match="is no name of a file") as error:
                 call("cifar10", name)
             self.assertLess(len(str(error.value)), 500)
 

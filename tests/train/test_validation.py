@@ -1,8 +1,16 @@
+from unittest import mock
+
 import pytest
 from absl.testing import absltest, parameterized
 from ml_collections import ConfigDict
 
-from configs import digits_resnet18, digits_vit, resnet18_cifar10, resnet18_cifar100
+from configs import (
+    ablation_cifar10,
+    digits_resnet18,
+    digits_vit,
+    resnet18_cifar10,
+    resnet18_cifar100,
+)
 from tests.train import fields
 from train import config as config_lib
 from train import data, validation
@@ -17,7 +25,11 @@ class ValidateTest(parameterized.TestCase):
             r"config\.model\.widht is not .*mean config\.model\.width\?",
         ),
         ("dropit.ratio", 0.5, r"config\.dropit\.ratio is not .*config\.dropit\.rate\?"),
-        ("xyz", 1, r"config\.xyz is not a field that a config has\.$"),
+        (
+            "xyz",
+            1,
+            r"config\.xyz is not a field .*config has dataset, .* and \d+ more\.$",
+        ),
         ("dataset", "mnist", r"config\.dataset: unknown value 'mnist'.*'digits'"),
         ("model.name", "vgg", r"config\.model\.name: unknown value 'vgg'.*'resnet18'"),
         ("model.stem", "7x7", r"config\.model\.stem: .*'7x7'.*'cifar', 'imagenet'"),
@@ -56,7 +68,7 @@ class ValidateTest(parameterized.TestCase):
         ),
         ("num_epochs", None, r"config\.num_epochs or config\.num_steps"),
         ("num_steps", 0, r"config\.num_steps must be above 0, got 0"),
-        ("seed", 2**63, r"config\.seed must be below 2\*\*63, got 9223372036854775808"),
+        ("seed", 2**63, r"config\.seed must be at most 9,223,372,036,854,775,807, got"),
         ("schedule.name", "step", r"config\.schedule\.decay_epochs is missing"),
         ("schedule.decay_epochs", (3,), r"for config\.schedule\.name='step', got \(3,"),
         ("schedule.decay_epochs", (3, "x"), r"numbers of epochs, got \(3, 'x'\)"),
@@ -110,7 +122,7 @@ class ValidateTest(parameterized.TestCase):
         ("label_smoothing", 1.0, r"config\.label_smoothing must be in \[0, 1\), got 1"),
         ("label_smoothing", float("nan"), r"label_smoothing must be finite, got nan"),
         ("label_smoothing", True, r"label_smoothing must be of type real, got True"),
-        ("mixup", -0.2, r"config\.mixup must not be negative, got -0\.2"),
+        ("mixup", -0.2, r"config\.mixup must be 0, or at least 1e-06, got -0\.2"),
         ("mixup", float("inf"), r"config\.mixup must be finite, got inf"),
         ("mixup", "0.2", r"config\.mixup must be of type real, got '0\.2'"),
         ("ema_decay", -0.5, r"config\.ema_decay must be in \[0, 1\), got -0\.5"),
@@ -153,6 +165,39 @@ class ValidateTest(parameterized.TestCase):
             True,
             r"config\.model\.scan is not for config\.model\.name='resnet18', which has "
             r"config\.model\.width, config\.model\.stem\.",
+        ),
+        *(
+            (name, 2**31, rf"config\.{name} must be at most ")
+            for name in (
+                *("image_size", "batch_size", "workers", "num_epochs", "num_steps"),
+                *("accumulate_steps", "checkpoint_steps", "evaluate_every"),
+                *("model.width", "schedule.warmup_epochs"),
+            )
+        ),
+        *(
+            (
+                name,
+                value,
+                rf"{name} must (not be 0|be finite) in a float32, got {value}",
+            )
+            for name in (
+                *("optimizer.learning_rate", "optimizer.clip_norm"),
+                *("optimizer.weight_decay", "schedule.decay_factor"),
+            )
+            for value in (1e-300, 1e300)
+        ),
+        ("optimizer.momentum", 1e-300, r"momentum must not be 0 in a float32, got"),
+        ("evaluate_every", 1e308, r"evaluate_every must be at most 2,147,483,647, got"),
+        ("schedule.warmup_epochs", 1e308, r"warmup_epochs must be at most 2,147,483"),
+        ("schedule.decay_epochs", (1e308,), r"numbers of epochs, got \(1e\+308,\)"),
+        ("mixup", 1e300, r"config\.mixup must be at most 1,000,000"),
+        ("mixup", 1e-300, r"config\.mixup must be 0, or at least 1e-06, got 1e-300"),
+        ("num_epochs", 10**8, r"num_epochs=100000000 are 2,200,000,000 steps, and 2"),
+        ("profile_steps", (1, 2**40), r"config\.profile_steps takes .* got \(1, 1099"),
+        (
+            "dataset",
+            "x\x1b[2J" + "y" * 10**6,
+            r"unknown value 'x\\x1b\[2Jyyy.* \.\.\. ",
         ),
         ("model", "resnet18", r"config\.model is not a field that a config has"),
     )
@@ -261,6 +306,26 @@ class ValidateTest(parameterized.TestCase):
         for name, value in values.items():
             fields.put(config, f"model.{name}", value)
         self.assertIsNone(fields.refusal(config))
+
+    @parameterized.parameters((1, 1000, 8), (2, 1000, 16), (64, 1000, 22), (4, 0, None))
+    def test_workers_are_no_more_than_are_of_use(self, cpus, workers, most):
+        config = digits_resnet18.get_config()
+        config.workers = workers
+        with mock.patch.object(validation.os, "cpu_count", return_value=cpus):
+            if most is None:
+                validation.check_workers(config)
+                return
+            message = (
+                f"config.workers=1000 is more than {most}: 8 for each of the {cpus}"
+            )
+            with pytest.raises(config_lib.ConfigError, match=message):
+                validation.check_workers(config)
+            config.workers = most
+            validation.check_workers(config)
+
+    def test_a_grid_is_named_as_one(self):
+        with pytest.raises(config_lib.ConfigError, match=r"grid of .*train\.abl"):
+            validation.validate(ablation_cifar10.get_config())
 
     def test_a_run_has_a_length(self):
         config = digits_resnet18.get_config()

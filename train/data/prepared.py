@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from train.data.errors import DataError
+from train.files import PathError, named
 from train.text import shown
 
 FILE_FORMAT = "array_record"
@@ -146,13 +147,9 @@ def root(data_dir: str) -> Path:
     """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
-        path = Path(data_dir or default).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:  # too long, or of a user that is unknown
-        raise DataError(
-            f"config.data_dir={shown(data_dir)} is no directory's name: {shown(error)}"
-        ) from error
-    return path
+        return named(data_dir or default)
+    except PathError as error:
+        raise DataError(f"config.data_dir: {error}") from error
 
 
 def command(name: str, directory: Path | str) -> str:

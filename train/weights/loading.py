@@ -10,6 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from train import text
+from train.files import PathError, named
 from train.weights import files, layers, layouts
 from train.weights.errors import WeightsError
 from train.weights.positions import are_square, resize
@@ -69,7 +70,11 @@ def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
         for name, leaf in flat.items()
         if leaf is not traverse_util.empty_node
     }
-    arrays = _arrays(Path(path), layers.unstack_specs(specs))
+    try:
+        file = named(str(path))
+    except PathError as error:
+        raise WeightsError(str(error)) from error
+    arrays = _arrays(file, layers.unstack_specs(specs))
     return traverse_util.unflatten_dict(flat | layers.stack(arrays, specs), sep="/")
 
 
