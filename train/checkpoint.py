@@ -1,9 +1,8 @@
 """Checkpoints of a run: its state on the devices, and its place in the data."""
 
-import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,8 +17,9 @@ from train.waiting import Background
 
 # How many of the newest are kept, beside the best.
 _LATEST = 2
-# How Orbax calls what is not written to its end.
+# How Orbax calls what is not written to its end, and this program what it removes.
 _HALF_WRITTEN = ".orbax-checkpoint-tmp*"
+_OLD = ".old"
 # Characters of a message of Orbax's that are shown.
 _LONGEST = 300
 # The field of the position with the accuracy on the test examples, if it is known.
@@ -29,8 +29,8 @@ _ACCURACY = "test_accuracy"
 class Checkpoints:
     """The checkpoints in a directory: the last two, and the best of test accuracy.
 
-    Orbax writes each beside its place and moves it there when it is whole, and deletes
-    an old one after that: a run killed at any time leaves the checkpoint before. All
+    Orbax writes each beside its place and moves it there when it is whole; older ones
+    are removed after that: a run killed at any time leaves the checkpoint before. All
     processes of a run make the same calls.
     """
 
@@ -58,6 +58,8 @@ class Checkpoints:
         self._problem = problem
         self._accuracies: dict[int, float] = {}
         if not read_only:
+            for path in self._directory.glob(f".*{_OLD}"):
+                _remove(path)
             for path in sorted(self._directory.glob(f"*{_HALF_WRITTEN}")):
                 say(f"{path} was not written to its end: it is skipped and removed.")
                 _remove(path)
@@ -68,7 +70,6 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Keep(self._accuracies),
                 create=not read_only,
                 async_options=ocp.options.AsyncOptions(
                     post_finalization_callback=self._write_checksums
@@ -79,16 +80,24 @@ class Checkpoints:
                 "position": ocp.JsonCheckpointHandler(),
             },
         )
+        self._steps = {
+            int(path.name) for path in self._directory.glob("*") if _is_step(path.name)
+        }
         for step in self.steps():
             self._accuracies |= self._read_accuracy(step)
 
     def steps(self) -> list[int]:
         """The steps of the whole checkpoints, in order."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._steps)
 
     def best_step(self) -> int | None:
         """That of the highest test accuracy, the last of equal ones."""
-        return _best({step: self._accuracies.get(step) for step in self.steps()})
+        known = [
+            (accuracy, step)
+            for step, accuracy in self._accuracies.items()
+            if step in self._steps and not math.isnan(accuracy)
+        ]
+        return max(known)[1] if known else None
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state and the position of a step.
@@ -127,6 +136,7 @@ class Checkpoints:
             result = self._read(step, abstract)
             if not isinstance(result, str):
                 self._put_aside(damaged, step)
+                self._remove_old()  # a run that was killed may not have come to it
                 return step, *result
             damaged[step] = result
         if damaged:
@@ -157,8 +167,6 @@ class Checkpoints:
         """
         if step in self.steps():
             return
-        if test_accuracy is not None:
-            self._accuracies[step] = test_accuracy
         self.wait()  # for the one before, whose step `_write_checksums` needs
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         self._saving = step
@@ -172,6 +180,9 @@ class Checkpoints:
             )
         except Exception as error:  # of many types: OSError, TensorStore's ValueError
             raise self._unwritable(error) from error
+        self._steps.add(step)
+        if test_accuracy is not None:
+            self._accuracies[step] = test_accuracy
 
     def wait(self) -> None:
         """Waits until all is written.
@@ -182,7 +193,13 @@ class Checkpoints:
         try:
             self._background.call(self._manager.wait_until_finished)
         except Exception as error:  # of many types, as above
+            if self._saving is not None:
+                self._steps.discard(self._saving)
+                self._accuracies.pop(self._saving, None)
             raise self._unwritable(error) from error
+        if self._saving is not None:
+            self._saving = None
+            self._remove_old()
 
     def __enter__(self) -> Self:
         return self
@@ -300,6 +317,7 @@ class Checkpoints:
                 target = target.with_name(f"{target.name}-again")
             if is_first():
                 _move(source, target)
+            self._steps.discard(number)
             self._accuracies.pop(number, None)
             self._say(
                 f"The checkpoint of step {number} is damaged ({why}). It is put aside "
@@ -309,6 +327,17 @@ class Checkpoints:
             synchronise("put_aside")
             self._manager.reload()
 
+    def _remove_old(self) -> None:
+        """Removes all checkpoints but the newest and the best."""
+        kept = {*self.steps()[-_LATEST:], self.best_step()}
+        for step in [step for step in self.steps() if step not in kept]:
+            self._steps.discard(step)
+            self._accuracies.pop(step, None)
+            try:
+                _remove_in_one(self._path(step))
+            except OSError as error:  # which costs room, and nothing else
+                self._say(f"Cannot remove {self._path(step)}: {error}")
+
     def _unwritable(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"A checkpoint cannot be written into {self._directory}: "
@@ -317,25 +346,21 @@ class Checkpoints:
         )
 
 
-@dataclasses.dataclass
-class _Keep:
-    """Orbax's `PreservationPolicy` that keeps the newest checkpoints and the best one.
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))
 
-    Attributes:
-      accuracies: by step; of some steps there is none.
+
+def _remove_in_one(path: Path) -> None:
+    """Removes a directory so that none is seen of which a part is gone.
+
+    Of a link to one, it is the link.
     """
-
-    accuracies: dict[int, float]
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: Any
-    ) -> Sequence[bool]:
-        """Whether each of the checkpoints, the oldest first, is kept."""
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-_LATEST:]}
-        kept.add(_best({step: self.accuracies.get(step) for step in steps}))
-        return [step in kept for step in steps]
+    if not is_first():
+        return
+    if path.is_symlink():
+        path.unlink()
+        return
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}{_OLD}")))
 
 
 def _remove(path: Path) -> None:
@@ -353,15 +378,6 @@ def _move(source: Path, target: Path) -> None:
         source.rename(target)
     except OSError as error:
         raise CheckpointError(f"Cannot move {source} to {target}: {error}") from error
-
-
-def _best(accuracies: dict[int, float | None]) -> int | None:
-    known = [
-        (accuracy, step)
-        for step, accuracy in accuracies.items()
-        if accuracy is not None and not math.isnan(accuracy)
-    ]
-    return max(known)[1] if known else None
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:

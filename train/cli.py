@@ -4,16 +4,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from logging import LogRecord
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
 from train import config as config_lib
-from train import validation
+from train import libraries, validation
 from train.config import ConfigError
 from train.data import DataError
 from train.disk import CheckpointError
@@ -129,8 +128,7 @@ def _refuse(arguments: list[str]) -> None:
 def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
         end_in_one_line()
-        logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
-        logging.get_absl_logger().addFilter(_is_of_use)
+        libraries.quieten()
         if jax.config.jax_numpy_dtype_promotion != "standard":
             # Flax's norms in bfloat16 and Optax's schedules have no other.
             print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
@@ -157,11 +155,6 @@ def _status(job: Callable[[], None]) -> int:
         print(interrupted, file=sys.stderr)
         return 128 + interrupted.signum
     return 0
-
-
-def _is_of_use(record: LogRecord) -> bool:
-    """Not so: for how long Orbax waited for a disk, which differs from run to run."""
-    return not record.getMessage().startswith("Waiting for previous save")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

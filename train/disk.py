@@ -46,10 +46,18 @@ def check_room(directory: Path, needed: int) -> None:
         raise CheckpointError(f"Cannot write to {directory}: {error}") from error
     if free < needed:
         raise CheckpointError(
-            f"{directory} has room for {free * 2**-20:,.0f} MiB, and checkpoints will "
-            f"take {needed * 2**-20:,.0f} MiB. Make room, or take a --workdir on "
+            f"{directory} has room for {_size(free)}, and checkpoints will take "
+            f"{_size(needed)}. Make room, or take a --workdir on "
             "another disk. What is there stays, and the same command goes on from it."
         )
+
+
+def _size(count: int) -> str:
+    """Returns a number of bytes in the largest unit of which there is one."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:,.1f}".removesuffix(".0") + f" {unit}"
+    return f"{count:,} bytes"
 
 
 def _bytes_in(directory: Path) -> int:

@@ -6,9 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import tensorboardX
-
-from train import tables
+from train import tables, text
+from train.events import Events
 from train.files import write_atomically
 
 NAME = "metrics.csv"
@@ -62,9 +61,7 @@ class Records:
         self._events = None
         if write:
             try:
-                self._events = tensorboardX.SummaryWriter(
-                    str(workdir / "tensorboard"), purge_step=step + 1
-                )
+                self._events = Events(workdir / "tensorboard", step)
             except OSError as error:
                 raise RecordsError(f"Cannot write to {workdir}: {error}") from error
         there = {row["step"] for row in self.rows}
@@ -87,9 +84,8 @@ class Records:
             return
         try:
             write_atomically(self._path, tables.to_csv(COLUMNS, self.rows))
-            for name in COLUMNS[2:]:
-                self._events.add_scalar(name, row[name], int(row["step"]))
-            self._events.flush()
+            values = [(name, row[name]) for name in COLUMNS[2:]]
+            self._events.add(int(row["step"]), values)
         except OSError as error:
             raise RecordsError(f"Cannot write {self._path}: {error}") from error
 
@@ -122,12 +118,18 @@ def read(path: Path) -> list[Row]:
     try:
         with path.open(newline="") as file:
             return [_numbers(row) for row in csv.DictReader(file)]
-    except (OSError, TypeError, ValueError) as error:
-        raise RecordsError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # of many types: of the disk, of text, of numbers
+        reason = text.shown(error if str(error) else type(error).__name__)
+        raise RecordsError(
+            f"{path} cannot be read: {reason}. Delete it: the next start of the run "
+            "restores it from the last checkpoint."
+        ) from error
 
 
 def _numbers(row: dict[str, str]) -> Row:
+    if missing := [name for name in COLUMNS if row.get(name) is None]:
+        raise ValueError(f"a row lacks {', '.join(missing)}")
     whole = ("step", "epoch")
     return {
-        name: int(text) if name in whole else float(text) for name, text in row.items()
+        name: int(row[name]) if name in whole else float(row[name]) for name in COLUMNS
     }

@@ -1,10 +1,12 @@
 """Checkpoints and what guards them: a twin, every file damaged, failing disks."""
 
 import collections
+import io
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -21,7 +23,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from train import checksums
+from train import checksums, libraries
 from train.checkpoint import Checkpoints
 from train.disk import CheckpointError, check_room, check_writable
 
@@ -618,6 +620,110 @@ def _disk(free):
     return mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=free))
 
 
+class PlacesTest(_SavedTestCase):
+    """What users do to the directory."""
+
+    def test_a_checkpoint_on_another_disk_is_read_and_left_there(self):
+        elsewhere = self.root / "elsewhere"
+        (self.directory / "2").rename(elsewhere)
+        (self.directory / "2").symlink_to(elsewhere)
+        before = _snapshot(elsewhere)
+        self._assert_intact(1, 2)
+        with self._open() as checkpoints:
+            step, *result = checkpoints.restore_latest(_abstract(_state()))
+            self.assertEqual(step, 2)
+            self._assert_restores(result, 2)
+            for step in (3, 4):
+                self._save(checkpoints, step)
+        self._assert_intact(3, 4)
+        self.assertFalse((self.directory / "2").is_symlink())
+        self.assertEqual(_snapshot(elsewhere), before)
+        self.assertEmpty(self.said)
+
+    def test_a_link_to_a_disk_that_is_not_there_is_told(self):
+        shutil.rmtree(self.directory / "2")
+        (self.directory / "2").symlink_to(self.root / "nowhere")
+        with self._open() as checkpoints:
+            step, *_ = checkpoints.restore_latest(_abstract(_state()))
+        self.assertEqual(step, 1)
+        self.assertIn("step 2 is damaged", self.said[0])
+
+    @parameterized.parameters("directory", "file")
+    def test_what_is_no_checkpoint_is_told(self, kind):
+        path = self.directory / "7"
+        path.mkdir() if kind == "directory" else path.write_text("7")
+        with mock.patch.object(sys, "stderr", io.StringIO()) as printed:
+            libraries.quieten()
+            with self._open() as checkpoints:
+                step, *_ = checkpoints.restore_latest(_abstract(_state()))
+                self._save(checkpoints, 3)
+        self.assertEqual(step, 2)
+        self.assertIn("step 7 is damaged", self.said[0])
+        self.assertEqual(printed.getvalue(), "")
+        self._assert_intact(2, 3)
+
+    @parameterized.parameters("007", "7x", "-7", "\u0667")
+    def test_other_names_are_left_alone(self, name):
+        (self.directory / name).mkdir()
+        with self._open() as checkpoints:
+            self._save(checkpoints, 3)
+        self.assertTrue((self.directory / name).is_dir())
+        self.assertEqual(checkpoints.steps(), [2, 3])
+        self.assertEmpty(self.said)
+
+    def test_older_ones_that_a_kill_left_are_removed(self):
+        for step in (10, 20):
+            with self._open() as checkpoints:
+                self._save(checkpoints, step, accuracy=step / 100)
+            for number in (1, 2):
+                shutil.copytree(
+                    self.saved / "checkpoints" / str(number),
+                    self.directory / str(number),
+                    dirs_exist_ok=True,
+                )
+        (self.directory / ".1.old").mkdir()
+        with self._open() as checkpoints:
+            self.assertEqual(checkpoints.steps(), [1, 2, 10, 20])
+            checkpoints.restore_latest(_abstract(_state()))
+        names = sorted(path.name for path in self.directory.iterdir())
+        self.assertEqual(names, ["10", "20"])
+        self.assertEmpty(self.said)
+
+    def test_older_ones_are_kept_where_newer_ones_are_damaged(self):
+        with self._open() as checkpoints:
+            self._save(checkpoints, 3)
+        shutil.copytree(self.saved / "checkpoints" / "1", self.directory / "1")
+        for step in (2, 3):
+            _flip(self.directory / str(step) / "checksums.json")
+        with self._open() as checkpoints:
+            step, *_ = checkpoints.restore_latest(_abstract(_state()))
+        self.assertEqual(step, 1)
+
+    @parameterized.parameters(
+        (b"[" * 100_000, 1),
+        (b"[]", 1),
+        (b"{}", 1),
+        (b'{"test_accuracy": "high"}', 2),
+        (b'{"test_accuracy": [1]}', 2),
+    )
+    def test_a_position_of_something_else(self, content, expected):
+        """Written with its checksums, as by another program."""
+        (self.directory / "2" / "position" / "metadata").write_bytes(content)
+        checksums.write(self.directory / "2", 2)
+
+        def problem(state, position):
+            del state
+            return "" if "test_accuracy" in position else "no accuracy"
+
+        with self._open(problem=problem) as checkpoints:
+            self.assertIsNone(checkpoints.best_step())
+            if expected == 2:
+                self.assertEqual(checkpoints.restore_latest(_abstract(_state()))[0], 2)
+                return
+            with pytest.raises(CheckpointError, match="None of the checkpoints"):
+                checkpoints.restore_latest(_abstract(_state()))
+
+
 class WritingFailsTest(_SavedTestCase):
     def test_too_little_room(self):
         state = {"w": jnp.zeros(3 * _MIB // 4, jnp.float32)}
@@ -755,12 +861,21 @@ class DiskTest(_TestCase):
             with _disk(needed - 1), pytest.raises(CheckpointError, match=message):
                 check_writable(self.directory, size)
 
-    def test_room_is_told_in_mib(self):
-        with _disk(5 * _MIB):
-            check_room(self.root, 5 * _MIB)
+    @parameterized.parameters(
+        (0, "0 bytes"),
+        (1023, "1,023 bytes"),
+        (1024, "1 KiB"),
+        (300_000, "293 KiB"),
+        (5 * _MIB, "5 MiB"),
+        (1234 * _MIB, "1.2 GiB"),
+        (2**50, "1,048,576 GiB"),
+    )
+    def test_room_is_told_in_a_unit_of_its_size(self, free, told):
+        with _disk(free):
+            check_room(self.root, free)
             with pytest.raises(CheckpointError) as raised:
-                check_room(self.root, 1234 * _MIB)
-        for part in (f"{self.root} ", "room for 5 MiB", "1,234 MiB", "--workdir"):
+                check_room(self.root, 2**60)
+        for part in (f"{self.root} has room for {told}, ", "1,073,741,824 GiB", "--wo"):
             self.assertIn(part, str(raised.value))
 
     def test_room_where_nothing_is(self):

@@ -211,7 +211,10 @@ class LoopTest(parameterized.TestCase):
         (["--config.dropit.rate=2"], r"config.dropit: DropIT.rate must be in [0, 1)"),
         (["--config.model.name=resnet1"], "config.model.name: unknown value 'resnet1'"),
         (["--config=nothing.py"], "No such file or directory: 'nothing.py'"),
-        (["--config.seed=99999999999999999999"], "config.seed must be at most 9,223,372,036,854,775,807"),
+        (
+            ["--config.seed=99999999999999999999"],
+            "config.seed must be at most 9,223,372,036,854,775,807",
+        ),
         (["stray"], "Not an argument: 'stray'"),
         (["--config.workers=1000000"], "config.workers=1000000 is more than"),
         (["--config.init_from=~nosuchuser/a.npz"], "is no name of a file"),
