@@ -1,5 +1,6 @@
 """The training program: data, models, step, loop, checkpoints and reports."""
 
+import os
 import sys
 
 if sys.argv[:1] == ["-m"]:
@@ -7,3 +8,5 @@ if sys.argv[:1] == ["-m"]:
     from train import interrupts
 
     interrupts.end_in_one_line()
+    # Of XLA's own log, errors alone; it is set up when JAX is imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,8 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints and metrics go; a run in it is resumed."
 )
 
+# Exit status after an error.
+_FAILED = 2
 # What a user can mend, and is told without a trace.
 _USER_ERRORS = (
     CheckpointError,
@@ -65,8 +68,8 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
 
     A job that needs no workdir is not given one.
 
-    The exit status is 0, 2 after an error that the user can mend, or 128 plus the
-    number of the signal that stopped the job.
+    The exit status is 0, 1 after a defect of the program, 2 after an error that the
+    user can mend, or 128 plus the number of the signal that stopped the job.
     """
 
     def checked(arguments: list[str]) -> None:
@@ -134,7 +137,10 @@ def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
             print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
             jax.config.update("jax_numpy_dtype_promotion", "standard")
         status = _status(lambda: job(list(argv[1:])))
-        if is_abandoned():  # whose thread Python would wait for
+        # A thread that hangs would be waited for, and other processes, which may hang.
+        if is_abandoned() or (
+            status in (1, _FAILED) and jax.distributed.is_initialized()
+        ):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -150,10 +156,13 @@ def _status(job: Callable[[], None]) -> int:
         job()
     except _USER_ERRORS as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return _FAILED
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 128 + interrupted.signum
+    except Exception:  # a defect of the program's
+        traceback.print_exc()
+        return 1
     return 0
 
 

@@ -1,9 +1,17 @@
 """Several processes, on one host or on many, that train one model together."""
 
+import sys
+import threading
+from importlib import metadata
+
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
+from train import config as config_lib
+from train import text
 from train.config import ConfigError
+from train.processes import any_of, from_first
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -19,6 +27,14 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Which of them this is: 0, 1, ...", lower_bound=0
+)
+# Seconds until it is said what is waited for.
+_SILENT = 20
+# What a host may have of its own.
+_OWN = ("data_dir", "profile_steps", "workers")
+_PACKAGES = (
+    *("dropit-jax", "flax", "jax", "jaxlib", "ml-collections", "numpy", "optax"),
+    "orbax-checkpoint",
 )
 
 
@@ -42,6 +58,12 @@ def initialise() -> None:
             "Processes are told of each other by --coordinator_address, "
             f"--num_processes and --process_id; missing: {missing}."
         )
+    # They are waited for for five minutes.
+    word = threading.Timer(
+        _SILENT, print, ["Waiting for the other processes ..."], {"file": sys.stderr}
+    )
+    word.daemon = True
+    word.start()
     try:
         jax.distributed.initialize(
             _COORDINATOR.value,
@@ -57,3 +79,41 @@ def initialise() -> None:
             "and Kubernetes, give --coordinator_address, --num_processes and "
             "--process_id."
         ) from error
+    finally:
+        word.cancel()
+
+
+def check_alike(config: ConfigDict) -> None:
+    """Checks that all processes train the same, with the same versions of packages.
+
+    Raises:
+      ConfigError: one does not; it names what differs, and all raise.
+    """
+    if jax.process_count() == 1:
+        return
+    own = _description(config)
+    first = from_first(own)
+    lines = [
+        f"{name}: {first.get(name, 'absent')} in process 0, "
+        f"{own.get(name, 'absent')} in process {jax.process_index()}"
+        for name in sorted(first | own)
+        if first.get(name) != own.get(name)
+    ]
+    if any_of(bool(lines)):
+        raise ConfigError(
+            "All processes need the same config and versions of packages."
+            + (text.lines(lines) or " Another process names what differs.")
+        )
+
+
+def _description(config: ConfigDict) -> dict[str, str]:
+    """What has to be the same in all processes, as text by name."""
+    versions = {"Python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        versions[name] = metadata.version(name)
+    fields = config_lib.flat(config)
+    return versions | {
+        f"config.{name}": text.shown(repr(value))
+        for name, value in fields.items()
+        if name not in _OWN
+    }

@@ -22,6 +22,15 @@ def is_in(workdir: Path) -> bool:
     return (workdir / _DIRECTORY).exists()
 
 
+def advice(workdir: Path) -> str:
+    """What to tell the user of a run that goes on after it ended in this way."""
+    return (
+        f"{workdir} ended before with a loss that was not finite; {_DIRECTORY}/ has "
+        "the step. The same config takes the same steps: another --workdir, with another "
+        "learning rate, is likely to end better."
+    )
+
+
 def write(workdir: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
     """Writes the step, the config and the batches of a loss that is not finite.
 

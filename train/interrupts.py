@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
@@ -108,12 +108,17 @@ def _heeded() -> list[signal.Signals]:
     return [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
-    del frame
+def end_process(line: str, status: int) -> NoReturn:
+    """Ends the process at once, from any thread, with a line on standard error."""
     with contextlib.suppress(Exception):  # it may be in the middle of a line
         sys.stdout.flush()
     with contextlib.suppress(OSError):  # the terminal may be gone
         if os.isatty(1):
             os.write(1, _SHOW_CURSOR.encode())  # which a live bar hides
-        os.write(2, f"Stopped by {signal.Signals(signum).name}.\n".encode())
-    os._exit(128 + signum)
+        os.write(2, f"{line}\n".encode())
+    os._exit(status)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    del frame
+    end_process(f"Stopped by {signal.Signals(signum).name}.", 128 + signum)

@@ -96,6 +96,8 @@ def _train(
     done, state, rows = _beginning(job, checkpoints, meter)
     if done:
         terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
+    if failure.is_in(workdir):
+        terminal.say(failure.advice(workdir))
     workdir_lib.claim(workdir, config)
 
     saver = _Saver(checkpoints, meter, len(job.dataset.train), total_steps)

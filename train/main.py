@@ -4,14 +4,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import cli, distributed, loop, processes
+from train import cli, distributed, loop, peers, processes
 from train.terminal import Terminal
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Trains what the config describes, or goes on where the workdir's run stopped."""
     distributed.initialise()
-    loop.run(config, workdir, Terminal(quiet=not processes.is_first()))
+    with peers.watched():
+        distributed.check_alike(config)
+        loop.run(config, workdir, Terminal(quiet=not processes.is_first()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Which of the processes that train one model this is, and waiting for the others."""
+"""Which of the processes that train one model this is, and words between them."""
+
+import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,3 +34,13 @@ def any_of(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def from_first(value: Any) -> Any:
+    """The value of the first process, which is fit for JSON; the same in all."""
+    if jax.process_count() == 1:
+        return value
+    text = json.dumps(value).encode() if is_first() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text.ljust(size, b"\0"), np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))

@@ -11,10 +11,11 @@ from absl.testing import absltest, parameterized
 from tests.train import commands
 
 _SHORT = ("--config=configs/digits_vit.py", "--config.num_epochs=3")
+_PLAIN = "--config.memory=baseline"
 _STEPS_PER_EPOCH = 1437 // 64
 
 
-def _start_two(workdir, *more):
+def _start_two(workdir, *more, of_second=()):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -27,6 +28,7 @@ def _start_two(workdir, *more):
             "--num_processes=2",
             f"--process_id={number}",
             *more,
+            *(of_second if number else ()),
         )
         for number in range(2)
     ]
@@ -82,6 +84,40 @@ class DistributedTest(parameterized.TestCase):
         self.assertEqual([result[0] for result in results], [0, 0], results)
         self.assertIn(f"goes on after step {saved} of", results[0][1])
         self._assert_same(workdir)
+
+    @parameterized.parameters(0, 1)
+    def test_a_process_that_is_lost_is_named_by_the_other(self, lost):
+        workdir = self.directory / f"lost_{lost}"
+        processes = _start_two(workdir, _PLAIN)
+        commands.wait_for(lambda: commands.steps(workdir), processes[0])
+        processes[lost].send_signal(signal.SIGKILL)
+        results = _finish(processes)
+        self.assertEqual(results[lost][0], -signal.SIGKILL)
+        status, _, errors = results[1 - lost]
+        self.assertEqual(status, 2, errors)
+        (line,) = errors.splitlines()  # and no page of JAX's
+        self.assertStartsWith(line, f"error: process {lost} (")
+        self.assertIn("is gone. Start all processes again: the same command", line)
+
+    def test_processes_of_different_configs_do_not_train(self):
+        workdir = self.directory / "different"
+        results = _finish(_start_two(workdir, of_second=["--config.seed=1"]))
+        self.assertEqual([result[0] for result in results], [2, 2], results)
+        first, second = (errors for _, _, errors in results)
+        self.assertIn("All processes need the same config and versions", first)
+        self.assertIn("Another process names what differs", first)
+        self.assertIn("config.seed: 42 in process 0, 1 in process 1", second)
+        self.assertFalse(workdir.exists())
+
+    def test_an_error_in_one_ends_the_other(self):
+        workdir = self.directory / "error"
+        results = _finish(_start_two(workdir, of_second=["--config.workers=-1"]))
+        self.assertEqual([result[0] for result in results], [2, 2], results)
+        self.assertIn("process 1 (", results[0][2])
+        self.assertIn("ended with an error. Start all processes again", results[0][2])
+        self.assertIn("config.workers must not be negative", results[1][2])
+        for _, _, errors in results:
+            self.assertLen(errors.splitlines(), 1)
 
     def test_incomplete_flags_are_told(self):
         status, _, errors = commands.run(

@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 
 from tests.data import write_tiny_datasets as tiny
 from tests.train import commands
-from train import data
+from train import data, lock
 
 # None of this is about the model; an epoch of 179 steps takes about a second.
 _SMALL = (
@@ -110,6 +110,31 @@ class FailuresTest(parameterized.TestCase):
         self.assertIn("began with 48 training examples of 'cifar10'", errors)
         self.assertNotIn("Traceback", errors)
 
+    def test_another_run_in_the_same_place_is_named(self):
+        workdir = self._copy("held")
+        with lock.held(workdir, print):
+            status, _, errors = self._train(workdir, "--config.seed=7")
+        self.assertEqual(status, 2)
+        self.assertIn(f"is being written by process {os.getpid()} on ", errors)
+        self.assertLen(errors.splitlines(), 1)
+
+    @parameterized.parameters(
+        "[]", "{" * 100_000, "a,b\n1,2\n", "step\n" + "9" * 200_000
+    )
+    def test_metrics_that_are_damaged_are_told_with_the_way_out(self, content):
+        workdir = self._copy(f"metrics_{len(content)}")
+        whole = (workdir / "metrics.csv").read_bytes()
+        (workdir / "metrics.csv").write_text(content)
+        status, _, errors = self._train(workdir)
+        if "\n" in content:
+            self.assertEqual(status, 2)
+            self.assertRegex(errors, r"metrics.csv cannot be read: .* Delete it: ")
+            self.assertLess(len(errors), 500)
+            (workdir / "metrics.csv").unlink()
+            status, _, errors = self._train(workdir)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertEqual((workdir / "metrics.csv").read_bytes(), whole)
+
     def test_a_workdir_that_cannot_be_written_is_told_first(self):
         file = self.directory / "file"
         file.touch()
@@ -149,6 +174,7 @@ class FailuresTest(parameterized.TestCase):
             messages.append(errors)
         self.assertEqual(*messages)  # the second run went on from a checkpoint
         self.assertIn("goes on after step", out)
+        self.assertIn("ended before with a loss that was not finite", out)
         record = json.loads((workdir / "failure" / "failure.json").read_text())
         step = record["step"]
         self.assertIn(f"at step {step}.", messages[0])

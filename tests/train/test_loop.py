@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -6,11 +7,12 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18
 from tests.train import commands
-from train import evaluation, loop, meter, records, terminal
+from train import evaluation, interrupts, loop, meter, records, terminal
 
 _EPOCHS = 6
 _STEPS_PER_EPOCH = 1437 // 32
@@ -247,17 +249,34 @@ class RowTest(absltest.TestCase):
             fast = evaluation.evaluator(job)
             return evaluate
 
+        with mock.patch.object(meter.time, "monotonic", monotonic):
+            (row,) = self._run(slow)
+        self.assertGreater(row["images_per_second"], 1)
+        self.assertBetween(row["data_wait"], 0, 1e6)
+
+    def test_a_signal_after_the_last_step_ends_a_run_that_is_done(self):
+        def stopped(job):
+            def evaluate(state):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return evaluation.evaluator(job)(state)
+
+            return evaluate
+
+        with pytest.raises(
+            interrupts.Interrupted, match="step 2, the last: the run is"
+        ):
+            self._run(stopped)
+        self.assertEqual(commands.steps(self.workdir), [2])
+        self.assertLen(commands.metrics(self.workdir), 1)
+
+    def _run(self, evaluator):
+        """Two steps in this process, with another evaluation."""
         config = digits_resnet18.get_config()
         config.update(image_size=8, num_epochs=1, batch_size=480)
         config.model.width = 4
-        workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        with (
-            mock.patch.object(meter.time, "monotonic", monotonic),
-            mock.patch.object(loop, "evaluator", slow),
-        ):
-            (row,) = loop.run(config, workdir, terminal.Terminal())
-        self.assertGreater(row["images_per_second"], 1)
-        self.assertBetween(row["data_wait"], 0, 1e6)
+        self.workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        with mock.patch.object(loop, "evaluator", evaluator):
+            return loop.run(config, self.workdir, terminal.Terminal())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 from signal import (
@@ -28,7 +28,7 @@ from signal import (
     pthread_sigmask,
     signal,
 )
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import grain
 import numpy as np
@@ -37,6 +37,7 @@ from absl import flags
 from train.data.arrays import Examples, Source
 from train.data.datasets import Dataset
 from train.data.errors import DataError, of_example
+from train.text import shown
 
 # Batches that a worker process has made before they are asked for.
 _AHEAD_OF_WORKER = 2
@@ -63,6 +64,17 @@ class Batch(TypedDict):
     mask: Any
 
 
+class Batches(Protocol):
+    """An iterator over batches that has to be closed."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None:
+        """Ends what makes the batches."""
+
+
 def training_batches(
     dataset: Dataset,
     batch_size: int,
@@ -72,7 +84,7 @@ def training_batches(
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> Batches:
     """Endless batches, every epoch in an order of its own.
 
     An epoch has `len(dataset.train) // batch_size` batches: what does not fill a batch
@@ -130,7 +142,7 @@ def evaluation_batches(
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> Batches:
     """Every test example once, in order; the last batch is padded with zeros.
 
     Batch n has the examples `n * batch_size` to `(n + 1) * batch_size - 1`. All
@@ -255,7 +267,7 @@ def _threads(source: Source) -> int:
     return 1 if isinstance(source, Examples) else _DECODING_THREADS
 
 
-def _iterator(batches: Any, threads: int, workers: int) -> grain.DatasetIterator[Batch]:
+def _iterator(batches: Any, threads: int, workers: int) -> Batches:
     """Reads batches ahead, in order, in so many threads or in worker processes."""
     if not workers:
         ahead = grain.ReadOptions(threads, _AHEAD_OF_THREAD * threads)
@@ -274,7 +286,25 @@ def _iterator(batches: Any, threads: int, workers: int) -> grain.DatasetIterator
     dataset = batches.to_iter_dataset(one_by_one).mp_prefetch(processes, _start_worker)
     iterator = iter(dataset)
     _with_workers.add(iterator)
-    return iterator
+    return _Made(iterator)
+
+
+class _Made(Iterator[Batch]):
+    """An iterator whose batches workers make."""
+
+    def __init__(self, batches: grain.DatasetIterator[Batch]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except (StopIteration, DataError):
+            raise
+        except Exception as error:  # of Grain's, of which it has no type
+            raise _lost(shown(error)) from error
+
+    def close(self) -> None:
+        self._batches.close()
 
 
 # Iterators that may have workers: while the interpreter is taken down, Grain can no

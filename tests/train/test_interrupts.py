@@ -1,0 +1,113 @@
+"""Signals to commands that start, that train, and to several that train together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from absl.testing import absltest, parameterized
+
+from tests.train import commands
+from train import interrupts
+
+
+def _start(module, before=""):
+    """Starts a command as users do, and waits until it imports what takes a while."""
+    command = f"{before} exec {sys.executable} -m {module} --workdir=nowhere"
+    process = subprocess.Popen(
+        ["sh", "-c", command],
+        cwd=commands.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "numpy" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.002)
+    return process
+
+
+class StartTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ("train.main", signal.SIGINT),
+        ("train.evaluate", signal.SIGTERM),
+        ("train.report", signal.SIGINT),
+        ("train.prepare", signal.SIGHUP),
+    )
+    def test_a_signal_while_it_starts_is_one_line(self, module, signum):
+        process = _start(module)
+        process.send_signal(signum)
+        out, errors = process.communicate()
+        self.assertEqual(process.returncode, 128 + signum)
+        self.assertEqual((out, errors), ("", f"Stopped by {signum.name}.\n"))
+
+    def test_a_signal_that_is_ignored_stays_so(self):
+        process = _start("train.main", before="trap '' HUP;")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate()
+        self.assertEqual(errors, "Stopped by SIGTERM.\n")
+
+
+class InterruptsTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.signal(signum, signal.SIG_DFL)
+            self.addCleanup(signal.signal, signum, before)
+
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def test_one_is_remembered_and_the_next_acts(self, signum):
+        with interrupts.Interrupts() as requests:
+            requests.check()
+            os.kill(os.getpid(), signum)
+            self.assertEqual(requests.signum, signum)
+            self.assertEqual(signal.getsignal(signum), signal.SIG_DFL)
+            with pytest.raises(interrupts.StopRequested) as request:
+                requests.check()
+            self.assertEqual(request.value.signum, signum)
+
+    @parameterized.parameters(signal.SIGINT, signal.SIGHUP)
+    def test_of_several_processes_it_goes_to_all(self, signum):
+        """By JAX, which takes SIGTERM."""
+        heard = []
+        signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+        with interrupts.Interrupts(several=True) as requests:
+            os.kill(os.getpid(), signum)
+            self.assertEqual(heard, [signal.SIGTERM])
+            self.assertIsNone(requests.signum)
+
+    def test_what_is_ignored_is_not_remembered(self):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with interrupts.Interrupts() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            self.assertIsNone(requests.signum)
+
+    @parameterized.parameters(
+        (0, "Stopped by SIGINT before the first step."),
+        (7, "after step 7, which is saved: the same command goes on from there."),
+        (9, "Stopped by SIGINT after step 9, the last: the run is done."),
+    )
+    def test_the_message_says_what_is_saved(self, step, message):
+        error = interrupts.Interrupted(signal.SIGINT, step, 9)
+        self.assertIn(message, str(error))
+
+    def test_a_process_ends_with_a_line(self):
+        with (
+            mock.patch.object(os, "_exit", side_effect=SystemExit) as ended,
+            mock.patch.object(os, "write") as written,
+            pytest.raises(SystemExit),
+        ):
+            interrupts.end_process("error: gone", 2)
+        ended.assert_called_once_with(2)
+        written.assert_called_with(2, b"error: gone\n")
+
+
+if __name__ == "__main__":
+    absltest.main()
