@@ -10,7 +10,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from train import checksums
+from train import checksums, text
 from train.disk import CheckpointError, check_room
 from train.processes import any_of, is_first, synchronise
 from train.waiting import Background
@@ -297,16 +297,15 @@ class Checkpoints:
         found = _shapes(self._manager.item_metadata(step)["state"])
         wanted = _shapes(abstract)
         lines = [
-            f"{name}: {found.get(name, 'absent')} in the checkpoint, "
+            f"{text.shown(name)}: {found.get(name, 'absent')} in the checkpoint, "
             f"{wanted.get(name, 'absent')} in the model"
             for name in sorted(found | wanted)
             if found.get(name) != wanted.get(name)
         ]
         if lines:
-            listed = "".join(f"\n  {line}" for line in lines[:10])
             raise CheckpointError(
                 f"The checkpoint {self._path(step)} is of another model: "
-                f"{len(lines)} arrays differ.{listed}"
+                f"{len(lines)} arrays differ.{text.lines(lines)}"
             )
 
     def _put_aside(self, damaged: dict[int, str], step: int) -> None:
@@ -398,7 +397,5 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    line = lines[0]
-    if len(line) > _LONGEST:  # file names and, at the end, the reason
-        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-    return f"{type(error).__name__}: {line}"
+    # It has the names of files and, at the end, the reason.
+    return f"{type(error).__name__}: {text.shown(lines[0], _LONGEST)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.files import write_atomically
+from train.text import shown
 
 _NAME = "checksums.json"
 _VERSION = 1
@@ -40,22 +41,22 @@ def problem(directory: Path, step: int) -> str:
     except FileNotFoundError:
         return f"{_NAME} is missing"
     except (OSError, ValueError, RecursionError) as error:
-        return f"{_NAME}: {type(error).__name__}: {error}"
+        return f"{_NAME}: {type(error).__name__}: {shown(error)}"
     if written not in (step, _UNKNOWN):
-        return f"it was written as that of step {written}"
+        return f"it was written as that of step {shown(written)}"
     try:
         return _changed(_files(directory), checksums)
     except OSError as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {shown(error)}"
 
 
 def _changed(found: dict[str, Path], checksums: dict[str, Any]) -> str:
     """What is wrong with the first file that is not as it was written, or nothing."""
     for name, expected in checksums.items():
         if name not in found:
-            return f"{name} is missing"
+            return f"{shown(name)} is missing"
         if _crc32(found[name]) != expected:
-            return f"{name} has changed since it was written"
+            return f"{shown(name)} has changed since it was written"
     return ""
 
 
@@ -72,7 +73,7 @@ def _parse(text: bytes) -> tuple[Any, dict[str, Any]]:
         content = {"version": _VERSION, "step": _UNKNOWN, "files": content}
     if content["version"] != _VERSION:
         raise ValueError(
-            f"it is of version {content['version']!r}, not {_VERSION}, which this "
+            f"it is of version {shown(content['version'])}, not {_VERSION}, which this "
             "program reads"
         )
     step, files = content.get("step"), content.get("files")

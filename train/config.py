@@ -9,6 +9,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from dropit_jax import DropIT, LayerPreset, layer_preset
 from train import data, models
+from train.text import shown
 
 # What changes the result of a run by no more than rounding, and may change when it is
 # resumed: on other devices, for one, where the state is sharded anew.
@@ -125,14 +126,14 @@ def from_json(text: str) -> ConfigDict:
     """
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"It is no JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"It is no JSON: {shown(error)}.") from error
     if not isinstance(content, dict):
         raise ConfigError("It is no JSON object.")
     try:
         return ConfigDict(_with_tuples(content))
-    except ValueError as error:  # of names that no field can have
-        raise ConfigError(f"It is no config: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:  # of names, of types
+        raise ConfigError(f"It is no config: {shown(error)}") from error
 
 
 def differences(old: str, new: str) -> list[str]:
@@ -147,7 +148,9 @@ def differences(old: str, new: str) -> list[str]:
         if name not in _FREE
     }
     return [
-        f"config.{name}: {a!r} -> {b!r}" for name, (a, b) in pairs.items() if a != b
+        f"config.{shown(name)}: {shown(repr(a))} -> {shown(repr(b))}"
+        for name, (a, b) in pairs.items()
+        if a != b
     ]
 
 

@@ -26,8 +26,8 @@ def advice(workdir: Path) -> str:
     """What to tell the user of a run that goes on after it ended in this way."""
     return (
         f"{workdir} ended before with a loss that was not finite; {_DIRECTORY}/ has "
-        "the step. The same config takes the same steps: another --workdir, with another "
-        "learning rate, is likely to end better."
+        "the step. The same config takes the same steps: in another --workdir, another "
+        "learning rate is likely to end better."
     )
 
 

@@ -11,6 +11,7 @@ from train import lock, processes, records
 from train.config import ConfigError
 from train.files import write_atomically
 from train.lock import LockedError
+from train.text import lines
 
 _CONFIG_FILE = "config.json"
 
@@ -96,7 +97,7 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
     if changed := config_lib.differences(before, config_lib.to_json(config)):
         raise ConfigError(
             f"{workdir} holds a run of another config. Take another --workdir, or "
-            "delete it to start over. Changed:\n  " + "\n  ".join(changed)
+            f"delete it to start over. Changed:{lines(changed)}"
         )
 
 

@@ -221,7 +221,6 @@ class LoopTest(parameterized.TestCase):
         (["--config.workers=1000000"], "config.workers=1000000 is more than"),
         (["--config.init_from=~nosuchuser/a.npz"], "is no name of a file"),
         (["--config.init_from=/nowhere.npz"], "/nowhere.npz does not exist"),
-        (["--config=configs/ablation_cifar10.py"], "This config is a grid of variants"),
     )
     def test_a_wrong_command_is_told_in_a_line(self, arguments, message):
         """And leaves no directory behind."""
