@@ -20,6 +20,8 @@ _LATEST = 2
 # How Orbax calls what is not written to its end, and this program what it removes.
 _HALF_WRITTEN = ".orbax-checkpoint-tmp*"
 _OLD = ".old"
+# Bytes a second of a disk that is still waited for.
+_SLOWEST = 10_000_000
 # Characters of a message of Orbax's that are shown.
 _LONGEST = 300
 # The field of the position with the accuracy on the test examples, if it is known.
@@ -65,6 +67,7 @@ class Checkpoints:
                 _remove(path)
             synchronise("half_written")
         self._saving: int | None = None
+        self._bytes = 0
         self._background = Background(f"a checkpoint to be written to {directory}")
         # Not Orbax's `read_only`, which warns of itself.
         self._manager = ocp.CheckpointManager(
@@ -168,7 +171,8 @@ class Checkpoints:
         if step in self.steps():
             return
         self.wait()  # for the one before, whose step `_write_checksums` needs
-        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._check_room(self._bytes)
         self._saving = step
         try:
             self._manager.save(
@@ -191,7 +195,9 @@ class Checkpoints:
           CheckpointError: it cannot be.
         """
         try:
-            self._background.call(self._manager.wait_until_finished)
+            self._background.call(
+                self._manager.wait_until_finished, more=self._bytes / _SLOWEST
+            )
         except Exception as error:  # of many types, as above
             if self._saving is not None:
                 self._steps.discard(self._saving)

@@ -40,7 +40,10 @@ class Background:
         threading.Thread(target=self._run, daemon=True).start()
 
     def call(
-        self, function: Callable[[], Any], check: Callable[[], None] = lambda: None
+        self,
+        function: Callable[[], Any],
+        check: Callable[[], None] = lambda: None,
+        more: float = 0,
     ) -> Any:
         """Returns what the function returns, in the thread.
 
@@ -48,13 +51,14 @@ class Background:
           function: what to call; what it raises is raised.
           check: is called twice a second, and ends the waiting by raising. The call
             then goes on; nothing more may be asked of this thread.
+          more: seconds that the call may take beyond half an hour.
 
         Raises:
-          WaitError: the function did not end in half an hour.
+          WaitError: the function did not end in that time.
         """
         self._calls.put(function)
         try:
-            result, error = self._wait(check)
+            result, error = self._wait(check, _LIMIT + more)
         except BaseException:
             _abandoned.add(self)
             raise
@@ -74,22 +78,23 @@ class Background:
             _abandoned.discard(self)
         return self.is_idle
 
-    def _wait(self, check: Callable[[], None]) -> Any:
+    def _wait(self, check: Callable[[], None], limit: float) -> Any:
         for waited in itertools.count(step=_INTERVAL):
             with contextlib.suppress(queue.Empty):
                 return self._results.get(timeout=_INTERVAL)
             check()
             if waited == _SILENT:
                 print(f"Waiting for {self._what} for a minute.", file=sys.stderr)
-            if waited >= _LIMIT:
+            if waited >= limit:
                 raise WaitError(
-                    f"Waited {_LIMIT // 60} minutes for {self._what}, without success. "
+                    f"Waited {limit // 60:.0f} minutes for {self._what}, without success. "
                     "The same command goes on from the last checkpoint."
                 )
         raise AssertionError
 
     def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ours)
         while (function := self._calls.get()) is not None:
             try:
                 self._results.put((function(), None))
