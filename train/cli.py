@@ -33,6 +33,8 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints and metrics go; a run in it is resumed."
 )
 
+# Characters of a flag's error that are shown.
+_LONGEST = 1000
 # Exit status after an error.
 _FAILED = 2
 # What a user can mend, and is told without a trace.
@@ -176,9 +178,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         # Of a config file that raises an error, a whole trace; its last line says why.
         message = str(error).strip().splitlines()
         reason = message[0] if len(message) == 1 else f"--config: {message[-1].strip()}"
+    except RecursionError:  # of absl's, as it looks for a flag of a similar name
+        reason = "The name of a flag is too long, or the config file calls itself."
     except _CONFIG_FILE_ERRORS as error:
         reason = f"--config: {_unknown_override(argv) or _words(error)}"
-    print(f"error: {printable(reason)}", file=sys.stderr)
+    print(f"error: {shown(reason, _LONGEST)}", file=sys.stderr)
     sys.exit(2)
 
 

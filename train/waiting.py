@@ -87,8 +87,8 @@ class Background:
                 print(f"Waiting for {self._what} for a minute.", file=sys.stderr)
             if waited >= limit:
                 raise WaitError(
-                    f"Waited {limit // 60:.0f} minutes for {self._what}, without success. "
-                    "The same command goes on from the last checkpoint."
+                    f"Waited {limit // 60:.0f} minutes for {self._what}, without "
+                    "success. The same command goes on from the last checkpoint."
                 )
         raise AssertionError
 
