@@ -1,17 +1,20 @@
-"""Whether a state has values that are infinite or not a number."""
+"""Whether a state has values that training cannot go on from."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 # Names that are told.
 _LONGEST = 3
+# The square of a larger value is infinite, and with it every norm.
+_LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def problem(state: Any) -> str:
-    """Returns which arrays of a pytree are not finite; empty if all are."""
+    """Returns which arrays of a pytree have no finite square; empty if all have."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     floating = [(path, x) for path, x in flat if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = jax.device_get(_finite([x for _, x in floating]))
@@ -23,9 +26,14 @@ def problem(state: Any) -> str:
     if not names:
         return ""
     more = f" and {len(names) - _LONGEST} more arrays" if names[_LONGEST:] else ""
-    return f"{', '.join(names[:_LONGEST])}{more} became infinite or NaN"
+    return (
+        f"{', '.join(names[:_LONGEST])}{more} became infinite, NaN, or larger than 1e19"
+    )
 
 
 @jax.jit
 def _finite(arrays: list[Array]) -> list[Bool[Array, ""]]:
-    return [jnp.all(jnp.isfinite(x)) for x in arrays]
+    return [
+        jnp.all(jnp.abs(x) <= min(_LARGEST, float(jnp.finfo(x.dtype).max)))
+        for x in arrays
+    ]

@@ -176,6 +176,8 @@ class _Saver:
           NonFiniteLossError: the state is not finite, or the test loss after the last
             step.
         """
+        # First what the steps before say, which may not have been looked at.
+        position = Position(self.meter.state(), self.train_examples, rows)
         problem = finite.problem(state)
         if test is not None and not math.isfinite(test.loss):
             if done == self.total_steps:
@@ -183,7 +185,6 @@ class _Saver:
             test = None  # training can still recover, but the best this is not
         if problem:
             raise NonFiniteLossError(done, math.nan, problem)
-        position = Position(self.meter.state(), self.train_examples, rows)
         accuracy = None if test is None else test.accuracy
         self.checkpoints.save(done, state, position.to_json(), accuracy)
 

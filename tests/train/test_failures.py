@@ -153,7 +153,7 @@ class FailuresTest(parameterized.TestCase):
         )
         status, _, errors = self._train(workdir, *steep)
         self.assertEqual(status, 2)
-        self.assertRegex(errors, "(test loss became|infinite or NaN).* at step 1")
+        self.assertRegex(errors, "(test loss became|infinite, NaN).* at step 1")
         self.assertNotIn("Traceback", errors)
         self.assertEqual(commands.steps(workdir), [])
         self.assertFalse((workdir / "metrics.csv").exists())
@@ -162,7 +162,7 @@ class FailuresTest(parameterized.TestCase):
     def test_a_loss_that_is_not_finite_leaves_what_shows_it_again(self):
         workdir = self.directory / "diverged"
         steep = (
-            "--config.optimizer.learning_rate=1e38",
+            "--config.optimizer.learning_rate=1e14",
             "--config.schedule.warmup_epochs=0",
             "--config.checkpoint_steps=1",
         )
@@ -180,7 +180,7 @@ class FailuresTest(parameterized.TestCase):
         self.assertIn(f"at step {step}.", messages[0])
         self.assertEqual(record["checkpoint"], commands.steps(workdir)[-1])
         self.assertLess(record["checkpoint"], step)
-        self.assertEqual(record["config"]["optimizer"]["learning_rate"], 1e38)
+        self.assertEqual(record["config"]["optimizer"]["learning_rate"], 1e14)
         config = record["config"]
         dataset = data.load("digits", "", config["image_size"], config["augmentation"])
         batches = data.training_batches(dataset, config["batch_size"], config["seed"])

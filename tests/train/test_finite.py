@@ -22,9 +22,18 @@ class FiniteTest(parameterized.TestCase):
     )
     def test_names_what_is_not_finite(self, value, dtype):
         problem = finite.problem(_state(value, dtype))
-        self.assertEqual(problem, "params/bias became infinite or NaN")
+        self.assertEqual(
+            problem, "params/bias became infinite, NaN, or larger than 1e19"
+        )
 
-    @parameterized.parameters(0.0, -0.0, 1e-40, 3e38)
+    @parameterized.parameters(2e19, -3e38)
+    def test_names_what_is_too_large_to_go_on(self, value):
+        problem = finite.problem(_state(value, "float32"))
+        self.assertIn("params/bias became", problem)
+        with np.errstate(over="ignore"):
+            self.assertTrue(np.isinf(np.square(np.float32(value))))
+
+    @parameterized.parameters(0.0, -0.0, 1e-40, 1.8e19)
     def test_all_else_is_finite(self, value):
         self.assertEqual(finite.problem(_state(value, "float32")), "")
         self.assertEqual(finite.problem({}), "")
@@ -36,7 +45,9 @@ class FiniteTest(parameterized.TestCase):
 
     def test_a_few_names_do(self):
         state = {f"w{i}": jnp.array(jnp.nan) for i in range(6)}
-        expected = "w0, w1, w2 and 3 more arrays became infinite or NaN"
+        expected = (
+            "w0, w1, w2 and 3 more arrays became infinite, NaN, or larger than 1e19"
+        )
         self.assertEqual(finite.problem(state), expected)
 
 
