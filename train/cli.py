@@ -139,10 +139,9 @@ def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
             print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
             jax.config.update("jax_numpy_dtype_promotion", "standard")
         status = _status(lambda: job(list(argv[1:])))
-        # A thread that hangs would be waited for, and other processes, which may hang.
-        if is_abandoned() or (
-            status in (1, _FAILED) and jax.distributed.is_initialized()
-        ):
+        # After an error threads of libraries, and other processes, may hang, which Python
+        # would wait for.
+        if status in (1, _FAILED) or is_abandoned():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
