@@ -42,7 +42,7 @@ class Checkpoints:
         say: Callable[[str], None],
         *,
         read_only: bool = False,
-        problem: Callable[[Any, Any], str] | None = None,
+        problem: Callable[[int, Any, Any], str] | None = None,
     ) -> None:
         """Opens the directory.
 
@@ -50,8 +50,8 @@ class Checkpoints:
           directory: of the checkpoints; it is made if need be.
           say: is told what was found that is not as it should be.
           read_only: whether nothing on disk may change.
-          problem: says what is wrong with a restored state and position, which then
-            count as damaged; nothing if it is empty.
+          problem: says what is wrong with a restored step, its state and its position,
+            which then count as damaged; nothing if it is empty.
 
         Raises:
           CheckpointError: what is half-written cannot be removed.
@@ -67,7 +67,7 @@ class Checkpoints:
                 _remove(path)
             synchronise("half_written")
         self._saving: int | None = None
-        self._bytes = 0
+        self._patience = 0.0
         self._background = Background(f"a checkpoint to be written to {directory}")
         # Not Orbax's `read_only`, which warns of itself.
         self._manager = ocp.CheckpointManager(
@@ -84,7 +84,7 @@ class Checkpoints:
             },
         )
         self._steps = {
-            int(path.name) for path in self._directory.glob("*") if _is_step(path.name)
+            int(path.name) for path in self._directory.glob("*") if is_step(path.name)
         }
         for step in self.steps():
             self._accuracies |= self._read_accuracy(step)
@@ -171,16 +171,17 @@ class Checkpoints:
         if step in self.steps():
             return
         self.wait()  # for the one before, whose step `_write_checksums` needs
-        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        self._check_room(self._bytes)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._patience = size / _SLOWEST
+        self._check_room(size)
         self._saving = step
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    position=ocp.args.JsonSave(position | {_ACCURACY: test_accuracy}),
-                ),
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                position=ocp.args.JsonSave(position | {_ACCURACY: test_accuracy}),
+            )
+            self._background.call(
+                lambda: self._manager.save(step, args=args), more=self._patience
             )
         except Exception as error:  # of many types: OSError, TensorStore's ValueError
             raise self._unwritable(error) from error
@@ -196,7 +197,7 @@ class Checkpoints:
         """
         try:
             self._background.call(
-                self._manager.wait_until_finished, more=self._bytes / _SLOWEST
+                self._manager.wait_until_finished, more=self._patience
             )
         except Exception as error:  # of many types, as above
             if self._saving is not None:
@@ -282,7 +283,7 @@ class Checkpoints:
         if any_of(bool(problem)):
             return problem or "another process cannot read it"
         state, position = result["state"], result["position"]
-        if self._problem and (problem := self._problem(state, position)):
+        if self._problem and (problem := self._problem(step, state, position)):
             return problem
         return state, position
 
@@ -351,7 +352,8 @@ class Checkpoints:
         )
 
 
-def _is_step(name: str) -> bool:
+def is_step(name: str) -> bool:
+    """Whether a checkpoint can have this name."""
     return name.isdecimal() and name == str(int(name))
 
 

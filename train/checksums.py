@@ -39,6 +39,8 @@ def problem(directory: Path, step: int) -> str:
     try:
         written, checksums = _parse((directory / _NAME).read_bytes())
     except FileNotFoundError:
+        if not directory.exists():
+            return "it is gone: a run that goes on removes older ones"
         return f"{_NAME} is missing"
     except (OSError, ValueError, RecursionError) as error:
         return f"{_NAME}: {type(error).__name__}: {shown(error)}"

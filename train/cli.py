@@ -52,17 +52,6 @@ _USER_ERRORS = (
     WaitError,
     WeightsError,
 )
-# What a config file, or a value for one of its fields, can go wrong with.
-_CONFIG_FILE_ERRORS = (
-    AttributeError,
-    ImportError,
-    KeyError,
-    NameError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
 
 
 def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) -> None:
@@ -133,14 +122,13 @@ def _refuse(arguments: list[str]) -> None:
 def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
         end_in_one_line()
-        libraries.quieten()
         if jax.config.jax_numpy_dtype_promotion != "standard":
             # Flax's norms in bfloat16 and Optax's schedules have no other.
             print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
             jax.config.update("jax_numpy_dtype_promotion", "standard")
         status = _status(lambda: job(list(argv[1:])))
-        # After an error threads of libraries, and other processes, may hang, which Python
-        # would wait for.
+        # After an error threads of libraries, and other processes, may hang, which
+        # Python would wait for.
         if status in (1, _FAILED) or is_abandoned():
             sys.stdout.flush()
             sys.stderr.flush()
@@ -168,6 +156,7 @@ def _status(job: Callable[[], None]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    libraries.quieten()
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
@@ -179,7 +168,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         reason = message[0] if len(message) == 1 else f"--config: {message[-1].strip()}"
     except RecursionError:  # of absl's, as it looks for a flag of a similar name
         reason = "The name of a flag is too long, or the config file calls itself."
-    except _CONFIG_FILE_ERRORS as error:
+    except Exception as error:  # of any type: a config file is a program
         reason = f"--config: {_unknown_override(argv) or _words(error)}"
     print(f"error: {shown(reason, _LONGEST)}", file=sys.stderr)
     sys.exit(2)
@@ -194,7 +183,7 @@ def _unknown_override(argv: list[str]) -> str:
     try:
         config = flags.FLAGS["config"].parser.parse(files[-1])
         names = config_lib.flat(config)
-    except (IndexError, *_CONFIG_FILE_ERRORS):  # which is told in its own words
+    except Exception:  # which is told in its own words
         return ""
     for word in argv:
         match = re.match(r"--?config\.([^=]+)", word)
@@ -205,7 +194,11 @@ def _unknown_override(argv: list[str]) -> str:
 
 def _words(error: Exception) -> str:
     # ml_collections hands on the representation of a text, of which this is left.
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    if not isinstance(
+        error, (AttributeError, KeyError, OSError, TypeError, ValueError)
+    ):
+        text = f"{type(error).__name__}: {text}"
     if text.startswith("'\\'"):
         text = text[1:-1]
     return " ".join(text.replace("\\'", "'").replace("\\n", " ").split())

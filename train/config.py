@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from dropit_jax import DropIT, LayerPreset, layer_preset
 from train import data, models
-from train.text import shown
+from train.text import literal, shown
 
 # What changes the result of a run by no more than rounding, and may change when it is
 # resumed: on other devices, for one, where the state is sharded anew.
@@ -77,7 +77,11 @@ def memory(config: ConfigDict) -> LayerPreset:
     Raises:
       ConfigError: there is no such policy.
     """
-    changed = {k: v for k, v in config.dropit.items() if v != _OF_PRESET}
+    changed = {
+        name: value
+        for name, value in config.dropit.items()
+        if not (isinstance(value, str) and value == _OF_PRESET)
+    }
     try:
         return layer_preset(config.memory, remat=config.remat, **changed)
     except (TypeError, ValueError) as error:
@@ -132,7 +136,7 @@ def from_json(text: str) -> ConfigDict:
         raise ConfigError("It is no JSON object.")
     try:
         return ConfigDict(_with_tuples(content))
-    except (TypeError, ValueError, RecursionError) as error:  # of names, of types
+    except Exception as error:  # of many types: of names that no field can have
         raise ConfigError(f"It is no config: {shown(error)}") from error
 
 
@@ -148,7 +152,7 @@ def differences(old: str, new: str) -> list[str]:
         if name not in _FREE
     }
     return [
-        f"config.{shown(name)}: {shown(repr(a))} -> {shown(repr(b))}"
+        f"config.{shown(name)}: {literal(a)} -> {literal(b)}"
         for name, (a, b) in pairs.items()
         if a != b
     ]

@@ -1,10 +1,12 @@
 """Evaluates a checkpoint: `python -m train.evaluate --workdir=DIR [--step=last]`."""
 
+import math
 from pathlib import Path
 
 from train import cli, restoration
 from train import job as job_lib
 from train.data_dir import DATA_DIR
+from train.disk import CheckpointError
 from train.evaluation import evaluator
 from train.terminal import Terminal
 
@@ -17,6 +19,11 @@ def main(workdir: Path) -> None:
     job = job_lib.prepare(config)
     step, state = restoration.restore(job.abstract, workdir, terminal.say)
     test = evaluator(job)(state)
+    if not math.isfinite(test.loss):
+        raise CheckpointError(
+            f"The checkpoint of step {step} has a test loss of {test.loss}: take "
+            "another --step."
+        )
     terminal.say(
         f"step {step}  test loss {test.loss:.4f}  accuracy {test.accuracy:.2%}  "
         f"top-5 accuracy {test.top5_accuracy:.2%}  of {test.count:,.0f} images"

@@ -14,12 +14,14 @@ def named(text: str) -> Path:
     """The path that a user named; `~` stands for a home directory.
 
     Raises:
-      PathError: it is too long, or of a user that there is not.
+      PathError: it is too long, has a zero byte, or is of a user that there is not.
     """
     try:
         path = Path(text).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path  # which is told where it is used
+    except (OSError, RuntimeError, ValueError) as error:
         raise PathError(
             f"{shown(text)} is no name of a file: {shown(error)}"
         ) from error

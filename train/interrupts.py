@@ -60,6 +60,7 @@ class Interrupts:
     def __init__(self, *, several: bool = False) -> None:
         """Says whether several processes train together."""
         self.signum: int | None = None
+        self.handed_on: int | None = None
         self._several = several
 
     def __enter__(self) -> Self:
@@ -95,7 +96,8 @@ class Interrupts:
         self._put_back()
 
     def _hand_on(self, signum: int, frame: FrameType | None) -> None:
-        del signum, frame
+        del frame
+        self.handed_on = signum
         self._put_back()
         os.kill(os.getpid(), signal.SIGTERM)
 

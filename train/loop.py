@@ -141,7 +141,7 @@ def _train(
             elif config.checkpoint_steps and done % config.checkpoint_steps == 0:
                 saver.save(done, state, records.rows)
             if processes.must_stop(done):
-                interrupts.signum = signal.SIGTERM
+                interrupts.signum = interrupts.handed_on or signal.SIGTERM
             if interrupts.signum is not None:
                 saver.stop(interrupts.signum, done, state, records.rows)
     return records.rows
@@ -231,9 +231,9 @@ def _tested(test: Meter) -> Row:
     }
 
 
-def _problem(state: step_lib.State, position: Any) -> str:
+def _problem(step: int, state: step_lib.State, position: Any) -> str:
     """Returns why a checkpoint is none to go on from; empty if it is one."""
-    return finite.problem(state) or position_lib.problem(position)
+    return step_lib.problem(step, state) or position_lib.problem(position)
 
 
 def _check_data(job: Job, position: Position) -> None:

@@ -46,6 +46,10 @@ class _Peer:
         with contextlib.suppress(OSError):  # it is gone, which its reader notices
             self.connection.sendall(json.dumps([kind, text]).encode() + b"\n")
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # its reader then ends, and closes it
+            self.connection.shutdown(socket.SHUT_RDWR)
+
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
@@ -93,36 +97,38 @@ class _Watch:
             from_first(
                 {"port": port, "token": token, "name": name, "hosts": _addresses()}
             )
+            server.settimeout(0.1)
             deadline = time.monotonic() + _CONNECT
-            while len(self._peers) < jax.process_count() - 1:
-                server.settimeout(max(0.0, deadline - time.monotonic()))
-                try:
+            others = jax.process_count() - 1
+            while len(self._peers) < others and time.monotonic() < deadline:
+                with contextlib.suppress(TimeoutError):
                     connection, _ = server.accept()
-                except OSError:
-                    return
-                self._welcome(connection, token)
+                    # Beside each other: strangers may say nothing.
+                    threading.Thread(
+                        target=self._welcome, args=(connection, token), daemon=True
+                    ).start()
 
     def _welcome(self, connection: socket.socket, token: str) -> None:
         connection.settimeout(_CONNECT)
         stream = connection.makefile("r")
-        with contextlib.suppress(OSError, ValueError):
-            given, name = json.loads(stream.readline(_LONGEST))
-            if hmac.compare_digest(given, token):
-                peer = _Peer(name, connection)
-                peer.send(_WELCOME, token)
-                self._watch(peer, stream)
-                return
-        connection.close()
+        given, name = _heard(stream)
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            stream.close()
+            connection.close()
+            return
+        peer = _Peer(name, connection)
+        peer.send(_WELCOME, token)
+        self._watch(peer, stream)
 
     def connect(self, server: dict[str, Any]) -> None:
         """Connects to the first process."""
         for host in server["hosts"]:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):
                 connection = socket.create_connection((host, server["port"]), _CONNECT)
                 hello = json.dumps([server["token"], _name()]).encode() + b"\n"
                 connection.sendall(hello)
                 stream = connection.makefile("r")
-                if json.loads(stream.readline(_LONGEST)) == [_WELCOME, server["token"]]:
+                if _heard(stream) == (_WELCOME, server["token"]):
                     self._watch(_Peer(server["name"], connection), stream)
                     return
 
@@ -142,9 +148,8 @@ class _Watch:
 
     def _read(self, peer: _Peer, stream: Any) -> None:
         """Reads what a peer says until it goes, and ends this process if it is lost."""
-        kind, text = "", ""
-        with contextlib.suppress(OSError, ValueError):
-            kind, text = json.loads(stream.readline(_LONGEST) or '["", ""]')
+        with stream, peer.connection:
+            kind, text = _heard(stream)
         if kind == _DONE:
             return
         failed = f"{peer.name} ended with an error"
@@ -179,6 +184,17 @@ class _Watch:
             deadline = time.monotonic() + _GRACE + 2
             for reader in self._readers:
                 reader.join(max(0.0, deadline - time.monotonic()))
+        for peer in self._peers:
+            peer.close()
+
+
+def _heard(stream: Any) -> tuple[str, str]:
+    """The next two words of a connection; empty ones if it has none, or others."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        match json.loads(stream.readline(_LONGEST)):
+            case [str(first), str(second)]:
+                return first, second
+    return "", ""
 
 
 def _name() -> str:

@@ -1,7 +1,6 @@
 """Where a run is: what its checkpoints have beside the state on the devices."""
 
 import dataclasses
-import numbers
 from typing import Any, Self
 
 from train.meter import FIELDS
@@ -42,9 +41,9 @@ class Position:
         rows: Any = fields["rows"]
         if not _has_numbers(meter, FIELDS):
             raise ValueError("The position has no sums of the epoch, `meter`")
-        if not isinstance(examples, int):
+        if not _is_count(examples):
             raise ValueError("The position has no number of `train_examples`")
-        if not (isinstance(rows, list) and all(_has_numbers(r, COLUMNS) for r in rows)):
+        if not (isinstance(rows, list) and all(map(_is_row, rows))):
             raise ValueError("The position has no `rows` of metrics")
         return cls(meter, examples, rows)
 
@@ -60,5 +59,15 @@ def problem(content: Any) -> str:
 
 def _has_numbers(section: Any, names: tuple[str, ...]) -> bool:
     return isinstance(section, dict) and all(
-        isinstance(section.get(name), numbers.Real) for name in names
+        isinstance(section.get(name), int | float) for name in names
     )
+
+
+def _is_row(row: Any) -> bool:
+    return _has_numbers(row, COLUMNS) and all(
+        map(_is_count, (row["step"], row["epoch"]))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

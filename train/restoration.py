@@ -7,11 +7,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import finite, validation
 from train import step as step_lib
+from train import validation
 from train import workdir as workdir_lib
 from train.checkpoint import Checkpoints
 from train.disk import CheckpointError
+from train.text import shown
 
 _STEP = flags.DEFINE_string(
     "step", "best", "Which checkpoint: best, of test accuracy; last; or its step."
@@ -54,7 +55,7 @@ def restore(
         workdir / "checkpoints",
         say,
         read_only=True,
-        problem=lambda state, _: finite.problem(state),
+        problem=lambda step, state, _: step_lib.problem(step, state),
     ) as checkpoints:
         step = _choose(checkpoints, workdir)
         say(f"{workdir}: the checkpoint of step {step}.")
@@ -75,9 +76,9 @@ def _choose(checkpoints: Checkpoints, workdir: Path) -> int:
                 f"{workdir} has no checkpoint that was evaluated: take --step=last."
             )
         return best
-    if not (wanted.isdecimal() and int(wanted) in steps):
+    if wanted not in map(str, steps):
         raise CheckpointError(
-            f"--step={wanted}: {workdir} has best, last and "
+            f"--step={shown(wanted)}: {workdir} has best, last and "
             f"{', '.join(map(str, steps))}."
         )
     return int(wanted)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dropit_jax import drop
 from train import config as config_lib
-from train import data, losses, models, normalisation, optim, validation
+from train import data, finite, losses, models, normalisation, optim, validation
 from train.accumulation import accumulate
 
 
@@ -41,6 +41,13 @@ class State(flax.struct.PyTreeNode):
         """What the model is evaluated with: averaged parameters, if there are any."""
         params = self.ema_params or self.params
         return {"params": params, "batch_stats": self.batch_stats}
+
+
+def problem(step: int, state: State) -> str:
+    """Returns why a state is none to go on from after a step; empty if it is one."""
+    if int(jax.device_get(state.step)) != step:
+        return f"its state is that of step {state.step}"
+    return finite.problem(state)
 
 
 class Sums(flax.struct.PyTreeNode):

@@ -21,10 +21,27 @@ def printable(text: str) -> str:
 
 def shown(value: object, longest: int = _LONGEST) -> str:
     """Returns a text or a number on one line, its middle left out where it is long."""
-    text = printable(str(value)).replace("\n", "\\n")
+    try:
+        text = str(value)
+    except Exception as error:  # Python writes no whole number of 5,000 digits
+        text = f"one {type(value).__name__} ({error})"
+    text = printable(text).replace("\n", "\\n")
     if len(text) <= longest:
         return text
     return f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+
+
+def literal(value: object) -> str:
+    """Returns a value as `shown`, with the quotes that a text has in Python."""
+    return shown(_Literal(value))
+
+
+class _Literal:
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return repr(self._value)
 
 
 def names(values: Iterable[object]) -> str:

@@ -29,7 +29,12 @@ def load(
       DataError: the dataset is not there, or damaged.
     """
     job = job_lib.prepare(config)
-    with Checkpoints(workdir / "checkpoints", say, read_only=True) as checkpoints:
+    with Checkpoints(
+        workdir / "checkpoints",
+        say,
+        read_only=True,
+        problem=lambda step, state, _: step_lib.problem(step, state),
+    ) as checkpoints:
         steps, total = checkpoints.steps(), config_lib.steps(config)[1]
         if not steps or steps[-1] != total:
             raise CheckpointError(

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import math
-import numbers
 import os
 from collections.abc import Collection
 from typing import Any
@@ -17,6 +16,9 @@ from train import config as config_lib
 from train import data, mesh, models, text
 from train.config import ConfigError
 
+# Of JSON, to which NumPy's numbers are unknown.
+_INTEGRAL, _REAL = int, int | float
+_NAMES = {_INTEGRAL: "integral", _REAL: "real"}
 # Steps are counted in an int32.
 _LARGEST_COUNT = 2**31 - 1
 _SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
@@ -49,12 +51,12 @@ class _Field:
 
     def problem(self, value: Any) -> str:
         """Returns what is wrong with a value; empty if nothing is."""
-        is_number = self.type in (numbers.Integral, numbers.Real)
+        is_number = self.type in (_INTEGRAL, _REAL)
         if not isinstance(value, self.type) or (is_number and isinstance(value, bool)):
-            return f" must be of type {self.type.__name__.lower()}"
+            return f" must be of type {_NAMES.get(self.type) or self.type.__name__}"
         if self.choices and value not in self.choices:
             known = ", ".join(map(repr, self.choices))
-            return f": unknown value {text.shown(repr(value))}; known are {known}"
+            return f": unknown value {text.literal(value)}; known are {known}"
         if not is_number or (self.or_zero and value == 0):
             return ""
         if not -math.inf < value < math.inf:
@@ -79,7 +81,7 @@ class _Field:
 
     def _beyond_float32(self, value: Any) -> str:
         """Returns what becomes of a real number that no float32 can be."""
-        if self.type is not numbers.Real or value == 0:
+        if self.type is not _REAL or value == 0:
             return ""
         if abs(value) < _SMALLEST_FLOAT32:
             return " must not be 0 in a float32"
@@ -89,9 +91,9 @@ class _Field:
 _TEXT = _Field(str)
 _FLAG = _Field(bool)
 _TUPLE = _Field(tuple)
-_NUMBER = _Field(numbers.Real, least=0)
-_POSITIVE = _Field(numbers.Real, least=0, is_above=True)
-_FRACTION = _Field(numbers.Real, least=0, most=1, is_below=True)
+_NUMBER = _Field(_REAL, least=0)
+_POSITIVE = _Field(_REAL, least=0, is_above=True)
+_FRACTION = _Field(_REAL, least=0, most=1, is_below=True)
 
 
 def _choice(*values: str) -> _Field:
@@ -99,7 +101,7 @@ def _choice(*values: str) -> _Field:
 
 
 def _count(least: int, most: int = _LARGEST_COUNT) -> _Field:
-    return _Field(numbers.Integral, least=least, most=most)
+    return _Field(_INTEGRAL, least=least, most=most)
 
 
 # Every field of a config. Those of DropIT are checked by DropIT itself.
@@ -141,13 +143,13 @@ _FIELDS = {
     "schedule.decay_factor": _POSITIVE,
     "label_smoothing": _FRACTION,
     # Beyond, its beta distribution is 0 or 1, or 1/2, in a float32.
-    "mixup": _Field(numbers.Real, least=1e-6, most=1e6, or_zero=True),
+    "mixup": _Field(_REAL, least=1e-6, most=1e6, or_zero=True),
     "ema_decay": _FRACTION,
     "evaluate_every": dataclasses.replace(_POSITIVE, most=_LARGEST_COUNT),
     "checkpoint_steps": _count(0),
     "profile_steps": _TUPLE,
-    "mesh.data": _Field(numbers.Integral),
-    "mesh.fsdp": _Field(numbers.Integral),
+    "mesh.data": _Field(_INTEGRAL),
+    "mesh.fsdp": _Field(_INTEGRAL),
 }
 # How long to train is said in one of two units; of both, the second counts.
 _EITHER = ("num_epochs", "num_steps")
@@ -246,7 +248,7 @@ def _check_names(values: dict[str, Any]) -> None:
 def _check_value(name: str, value: Any) -> None:
     problem = _FIELDS[name].problem(value)
     if problem:
-        got = "" if problem.startswith(":") else f", got {text.shown(repr(value))}"
+        got = "" if problem.startswith(":") else f", got {text.literal(value)}"
         raise ConfigError(f"config.{name}{problem}{got}.")
 
 
@@ -278,13 +280,14 @@ def _check_decay(values: dict[str, Any]) -> None:
         for epoch in epochs
     ):
         raise ConfigError(
-            f"config.schedule.decay_epochs takes numbers of epochs, got {epochs!r}."
+            "config.schedule.decay_epochs takes numbers of epochs, got "
+            f"{text.literal(epochs)}."
         )
     if values["schedule.name"] != "step":
         if epochs:
             raise ConfigError(
                 "config.schedule.decay_epochs is for config.schedule.name='step', got "
-                f"{epochs!r} beside {values['schedule.name']!r}."
+                f"{text.literal(epochs)} beside {values['schedule.name']!r}."
             )
         return
     for name in _OPTIONAL:
@@ -303,7 +306,7 @@ def _check_profile(steps: tuple[Any, ...]) -> None:
     ):
         raise ConfigError(
             "config.profile_steps takes the first step and the one after the last, "
-            f"such as (10, 13), got {steps!r}."
+            f"such as (10, 13), got {text.literal(steps)}."
         )
 
 
@@ -314,14 +317,15 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
         if size != -1 and size < 1:
             raise ConfigError(
                 f"config.mesh.{name} must be above 0, or -1 for all devices that are "
-                f"left, got {size!r}."
+                f"left, got {text.literal(size)}."
             )
     try:
         mesh.shape(data_axis, fsdp_axis, num_devices)
     except ValueError as error:
         raise ConfigError(
-            f"config.mesh: {data_axis} x {fsdp_axis} devices are not the {num_devices} "
-            "that there are. Set config.mesh.data=-1 for all that are left."
+            f"config.mesh: {text.shown(data_axis)} x {text.shown(fsdp_axis)} devices "
+            f"are not the {num_devices} that there are. Set config.mesh.data=-1 for "
+            "all that are left."
         ) from error
 
 

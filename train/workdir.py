@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from train import config as config_lib
 from train import lock, processes, records
+from train.checkpoint import is_step
 from train.config import ConfigError
 from train.files import write_atomically
 from train.lock import LockedError
@@ -57,16 +58,16 @@ def held(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _made(workdir: Path) -> Iterator[None]:
-    is_new = not workdir.exists()
+    new = [path for path in (workdir, *workdir.parents) if not path.exists()]
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        if is_new:
+        if new:
+            new.insert(0, workdir / "checkpoints")
+        for path in new:
             with contextlib.suppress(OSError):  # it is not empty
-                (workdir / "checkpoints").rmdir()
-            with contextlib.suppress(OSError):
-                workdir.rmdir()
+                path.rmdir()
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -75,8 +76,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     Raises:
       ConfigError: it holds a run of another config, or one without its checkpoints.
     """
-    # Those that are not written to their end have another ending.
-    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+    if any(is_step(path.name) for path in (workdir / "checkpoints").glob("*/")):
         check_same(workdir, config)
         return
     # A run writes its first row after its first checkpoint.

@@ -513,7 +513,8 @@ class DamagedTest(_SavedTestCase):
         self.assertTrue((self.root / "damaged" / name).is_dir())
 
     def test_a_state_with_a_problem_is_damaged(self):
-        def problem(state, position):
+        def problem(step, state, position):
+            self.assertEqual(state["step"], step)
             self.assertIn("meter", position)
             return "too large" if state["step"] == 2 else ""
 
@@ -648,6 +649,12 @@ class PlacesTest(_SavedTestCase):
         self.assertEqual(step, 1)
         self.assertIn("step 2 is damaged", self.said[0])
 
+    def test_one_that_is_removed_while_it_is_read_is_told_as_gone(self):
+        with self._open(read_only=True) as checkpoints:
+            shutil.rmtree(self.directory / "2")
+            with pytest.raises(CheckpointError, match="it is gone: a run that goes on"):
+                checkpoints.restore(2, _abstract(_state()))
+
     @parameterized.parameters("directory", "file")
     def test_what_is_no_checkpoint_is_told(self, kind):
         path = self.directory / "7"
@@ -711,8 +718,8 @@ class PlacesTest(_SavedTestCase):
         (self.directory / "2" / "position" / "metadata").write_bytes(content)
         checksums.write(self.directory / "2", 2)
 
-        def problem(state, position):
-            del state
+        def problem(step, state, position):
+            del step, state
             return "" if "test_accuracy" in position else "no accuracy"
 
         with self._open(problem=problem) as checkpoints:

@@ -181,6 +181,7 @@ class JsonTest(parameterized.TestCase):
         ("[]", r"It is no JSON object\."),
         ("[" * 100_000, r"It is no JSON: "),
         ('{"seed": ' + "9" * 5000 + "}", r"It is no JSON: "),
+        ('{"__class__": 1}', "It is no config: "),
         ('{"a": ' * 100_000, r"It is no JSON: "),
         ("3", r"It is no JSON object\."),
         ("null", r"It is no JSON object\."),

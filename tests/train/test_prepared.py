@@ -216,7 +216,7 @@ class DamageTest(parameterized.TestCase):
         self.assertStartsWith(str(caught.value), "Example 5 of split 'train' in ")
         self.assertIn("neither JPEG nor PNG", str(caught.value))
 
-    @parameterized.parameters("~nosuchuser/data", "a" * 5000, "/" + "a/" * 5000)
+    @parameterized.parameters("~nosuchuser/data", "a" * 5000, "/" + "a/" * 5000, "a\0b")
     def test_a_directory_that_cannot_be(self, name):
         for call in (data.info, lambda *args: data.load(*args, 32, "none")):
             with pytest.raises(data.DataError, match="is no name of a file") as error:
@@ -237,6 +237,29 @@ class DamageTest(parameterized.TestCase):
         for read in (lambda: source[0], lambda: source.many([0])):
             with pytest.raises(data.DataError, match="Example 0 of split 'validation'"):
                 read()
+
+    @parameterized.parameters(
+        ("features.json", "tensorflow_datasets.core.features.text", "this.Foo"),
+        ("features.json", "tensorflow_datasets.core.features.", "os."),
+        ("features.json", "{", "[" * 10**5),
+        ("dataset_info.json", '"48"', '"-5"'),
+        ("dataset_info.json", '"48"', '"many"'),
+        ("dataset_info.json", "{", "[" * 10**5),
+    )
+    def test_a_description_of_something_else(self, name, old, new):
+        """And no module is imported that it names."""
+        root, directory = self._copy()
+        path = directory / name
+        content = path.read_text()
+        self.assertIn(old, content)
+        path.write_text(content.replace(old, new))
+        with mock.patch.dict(sys.modules):
+            sys.modules.pop("this", None)
+            with pytest.raises(data.DataError) as error:
+                data.load("cifar100", str(root), 32, "none")
+            self.assertNotIn("this", sys.modules)
+        self.assertIn(str(directory), str(error.value))
+        self.assertLess(len(str(error.value)), 1000)
 
     def test_file_that_is_missing(self):
         root, directory = self._copy("imagenet2012")

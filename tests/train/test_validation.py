@@ -1,5 +1,7 @@
+import fractions
 from unittest import mock
 
+import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from ml_collections import ConfigDict
@@ -178,7 +180,7 @@ class ValidateTest(parameterized.TestCase):
             (
                 name,
                 value,
-                rf"{name} must (not be 0|be finite) in a float32, got {value}",
+                rf"{name} must (not be 0|be finite) in a float32, got 1e",
             )
             for name in (
                 *("optimizer.learning_rate", "optimizer.clip_norm"),
@@ -194,6 +196,21 @@ class ValidateTest(parameterized.TestCase):
         ("mixup", 1e-300, r"config\.mixup must be 0, or at least 1e-06, got 1e-300"),
         ("num_epochs", 10**8, r"num_epochs=100000000 are 2,200,000,000 steps, and 2"),
         ("profile_steps", (1, 2**40), r"config\.profile_steps takes .* got \(1, 1099"),
+        *(
+            (name, 10**5000, rf"config\.{name}.* int \(Exceeds the limit")
+            for name in ("seed", "batch_size", "optimizer.learning_rate")
+        ),
+        ("mesh.data", 10**5000, r"config\.mesh: one int \(Exceeds the limit"),
+        (
+            "batch_size",
+            np.int64(64),
+            r"batch_size must be of type integral, got np.int",
+        ),
+        ("mixup", np.float32(0.2), r"mixup must be of type real, got np.float32"),
+        ("mixup", fractions.Fraction(1, 10), r"must be of type real, got Fraction\(1"),
+        ("dropit.rate", np.ones(3), r"config\.dropit: DropIT\.rate must be a number"),
+        ("profile_steps", tuple(range(10**5)), r"got \(0, 1, .{40,60} \.\.\. .{50}\.$"),
+        ("schedule.decay_epochs", ("x" * 10**6,), r"got \('x+ \.\.\. x+',\)\.$"),
         (
             "dataset",
             "x\x1b[2J" + "y" * 10**6,

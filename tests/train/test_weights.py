@@ -816,6 +816,14 @@ _HOSTILE = {
         "1111 ... 1111",
     ),
     "parentheses": (lambda: _npz(a=_npy("(" * 9000)), "cannot be read as .npz"),
+    "a header of half a gigabyte": (
+        lambda: _npz(
+            a=b"\x93NUMPY\x02\x00"
+            + (2**26).to_bytes(4, "little")
+            + _header().encode().ljust(2**26)
+        ),
+        "cannot be read as .npz",
+    ),
     "brackets": (lambda: _safetensors(b"[" * 9000), "cannot be read as .safetensors"),
     "a header of a terabyte": (
         lambda: (2**40).to_bytes(8, "little") + b"{}",

@@ -7,6 +7,7 @@ which those who need no prepared dataset are spared.
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 import reprlib
@@ -20,10 +21,13 @@ import numpy as np
 
 from train.data.errors import DataError
 from train.files import PathError, named
-from train.text import shown
+from train.text import names, shown
 
 FILE_FORMAT = "array_record"
 
+# Where the classes are that a description may name, and how large it may be.
+_FEATURES = "tensorflow_datasets.core.features."
+_LARGEST_FEATURES = 2**20
 # Characters of a library's reason that are shown.
 _LONGEST = 300
 # Shards that are opened at once: they may be on a remote file system.
@@ -217,13 +221,13 @@ def _check_files(directory: Path, split: str) -> None:
     def problem(shard: Any) -> str | None:
         path = Path(shard.filename)
         if not path.exists():
-            return f"{path.name} is missing"
+            return f"{shown(path.name)} is missing"
         try:
             reader = array_record_module.ArrayRecordReader(str(path))
             found = reader.num_records()
             reader.close()
         except RuntimeError as error:
-            return f"{path.name} is damaged: {shown(error, _LONGEST)}"
+            return f"{shown(path.name)} is damaged: {shown(error, _LONGEST)}"
         if found == shard.examples_in_shard:
             return None
         return f"{path.name} has {found} of {shard.examples_in_shard} examples"
@@ -244,14 +248,19 @@ def _split_info(directory: Path, split: str) -> Any:
     if split not in splits:
         raise DataError(
             f"The dataset in {directory} has no split {split!r}, but "
-            f"{', '.join(map(repr, splits)) or 'none'}. {_remedy(directory)}"
+            f"{names(map(repr, splits)) or 'none'}. {_remedy(directory)}"
         )
-    if not splits[split].num_examples:
+    found = splits[split]
+    try:
+        count, shards = found.num_examples, found.file_instructions
+    except Exception as error:  # of TFDS, for numbers that are none
+        raise _undescribed(directory, error) from error
+    if count <= 0 or not shards:
         raise DataError(
             f"Split {split!r} of the dataset in {directory} has no examples. "
             f"{_remedy(directory)}"
         )
-    return splits[split]
+    return found
 
 
 @functools.cache
@@ -260,13 +269,32 @@ def _builder(directory: Path) -> Any:
     import tensorflow_datasets as tfds  # noqa: PLC0415
 
     try:
+        _check_classes(directory)
         return tfds.builder_from_directory(directory)
     except Exception as error:  # of many types, for files that are not what they should
-        raise DataError(
-            f"The description of the dataset in {directory} cannot be read: "
-            f"{shown(error, _LONGEST)}. "
-            f"{_remedy(directory)}"
-        ) from error
+        raise _undescribed(directory, error) from error
+
+
+def _undescribed(directory: Path, error: Exception) -> DataError:
+    return DataError(
+        f"The description of the dataset in {directory} cannot be read: "
+        f"{shown(error, _LONGEST)}. {_remedy(directory)}"
+    )
+
+
+def _check_classes(directory: Path) -> None:
+    """Checks that a dataset's features are TFDS's own: it imports what they name."""
+    path = directory / "features.json"
+    if path.stat().st_size > _LARGEST_FEATURES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes")
+
+    def check(section: dict[str, Any]) -> dict[str, Any]:
+        name = section.get("pythonClassName", _FEATURES)
+        if not str(name).startswith(_FEATURES):
+            raise ValueError(f"{path.name} names {shown(name)}, which is not TFDS's")
+        return section
+
+    json.loads(path.read_bytes(), object_hook=check)
 
 
 def _remedy(directory: Path) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import io
 import json
 import re
 import zipfile
@@ -32,6 +33,8 @@ _GOOGLE = {
 # less.
 _LARGEST_HEADER = 10_000_000
 _MOST_ARRAYS = 10_000
+# Bytes that NumPy reads of an array's header.
+_LARGEST_NPY_HEADER = 10_000
 # Characters of a parser's reason that are shown.
 _LONGEST = 300
 # The names that .safetensors has for the types that NumPy knows, and for bfloat16.
@@ -160,7 +163,10 @@ def _npz_tensor(
         version = np.lib.format.read_magic(member)
         if version not in _HEADERS:
             raise ValueError(f"{text.shown(name)} is of an unknown version, {version}.")
-        shape, _, dtype = _HEADERS[version](member)
+        size, parse = _HEADERS[version]
+        length = member.read(size)
+        header = member.read(min(int.from_bytes(length, "little"), _LARGEST_NPY_HEADER))
+        shape, _, dtype = parse(io.BytesIO(length + header))
         _check_type(name, dtype)
         is_bfloat16 = dtype == np.dtype("V2")
         like = zeros(shape, jnp.bfloat16 if is_bfloat16 else dtype)
@@ -179,9 +185,10 @@ def _npz_tensor(
     return name, Tensor(name, like, _once(name, values, last))
 
 
+# By version: how many bytes give the length of a header, and what reads both.
 _HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
+    (1, 0): (2, np.lib.format.read_array_header_1_0),
+    (2, 0): (4, np.lib.format.read_array_header_2_0),
 }
 
 
