@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import numbers
-import reprlib
 from typing import Any, Literal
 
 import numpy as np
@@ -109,7 +108,7 @@ class DropIT:
         if self.rounding == "stochastic" and self.code_bits is None:
             raise ValueError(
                 "DropIT.rounding='stochastic' is for value_dtype 'int8', 'int4' or "
-                f"'int2', got value_dtype={self.value_dtype!r}."
+                f"'int2', got value_dtype={_written(self.value_dtype)}."
             )
 
     @property
@@ -145,17 +144,26 @@ def check_policy(dropit: Any) -> None:
     if not isinstance(dropit, DropIT):
         raise TypeError(
             f"dropit takes a policy, such as DropIT(rate=0.875), or None for the plain "
-            f"Flax layer or operation; got {dropit!r}."
+            f"Flax layer or operation; got {_written(dropit)}."
         )
+
+
+def _written(value: Any) -> str:
+    """Returns the representation of a value, its middle left out where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # of a number with more digits than Python writes
+        return f"one {type(value).__name__} of very many digits"
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-80:]}"
 
 
 def _checked_rate(rate: Any) -> float:
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        raise TypeError(f"DropIT.rate must be a number, got {rate!r}.")
+        raise TypeError(f"DropIT.rate must be a number, got {_written(rate)}.")
     value: Any = rate  # which `float` may not hold
     if not 0 <= value < 1:
         raise ValueError(
-            f"DropIT.rate must be in [0, 1), got {reprlib.repr(rate)}: it is the "
+            f"DropIT.rate must be in [0, 1), got {_written(rate)}: it is the "
             "fraction of elements that is dropped."
         )
     return float(rate)
@@ -164,11 +172,13 @@ def _checked_rate(rate: Any) -> float:
 def _checked_size(field: str, size: Any, alternative: str = "") -> int:
     if isinstance(size, bool) or not isinstance(size, numbers.Integral):
         raise TypeError(
-            f"DropIT.{field} must be a positive integer{alternative}, got {size!r}."
+            f"DropIT.{field} must be a positive integer{alternative}, got "
+            f"{_written(size)}."
         )
     if size < 1:
         raise ValueError(
-            f"DropIT.{field} must be a positive integer{alternative}, got {size!r}."
+            f"DropIT.{field} must be a positive integer{alternative}, got "
+            f"{_written(size)}."
         )
     return int(size)
 
@@ -187,4 +197,6 @@ def _check_choice(field: str, value: Any) -> None:
     # An array is equal to some of them, element by element.
     if not isinstance(value, str | None) or value not in _KNOWN[field]:
         known = ", ".join(map(repr, _KNOWN[field]))
-        raise ValueError(f"DropIT.{field}: unknown value {value!r}; known are {known}.")
+        raise ValueError(
+            f"DropIT.{field}: unknown value {_written(value)}; known are {known}."
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,14 @@ class Residual:
             of this shape and dtype.
         """
         found = _types(self)
-        if found != (wanted := _parts(self.shape, self.dtype, self.dropit)):
+        try:
+            wanted = _parts(self.shape, self.dtype, self.dropit)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"There is no residual of {self.dtype}{self.shape} by {self.dropit}: "
+                f"{error}"
+            ) from error
+        if found != wanted:
             raise ValueError(
                 f"A residual of {self.dtype}{self.shape} by {self.dropit} has "
                 f"{wanted}, and this one {found}."
@@ -152,7 +160,11 @@ def _parts(shape: Shape, dtype: jnp.dtype, dropit: DropIT) -> dict[str, str]:
 def _types(residual: Residual) -> dict[str, str]:
     """Names, dtypes and shapes of a residual's arrays."""
     flat, _ = jax.tree_util.tree_flatten_with_path(residual)
-    return {jax.tree_util.keystr(path): f"{x.dtype}{x.shape}" for path, x in flat}
+    return {jax.tree_util.keystr(path): _type(x) for path, x in flat}
+
+
+def _type(x: Any) -> str:
+    return f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else type(x).__name__
 
 
 def encoding(shape: Shape, dropit: DropIT) -> str:

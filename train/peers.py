@@ -141,10 +141,10 @@ class _Watch:
                 connection.setsockopt(
                     socket.IPPROTO_TCP, getattr(socket, option), value
                 )
-        self._peers.append(peer)
         reader = threading.Thread(target=self._read, args=(peer, stream), daemon=True)
-        self._readers.append(reader)
         reader.start()
+        self._readers.append(reader)
+        self._peers.append(peer)  # at last: `listen` counts them
 
     def _read(self, peer: _Peer, stream: Any) -> None:
         """Reads what a peer says until it goes, and ends this process if it is lost."""

@@ -1,7 +1,7 @@
 """Text from outside in messages: short, and without control characters."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 # Characters of a name, and names of a list, that are shown.
 _LONGEST = 100
@@ -19,10 +19,12 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def shown(value: object, longest: int = _LONGEST) -> str:
+def shown(
+    value: object, longest: int = _LONGEST, write: Callable[[object], str] = str
+) -> str:
     """Returns a text or a number on one line, its middle left out where it is long."""
     try:
-        text = str(value)
+        text = write(value)
     except Exception as error:  # Python writes no whole number of 5,000 digits
         text = f"one {type(value).__name__} ({error})"
     text = printable(text).replace("\n", "\\n")
@@ -33,15 +35,7 @@ def shown(value: object, longest: int = _LONGEST) -> str:
 
 def literal(value: object) -> str:
     """Returns a value as `shown`, with the quotes that a text has in Python."""
-    return shown(_Literal(value))
-
-
-class _Literal:
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __str__(self) -> str:
-        return repr(self._value)
+    return shown(value, write=repr)
 
 
 def names(values: Iterable[object]) -> str:

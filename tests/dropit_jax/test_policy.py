@@ -45,6 +45,7 @@ class DropITTest(parameterized.TestCase):
         ({"rate": 1.0}, ValueError, r"DropIT\.rate must be in \[0, 1\), got 1\.0"),
         ({"rate": -0.1}, ValueError, r"DropIT\.rate .* got -0\.1"),
         ({"rate": math.nan}, ValueError, r"DropIT\.rate .* got nan"),
+        ({"fill": "x" * 10**6}, ValueError, r"DropIT\.fill: .*x\.\.\.x.*'zero'"),
         ({"rate": 10**400}, ValueError, r"DropIT\.rate .* got 1000.*\.\.\."),
         ({"rate": np.array([0.5])}, TypeError, r"DropIT\.rate must be a number"),
         ({"chunk_size": np.array([16])}, TypeError, r"DropIT\.chunk_size .* got array"),

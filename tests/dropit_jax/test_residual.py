@@ -334,6 +334,19 @@ class PytreeTest(parameterized.TestCase):
             with pytest.raises(ValueError, match=r"A residual of .* and this one"):
                 each.decompress()
 
+    @parameterized.parameters(
+        ("values", 5, "and this one .*int"),
+        ("positions", "ab", "and this one .*str"),
+        ("shape", None, "There is no residual of float32None"),
+        ("shape", (4, "9"), r"There is no residual of float32\(4, '9'\)"),
+        ("dtype", None, "(There is no|A) residual of None"),
+        ("dtype", jnp.dtype("int32"), r"There is no residual of int32\(4, 9, 32\)"),
+    )
+    def test_fields_of_something_else_are_refused(self, name, value, message):
+        residual = compress(jnp.ones((4, 9, 32)), DropIT())
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(residual, **{name: value}).decompress()
+
 
 if __name__ == "__main__":
     absltest.main()
