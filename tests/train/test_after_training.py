@@ -1,20 +1,25 @@
 """What is done with a run: evaluating it, exporting its weights."""
 
+import math
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import chex
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import safetensors.numpy
+from absl import flags
 from absl.testing import absltest, parameterized
 from flax import traverse_util
 
 from dropit_jax import layer_preset
 from tests.train import commands
 from train import config as config_lib
-from train import data, models
+from train import data, evaluate, models
+from train.disk import CheckpointError
 
 _RUN = (
     "--config.num_epochs=3",
@@ -118,8 +123,23 @@ class AfterTrainingTest(parameterized.TestCase):
             row["test_accuracy"], self.rows[-1]["test_accuracy"], delta=0.05
         )
 
+    def test_a_test_loss_that_is_not_finite_is_no_result(self):
+        """Where weights are finite, and what is computed with them is not."""
+
+        def evaluator(job):
+            del job
+            return lambda state: mock.Mock(loss=math.inf)
+
+        flags.FLAGS.mark_as_parsed()
+        with (
+            mock.patch.object(evaluate, "evaluator", evaluator),
+            pytest.raises(CheckpointError, match="has a test loss of inf: take anoth"),
+        ):
+            evaluate.main(self.workdir)
+
     @parameterized.parameters(
         ("train.evaluate", ["--step=7"], "has best, last and"),
+        ("train.evaluate", [f"--step={'1' * 5000}"], "has best, last and"),
         ("train.evaluate", ["--workdir=nothing"], "nothing holds no run"),
         ("train.evaluate", ["--workdir="], "--workdir= is empty"),
         ("train.evaluate", ["--num_processes=2"], "Unknown command line flag"),

@@ -69,6 +69,19 @@ class FailuresTest(parameterized.TestCase):
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
         self.assertEqual(commands.steps(workdir), commands.steps(self.whole))
 
+    def test_a_checkpoint_of_the_first_version_knows_its_step(self):
+        """Its checksums do not, but its state does."""
+        workdir = self._copy("renamed")
+        renamed = workdir / "checkpoints" / "999"
+        (workdir / "checkpoints" / str(_ALL)).rename(renamed)
+        file = renamed / "checksums.json"
+        file.write_text(json.dumps(json.loads(file.read_text())["files"]))
+        status, out, errors = self._train(workdir)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn(f"step 999 is damaged (its state is that of step {_ALL})", out)
+        self.assertIn(f"goes on after step {_EPOCH} of {_ALL}", out)
+        self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
+
     @parameterized.parameters(
         (2000, "error: A checkpoint cannot be written"),
         (100, "metrics.csv: [Errno 27] File too large\n"),

@@ -231,6 +231,24 @@ class LoopTest(parameterized.TestCase):
         self.assertNotIn("Traceback", out + errors)
         self.assertFalse(workdir.exists())
 
+    @parameterized.parameters(
+        ("return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("return get_config()", "the config file calls itself"),
+        ("raise Exception('boom\\x1b[31m')", "Exception: boom\\x1b[31m"),
+        ("assert False", "AssertionError"),
+        ("return None", "config"),
+        ("import nothing_like_it", "No module named 'nothing_like_it'"),
+    )
+    def test_a_config_file_that_fails_is_told_in_a_line(self, body, message):
+        file = self.directory / "fails.py"
+        file.write_text(f"def get_config():\n    {body}\n")
+        flag = f"--config={file}"
+        workdir = f"--workdir={self.directory / 'wrong'}"
+        status, out, errors = commands.run("train.main", flag, workdir)
+        self.assertEqual((status, out), (2, ""))
+        self.assertIn(message, errors)
+        self.assertLen(errors.splitlines(), 1)
+
 
 class RowTest(absltest.TestCase):
     def test_rates_are_of_the_steps_and_not_of_the_evaluation(self):
