@@ -180,11 +180,16 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 position=ocp.args.JsonSave(position | {_ACCURACY: test_accuracy}),
             )
-            self._background.call(
+            is_saved = self._background.call(
                 lambda: self._manager.save(step, args=args), more=self._patience
             )
         except Exception as error:  # of many types: OSError, TensorStore's ValueError
             raise self._unwritable(error) from error
+        if not is_saved:  # a later one has come to the directory meanwhile
+            raise CheckpointError(
+                f"Orbax does not save step {step} into {self._directory}: it has a "
+                "later one, which is not of this run."
+            )
         self._steps.add(step)
         if test_accuracy is not None:
             self._accuracies[step] = test_accuracy

@@ -44,7 +44,8 @@ def initialise() -> None:
     It has to be called before JAX's devices are used.
 
     Raises:
-      ConfigError: the flags are incomplete, or the processes do not find each other.
+      ConfigError: the flags are incomplete, the processes do not find each other, or
+        one has more devices than another.
     """
     given = {
         flag.name: flag.value is not None
@@ -81,6 +82,11 @@ def initialise() -> None:
         ) from error
     finally:
         word.cancel()
+    if jax.device_count() != jax.process_count() * jax.local_device_count():
+        raise ConfigError(
+            f"This process has {jax.local_device_count()} of {jax.device_count()} "
+            f"devices: all {jax.process_count()} need as many."
+        )
 
 
 def check_alike(config: ConfigDict) -> None:
