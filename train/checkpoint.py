@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from train import checksums, text
 from train.disk import CheckpointError, check_room
 from train.processes import any_of, is_first, synchronise
-from train.waiting import Background
+from train.waiting import Background, WaitError
 
 # How many of the newest are kept, beside the best.
 _LATEST = 2
@@ -68,7 +68,7 @@ class Checkpoints:
             synchronise("half_written")
         self._saving: int | None = None
         self._patience = 0.0
-        self._background = Background(f"a checkpoint to be written to {directory}")
+        self._background = Background(f"a checkpoint in {directory}")
         # Not Orbax's `read_only`, which warns of itself.
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -171,7 +171,7 @@ class Checkpoints:
         if step in self.steps():
             return
         self.wait()  # for the one before, whose step `_write_checksums` needs
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        size = _size(state)
         self._patience = size / _SLOWEST
         self._check_room(size)
         self._saving = step
@@ -266,6 +266,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: it is of another model.
+          WaitError: the disk does not answer.
         """
         # Before Orbax sees it, whose threads write of their own what they fail at.
         problem = checksums.problem(self._path(step), step) if is_first() else ""
@@ -274,14 +275,15 @@ class Checkpoints:
         result: Any = None
         try:
             self._check_structure(step, abstract)
-            result = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
-                    position=ocp.args.JsonRestore(),
-                ),
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                position=ocp.args.JsonRestore(),
             )
-        except CheckpointError:
+            result = self._background.call(
+                lambda: self._manager.restore(step, args=args),
+                more=_size(abstract) / _SLOWEST,
+            )
+        except (CheckpointError, WaitError):
             raise
         except Exception as error:  # of many types: Orbax's, TensorStore's, JSON's
             problem = _first_line(error)
@@ -390,6 +392,11 @@ def _move(source: Path, target: Path) -> None:
         source.rename(target)
     except OSError as error:
         raise CheckpointError(f"Cannot move {source} to {target}: {error}") from error
+
+
+def _size(tree: Any) -> int:
+    """The bytes of all arrays, or of what they are described by."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
