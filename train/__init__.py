@@ -8,5 +8,5 @@ if sys.argv[:1] == ["-m"]:
     from train import interrupts
 
     interrupts.end_in_one_line()
-    # Of XLA's own log, errors alone; it is set up when JAX is imported.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # XLA's own log is set up when JAX is imported. What it fails at it raises as well.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -18,7 +18,7 @@ from train.config import ConfigError
 from train.data import DataError
 from train.disk import CheckpointError
 from train.files import PathError, named
-from train.interrupts import Interrupted, end_in_one_line
+from train.interrupts import Interrupted, end_in_one_line, end_workers
 from train.lock import LockedError
 from train.meter import NonFiniteLossError
 from train.records import RecordsError
@@ -132,6 +132,7 @@ def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
         if status in (1, _FAILED) or is_abandoned():
             sys.stdout.flush()
             sys.stderr.flush()
+            end_workers()
             os._exit(status)
         return status
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
@@ -118,7 +119,17 @@ def end_process(line: str, status: int) -> NoReturn:
         if os.isatty(1):
             os.write(1, _SHOW_CURSOR.encode())  # which a live bar hides
         os.write(2, f"{line}\n".encode())
+    end_workers()
     os._exit(status)
+
+
+def end_workers() -> None:
+    """Ends the workers that start, and would print a trace when this process ends."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread, or the child, has ended
+            for child in map(int, children.read_text().split()):
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(child, signal.SIGKILL)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import threading
@@ -31,6 +32,7 @@ TINY = (
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # as `python -m` sets it before it imports JAX
     # What is compiled once is not compiled again by the next command.
     "JAX_COMPILATION_CACHE_DIR": str(
         Path(tempfile.gettempdir()) / f"dropit-jax-tests-{os.getuid()}"
@@ -98,6 +100,9 @@ def _execute(module, arguments, variables, out, errors):
     """Runs a module in this new process, which ends with it."""
     os.environ.update(variables)
     os.chdir(ROOT)
+    # Which the tests may have been told to ignore, in the background or by `nohup`.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
     for descriptor, connection in ((1, out), (2, errors)):
         os.dup2(connection.fileno(), descriptor)
         connection.close()

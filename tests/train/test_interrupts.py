@@ -1,5 +1,6 @@
 """Signals to commands that start, that train, and to several that train together."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,17 +15,32 @@ from absl.testing import absltest, parameterized
 from tests.train import commands
 from train import interrupts
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-def _start(module, before=""):
+
+@contextlib.contextmanager
+def _dispositions(**handlers):
+    """What becomes of signals here, and in processes that are started meanwhile."""
+    before = {
+        s: signal.signal(s, handlers.get(s.name, signal.SIG_DFL)) for s in _SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _start(module, **handlers):
     """Starts a command as users do, and waits until it imports what takes a while."""
-    command = f"{before} exec {sys.executable} -m {module} --workdir=nowhere"
-    process = subprocess.Popen(
-        ["sh", "-c", command],
-        cwd=commands.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with _dispositions(**handlers):
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "--workdir=nowhere"],
+            cwd=commands.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     maps = Path(f"/proc/{process.pid}/maps")
     while "numpy" not in maps.read_text():
         assert process.poll() is None
@@ -47,7 +63,7 @@ class StartTest(parameterized.TestCase):
         self.assertEqual((out, errors), ("", f"Stopped by {signum.name}.\n"))
 
     def test_a_signal_that_is_ignored_stays_so(self):
-        process = _start("train.main", before="trap '' HUP;")
+        process = _start("train.main", SIGHUP=signal.SIG_IGN)
         process.send_signal(signal.SIGHUP)
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
@@ -58,9 +74,7 @@ class StartTest(parameterized.TestCase):
 class InterruptsTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before = signal.signal(signum, signal.SIG_DFL)
-            self.addCleanup(signal.signal, signum, before)
+        self.enterContext(_dispositions())
 
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     def test_one_is_remembered_and_the_next_acts(self, signum):

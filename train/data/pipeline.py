@@ -15,14 +15,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing import parent_process, resource_tracker
-from pathlib import Path
 from signal import (
     SIG_BLOCK,
     SIG_IGN,
     SIG_SETMASK,
     SIGHUP,
     SIGINT,
-    SIGKILL,
     SIGTERM,
     Signals,
     pthread_sigmask,
@@ -37,6 +35,7 @@ from absl import flags
 from train.data.arrays import Examples, Source
 from train.data.datasets import Dataset
 from train.data.errors import DataError, of_example
+from train.interrupts import end_workers
 from train.text import shown
 
 # Batches that a worker process has made before they are asked for.
@@ -188,17 +187,8 @@ def check_workers() -> None:
             how = f"exit status {ended.si_status}"
             if ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
                 how = Signals(ended.si_status).name
-            _end_workers()
+            end_workers()
             raise _lost(f"process {ended.si_pid} ended by {how}")
-
-
-def _end_workers() -> None:
-    """Ends the workers that start, and would print a trace when this process ends."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            with contextlib.suppress(OSError):  # it has ended
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    os.kill(child, SIGKILL)
 
 
 def _lost(what: str) -> DataError:
