@@ -195,7 +195,7 @@ def _check(x: Array, dropit: DropIT, key: Array | None) -> None:
 
 
 def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array | None]:
-    """What is kept, and its positions; `None` for these where everything is kept."""
+    """Returns the kept values and their positions; `None`: every value is kept."""
     random_key = key if dropit.strategy == "random" else None
     if dropit.granularity == "channel":
         count = x.shape[-1] if x.ndim else 1

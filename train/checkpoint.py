@@ -98,7 +98,7 @@ class Checkpoints:
         known = [
             (accuracy, step)
             for step, accuracy in self._accuracies.items()
-            if step in self._steps and not math.isnan(accuracy)
+            if step in self._steps and math.isfinite(accuracy)
         ]
         return max(known)[1] if known else None
 

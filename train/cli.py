@@ -14,11 +14,12 @@ from ml_collections import ConfigDict, config_flags
 from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
 from train import config as config_lib
 from train import libraries, validation
+from train.children import end_workers
 from train.config import ConfigError
 from train.data import DataError
 from train.disk import CheckpointError
 from train.files import PathError, named
-from train.interrupts import Interrupted, end_in_one_line, end_workers
+from train.interrupts import Interrupted, end_in_one_line
 from train.lock import LockedError
 from train.meter import NonFiniteLossError
 from train.records import RecordsError

@@ -30,7 +30,7 @@ def evaluator(job: Job) -> Evaluate:
             process_count=jax.process_count(),
         )
         placer = mesh_lib.placer(job.mesh)
-        with Prefetch(batches, placer, data.check_workers) as prefetch:
+        with Prefetch(batches, placer, data.check_workers_alive) as prefetch:
             for number, batch in enumerate(prefetch):
                 meter.add(number, step(state, batch))
         meter.finish()

@@ -4,9 +4,10 @@ import contextlib
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
+
+from train.children import end_workers
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
@@ -121,15 +122,6 @@ def end_process(line: str, status: int) -> NoReturn:
         os.write(2, f"{line}\n".encode())
     end_workers()
     os._exit(status)
-
-
-def end_workers() -> None:
-    """Ends the workers that start, and would print a trace when this process ends."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread, or the child, has ended
-            for child in map(int, children.read_text().split()):
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    os.kill(child, signal.SIGKILL)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
         )
     config = config_lib.without_unused_epochs(config)
     job = job_lib.prepare(config)
-    validation.check_workers(config)
+    validation.check_worker_count(config)
     with workdir_lib.held(workdir, terminal.say):
         workdir_lib.check(workdir, config)
         check_writable(workdir / "checkpoints", job.state_bytes)
@@ -253,7 +253,7 @@ def _check_data(job: Job, position: Position) -> None:
 
 def _batches(job: Job, start: int, interrupts: Interrupts) -> Prefetch:
     def check() -> None:
-        data.check_workers()
+        data.check_workers_alive()
         interrupts.check()
 
     batches = data.training_batches(

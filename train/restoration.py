@@ -51,12 +51,7 @@ def restore(
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
-    with Checkpoints(
-        workdir / "checkpoints",
-        say,
-        read_only=True,
-        problem=lambda step, state, _: step_lib.problem(step, state),
-    ) as checkpoints:
+    with workdir_lib.read_checkpoints(workdir, say) as checkpoints:
         step = _choose(checkpoints, workdir)
         say(f"{workdir}: the checkpoint of step {step}.")
         state, _ = checkpoints.restore(step, abstract)

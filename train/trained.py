@@ -9,7 +9,7 @@ from train import config as config_lib
 from train import data
 from train import job as job_lib
 from train import step as step_lib
-from train.checkpoint import Checkpoints
+from train import workdir as workdir_lib
 from train.disk import CheckpointError
 from train.job import Job
 
@@ -29,12 +29,7 @@ def load(
       DataError: the dataset is not there, or damaged.
     """
     job = job_lib.prepare(config)
-    with Checkpoints(
-        workdir / "checkpoints",
-        say,
-        read_only=True,
-        problem=lambda step, state, _: step_lib.problem(step, state),
-    ) as checkpoints:
+    with workdir_lib.read_checkpoints(workdir, say) as checkpoints:
         steps, total = checkpoints.steps(), config_lib.steps(config)[1]
         if not steps or steps[-1] != total:
             raise CheckpointError(

@@ -188,7 +188,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _check_batch(values, num_devices)
 
 
-def check_workers(config: ConfigDict) -> None:
+def check_worker_count(config: ConfigDict) -> None:
     """Checks that the workers of a config are not too many for this machine.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The directory of a run, and the config in it."""
+"""The directory of a run: who writes it, its config and its checkpoints."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from train import config as config_lib
 from train import lock, processes, records
-from train.checkpoint import is_step
+from train import step as step_lib
+from train.checkpoint import Checkpoints, is_step
 from train.config import ConfigError
 from train.files import write_atomically
 from train.lock import LockedError
@@ -99,6 +100,21 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
             f"{workdir} holds a run of another config. Take another --workdir, or "
             f"delete it to start over. Changed:{lines(changed)}"
         )
+
+
+def read_checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
+    """The checkpoints of a run, for a command that changes nothing on disk.
+
+    Args:
+      workdir: of the run.
+      say: is told of what is amiss with them.
+    """
+    return Checkpoints(
+        workdir / "checkpoints",
+        say,
+        read_only=True,
+        problem=lambda step, state, _: step_lib.problem(step, state),
+    )
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:

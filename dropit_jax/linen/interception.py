@@ -27,7 +27,7 @@ from dropit_jax.policy import DropIT
 
 
 class Interception:
-    """What `intercept` does, and a report of it.
+    """Replaces the calls of layers, as `intercept` asks, and reports on them.
 
     `layers` lists what caches less than in plain Flax, in the order in which the model
     came to it, with what each caches in its last call (in a loop, one step of it); it
@@ -67,17 +67,17 @@ class Interception:
 
     @property
     def unreached(self) -> tuple[Unreached, ...]:
-        """What was left alone for a reason, in the order in which it was seen."""
+        """The layers that were left alone for a reason, in the order of their calls."""
         return tuple(self._unreached)
 
     @property
     def bytes_before(self) -> int:
-        """What plain Flax caches of the inputs of these layers."""
+        """Bytes that plain Flax caches of the inputs of these layers."""
         return report.total_bytes(self.layers)[0]
 
     @property
     def bytes_after(self) -> int:
-        """What DropIT caches of them."""
+        """Bytes that DropIT caches of the inputs of these layers."""
         return report.total_bytes(self.layers)[1]
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Interception:
         return self._preset.one_bit if what == 1 else self._preset.eight_bit
 
     def policy(self, layer: nn.Module) -> DropIT | None:
-        """What one of `calls.LAYERS` is to keep of its input."""
+        """Returns the policy of one of `calls.LAYERS`; `None` if it keeps its input."""
         is_convolution = isinstance(layer, calls.CONVOLUTIONS)
         return self._preset.conv if is_convolution else self._preset.dropit
 

@@ -1,4 +1,4 @@
-"""What is private or experimental in JAX and Flax is there, and in one file."""
+"""Private and experimental names of JAX and Flax exist, and are used in one file."""
 
 import ast
 import collections

@@ -1,4 +1,4 @@
-"""What a forward pass holds, and what products that read one array share."""
+"""Selections are in no forward pass, and are shared by products of one array."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""What is done with a run: evaluating it, exporting its weights."""
+"""Commands that read a run: evaluating it, exporting its weights."""
 
 import math
 import tempfile

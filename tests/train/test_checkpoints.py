@@ -229,7 +229,7 @@ class ShardingTest(_TestCase):
 
 
 def _kept_by_twin(accuracies):
-    """What is kept, and the best, when steps 0, 1, ... have these accuracies."""
+    """Returns the kept steps and the best, of steps 0, 1, ... of these accuracies."""
     best = None
     for step, accuracy in enumerate(accuracies):
         if accuracy is None or math.isnan(accuracy):
@@ -537,7 +537,7 @@ class DamagedTest(_SavedTestCase):
 
 class AnotherModelTest(_SavedTestCase):
     def _errors(self, abstract):
-        """What both ways to restore say; nothing is moved."""
+        """Yields the messages of both ways to restore, which move nothing."""
         before = _snapshot(self.root)
         with self._open() as checkpoints:
             for restore in (
@@ -622,7 +622,7 @@ def _disk(free):
 
 
 class PlacesTest(_SavedTestCase):
-    """What users do to the directory."""
+    """Directories that users moved, linked, added or lost."""
 
     def test_a_checkpoint_on_another_disk_is_read_and_left_there(self):
         elsewhere = self.root / "elsewhere"

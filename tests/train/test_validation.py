@@ -325,15 +325,15 @@ class ValidateTest(parameterized.TestCase):
         config.workers = workers
         with mock.patch.object(validation.os, "cpu_count", return_value=cpus):
             if most is None:
-                validation.check_workers(config)
+                validation.check_worker_count(config)
                 return
             message = (
                 f"config.workers=1000 is more than {most}: 8 for each of the {cpus}"
             )
             with pytest.raises(config_lib.ConfigError, match=message):
-                validation.check_workers(config)
+                validation.check_worker_count(config)
             config.workers = most
-            validation.check_workers(config)
+            validation.check_worker_count(config)
 
     @parameterized.parameters(
         ("seed", r"config\.seed must be at most .*, got one int \(Exceeds the limit"),

@@ -51,6 +51,7 @@ class WorkdirTest(parameterized.TestCase):
         workdir.check(self.workdir, self.config)
         self._fill("7.orbax-checkpoint-tmp", metrics=False)
         workdir.check(self.workdir, self.config)
+        self.assertFalse((self.workdir / "config.json").exists())  # nor is it claimed
 
     def test_one_that_is_refused_leaves_nothing(self):
         with workdir.held(self.workdir, print):

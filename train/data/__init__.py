@@ -5,7 +5,7 @@ from train.data.datasets import DATASETS, Dataset, Info, info, load
 from train.data.errors import DataError
 from train.data.pipeline import (
     Batch,
-    check_workers,
+    check_workers_alive,
     evaluation_batches,
     first_batch,
     training_batches,
@@ -18,7 +18,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Info",
-    "check_workers",
+    "check_workers_alive",
     "evaluation_batches",
     "first_batch",
     "info",

@@ -32,10 +32,10 @@ import grain
 import numpy as np
 from absl import flags
 
+from train.children import children, end_workers
 from train.data.arrays import Examples, Source
 from train.data.datasets import Dataset
 from train.data.errors import DataError, of_example
-from train.interrupts import end_workers
 from train.text import shown
 
 # Batches that a worker process has made before they are asked for.
@@ -169,7 +169,7 @@ def evaluation_batches(
     return _iterator(mine, _threads(dataset.test), workers)
 
 
-def check_workers() -> None:
+def check_workers_alive() -> None:
     """Checks that no worker has been lost, where a batch does not come.
 
     Grain notices a loss as well, but not while a worker starts, for which it waits.
@@ -177,18 +177,17 @@ def check_workers() -> None:
     Raises:
       DataError: the system, or somebody, ended one.
     """
-    if not hasattr(os, "waitid"):  # macOS before Python 3.13
-        return
-    # Left in the table of processes, so that Grain finds it there.
-    only_look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    with contextlib.suppress(ChildProcessError):
-        ended = os.waitid(os.P_ALL, 0, only_look)
-        if ended is not None and ended.si_status:
-            how = f"exit status {ended.si_status}"
-            if ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-                how = Signals(ended.si_status).name
-            end_workers()
-            raise _lost(f"process {ended.si_pid} ended by {how}")
+    for child in children():
+        with contextlib.suppress(ChildProcessError):  # it has been waited for
+            # Left in the table of processes, so that Grain finds it there.
+            only_look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ended = os.waitid(os.P_PID, child, only_look)
+            if ended is not None and ended.si_status:
+                how = f"exit status {ended.si_status}"
+                if ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                    how = Signals(ended.si_status).name
+                end_workers()
+                raise _lost(f"process {child} ended by {how}")
 
 
 def _lost(what: str) -> DataError:

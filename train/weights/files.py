@@ -47,7 +47,7 @@ _TYPES = {
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
 # The array of a file that was read last, by its name.
-Last = dict[str, np.ndarray]
+_Last = dict[str, np.ndarray]
 
 _FROM_SCRATCH = "--config.init_from= trains from scratch."
 
@@ -147,14 +147,14 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             raise ValueError("It holds a single array without a name.")
     with zipfile.ZipFile(path) as archive:
         _check_names(archive.namelist())
-        last: Last = {}
+        last: _Last = {}
         return dict(
             _npz_tensor(path, archive, info, last) for info in archive.infolist()
         )
 
 
 def _npz_tensor(
-    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, last: Last
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, last: _Last
 ) -> tuple[str, Tensor]:
     name = info.filename.removesuffix(".npy")
     if name == info.filename:
@@ -211,11 +211,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     json.loads(header, object_pairs_hook=checked)
     with safetensors.safe_open(path, framework="np") as content:
         names = content.keys()
-        last: Last = {}
+        last: _Last = {}
         return {name: _safe_tensor(path, content, name, last) for name in names}
 
 
-def _safe_tensor(path: Path, content: Any, name: str, last: Last) -> Tensor:
+def _safe_tensor(path: Path, content: Any, name: str, last: _Last) -> Tensor:
     entry = content.get_slice(name)
     dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
     if dtype not in _TYPES:
@@ -231,7 +231,7 @@ def _safe_tensor(path: Path, content: Any, name: str, last: Last) -> Tensor:
 
 
 def _once(
-    name: str, values: Callable[[], np.ndarray], last: Last
+    name: str, values: Callable[[], np.ndarray], last: _Last
 ) -> Callable[[], np.ndarray]:
     """Reads once what is wanted several times in a row: the blocks of a stack."""
 
