@@ -1,7 +1,6 @@
 """Checkpoints of a run: its state on the devices, and its place in the data."""
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -10,16 +9,13 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from train import checksums, text
+from train import checksums, step_directories, text
 from train.disk import CheckpointError, check_room
 from train.processes import any_of, is_first, synchronise
 from train.waiting import Background, WaitError
 
 # How many of the newest are kept, beside the best.
 _LATEST = 2
-# How Orbax calls what is not written to its end, and this program what it removes.
-_HALF_WRITTEN = ".orbax-checkpoint-tmp*"
-_OLD = ".old"
 # Bytes a second of a disk that is still waited for.
 _SLOWEST = 10_000_000
 # Characters of a message of Orbax's that are shown.
@@ -60,11 +56,11 @@ class Checkpoints:
         self._problem = problem
         self._accuracies: dict[int, float] = {}
         if not read_only:
-            for path in self._directory.glob(f".*{_OLD}"):
-                _remove(path)
-            for path in sorted(self._directory.glob(f"*{_HALF_WRITTEN}")):
+            for path in step_directories.half_removed(self._directory):
+                step_directories.remove_rest(path)
+            for path in step_directories.half_written(self._directory):
                 say(f"{path} was not written to its end: it is skipped and removed.")
-                _remove(path)
+                step_directories.remove_rest(path)
             synchronise("half_written")
         self._saving: int | None = None
         self._patience = 0.0
@@ -83,9 +79,7 @@ class Checkpoints:
                 "position": ocp.JsonCheckpointHandler(),
             },
         )
-        self._steps = {
-            int(path.name) for path in self._directory.glob("*") if is_step(path.name)
-        }
+        self._steps = step_directories.steps(self._directory)
         for step in self.steps():
             self._accuracies |= self._read_accuracy(step)
 
@@ -248,8 +242,8 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         # Orbax calls it when all is written, and then gives the directory its name.
         if is_first():
-            (path,) = self._directory.glob(f"{self._saving}{_HALF_WRITTEN}")
             assert self._saving is not None
+            (path,) = step_directories.half_written(self._directory, self._saving)
             checksums.write(path, self._saving)
 
     def _path(self, step: int) -> Path:
@@ -328,8 +322,7 @@ class Checkpoints:
             target = self._directory.parent / "damaged" / str(number)
             while target.exists():
                 target = target.with_name(f"{target.name}-again")
-            if is_first():
-                _move(source, target)
+            step_directories.move(source, target)
             self._steps.discard(number)
             self._accuracies.pop(number, None)
             self._say(
@@ -347,7 +340,7 @@ class Checkpoints:
             self._steps.discard(step)
             self._accuracies.pop(step, None)
             try:
-                _remove_in_one(self._path(step))
+                step_directories.remove(self._path(step))
             except OSError as error:  # which costs room, and nothing else
                 self._say(f"Cannot remove {self._path(step)}: {error}")
 
@@ -357,41 +350,6 @@ class Checkpoints:
             f"{_first_line(error)} Those before are as they were; the same command "
             "goes on from the last when there is room."
         )
-
-
-def is_step(name: str) -> bool:
-    """Whether a checkpoint can have this name."""
-    return name.isdecimal() and name == str(int(name))
-
-
-def _remove_in_one(path: Path) -> None:
-    """Removes a directory so that none is seen of which a part is gone.
-
-    Of a link to one, it is the link.
-    """
-    if not is_first():
-        return
-    if path.is_symlink():
-        path.unlink()
-        return
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}{_OLD}")))
-
-
-def _remove(path: Path) -> None:
-    # Orbax would do so in the background, and may not be done when the run ends.
-    if is_first():
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            raise CheckpointError(f"Cannot remove {path}: {error}") from error
-
-
-def _move(source: Path, target: Path) -> None:
-    try:
-        target.parent.mkdir(exist_ok=True)
-        source.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"Cannot move {source} to {target}: {error}") from error
 
 
 def _size(tree: Any) -> int:

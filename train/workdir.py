@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from train import config as config_lib
 from train import lock, processes, records
 from train import step as step_lib
-from train.checkpoint import Checkpoints, is_step
+from train.checkpoint import Checkpoints
 from train.config import ConfigError
 from train.files import write_atomically
 from train.lock import LockedError
+from train.step_directories import is_step
 from train.text import lines
 
 _CONFIG_FILE = "config.json"
