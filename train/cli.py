@@ -13,15 +13,15 @@ from ml_collections import ConfigDict, config_flags
 
 from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
 from train import config as config_lib
-from train import libraries, validation
+from train import library_output, validation
 from train.children import end_workers
 from train.config import ConfigError
 from train.data import DataError
 from train.disk import CheckpointError
-from train.files import PathError, named
 from train.interrupts import Interrupted, end_in_one_line
 from train.lock import LockedError
 from train.meter import NonFiniteLossError
+from train.paths import PathError, named
 from train.records import RecordsError
 from train.text import printable, shown
 from train.waiting import WaitError, is_abandoned
@@ -158,7 +158,7 @@ def _status(job: Callable[[], None]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    libraries.quieten()
+    library_output.quieten()
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:

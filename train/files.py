@@ -1,31 +1,7 @@
-"""Files that are whole or absent, and their names."""
+"""Files that are whole or absent."""
 
 import os
 from pathlib import Path
-
-from train.text import shown
-
-
-class PathError(ValueError):
-    """A text that cannot be the name of a file."""
-
-
-def named(text: str) -> Path:
-    """The path that a user named; `~` stands for a home directory.
-
-    Raises:
-      PathError: it is too long, has a zero byte, or is of a user that there is not.
-    """
-    try:
-        path = Path(text).expanduser()
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return path  # which is told where it is used
-    except (OSError, RuntimeError, ValueError) as error:
-        raise PathError(
-            f"{shown(text)} is no name of a file: {shown(error)}"
-        ) from error
-    return path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

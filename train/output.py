@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from train.config import ConfigError
-from train.files import named
+from train.paths import named
 
 _OUTPUT = flags.DEFINE_string("output", None, "The directory, or the file, to write.")
 

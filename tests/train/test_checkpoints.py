@@ -23,7 +23,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from train import checksums, libraries
+from train import checksums, library_output
 from train.checkpoint import Checkpoints
 from train.disk import CheckpointError
 
@@ -660,7 +660,7 @@ class PlacesTest(_SavedTestCase):
         path = self.directory / "7"
         path.mkdir() if kind == "directory" else path.write_text("7")
         with mock.patch.object(sys, "stderr", io.StringIO()) as printed:
-            libraries.quieten()
+            library_output.quieten()
             with self._open() as checkpoints:
                 step, *_ = checkpoints.restore_latest(_abstract(_state()))
                 self._save(checkpoints, 3)

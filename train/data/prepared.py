@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from train.data.errors import DataError
-from train.files import PathError, named
+from train.paths import PathError, named
 from train.text import names, shown
 
 FILE_FORMAT = "array_record"

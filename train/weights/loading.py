@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from train import text
-from train.files import PathError, named
+from train.paths import PathError, named
 from train.weights import files, layers, layouts
 from train.weights.errors import WeightsError
 from train.weights.positions import are_square, resize
