@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its step, and the checksums of its files.
+"""The step of a checkpoint, and the checksums of its files, in a file of it.
 
 Orbax and TensorStore notice what they cannot parse, but not another value of an array,
 nor a directory with the name of another step.
@@ -53,7 +53,7 @@ def problem(directory: Path, step: int) -> str:
 
 
 def _changed(found: dict[str, Path], checksums: dict[str, Any]) -> str:
-    """What is wrong with the first file that is not as it was written, or nothing."""
+    """Returns which file, the first, is not as it was written; empty if all are."""
     for name, expected in checksums.items():
         if name not in found:
             return f"{shown(name)} is missing"

@@ -1,4 +1,4 @@
-"""What the commands of this package share: two flags, and errors as one line."""
+"""The frame of all commands: two flags, errors as one line, and exit statuses."""
 
 import os
 import re

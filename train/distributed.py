@@ -113,7 +113,7 @@ def check_alike(config: ConfigDict) -> None:
 
 
 def _description(config: ConfigDict) -> dict[str, str]:
-    """What has to be the same in all processes, as text by name."""
+    """Returns versions and fields that all processes must share, as text by name."""
     versions = {"Python": sys.version.split()[0]}
     for name in _PACKAGES:
         versions[name] = metadata.version(name)

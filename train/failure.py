@@ -1,4 +1,4 @@
-"""What it takes to see a failure again."""
+"""A record of a loss that is not finite: config and batches, to see it again."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ def is_in(workdir: Path) -> bool:
 
 
 def advice(workdir: Path) -> str:
-    """What to tell the user of a run that goes on after it ended in this way."""
+    """Returns a word to the user of a run that goes on after such an end."""
     return (
         f"{workdir} ended before with a loss that was not finite; {_DIRECTORY}/ has "
         "the step. The same config takes the same steps: in another --workdir, another "

@@ -1,4 +1,4 @@
-"""Whether a state has values that training cannot go on from."""
+"""The check that a state has no values that training cannot go on from."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What libraries print of their own, which is kept from the terminal."""
+"""Keeps from the terminal the lines that libraries print of their own."""
 
 import sys
 import threading

@@ -97,7 +97,7 @@ def _is_still(file: int, path: Path) -> bool:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of that number runs on this host."""
+    """Returns whether another process of that number runs on this host."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

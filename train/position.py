@@ -1,4 +1,4 @@
-"""Where a run is: what its checkpoints have beside the state on the devices."""
+"""The position of a run, which its checkpoints hold beside the state."""
 
 import dataclasses
 from typing import Any, Self
@@ -9,7 +9,7 @@ from train.records import COLUMNS, Row
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """What a run needs, beside its state, to go on.
+    """All that a run needs, beside its state, to go on.
 
     Attributes:
       meter: the sums of the epoch under way, as `Meter.state` gives them.
@@ -22,7 +22,7 @@ class Position:
     rows: list[Row]
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` takes."""
+        """Returns the position as `from_json` takes it."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a run ended with, and a batch to look at it with."""
+"""The last state of a run, and a batch to look at it with."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -29,7 +29,7 @@ _WORKERS_PER_CPU = 8
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """What a field of a config may be.
+    """The type and the bounds of a field of a config.
 
     Attributes:
       type: of the value.

@@ -109,5 +109,5 @@ class Background:
 
 
 def is_abandoned() -> bool:
-    """Whether a call was given up that may hang, and with it the end of the program."""
+    """Returns whether a call was given up; it may hang, and the program's end with it."""
     return bool(_abandoned)

@@ -1,4 +1,4 @@
-"""What can be wrong with a dataset."""
+"""The error of a dataset, and of an example by its place."""
 
 import contextlib
 from collections.abc import Iterator, Mapping

@@ -87,7 +87,7 @@ def _arrays(path: Path, specs: Specs) -> dict[str, np.ndarray]:
 
 
 def _taken(tensors: Tensors, specs: Specs) -> dict[str, np.ndarray]:
-    """What the file has for the model, all but a head that stays."""
+    """Returns the file's values for the model, without a head that stays."""
     if _head_stays(tensors, specs):
         tensors = {k: v for k, v in tensors.items() if k not in HEAD}
         specs = {k: v for k, v in specs.items() if k not in HEAD}

@@ -1,4 +1,4 @@
-"""What a file's arrays are called until they are a model's."""
+"""The arrays of a file by name, before they are a model's."""
 
 import dataclasses
 from collections.abc import Callable
