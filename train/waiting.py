@@ -109,5 +109,5 @@ class Background:
 
 
 def is_abandoned() -> bool:
-    """Returns whether a call was given up; it may hang, and the program's end with it."""
+    """Returns whether a call was given up, which may hang when the program ends."""
     return bool(_abandoned)
