@@ -16,9 +16,6 @@ from train.weights.errors import WeightsError
 from train.weights.positions import are_square, resize
 from train.weights.tensors import CLS, HEAD, POSITIONS, Specs, Tensor, Tensors, zeros
 
-# Of a file: a grid of 256 x 256, which is an image of 4,096 pixels a side.
-_MOST_POSITIONS = 2**16
-
 
 def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
     """Variables with the values of a file.
@@ -151,14 +148,19 @@ def _fit_tokens(tensors: Tensors, specs: Specs) -> Tensors:
         return tensors
     if dropped:
         positions = positions.map(lambda array: array[:, 1:])
+    if positions.like.nbytes > sum(_bytes(spec) for spec in specs.values()):
+        return tensors  # of no grid that this model was trained on
     return tensors | {POSITIONS: _resized(positions, wanted.shape, CLS in tensors)}
+
+
+def _bytes(spec: jax.ShapeDtypeStruct) -> int:
+    return spec.size * spec.dtype.itemsize
 
 
 def _resized(positions: Tensor, shape: tuple[int, ...], has_token: bool) -> Tensor:
     """Positions of another square grid interpolated, others as they are."""
     old, new = positions.shape[1], shape[1]
-    is_square = are_square(old - has_token, new - has_token)
-    if old == new or not is_square or old > _MOST_POSITIONS:
+    if old == new or not are_square(old - has_token, new - has_token):
         return positions
     return Tensor(
         positions.source,
