@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from train import data, losses, normalisation
-from train import step as step_lib
+from train import data
+from train.data import pixels
+from train.engine import losses
+from train.engine import step as step_lib
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 _Path = tuple[str, ...]
@@ -63,7 +65,7 @@ def capture(
     Raises:
       ValueError: the model calls a layer more than once.
     """
-    model, normalise = step_lib.create_model(config), normalisation.normaliser(config)
+    model, normalise = step_lib.create_model(config), pixels.normaliser(config)
     modules: dict[_Path, nn.Module] = {}
 
     def loss(probes: dict[_Path, Array]) -> tuple[Array, dict[_Path, tuple[Any, Any]]]:

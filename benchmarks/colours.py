@@ -1,6 +1,15 @@
 """The colours of figures: a variant has the same one in every figure."""
 
-from train.colours import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from train.reports.palette import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+)
 
 _YELLOW = "#F0E442"  # the last of Okabe and Ito's
 

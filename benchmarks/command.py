@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from train import tables
+from train.system import tables
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:

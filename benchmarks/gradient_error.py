@@ -32,13 +32,15 @@ from ml_collections import ConfigDict
 from benchmarks import command, gradient_error_plots
 from benchmarks.captured import Layer, capture
 from dropit_jax import DropIT, compress
-from train import cli, loop, tables, trained
-from train import config as config_lib
-from train.config import ConfigError
-from train.files import write_atomically
-from train.histograms import reads_all
+from train import cli, loop
+from train.config import config as config_lib
+from train.config.config import ConfigError
 from train.output import output_path
-from train.terminal import Terminal
+from train.reports.histograms import reads_all
+from train.runs import trained
+from train.system import tables
+from train.system.files import write_atomically
+from train.system.terminal import Terminal
 
 _LAYERS = flags.DEFINE_integer(
     "layers", 5, "How many layers, from the first to the last.", lower_bound=1

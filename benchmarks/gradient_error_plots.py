@@ -11,20 +11,20 @@ matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from train import colours, figures
+from train.reports import palette, png
 
 if TYPE_CHECKING:
     from benchmarks.gradient_error import Error
 
 _STYLES = {
-    "min-k, D = 16": (colours.VERMILION, "s"),
-    "min-k, other D": (colours.PURPLE, "v"),
-    "random elements": (colours.SKY, "P"),
-    "channels": (colours.BLACK, "X"),
-    "random channels": (colours.GREY, "*"),
-    "values of fewer bits": (colours.ORANGE, "D"),
-    "mean for the dropped": (colours.BLUE, "o"),
-    "nothing dropped": (colours.GREEN, "^"),
+    "min-k, D = 16": (palette.VERMILION, "s"),
+    "min-k, other D": (palette.PURPLE, "v"),
+    "random elements": (palette.SKY, "P"),
+    "channels": (palette.BLACK, "X"),
+    "random channels": (palette.GREY, "*"),
+    "values of fewer bits": (palette.ORANGE, "D"),
+    "mean for the dropped": (palette.BLUE, "o"),
+    "nothing dropped": (palette.GREEN, "^"),
 }
 
 
@@ -72,7 +72,7 @@ def front(errors: Sequence["Error"], best: Sequence["Error"], path: Path) -> Non
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("cached bits an element")
     _with_errors(axis)
-    figures.save(figure, path)
+    png.save(figure, path)
 
 
 def chunks(errors: Sequence["Error"], path: Path) -> None:
@@ -97,7 +97,7 @@ def chunks(errors: Sequence["Error"], path: Path) -> None:
     axes[1].set_ylabel("time to compress here, ns an element")
     axes[1].set_ylim(bottom=0)
     axes[1].grid(alpha=0.3)
-    figures.save(figure, path)
+    png.save(figure, path)
 
 
 def _with_errors(axis: Axes) -> None:

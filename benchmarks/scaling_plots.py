@@ -14,7 +14,7 @@ from matplotlib.ticker import ScalarFormatter
 from benchmarks.colours import COLOURS, MARKERS
 from benchmarks.sharded import OnDevices
 from benchmarks.sweeps import VARIANTS, Fit, Point, Sweep
-from train import figures
+from train.reports import png
 
 
 def draw(
@@ -37,7 +37,7 @@ def draw(
     )
     axes[0].legend()
     axes[1].legend()
-    figures.save(figure, path)
+    png.save(figure, path)
 
 
 def _draw_line(axis: Axes, points: Sequence[Point], line: Fit) -> None:
@@ -91,4 +91,4 @@ def draw_devices(results: Sequence[OnDevices], path: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figures.save(figure, path)
+    png.save(figure, path)

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import resnet18_cifar10
-from train.config import dropit_section
+from train.config.config import dropit_section
 
 _SEEDS = (42, 1, 2)
 _PAPER_CHUNK = 2**14

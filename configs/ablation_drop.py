@@ -8,7 +8,7 @@ of CIFAR-10: 300 steps of 128 images.
 from ml_collections import ConfigDict
 
 from configs import digits_resnet18, digits_vit, resnet18_cifar10
-from train.config import dropit_section
+from train.config.config import dropit_section
 
 _PRESETS = ("exact", "lean", "leanest")
 _SEEDS = (42, 1, 2)

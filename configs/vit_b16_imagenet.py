@@ -6,9 +6,9 @@ github.com/google-research/vision_transformer says where it is.
 
 from ml_collections import ConfigDict
 
-from train import variants
-from train.config import dropit_section, model_section
-from train.defaults import get_defaults
+from train.config import variants
+from train.config.config import dropit_section, model_section
+from train.config.defaults import get_defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:

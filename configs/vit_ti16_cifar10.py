@@ -5,9 +5,9 @@ Images are scaled to 128x128, which gives 64 patches of 16x16.
 
 from ml_collections import ConfigDict
 
-from train import variants
-from train.config import dropit_section, model_section
-from train.defaults import get_defaults
+from train.config import variants
+from train.config.config import dropit_section, model_section
+from train.config.defaults import get_defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dropit_jax.layer_presets import LAYER_PRESETS, LayerPreset, layer_preset
-from dropit_jax.ops import conv_general_dilated, dot_general, einsum
 from dropit_jax.policy import DropIT
-from dropit_jax.residual import Residual, compress
+from dropit_jax.products.operations import conv_general_dilated, dot_general, einsum
+from dropit_jax.storage.residual import Residual, compress
 
 if TYPE_CHECKING:
     from dropit_jax import linen, memory, nn, nnx

@@ -11,8 +11,9 @@ import rich.console
 from absl.testing import absltest
 
 from benchmarks import memory, workloads
-from train import compare, summary
-from train.summary import Mean, Summary
+from train import compare
+from train.reports import summary
+from train.reports.summary import Mean, Summary
 
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "docs" / "results"

@@ -5,7 +5,7 @@ import sys
 
 if sys.argv[:1] == ["-m"]:
     # A command of this package starts, and imports take seconds.
-    from train import interrupts
+    from train.processes import interrupts
 
     interrupts.end_in_one_line()
     # XLA's own log is set up when JAX is imported. What it fails at it raises as well.

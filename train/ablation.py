@@ -18,15 +18,18 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import cli, failure, loop, records, summary, tables
-from train import config as config_lib
-from train import job as job_lib
-from train import workdir as workdir_lib
-from train.config import ConfigError
-from train.files import write_atomically
-from train.meter import NonFiniteLossError
-from train.runs import is_finished
-from train.terminal import Terminal
+from train import cli, loop
+from train.config import config as config_lib
+from train.config.config import ConfigError
+from train.engine import job as job_lib
+from train.engine.meter import NonFiniteLossError
+from train.reports import summary
+from train.runs import failure, records
+from train.runs import workdir as workdir_lib
+from train.runs.saved_runs import is_finished
+from train.system import tables
+from train.system.files import write_atomically
+from train.system.terminal import Terminal
 
 _VARIANTS = flags.DEFINE_list(
     "variants", None, "Names of the variants to train; all, if none is named."

@@ -12,19 +12,20 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from dropit_jax.memory import CompilerError, NoBatchFitsError, TargetError
-from train import config as config_lib
-from train import library_output, validation
-from train.children import end_workers
-from train.config import ConfigError
+from train.config import config as config_lib
+from train.config import validation
+from train.config.config import ConfigError
 from train.data import DataError
-from train.disk import CheckpointError
-from train.interrupts import Interrupted, end_in_one_line
-from train.lock import LockedError
-from train.meter import NonFiniteLossError
-from train.paths import PathError, named
-from train.records import RecordsError
-from train.text import printable, shown
-from train.waiting import WaitError, is_abandoned
+from train.engine.meter import NonFiniteLossError
+from train.processes.interrupts import Interrupted, end_in_one_line
+from train.processes.waiting import WaitError, is_abandoned
+from train.runs.lock import LockedError
+from train.runs.records import RecordsError
+from train.system import library_output
+from train.system.children import end_workers
+from train.system.disk import CheckpointError
+from train.system.paths import PathError, named
+from train.system.text import printable, shown
 from train.weights import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -15,12 +15,13 @@ import rich.table
 from ml_collections import ConfigDict
 
 from dropit_jax import memory
-from train import cli, loop, measurements, plots
-from train import config as config_lib
-from train import job as job_lib
-from train.files import write_atomically
+from train import cli, loop
+from train.config import config as config_lib
+from train.engine import job as job_lib
+from train.reports import measurements, plots
+from train.system.files import write_atomically
+from train.system.terminal import Terminal
 from train.target import TARGET
-from train.terminal import Terminal
 
 # The first is what the others are measured against.
 _FLAX, _DROPIT = "flax", "dropit"

@@ -3,12 +3,13 @@
 import math
 from pathlib import Path
 
-from train import cli, restoration
-from train import job as job_lib
+from train import cli
 from train.data_dir import DATA_DIR
-from train.disk import CheckpointError
-from train.evaluation import evaluator
-from train.terminal import Terminal
+from train.engine import job as job_lib
+from train.engine.evaluator import evaluator
+from train.runs import restoration
+from train.system.disk import CheckpointError
+from train.system.terminal import Terminal
 
 
 def main(workdir: Path) -> None:

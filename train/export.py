@@ -7,12 +7,13 @@ from pathlib import Path
 
 import jax
 
-from train import cli, restoration, weights
-from train import config as config_lib
-from train import job as job_lib
-from train import mesh as mesh_lib
+from train import cli, weights
+from train.config import config as config_lib
+from train.engine import job as job_lib
+from train.engine import mesh as mesh_lib
 from train.output import output_path
-from train.terminal import Terminal
+from train.runs import restoration
+from train.system.terminal import Terminal
 
 
 def main(workdir: Path) -> None:

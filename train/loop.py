@@ -10,24 +10,28 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from train import config as config_lib
-from train import data, failure, finite, initialisation, optim, processes, validation
-from train import job as job_lib
-from train import mesh as mesh_lib
-from train import position as position_lib
-from train import step as step_lib
-from train import workdir as workdir_lib
-from train.checkpoint import Checkpoints
-from train.disk import check_writable
-from train.evaluation import evaluator
-from train.interrupts import Interrupted, Interrupts, StopRequested
-from train.job import Job
-from train.meter import Meter, NonFiniteLossError
-from train.position import Position
-from train.prefetch import Prefetch
-from train.profiler import Profiler
-from train.records import Records, Row
-from train.terminal import Terminal
+from train import data
+from train.config import config as config_lib
+from train.config import validation
+from train.engine import finite, initialisation, optim
+from train.engine import job as job_lib
+from train.engine import mesh as mesh_lib
+from train.engine import step as step_lib
+from train.engine.evaluator import evaluator
+from train.engine.job import Job
+from train.engine.meter import Meter, NonFiniteLossError
+from train.engine.prefetch import Prefetch
+from train.engine.profiler import Profiler
+from train.processes import collective
+from train.processes.interrupts import Interrupted, Interrupts, StopRequested
+from train.runs import failure
+from train.runs import position as position_lib
+from train.runs import workdir as workdir_lib
+from train.runs.checkpoints import Checkpoints
+from train.runs.position import Position
+from train.runs.records import Records, Row
+from train.system.disk import check_writable
+from train.system.terminal import Terminal
 
 
 def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
@@ -106,7 +110,7 @@ def _train(
         interrupts = enter(Interrupts(several=jax.process_count() > 1))
         batches = enter(_batches(job, done, interrupts))
         records = enter(
-            Records(workdir, done, rows, terminal.say, write=processes.is_first())
+            Records(workdir, done, rows, terminal.say, write=collective.is_first())
         )
         profiler = enter(Profiler(config.profile_steps, workdir / "profile"))
         bar = enter(terminal.start(workdir.name, done, total_steps))
@@ -140,7 +144,7 @@ def _train(
                 records.append(row)
             elif config.checkpoint_steps and done % config.checkpoint_steps == 0:
                 saver.save(done, state, records.rows)
-            if processes.must_stop(done):
+            if collective.must_stop(done):
                 interrupts.signum = interrupts.handed_on or signal.SIGTERM
             if interrupts.signum is not None:
                 saver.stop(interrupts.signum, done, state, records.rows)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import cli, distributed, loop, peers, processes
-from train.terminal import Terminal
+from train import cli, loop
+from train.processes import collective, distributed, peers
+from train.system.terminal import Terminal
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -13,7 +14,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     distributed.initialise()
     with peers.watched():
         distributed.check_alike(config)
-        loop.run(config, workdir, Terminal(quiet=not processes.is_first()))
+        loop.run(config, workdir, Terminal(quiet=not collective.is_first()))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dropit_jax import memory
-from train import cli, measurements
-from train import config as config_lib
-from train import step as step_lib
+from train import cli
+from train.config import config as config_lib
+from train.engine import step as step_lib
+from train.reports import measurements
 from train.target import TARGET
 
 _MAX_BATCH = flags.DEFINE_bool("max_batch", False, "Also find the largest batch.")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from absl import flags
 
-from train.config import ConfigError
-from train.paths import named
+from train.config.config import ConfigError
+from train.system.paths import named
 
 _OUTPUT = flags.DEFINE_string("output", None, "The directory, or the file, to write.")
 

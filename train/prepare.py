@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from train import data
 from train.data import datasets, prepared
 from train.data_dir import DATA_DIR
-from train.text import printable
+from train.system.text import printable
 
 # What TFDS needs to prepare datasets, and not to read them.
 _NEEDED = ("tensorflow", "importlib_resources")

@@ -13,16 +13,19 @@ from pathlib import Path
 
 from absl import flags
 
-from train import cli, initialisation, measurements, plots, runs, summary, trained
-from train import job as job_lib
-from train.config import ConfigError
-from train.files import write_atomically
-from train.histograms import Distributions, distributions
+from train import cli
+from train.config.config import ConfigError
+from train.engine import initialisation
+from train.engine import job as job_lib
 from train.output import output_path
-from train.runs import SavedRun
-from train.summary import Mean, Summary
+from train.reports import measurements, plots, summary
+from train.reports.histograms import Distributions, distributions
+from train.reports.summary import Mean, Summary
+from train.runs import saved_runs, trained
+from train.runs.saved_runs import SavedRun
+from train.system.files import write_atomically
+from train.system.terminal import Terminal
 from train.target import TARGET
-from train.terminal import Terminal
 
 _BASELINE = flags.DEFINE_string(
     "baseline", "baseline", "The variant that the others are measured against."
@@ -40,7 +43,7 @@ def main(directories: list[Path]) -> None:
     """Reads the runs, measures what their steps cost, and writes the report."""
     terminal, output, target = Terminal(), output_path(), TARGET.value
     baseline = _BASELINE.value
-    variants = _with_first(runs.find(directories, terminal.say), baseline)
+    variants = _with_first(saved_runs.find(directories, terminal.say), baseline)
     drawn = _drawn(list(variants), _HISTOGRAMS.value)
     seed = _common_seed([variants[name] for name in drawn])
     for each in variants.values():

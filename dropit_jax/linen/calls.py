@@ -17,16 +17,17 @@ import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array
 
-from dropit_jax import compat, hooks, ops, products, sharing
-from dropit_jax.cached_operand import Axes
+from dropit_jax import compat, hooks, sharing
 from dropit_jax.linen import parameters
 from dropit_jax.policy import DropIT, check_policy
+from dropit_jax.products import operations, rule
+from dropit_jax.products.operand import Axes
 
 # The Flax layers whose product can be replaced, with the field that replaces it.
 _HOOKED: tuple[tuple[type[nn.Module], str, Callable[..., Array]], ...] = (
-    (nn.Dense, "dot_general", ops.dot_general),
-    (nn.DenseGeneral, "dot_general", ops.dot_general),
-    (nn.Conv, "conv_general_dilated", ops.conv_general_dilated),
+    (nn.Dense, "dot_general", operations.dot_general),
+    (nn.DenseGeneral, "dot_general", operations.dot_general),
+    (nn.Conv, "conv_general_dilated", operations.conv_general_dilated),
 )
 # Those whose product cannot.
 _WHOLE: tuple[type[nn.Module], ...] = (nn.Einsum, nn.ConvLocal, nn.ConvTranspose)
@@ -138,8 +139,8 @@ def stateful_product(module: nn.Module) -> str | None:
 
 def _caches(operation: Any) -> bool:
     return isinstance(operation, functools.partial) and operation.func in (
-        ops.dot_general,
-        ops.conv_general_dilated,
+        operations.dot_general,
+        operations.conv_general_dilated,
     )
 
 
@@ -270,13 +271,13 @@ def _whole(
         promote = _promoting_once(module.promote_dtype)
         inputs, *_ = promote(inputs, kernel, *offset, dtype=module.dtype)
     cache = functools.partial(
-        products.cached_product, product, dropit=dropit, key=key, offset=offset
+        rule.cached_product, product, dropit=dropit, key=key, offset=offset
     )
     if isinstance(module, nn.Einsum):
         equation = nn.merge_param(
             "einsum_str", module.einsum_str, kwargs.get("einsum_str")
         )
-        axes = ops.einsum_axes(equation, inputs, kernel)
+        axes = operations.einsum_axes(equation, inputs, kernel)
         return cache(inputs, kernel, axes=axes)
     size = module.kernel_size
     flat, batch = hooks.as_batch(inputs, 1 if isinstance(size, int) else len(size))

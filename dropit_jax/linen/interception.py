@@ -16,14 +16,15 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array
 
-from dropit_jax import compat, layer_presets, matching, products
-from dropit_jax.cached_operand import Axes
+from dropit_jax import compat, layer_presets, matching
 from dropit_jax.layer_presets import LayerPreset
 from dropit_jax.linen import calls, functions, model_call, parts, report, tools
 from dropit_jax.linen.model_call import ModelCall
 from dropit_jax.linen.report import InterceptedLayer, Unreached
 from dropit_jax.matching import Matching
 from dropit_jax.policy import DropIT
+from dropit_jax.products import rule
+from dropit_jax.products.operand import Axes
 
 
 class Interception:
@@ -158,7 +159,7 @@ class Interception:
                 shared_with=reader if shared else None,
             )
 
-        with products.observed(observe):
+        with rule.observed(observe):
             return calls.cached(module, method, policy, *args, **kwargs)
 
     def run_part(

@@ -5,22 +5,26 @@
 differentiation keeps, before any compiler.
 """
 
-from dropit_jax.memory.batches import BatchPlan, NoBatchFitsError, max_batch
-from dropit_jax.memory.buffers import Buffer
-from dropit_jax.memory.cached import cached_bytes
-from dropit_jax.memory.devices import (
+from dropit_jax.memory.compiled.batches import BatchPlan, NoBatchFitsError, max_batch
+from dropit_jax.memory.compiled.buffers import Buffer
+from dropit_jax.memory.compiled.devices import (
     TargetError,
     device_bytes,
     target_path,
     targets,
 )
-from dropit_jax.memory.gpu_compiler import memory_stats
-from dropit_jax.memory.report import CompileReport, compile_report
-from dropit_jax.memory.residuals import SavedResidual, SavedResiduals, saved_residuals
-from dropit_jax.memory.toolchain import (
+from dropit_jax.memory.compiled.gpu_compiler import memory_stats
+from dropit_jax.memory.compiled.report import CompileReport, compile_report
+from dropit_jax.memory.compiled.toolchain import (
     COMPILER_PATH_VARIABLE,
     CompilerError,
     CompilerMissingError,
+)
+from dropit_jax.memory.traced.cached import cached_bytes
+from dropit_jax.memory.traced.residuals import (
+    SavedResidual,
+    SavedResiduals,
+    saved_residuals,
 )
 
 __all__ = [

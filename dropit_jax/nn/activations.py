@@ -5,7 +5,7 @@ the derivative: one bit an element where it is one of two numbers, and the gradi
 exact; one byte elsewhere, and the gradient is as near as its bound says.
 Autodiff of the `jax.nn` functions keeps their input or a product of it instead, in the
 activation's own type, once or several times. Those that cache a byte have no second
-derivative, and say so. The name of what is cached (`dropit_jax.nn.codes`) is that of
+derivative, and say so. The name of what is cached (`element_codes`) is that of
 the function.
 """
 
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from dropit_jax import derivatives, dtypes
-from dropit_jax.nn import codes
-from dropit_jax.nn.codes import Codes
+from dropit_jax import derivatives
+from dropit_jax.nn import element_codes
+from dropit_jax.nn.element_codes import Codes
+from dropit_jax.storage import dtypes
 
 _Activation = Callable[[Array], Array]
 
@@ -181,8 +182,8 @@ def _two_sided(sides: _Sides, name: str, x: Array) -> Array:
 
 def _two_sided_forward(sides: _Sides, name: str, x: Array) -> tuple[Array, Codes]:
     if sides.of_value:
-        return codes.store(sides.function(x), sides.inside, bits=1, name=name)
-    x, saved = codes.store(x, sides.inside, bits=1, name=name)
+        return element_codes.store(sides.function(x), sides.inside, bits=1, name=name)
+    x, saved = element_codes.store(x, sides.inside, bits=1, name=name)
     return sides.function(x), saved
 
 
@@ -191,7 +192,7 @@ def _two_sided_backward(
 ) -> tuple[Array]:
     del name
     gradient = _zero_outside if sides.zero_outside else _gradient_of(sides.function)
-    return (codes.apply(saved, cotangent, gradient),)
+    return (element_codes.apply(saved, cotangent, gradient),)
 
 
 def _zero_outside(inside: Array, cotangent: Array) -> Array:
@@ -262,7 +263,7 @@ def _smooth_forward(
 ) -> tuple[Array, Codes]:
     x = derivatives.once(x, "An activation")
     value, code = _value_and_code(x, function, scale)
-    value, _, saved = codes.store_apart(value, code, bits=8, name=name)
+    value, _, saved = element_codes.store_apart(value, code, bits=8, name=name)
     return value, saved
 
 
@@ -282,7 +283,7 @@ def _smooth_backward(
     function: _Activation, scale: _Scale, name: str, saved: Codes, cotangent: Array
 ) -> tuple[Array]:
     del function, name
-    code = codes.load(saved, cotangent)
+    code = element_codes.load(saved, cotangent)
     derivative = scale.decode(code)
     wide = cotangent.astype(dtypes.common(cotangent.dtype, derivative.dtype))
     return ((wide * derivative.astype(wide.dtype)).astype(cotangent.dtype),)

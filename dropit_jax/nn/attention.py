@@ -9,9 +9,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from dropit_jax import layouts
 from dropit_jax.nn import attention_core as core
 from dropit_jax.nn.recompute import recompute
+from dropit_jax.xla import layouts
 
 
 def dot_product_attention(

@@ -9,10 +9,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Inexact, Shaped
 
-from dropit_jax import shardings
-from dropit_jax.nn import codes
-from dropit_jax.nn.codes import Codes
-from dropit_jax.shapes import Shape
+from dropit_jax.nn import element_codes
+from dropit_jax.nn.element_codes import Codes
+from dropit_jax.storage.shapes import Shape
+from dropit_jax.xla import shardings
 
 
 def dropout(
@@ -87,7 +87,7 @@ def _masked_forward(
     keep_prob: float, shared: frozenset[int], x: Array, mask: Array
 ) -> tuple[Array, Codes]:
     del shared
-    x, each, saved = codes.store_apart(x, mask, bits=1, name="dropout")
+    x, each, saved = element_codes.store_apart(x, mask, bits=1, name="dropout")
     return _select(keep_prob, x, each), saved
 
 
@@ -95,7 +95,7 @@ def _masked_backward(
     keep_prob: float, shared: frozenset[int], saved: Codes, cotangent: Array
 ) -> tuple[Array, None]:
     shape = _mask_shape(cotangent.shape, shared)
-    mask = codes.load(saved, cotangent, shape)
+    mask = element_codes.load(saved, cotangent, shape)
     kept = lax.select(mask.astype(bool), cotangent, jnp.zeros_like(cotangent))
     return kept / keep_prob, None
 

@@ -1,6 +1,6 @@
 """An array in 8 bits an element, as what a backward pass reads.
 
-Codes have a minimum and a scale for every 64 elements (`dropit_jax.quantization`): 8.5
+Codes have a minimum and a scale for every 64 elements (`storage.quantization`): 8.5
 bits an element. Each element is off by at most half a step of its code,
 
     δ = (range + 0.8 % of |minimum|) / 506,    of the 64 elements that share a scale.
@@ -14,8 +14,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import layouts, shardings
-from dropit_jax.quantization import Quantized, quantize
+from dropit_jax.storage.quantization import Quantized, quantize
+from dropit_jax.xla import layouts, shardings
 
 # Elements that share a minimum and a scale.
 _GROUP_SIZE = 64

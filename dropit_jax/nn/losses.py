@@ -22,7 +22,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
-from dropit_jax import dtypes, shardings
+from dropit_jax.storage import dtypes
+from dropit_jax.xla import shardings
 
 
 def softmax_cross_entropy_with_integer_labels(

@@ -14,9 +14,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dropit_jax import barriers, derivatives, dtypes, shardings
+from dropit_jax import derivatives
 from dropit_jax.nn import eight_bits
 from dropit_jax.nn.eight_bits import EightBits
+from dropit_jax.storage import dtypes
+from dropit_jax.xla import barriers, shardings
 
 # The name of what is cached, for `jax.checkpoint_policies` and reports.
 RESIDUAL_NAME = "norm"

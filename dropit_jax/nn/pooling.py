@@ -14,10 +14,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped, UInt
 
-from dropit_jax import barriers
-from dropit_jax.nn import codes
-from dropit_jax.nn.codes import Codes
-from dropit_jax.shapes import Shape
+from dropit_jax.nn import element_codes
+from dropit_jax.nn.element_codes import Codes
+from dropit_jax.storage.shapes import Shape
+from dropit_jax.xla import barriers
 
 
 def max_pool(
@@ -246,7 +246,7 @@ def _pool(windows: _Windows, x: Array) -> Array:
 
 def _pool_forward(windows: _Windows, x: Array) -> tuple[Array, Codes]:
     index = _first_largest(windows, lax.stop_gradient(x))
-    largest, _, saved = codes.store_apart(
+    largest, _, saved = element_codes.store_apart(
         windows.largest(x), index, windows.bits, "max_pool"
     )
     return largest, saved
@@ -267,7 +267,7 @@ def _first_largest(windows: _Windows, x: Array) -> UInt[Array, "..."]:
 
 
 def _pool_backward(windows: _Windows, saved: Codes, cotangent: Array) -> tuple[Array]:
-    index = codes.load(saved, cotangent)
+    index = element_codes.load(saved, cotangent)
     shares = windows.shares(index, cotangent)
     return (windows.elements(functools.reduce(operator.add, shares)),)
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dropit_jax import barriers, derivatives, shardings
+from dropit_jax import derivatives
 from dropit_jax.nn import eight_bits
+from dropit_jax.xla import barriers, shardings
 
 # The name of what is cached, for `jax.checkpoint_policies` and reports.
 RESIDUAL_NAME = "recompute"

@@ -11,7 +11,7 @@ from flax import nnx
 from dropit_jax import layer_presets, matching
 from dropit_jax import nn as compact
 from dropit_jax.layer_presets import LayerPreset
-from dropit_jax.nnx import classes, layers, norms, stochastic
+from dropit_jax.nnx import layers, norms, stochastic, subclasses
 from dropit_jax.policy import DropIT
 
 # What takes the place of Flax's norms and its dropout, and of the function that its
@@ -160,7 +160,7 @@ def _is_free(layer: Any) -> bool:
     if isinstance(layer, nnx.MultiHeadAttention):
         return layer.attention_fn in (_ATTENTION, _FLAX_ATTENTION)
     if isinstance(layer, _TWINS):
-        return classes.without_ours(type(layer), _TWINS) is not None
+        return subclasses.without_ours(type(layer), _TWINS) is not None
     return isinstance(layer, (*layers.FLAX_LAYERS, *_FLAX_TWINS))
 
 
@@ -175,7 +175,7 @@ def _convert(layer: Any, residual: Any, streams: _Streams, path: str) -> None:
     if isinstance(layer, nnx.MultiHeadAttention):
         layer.attention_fn = _FLAX_ATTENTION if residual is None else _ATTENTION
     elif isinstance(layer, _FLAX_TWINS):
-        swap = classes.without_ours if residual is None else classes.with_ours
+        swap = subclasses.without_ours if residual is None else subclasses.with_ours
         cls: Any = swap(type(layer), _TWINS)
         layer.__class__ = cls
     else:

@@ -15,17 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dropit_jax import hooks, ops, products, sharing
-from dropit_jax.cached_operand import Axes
-from dropit_jax.nnx import classes
+from dropit_jax import hooks, sharing
+from dropit_jax.nnx import subclasses
 from dropit_jax.policy import DropIT, check_policy
+from dropit_jax.products import operations, rule
+from dropit_jax.products.operand import Axes
 
 # The layers that hold the product in a field, and what takes its place.
 _HOOKED: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
-    (nnx.Linear, "dot_general", ops.dot_general),
-    (nnx.LinearGeneral, "dot_general", ops.dot_general),
-    (nnx.Einsum, "einsum_op", ops.einsum),
-    (nnx.Conv, "conv_general_dilated", ops.conv_general_dilated),
+    (nnx.Linear, "dot_general", operations.dot_general),
+    (nnx.LinearGeneral, "dot_general", operations.dot_general),
+    (nnx.Einsum, "einsum_op", operations.einsum),
+    (nnx.Conv, "conv_general_dilated", operations.conv_general_dilated),
 )
 
 
@@ -119,7 +120,7 @@ def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> No
       keys: for a policy that needs some, shaped as `stacked_axes(layer)`.
     """
     if not isinstance(layer, _Caching):
-        layer.__class__ = classes.with_ours(type(layer), LAYERS)
+        layer.__class__ = subclasses.with_ours(type(layer), LAYERS)
     layer.dropit = dropit
     needed = dropit is not None and dropit.needs_key
     # Beside arrays, where nothing but its absence stood.
@@ -236,7 +237,7 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
     flat, batch = hooks.as_batch(jnp.asarray(inputs), len(layer.kernel_size))
     bias = offset[0] if offset else None
     flat, *_ = promote((flat, kernel, bias), dtype=layer.dtype)
-    out = products.cached_product(
+    out = rule.cached_product(
         product,
         flat,
         kernel,

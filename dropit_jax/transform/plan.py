@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dropit_jax import compat
-from dropit_jax.memory import scopes
+from dropit_jax.memory.traced import scopes
 from dropit_jax.transform import table
 from dropit_jax.transform.forms import presets
 from dropit_jax.transform.forms.presets import Preset

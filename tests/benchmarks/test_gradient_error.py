@@ -17,11 +17,11 @@ from benchmarks import captured, gradient_error
 from benchmarks.captured import Layer
 from configs import digits_resnet18, digits_vit
 from dropit_jax import DropIT
-from train import config as config_lib
 from train import data
-from train import step as step_lib
-from train.config import ConfigError
-from train.terminal import Terminal
+from train.config import config as config_lib
+from train.config.config import ConfigError
+from train.engine import step as step_lib
+from train.system.terminal import Terminal
 
 
 def _tiny(config, steps=2):

@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from dropit_jax.memory import devices, gpu_compiler, report
-from dropit_jax.memory.call import Call
+from dropit_jax.memory.compiled import devices, gpu_compiler, report
+from dropit_jax.memory.compiled.call import Call
 
 
 def compiled(function, args, target="h100", options=None):

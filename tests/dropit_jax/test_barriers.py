@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dropit_jax.barriers import barrier, computed_after, read_after
-from dropit_jax.partitioning import any_element
+from dropit_jax.xla.barriers import barrier, computed_after, read_after
+from dropit_jax.xla.partitioning import any_element
 
 
 def _lowered(function, *args, platform):

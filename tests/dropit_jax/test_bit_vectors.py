@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax import bit_vectors
+from dropit_jax.storage.selection import bit_vectors
 
 # One word, and several; blocks of words, and blocks of these; filled up and not.
 _SIZES = (1, 31, 32, 100, 2048, 5000, 200_000)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax import chunking
+from dropit_jax.storage import chunking
 from tests.dropit_jax import reference
 
 _SHAPES = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)

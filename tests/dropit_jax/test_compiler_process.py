@@ -9,7 +9,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dropit_jax import memory
-from dropit_jax.memory import compiler_process, toolchain
+from dropit_jax.memory.compiled import compiler_process, toolchain
 
 _X = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from dropit_jax import DropIT, compress, nn, ops
+from dropit_jax import DropIT, compress, nn
+from dropit_jax.products import operations
 
 _LAYERS = 8
 _SHAPE = (32, 64, 256)
@@ -29,13 +30,13 @@ def _temp_bytes(product, operands):
 
 
 def _dense(dropit):
-    return lambda x, kernel: ops.dot_general(
+    return lambda x, kernel: operations.dot_general(
         x, kernel, (((2,), (0,)), ((), ())), dropit=dropit
     )
 
 
 def _convolution(dropit):
-    return lambda x, kernel: ops.conv_general_dilated(
+    return lambda x, kernel: operations.conv_general_dilated(
         x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), dropit=dropit
     )
 

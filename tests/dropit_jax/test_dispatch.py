@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 import dropit_jax
 from dropit_jax import DropIT
-from dropit_jax.kernels import dispatch, twins
-from dropit_jax.kernels.compress import compress
-from dropit_jax.kernels.decompress import decompress
-from dropit_jax.kernels.plan import Plan
-from dropit_jax.partitioning import on_every_device
+from dropit_jax.storage.kernels import definitions, dispatch
+from dropit_jax.storage.kernels.compress import compress
+from dropit_jax.storage.kernels.decompress import decompress
+from dropit_jax.storage.kernels.plan import Plan
+from dropit_jax.xla.partitioning import on_every_device
 from tests.dropit_jax import gpu_programs, reference
 
 _PLAN = Plan(16, 3, "index", "bfloat16")
@@ -47,8 +47,12 @@ def _round_trip(x):
 
 
 def _expected(x):
-    values, positions = jax.jit(twins.compress, static_argnums=1)(x, _PLAN)
-    return values, positions, twins.decompress(values, positions, _PLAN, "float32")
+    values, positions = jax.jit(definitions.compress, static_argnums=1)(x, _PLAN)
+    return (
+        values,
+        positions,
+        definitions.decompress(values, positions, _PLAN, "float32"),
+    )
 
 
 def _mesh(axis_type):
@@ -139,10 +143,10 @@ class MeshTest(parameterized.TestCase):
         self.assert_as_the_twins(jax.jit(jax.vmap(_round_trip, axis, axis))(self.x))
 
     def test_vmap_of_one_operand(self):
-        values, positions = twins.compress(self.x, _PLAN)
+        values, positions = definitions.compress(self.x, _PLAN)
         whole = jax.vmap(_decompress, (None, 0))(values[0], positions)
         one = jnp.broadcast_to(values[0], values.shape)
-        expected = twins.decompress(one, positions, _PLAN, "float32")
+        expected = definitions.decompress(one, positions, _PLAN, "float32")
         np.testing.assert_array_equal(whole, expected)
 
 
@@ -253,7 +257,7 @@ class CpuProgramTest(parameterized.TestCase):
         self.assertEqual(self.multiplications(pack), 1)
 
     def test_and_would_not_be_if_the_twin_were_inlined(self):
-        pack = functools.partial(twins.compress, plan=_PLAN)
+        pack = functools.partial(definitions.compress, plan=_PLAN)
         self.assertGreater(self.multiplications(pack), 1)
 
     def test_the_first_and_the_second_element_are_found_by_one_loop(self):

@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 
 import dropit_jax
 from dropit_jax import linen as dn
-from dropit_jax.memory import hlo
+from dropit_jax.memory.compiled import hlo
 from tests.dropit_jax import gpu_programs
 
 _FEATURES = 64

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dropit_jax.kernels import twins
-from dropit_jax.kernels.compress import compress
-from dropit_jax.kernels.decompress import decompress
-from dropit_jax.kernels.plan import Plan, supported
-from dropit_jax.memory import toolchain
+from dropit_jax.memory.compiled import toolchain
+from dropit_jax.storage.kernels import definitions
+from dropit_jax.storage.kernels.compress import compress
+from dropit_jax.storage.kernels.decompress import decompress
+from dropit_jax.storage.kernels.plan import Plan, supported
 from tests import xla_flags
 from tests.dropit_jax import reference
 
@@ -144,9 +144,9 @@ def _case(size, kept, encoding, value_dtype, dtype):
     plan = Plan(size, kept, encoding, value_dtype)
     x = _chunks(plan, dtype, _shape(plan))
 
-    kept = jax.jit(functools.partial(twins.compress, plan=plan))(x)
+    kept = jax.jit(functools.partial(definitions.compress, plan=plan))(x)
     # A program of its own: in one, a GPU's compiler leaves out a cast and its reverse.
-    whole = functools.partial(twins.decompress, plan=plan, dtype=dtype)
+    whole = functools.partial(definitions.decompress, plan=plan, dtype=dtype)
     return plan, x, kept, jax.jit(whole)(*kept)
 
 
@@ -212,8 +212,8 @@ class KernelTest(parameterized.TestCase):
         def run(x):
             kept = compress(x, plan, interpret=_EMULATED)
             whole = decompress(*kept, plan, "float16", interpret=_EMULATED)
-            expected = twins.compress(x, plan)
-            placed = twins.decompress(*expected, plan, "float16")
+            expected = definitions.compress(x, plan)
+            placed = definitions.decompress(*expected, plan, "float16")
             return (*kept, whole), (*expected, placed)
 
         actual, expected = run(x)
@@ -292,7 +292,7 @@ class CompileTest(parameterized.TestCase):
 @functools.lru_cache
 def _compiled():
     """The PTX of all kernels and the bytes of temporaries, for each target."""
-    package = Path(twins.__file__).parents[1]
+    package = Path(definitions.__file__).parents[1]
     flags = f"--xla_gpu_autotune_level=0 {xla_flags.KEEP_PTX}"
     environment = toolchain.find().environment(flags)
     names = [name for name, _ in _TARGETS]

@@ -14,10 +14,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dropit_jax
-from dropit_jax import layouts
 from dropit_jax import linen as dn
-from dropit_jax.memory import hlo
-from dropit_jax.partitioning import on_every_device
+from dropit_jax.memory.compiled import hlo
+from dropit_jax.xla import layouts
+from dropit_jax.xla.partitioning import on_every_device
 from tests.dropit_jax import gpu_programs, reference
 
 _CONSTRAINT = "@LayoutConstraint"

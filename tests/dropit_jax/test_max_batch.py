@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dropit_jax import memory
-from dropit_jax.memory import batches, search
+from dropit_jax.memory.compiled import batches, search
 
 
 def _search(size, limit, upper):

@@ -12,7 +12,8 @@ from absl.testing import absltest, parameterized
 
 from dropit_jax import DropIT, compress, dot_general, memory
 from dropit_jax import linen as dn
-from dropit_jax.memory import devices, scopes
+from dropit_jax.memory.compiled import devices
+from dropit_jax.memory.traced import scopes
 
 _X = jax.ShapeDtypeStruct((64, 128), jnp.float32)
 _W = jax.ShapeDtypeStruct((128, 128), jnp.float32)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dropit_jax import packing
+from dropit_jax.storage import packing
 
 
 class PackTest(parameterized.TestCase):

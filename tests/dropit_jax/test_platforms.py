@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dropit_jax.platforms import by_platform
+from dropit_jax.xla.platforms import by_platform
 
 
 def _default(x, y):

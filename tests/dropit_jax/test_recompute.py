@@ -13,7 +13,7 @@ from dropit_jax import layer_preset
 from dropit_jax import linen as dn
 from dropit_jax.linen.remat import recomputed, remat
 from dropit_jax.nn.recompute import recompute
-from dropit_jax.quantization import quantize
+from dropit_jax.storage.quantization import quantize
 
 
 def _function(x, w):

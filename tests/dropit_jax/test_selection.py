@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax import lax
 
-from dropit_jax import selection
+from dropit_jax.storage.selection import elements
 from tests.dropit_jax import reference
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -35,11 +35,11 @@ _SIZES = (
 
 def _in_order(indices, size, method):
     """Indices as `method` gives them: by itself it sorts none of large chunks."""
-    large = size > selection.MAX_SMALL and method == "auto"
+    large = size > elements.MAX_SMALL and method == "auto"
     return np.sort(indices, axis=-1) if large else np.asarray(indices)
 
 
-_top_k = functools.partial(jax.jit, static_argnums=(1, 2))(selection.top_k)
+_top_k = functools.partial(jax.jit, static_argnums=(1, 2))(elements.top_k)
 
 
 @functools.cache
@@ -48,17 +48,17 @@ def _all(size, k, dtype, method="auto"):
 
     @jax.jit
     def run(x):
-        values, indices = selection.top_k(x, k, method)
-        mask = selection.top_k_mask(x, k, method)
-        compact = selection.compact(x, mask, k)
+        values, indices = elements.top_k(x, k, method)
+        mask = elements.top_k_mask(x, k, method)
+        compact = elements.compact(x, mask, k)
         return {
             "largest": lax.top_k(jnp.abs(x), k)[1],
             "values": values,
             "indices": indices,
             "mask": mask,
-            "placed": selection.place(values, indices, size),
+            "placed": elements.place(values, indices, size),
             "compact": compact,
-            "expanded": selection.expand(compact, mask),
+            "expanded": elements.expand(compact, mask),
         }
 
     x = reference.activation(0, (15, size), dtype)
@@ -121,7 +121,7 @@ class TopKTest(parameterized.TestCase):
     def test_indices_have_32_bits_where_jax_has_64(self, size, k):
         with jax.enable_x64(True):
             x = jnp.asarray(reference.activation(0, (3, size)), jnp.float64)
-            _, indices = selection.top_k(x, k)
+            _, indices = elements.top_k(x, k)
             self.assertEqual(indices.dtype, jnp.int32)
             expected = lax.top_k(jnp.abs(x), k)[1]
             np.testing.assert_array_equal(indices, expected)
@@ -129,14 +129,14 @@ class TopKTest(parameterized.TestCase):
     def test_small_chunks_need_no_sort(self):
         x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
         for k in (2, 8, 9):
-            text = str(jax.make_jaxpr(lambda x, k=k: selection.top_k(x, k))(x))
+            text = str(jax.make_jaxpr(lambda x, k=k: elements.top_k(x, k))(x))
             for primitive in ("top_k", "sort", "gather", "scatter"):
                 self.assertNotIn(primitive, text)
 
     @parameterized.parameters(65, 2**14)
     def test_large_chunks_need_no_sort(self, size):
         x = jax.ShapeDtypeStruct((8, size), jnp.float32)
-        for method in (selection.top_k, selection.top_k_mask):
+        for method in (elements.top_k, elements.top_k_mask):
             text = str(jax.make_jaxpr(lambda x, method=method: method(x, 9))(x))
             for primitive in ("top_k", "sort"):
                 self.assertNotIn(f" {primitive}[", text)

@@ -15,7 +15,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dropit_jax import memory
-from dropit_jax.memory import toolchain
+from dropit_jax.memory.compiled import toolchain
 
 _JAXLIB = metadata.version("jaxlib")
 _CUDA12 = ("nvidia", "cuda_nvcc")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from dropit_jax.kernels import twins
-from dropit_jax.kernels.plan import Plan
+from dropit_jax.storage.kernels import definitions
+from dropit_jax.storage.kernels.plan import Plan
 from tests.dropit_jax import reference
 
 
@@ -21,16 +21,19 @@ class CpuTwinTest(parameterized.TestCase):
     def test_two_elements_by_one_loop_are_the_same(self, activation, shape, dtype):
         plan = Plan(16, 2, "index", dtype)
         x = jnp.asarray(activation(0, (*shape, 16), dtype))
-        before = twins.before_first(shape, plan)
+        before = definitions.before_first(shape, plan)
         self.assertEqual(before.shape, shape)
-        alike, alone = twins.compress(x, plan, before), twins.compress(x, plan)
+        alike, alone = (
+            definitions.compress(x, plan, before),
+            definitions.compress(x, plan),
+        )
         for given, expected in zip(alike, alone, strict=True):
             reference.assert_same_bits(given, expected)
 
     @parameterized.parameters((16, 1), (16, 4), (8, 2), (32, 2))
     def test_one_loop_is_for_two_of_16(self, size, kept):
         plan = Plan(size, kept, "index", "float32")
-        self.assertIsNone(twins.before_first((4, 6), plan))
+        self.assertIsNone(definitions.before_first((4, 6), plan))
 
     # All types at one shape and size, all shapes at one size, and all sizes.
     @parameterized.parameters(
@@ -57,9 +60,9 @@ class CpuTwinTest(parameterized.TestCase):
 
         @jax.jit
         def both(x):
-            stored = twins.compress(x, plan)
+            stored = definitions.compress(x, plan)
             return [
-                twins.decompress(*stored, plan, dtype, by_reduction)
+                definitions.decompress(*stored, plan, dtype, by_reduction)
                 for by_reduction in (False, True)
             ]
 
@@ -78,11 +81,11 @@ class CpuTwinTest(parameterized.TestCase):
     ):
         plan = Plan(size, kept, encoding, "float32")
         x = jax.ShapeDtypeStruct((4, 24, plan.unit * size), jnp.float32)
-        stored = jax.eval_shape(lambda x: twins.compress(x, plan), x)
+        stored = jax.eval_shape(lambda x: definitions.compress(x, plan), x)
 
         def program(by_reduction):
             decompress = functools.partial(
-                twins.decompress,
+                definitions.decompress,
                 plan=plan,
                 dtype=jnp.float32,
                 by_reduction=by_reduction,

@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 from dropit_jax import memory
-from train import records
+from train.runs import records
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ _ENVIRONMENT = {
 }
 
 # Not the commands themselves, which run as `__main__`.
-_IMPORTED = ("sklearn.datasets", "train.cli", "train.loop", "train.plots")
+_IMPORTED = ("sklearn.datasets", "train.cli", "train.loop", "train.reports.plots")
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(list(_IMPORTED))
 

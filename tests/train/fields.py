@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from train import validation
-from train.config import ConfigError
+from train.config import validation
+from train.config.config import ConfigError
 
 
 def put(config, name, value):

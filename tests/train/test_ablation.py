@@ -10,9 +10,11 @@ from absl.testing import absltest, parameterized
 from configs import ablation_drop
 from dropit_jax import layer_preset
 from tests.train import commands, tiny_grid
-from train import ablation, records, validation
-from train import config as config_lib
-from train.config import ConfigError
+from train import ablation
+from train.config import config as config_lib
+from train.config import validation
+from train.config.config import ConfigError
+from train.runs import records
 
 _GRID = "--config=tests/train/tiny_grid.py"
 

@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train.accumulation import accumulate
+from train.engine.accumulation import accumulate
 
 _BATCH, _FEATURES = 24, 3
 

@@ -17,9 +17,9 @@ from flax import traverse_util
 
 from dropit_jax import layer_preset
 from tests.train import commands
-from train import config as config_lib
 from train import data, evaluate, models
-from train.disk import CheckpointError
+from train.config import config as config_lib
+from train.system.disk import CheckpointError
 
 _RUN = (
     "--config.num_epochs=3",

@@ -23,9 +23,10 @@ from absl.testing import absltest, parameterized
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from train import checksums, library_output
-from train.checkpoint import Checkpoints
-from train.disk import CheckpointError
+from train.runs import checksums
+from train.runs.checkpoints import Checkpoints
+from train.system import library_output
+from train.system.disk import CheckpointError
 
 _MIB = 2**20
 _POSITION = {"meter": {"loss": 0.1 + 0.2, "count": 3, "since": None}, "names": ["a"]}

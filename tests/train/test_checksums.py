@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from train import checksums
+from train.runs import checksums
 
 
 class ChecksumsTest(parameterized.TestCase):

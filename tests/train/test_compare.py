@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18
 from dropit_jax import memory
-from dropit_jax.memory import toolchain
+from dropit_jax.memory.compiled import toolchain
 from tests.train import commands
 from train import compare
 

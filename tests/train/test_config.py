@@ -20,8 +20,9 @@ from configs import (
 )
 from dropit_jax import LAYER_PRESETS, DropIT, layer_preset
 from tests.train import fields
-from train import config as config_lib
-from train import models, validation
+from train import models
+from train.config import config as config_lib
+from train.config import validation
 
 _CONFIGS = (
     *(digits_resnet18, digits_vit),

@@ -16,8 +16,9 @@ from absl.testing import absltest, parameterized
 
 from dropit_jax import memory
 from tests.train import commands, vit_reference
-from train import records, weights
-from train import step as step_lib
+from train import weights
+from train.engine import step as step_lib
+from train.runs import records
 
 _ROOT = Path(__file__).parents[2]
 _DATA = _ROOT / "tests" / "data" / "tensorflow_datasets"

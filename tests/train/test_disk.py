@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from absl.testing import absltest, parameterized
 
-from train.disk import CheckpointError, check_room, check_writable
+from train.system.disk import CheckpointError, check_room, check_writable
 
 _MIB = 2**20
 

@@ -13,7 +13,8 @@ from absl.testing import absltest, parameterized
 
 from tests.data import write_tiny_datasets as tiny
 from tests.train import commands
-from train import data, lock
+from train import data
+from train.runs import lock
 
 # None of this is about the model; an epoch of 179 steps takes about a second.
 _SMALL = (

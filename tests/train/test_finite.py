@@ -5,7 +5,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train import finite
+from train.engine import finite
 
 
 def _state(value, dtype, sharding=None):

@@ -13,7 +13,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from tests.train import commands
-from train import interrupts
+from train.processes import interrupts
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -6,9 +6,9 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18, digits_vit
-from train import job
-from train import step as step_lib
-from train.config import ConfigError, dropit_section
+from train.config.config import ConfigError, dropit_section
+from train.engine import job
+from train.engine import step as step_lib
 
 
 class CheckTest(parameterized.TestCase):

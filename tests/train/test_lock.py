@@ -14,7 +14,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from tests.train import commands
-from train import lock
+from train.runs import lock
 
 _HOLD = """
 import sys

@@ -12,7 +12,11 @@ from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18
 from tests.train import commands
-from train import evaluation, interrupts, loop, meter, records, terminal
+from train import loop
+from train.engine import evaluator, meter
+from train.processes import interrupts
+from train.runs import records
+from train.system import terminal
 
 _EPOCHS = 6
 _STEPS_PER_EPOCH = 1437 // 32
@@ -263,7 +267,7 @@ class RowTest(absltest.TestCase):
                 clock[0] += 1e9
                 return fast(state)
 
-            fast = evaluation.evaluator(job)
+            fast = evaluator.evaluator(job)
             return evaluate
 
         with mock.patch.object(meter.time, "monotonic", monotonic):
@@ -275,7 +279,7 @@ class RowTest(absltest.TestCase):
         def stopped(job):
             def evaluate(state):
                 os.kill(os.getpid(), signal.SIGTERM)
-                return evaluation.evaluator(job)(state)
+                return evaluator.evaluator(job)(state)
 
             return evaluate
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from train import losses
+from train.engine import losses
 
 
 def _logits(batch, classes, scale=3.0, seed=0):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from configs import digits_resnet18, digits_vit
 from dropit_jax import DropIT, compress
-from train import measurements
-from train.config import dropit_section
+from train.config.config import dropit_section
+from train.reports import measurements
 
 
 class KeptTest(parameterized.TestCase):

@@ -9,7 +9,7 @@ from configs import digits_resnet18
 from dropit_jax import memory
 from tests.train import commands
 from train import memory as command
-from train import step as step_lib
+from train.engine import step as step_lib
 
 
 def _config():

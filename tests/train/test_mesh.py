@@ -13,11 +13,13 @@ from ml_collections import ConfigDict
 
 from configs import digits_resnet18
 from tests.train.fields import refusal
-from train import accumulation, data, validation
-from train import mesh as mesh_lib
-from train import step as step_lib
-from train.config import model_section
-from train.defaults import get_defaults
+from train import data
+from train.config import validation
+from train.config.config import model_section
+from train.config.defaults import get_defaults
+from train.engine import accumulation
+from train.engine import mesh as mesh_lib
+from train.engine import step as step_lib
 
 _DEVICES = 8
 _BATCH = 16

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from train import meter as meter_lib
-from train.meter import Meter, NonFiniteLossError
-from train.step import Sums
+from train.engine import meter as meter_lib
+from train.engine.meter import Meter, NonFiniteLossError
+from train.engine.step import Sums
 
 
 def _sums(loss, correct=3.0, top5=4.0, count=4.0):

@@ -3,14 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from train import data, normalisation
-from train.defaults import get_defaults
+from train import data
+from train.config.defaults import get_defaults
+from train.data import pixels
 
 
 def _normaliser(dataset, normalise):
     config = get_defaults()
     config.dataset, config.normalise = dataset, normalise
-    return normalisation.normaliser(config)
+    return pixels.normaliser(config)
 
 
 def _pixels(channels):

@@ -8,9 +8,9 @@ import optax
 from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18
-from train import optim
-from train import step as step_lib
-from train.config import model_section
+from train.config.config import model_section
+from train.engine import optim
+from train.engine import step as step_lib
 
 _PER_EPOCH, _TOTAL = 10, 100
 

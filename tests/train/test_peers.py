@@ -8,7 +8,7 @@ from unittest import mock
 import jax
 from absl.testing import absltest, parameterized
 
-from train import peers
+from train.processes import peers
 
 
 class HeardTest(parameterized.TestCase):

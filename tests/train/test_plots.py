@@ -8,9 +8,10 @@ import matplotlib.colors
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from train import colours, figures, plots, records
-from train.histograms import MOMENTS, PARTS
-from train.summary import Mean
+from train.reports import palette, plots, png
+from train.reports.histograms import MOMENTS, PARTS
+from train.reports.summary import Mean
+from train.runs import records
 
 
 def _rows(*accuracies):
@@ -26,7 +27,7 @@ class FigureTest(parameterized.TestCase):
         super().setUp()
         self.saved = []
         save = mock.patch.object(
-            figures, "save", lambda figure, path: self.saved.append(figure)
+            png, "save", lambda figure, path: self.saved.append(figure)
         )
         self.enterContext(save)
 
@@ -47,7 +48,7 @@ class FigureTest(parameterized.TestCase):
                 lines["variant, train"].get_ydata(), np.array(mean) / 2
             )
             np.testing.assert_allclose(lines["baseline, test"].get_ydata(), [0.2, 0.4])
-            self.assertEqual(lines["baseline, test"].get_color(), colours.BLUE)
+            self.assertEqual(lines["baseline, test"].get_color(), palette.BLUE)
             self.assertEqual(lines["baseline, test"].get_linestyle(), "-")
             self.assertEqual(lines["baseline, train"].get_linestyle(), ":")
         # What the legend says of a line is what is drawn, bands or not.
@@ -82,7 +83,7 @@ class FigureTest(parameterized.TestCase):
         self.assertEqual((left.get_xlabel(), right.get_xlabel()), ("MiB", "points"))
         self.assertEqual(
             matplotlib.colors.to_hex(left.patches[2].get_facecolor()).upper(),
-            colours.BLUE,
+            palette.BLUE,
         )
 
     @parameterized.parameters(2, 3)

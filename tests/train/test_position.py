@@ -4,10 +4,10 @@ import math
 import pytest
 from absl.testing import absltest, parameterized
 
-from train import position
-from train.meter import FIELDS
-from train.position import Position
-from train.records import COLUMNS
+from train.engine.meter import FIELDS
+from train.runs import position
+from train.runs.position import Position
+from train.runs.records import COLUMNS
 
 _METER = dict.fromkeys(FIELDS, 1.5)
 _ROW = dict.fromkeys(COLUMNS, 0.5) | {"step": 7, "epoch": 1}

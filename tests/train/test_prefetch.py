@@ -3,8 +3,8 @@ from unittest import mock
 import pytest
 from absl.testing import absltest, parameterized
 
-from train import prefetch
-from train.prefetch import Prefetch
+from train.engine import prefetch
+from train.engine.prefetch import Prefetch
 
 
 class _Clock:

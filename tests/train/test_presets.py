@@ -5,7 +5,7 @@ from pathlib import Path
 from absl.testing import absltest, parameterized
 
 from tests.train import commands
-from train import records
+from train.runs import records
 
 # One run alone is off by a few of the 360 test images: the mean is taken over several,
 # and over the evaluations of their last two epochs, 9 and 10.

@@ -9,7 +9,8 @@ import pytest
 from absl.testing import absltest, parameterized
 from tensorboardX.proto import event_pb2
 
-from train import files, records
+from train.runs import records
+from train.system import files
 
 
 def _row(step):

@@ -8,8 +8,8 @@ from absl.testing import absltest, parameterized
 
 from tests.train import tiny_grid
 from train import report
-from train.config import ConfigError
-from train.runs import SavedRun
+from train.config.config import ConfigError
+from train.runs.saved_runs import SavedRun
 
 
 def _variants(**seeds):

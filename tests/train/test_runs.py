@@ -5,9 +5,10 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from tests.train import tiny_grid
-from train import ablation, records, runs
-from train import config as config_lib
-from train.config import ConfigError
+from train import ablation
+from train.config import config as config_lib
+from train.config.config import ConfigError
+from train.runs import records, saved_runs
 
 
 class FindTest(parameterized.TestCase):
@@ -28,7 +29,7 @@ class FindTest(parameterized.TestCase):
     def find(self, *names):
         self.said = []
         where = [self.root / name for name in names or (".",)]
-        return runs.find(where, self.said.append)
+        return saved_runs.find(where, self.said.append)
 
     def write_grid(self):
         for run in ablation.runs(tiny_grid.get_config()):

@@ -10,10 +10,10 @@ import optax
 from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18
-from train import config as config_lib
 from train import data
-from train import step as step_lib
-from train.config import model_section
+from train.config import config as config_lib
+from train.config.config import model_section
+from train.engine import step as step_lib
 
 
 def _config(memory="dropit", **dropit):

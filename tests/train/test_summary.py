@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train import tiny_grid
-from train import ablation, summary
-from train.config import dropit_section
-from train.summary import Mean, Summary
+from train import ablation
+from train.config.config import dropit_section
+from train.reports import summary
+from train.reports.summary import Mean, Summary
 
 
 def _summary(variant, memory="dropit", accuracy=(0.5,), dropped=0.5, **policy):

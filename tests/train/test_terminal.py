@@ -6,7 +6,7 @@ from unittest import mock
 import rich.console
 from absl.testing import absltest, parameterized
 
-from train.terminal import Terminal
+from train.system.terminal import Terminal
 
 
 class TerminalTest(parameterized.TestCase):

@@ -2,7 +2,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import text
+from train.system import text
 
 
 class TextTest(parameterized.TestCase):

@@ -14,8 +14,9 @@ from configs import (
     resnet18_cifar100,
 )
 from tests.train import fields
-from train import config as config_lib
-from train import data, validation
+from train import data
+from train.config import config as config_lib
+from train.config import validation
 
 
 class ValidateTest(parameterized.TestCase):

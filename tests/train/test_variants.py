@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 from dropit_jax import DropIT
 from tests.data import write_tiny_datasets as tiny
 from tests.train.fields import refusal
-from train import config as config_lib
-from train import data, models, validation, variants
-from train import step as step_lib
-from train.defaults import get_defaults
+from train import data, models
+from train.config import config as config_lib
+from train.config import validation, variants
+from train.config.defaults import get_defaults
+from train.engine import step as step_lib
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _NAMES = (

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from absl.testing import absltest, parameterized
 
-from train import waiting
+from train.processes import waiting
 
 
 class BackgroundTest(parameterized.TestCase):

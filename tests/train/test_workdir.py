@@ -7,8 +7,8 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from configs import digits_vit
-from train import lock, records, workdir
-from train.config import ConfigError
+from train.config.config import ConfigError
+from train.runs import lock, records, workdir
 
 _ROW = dict.fromkeys(records.COLUMNS, 1)
 

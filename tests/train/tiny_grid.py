@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import digits_vit
-from train.config import dropit_section
+from train.config.config import dropit_section
 
 
 def get_config():

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from train.data.errors import DataError
-from train.text import shown
+from train.system.text import shown
 
 # left, top, right, bottom in pixels, as Pillow has it.
 Box = tuple[float, float, float, float]

@@ -32,11 +32,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from train.children import children, end_workers
 from train.data.arrays import Examples, Source
 from train.data.datasets import Dataset
 from train.data.errors import DataError, of_example
-from train.text import shown
+from train.system.children import children, end_workers
+from train.system.text import shown
 
 # Batches that a worker process has made before they are asked for.
 _AHEAD_OF_WORKER = 2

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from train.data.errors import DataError
-from train.paths import PathError, named
-from train.text import names, shown
+from train.system.paths import PathError, named
+from train.system.text import names, shown
 
 FILE_FORMAT = "array_record"
 

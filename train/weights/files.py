@@ -16,8 +16,8 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from train import text
-from train.files import write_atomically
+from train.system import text
+from train.system.files import write_atomically
 from train.weights.errors import WeightsError
 from train.weights.tensors import Tensor, zeros
 

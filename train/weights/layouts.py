@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from train import text
+from train.system import text
 from train.weights import hugging_face, layers
 from train.weights.errors import WeightsError
 from train.weights.tensors import HEAD, Specs, Tensor, Tensors

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from train import text
-from train.paths import PathError, named
+from train.system import text
+from train.system.paths import PathError, named
 from train.weights import files, layers, layouts
 from train.weights.errors import WeightsError
 from train.weights.positions import are_square, resize

@@ -1,7 +1,7 @@
 """How a value is stored from the forward to the backward pass.
 
 A form says what becomes of a value; the arrays that it becomes are a pytree. Codes are
-those of `dropit_jax.quantization`, in another arrangement: groups lie along the last
+those of `storage.quantization`, in another arrangement: groups lie along the last
 axis, and decoding is one expression of arrays of the value's own shape, which XLA
 computes inside of the kernel that reads it.
 """
@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from dropit_jax import layouts, packing, quantization, residual, shardings
 from dropit_jax.policy import DropIT
-from dropit_jax.residual import Residual
+from dropit_jax.storage import packing, quantization, residual
+from dropit_jax.storage.residual import Residual
 from dropit_jax.transform.forms.orders import Order
 from dropit_jax.transform.tracing import program as programs
+from dropit_jax.xla import layouts, shardings
 
 # Elements that share a minimum and a scale.
 _GROUP = 64

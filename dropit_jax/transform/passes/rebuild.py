@@ -5,12 +5,13 @@ from typing import Any
 
 from jaxtyping import Array
 
-from dropit_jax import barriers, derivatives
+from dropit_jax import derivatives
 from dropit_jax.transform.forms.orders import Order
 from dropit_jax.transform.forms.storage import Form
 from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Node, Program
+from dropit_jax.xla import barriers
 
 # Computed element by element, inside of the kernel that reads the result.
 _CHEAP = primitives.CONTINUOUS | primitives.MOVES | primitives.STEPS

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from dropit_jax import barriers
 from dropit_jax.transform.forms import orders
 from dropit_jax.transform.forms.storage import Exact, Form
 from dropit_jax.transform.passes.rebuild import Rebuilder
@@ -22,6 +21,7 @@ from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Node, Program, Scalar
 from dropit_jax.transform.tracing.split import Halves
+from dropit_jax.xla import barriers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 
 from dropit_jax import compat
-from dropit_jax.memory import scopes
+from dropit_jax.memory.traced import scopes
 from dropit_jax.transform.forms.presets import Preset
 from dropit_jax.transform.planning import classify
 from dropit_jax.transform.tracing.program import Node, Program

@@ -10,7 +10,7 @@ import numpy as np
 
 from dropit_jax import compat
 from dropit_jax.compat import Jaxpr
-from dropit_jax.memory import residuals
+from dropit_jax.memory.traced import residuals
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Program
 

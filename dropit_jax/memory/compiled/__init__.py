@@ -1,0 +1,1 @@
+"""Reports on compiled programs: bytes, operations, the largest batch that fits."""

@@ -1,0 +1,1 @@
+"""Reports on traced functions: the values that their derivative keeps."""

@@ -1,0 +1,1 @@
+"""Products that cache a compressed first operand."""

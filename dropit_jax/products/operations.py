@@ -1,0 +1,206 @@
+"""`jax.lax` products, and `einsum`, that cache a compressed first operand.
+
+The value and the gradient of the first operand are exact; the gradient of the second,
+the kernel, is computed from what was cached (`products` has the rule).
+"""
+
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import opt_einsum
+from jax import lax
+from jaxtyping import Array, Float
+
+from dropit_jax.policy import DropIT
+from dropit_jax.products.operand import Axes
+from dropit_jax.products.rule import Operation, cached_product
+
+
+def dot_general(
+    lhs: Float[Array, "..."],
+    rhs: Float[Array, "..."],
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+    dropit: DropIT | None = None,
+    key: Array | None = None,
+    operation: Callable[..., Array] = lax.dot_general,
+) -> Float[Array, "..."]:
+    """`lax.dot_general` that caches `lhs` compressed.
+
+    Args:
+      lhs: the activation.
+      rhs: the kernel.
+      dimension_numbers: as in `lax.dot_general`, and so are `precision`,
+        `preferred_element_type` and `out_sharding`.
+      dropit: what of `lhs` to keep for the gradient of `rhs`. The leading axis of a
+        sample is the first that is not contracted; chunks run along the contracted
+        axes, which together are the channels. `None`: the plain operation.
+      key: a PRNG key, for policies that need one.
+      operation: what computes the product: a function with the signature of
+        `lax.dot_general`, linear in each operand.
+
+    Returns:
+      The product, bit-identical to `operation`'s. The gradient of `lhs` is exact, that
+      of `rhs` is the one that `operation` has at the sparse `lhs`.
+
+    Raises:
+      TypeError: `lhs` is not a real floating-point array, `dimension_numbers` are not
+        two pairs of sequences, or forward-mode differentiation was asked for, which
+        the operation does not have.
+      ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
+        key that it needs is missing.
+    """
+    kwargs = {"precision": precision}
+    # Replacements of `lax.dot_general` seldom take these, and seldom are they given.
+    if preferred_element_type is not None:
+        kwargs["preferred_element_type"] = preferred_element_type
+    if out_sharding is not None:
+        kwargs["out_sharding"] = out_sharding
+
+    product = Operation.of(operation, dimension_numbers, **kwargs)
+    if dropit is None:
+        return product(lhs, rhs)
+    contracted = _contracted(dimension_numbers)
+    others = [i for i in range(jnp.ndim(lhs)) if i not in contracted]
+    axes = Axes((*others, *contracted), len(contracted), row_major=True)
+    return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)
+
+
+def _contracted(dimension_numbers: Any) -> tuple[int, ...]:
+    """The axes of the first operand that are summed over.
+
+    Raises:
+      TypeError: these are no dimension numbers.
+    """
+    try:
+        (contracted, _), (_, _) = dimension_numbers
+        return tuple(contracted)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "dimension_numbers must be ((lhs_contracting, rhs_contracting), "
+            "(lhs_batch, rhs_batch)), each a sequence of axes, such as "
+            f"(((1,), (0,)), ((), ())); got {reprlib.repr(dimension_numbers)}."
+        ) from None
+
+
+def conv_general_dilated(
+    lhs: Float[Array, "..."],
+    rhs: Float[Array, "..."],
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    dropit: DropIT | None = None,
+    key: Array | None = None,
+    operation: Callable[..., Array] = lax.conv_general_dilated,
+) -> Float[Array, "..."]:
+    """`lax.conv_general_dilated` that caches `lhs` compressed.
+
+    Args:
+      lhs: the activation.
+      rhs: the kernel.
+      window_strides: as in `lax.conv_general_dilated`, and so are all arguments up to
+        `out_sharding`.
+      dropit: what of `lhs` to keep for the gradient of `rhs`. Samples are cut in the
+        order (batch, spatial axes, features), whatever the layout of `lhs`. `None`:
+        the plain operation.
+      key: a PRNG key, for policies that need one.
+      operation: what computes the product: a function with the signature of
+        `lax.conv_general_dilated`, linear in each operand.
+
+    Returns:
+      The convolution, bit-identical to `operation`'s. The gradient of `lhs` is exact,
+      that of `rhs` is the one that `operation` has at the sparse `lhs`.
+
+    Raises:
+      TypeError: `lhs` is not a real floating-point array, or forward-mode
+        differentiation was asked for, which the operation does not have.
+      ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
+        key that it needs is missing.
+    """
+    kwargs: dict[str, Any] = {
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": rhs_dilation,
+        "dimension_numbers": dimension_numbers,
+        "feature_group_count": feature_group_count,
+        "precision": precision,
+    }
+    if batch_group_count != 1:
+        kwargs["batch_group_count"] = batch_group_count
+    if preferred_element_type is not None:
+        kwargs["preferred_element_type"] = preferred_element_type
+    if out_sharding is not None:
+        kwargs["out_sharding"] = out_sharding
+
+    product = Operation.of(operation, window_strides, padding, **kwargs)
+    if dropit is None:
+        return product(lhs, rhs)
+    dimensions = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    batch, features, *spatial = dimensions.lhs_spec
+    axes = Axes((batch, *spatial, features))
+    return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)
+
+
+def einsum(
+    equation: str,
+    lhs: Float[Array, "..."],
+    rhs: Float[Array, "..."],
+    *,
+    dropit: DropIT | None = None,
+    key: Array | None = None,
+    operation: Callable[..., Array] = jnp.einsum,
+    **kwargs: Any,
+) -> Float[Array, "..."]:
+    """`jax.numpy.einsum` of two operands that caches `lhs` compressed.
+
+    Args:
+      equation: as in `jax.numpy.einsum`, with an explicit result ("->").
+      lhs: the activation.
+      rhs: the kernel.
+      dropit: what of `lhs` to keep for the gradient of `rhs`. The axes that are summed
+        over with the kernel are the channels. `None`: the plain operation.
+      key: a PRNG key, for policies that need one.
+      operation: what computes the product: a function with the signature of
+        `jax.numpy.einsum`, linear in each operand.
+      **kwargs: other arguments of `jax.numpy.einsum`.
+
+    Returns:
+      The product, bit-identical to `operation`'s. The gradient of `lhs` is exact, that
+      of `rhs` is the one that `operation` has at the sparse `lhs`.
+
+    Raises:
+      TypeError, ValueError: as `dot_general`; and the equation is not of two operands
+        and a result.
+    """
+    product = Operation.of(operation, first=(equation,), **kwargs)
+    if dropit is None:
+        return product(lhs, rhs)
+    axes = einsum_axes(equation, lhs, rhs)
+    return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)
+
+
+def einsum_axes(equation: str, lhs: Array, rhs: Array) -> Axes:
+    """How the axes of `lhs` are read in an einsum."""
+    equation = equation.replace(" ", "")  # as Flax does, be it within the arrow
+    if equation.count("->") != 1 or equation.count(",") != 1:
+        raise ValueError(
+            "DropIT takes einsum equations of two operands and a result, such as "
+            f"'bd,dh->bh', got {equation!r}."
+        )
+    operands, result, _ = opt_einsum.parser.parse_einsum_input((equation, lhs, rhs))
+    activation, kernel = operands.split(",")
+    channels = [i for i, c in enumerate(activation) if c in kernel and c not in result]
+    others = [i for i in range(len(activation)) if i not in channels]
+    return Axes((*others, *channels), len(channels), row_major=True)

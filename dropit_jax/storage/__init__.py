@@ -1,0 +1,1 @@
+"""Arrays stored in fewer bytes: chunks, selection, encodings, codes of few bits."""

@@ -1,0 +1,257 @@
+"""Compression kernels: the activation is read once, what is kept is written.
+
+A block is (rows, columns) in registers, a chunk a row, padded to powers of two, which
+is what Triton takes. Floats are given by the integers of their bits, by which they are
+compared and moved: -0.0, denormal numbers and NaN come through.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, Integer, UInt32
+
+from dropit_jax.compat import pallas as pl
+from dropit_jax.compat import triton as plgpu
+from dropit_jax.storage.kernels import plan as plans
+from dropit_jax.storage.kernels import search
+from dropit_jax.storage.kernels.definitions import Positions
+from dropit_jax.storage.kernels.plan import MAX_ORDERED, Plan, power_of_two
+
+_Integers = Int32[Array, "rows columns"]
+_Column = Int32[Array, "rows 1"]
+_Mask = Bool[Array, "rows columns"]
+
+# Elements of a block of small chunks: 16 for each thread of 4 warps.
+_BLOCK = 2048
+_WARPS = 4
+
+# Elements of a large chunk for each warp: 32 for each thread.
+_PER_WARP = 1024
+
+
+def compress(
+    x: Float[Array, "*rows units elements"], plan: Plan, *, interpret: bool = False
+) -> tuple[Float[Array, "*rows units kept"], Positions]:
+    """Keeps the largest magnitudes of each chunk, in one pass.
+
+    Args:
+      x: `elements` is `plan.unit * plan.size`: whole chunks.
+      plan: how they are stored.
+      interpret: whether the kernel is emulated, on any device.
+
+    Returns:
+      The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
+      (*rows, units, plan.positions).
+
+    Raises:
+      ValueError: there is no kernel for this, or `x` does not consist of whole units.
+    """
+    elements = plan.unit * plan.size
+    plans.check(x.dtype, plan, x.size // elements)
+    if x.ndim < 2 or x.shape[-1] != elements:
+        raise ValueError(f"x is (..., units, {elements}), not {x.shape}.")
+    units, chunks = x.size // elements, x.size // plan.size
+    outputs = [
+        plans.result((chunks, plan.kept), plans.bits_dtype(plan.value_dtype), x),
+        plans.result((units, plan.positions), plan.position_dtype, x),
+    ]
+    if units:
+        bits = plans.to_bits(x).reshape(chunks, plan.size)
+        values, positions = _launch(bits, x.dtype, plan, outputs, interpret)
+    else:
+        values, positions = (jnp.zeros(out.shape, out.dtype) for out in outputs)
+    values = plans.from_bits(values, plan.value_dtype)
+    return (
+        values.reshape(*x.shape[:-1], plan.unit * plan.kept),
+        positions.reshape(*x.shape[:-1], plan.positions),
+    )
+
+
+def _launch(
+    x: Integer[Array, "chunks size"],
+    dtype: jnp.dtype,
+    plan: Plan,
+    outputs: list[jax.ShapeDtypeStruct],
+    interpret: bool,
+) -> Sequence[Array]:
+    """Runs the kernel for this size over all chunks, given by their bits."""
+    if plan.size <= MAX_ORDERED:
+        rows = max(plan.unit, _BLOCK // power_of_two(plan.size))
+        kernel, warps = _small_chunks, _WARPS
+    else:
+        rows = plan.unit
+        kernel = _large_chunks
+        warps = min(16, max(1, _large_width(plan) // _PER_WARP))
+
+    def block(array: Any, rows: int) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, array.shape[-1]), lambda i: (i, 0))
+
+    values, positions = outputs
+    return pl.pallas_call(
+        functools.partial(kernel, dtype=dtype, plan=plan, count=x.shape[0]),
+        out_shape=outputs,
+        grid=(pl.cdiv(x.shape[0], rows),),
+        in_specs=[block(x, rows)],
+        out_specs=[block(values, rows), block(positions, rows // plan.unit)],
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+        name="dropit_compress",
+    )(x)
+
+
+def _small_chunks(
+    x_ref: Any,
+    values_ref: Any,
+    positions_ref: Any,
+    *,
+    dtype: jnp.dtype,
+    plan: Plan,
+    count: int,
+) -> None:
+    """Compresses a block of chunks, for D <= `MAX_ORDERED`."""
+    rows = x_ref.shape[0]
+    first = pl.program_id(0) * rows
+    row, column = search.places((rows, power_of_two(plan.size)))
+    inside = (first + row < count) & (column < plan.size)
+    bits = _load_bits(x_ref, row, column, inside)
+    cast = functools.partial(plans.cast_bits, dtype=dtype, new_dtype=plan.value_dtype)
+    pack = functools.partial(_store_packed, plan=plan, units=count // plan.unit)
+    if plan.ordered:
+        taken, indices = search.largest_first(bits, inside, plan.kept, dtype)
+        row, slot = search.places(taken.shape)
+        stored = (first + row < count) & (slot < plan.kept)
+        _store(values_ref, row, slot, cast(taken), stored)
+        if plan.packed:
+            words = _words(indices, slot, plan.index_bits)
+            pack(positions_ref, words, plan.kept * plan.index_bits)
+        else:
+            _store(positions_ref, row, slot, indices, stored)
+    else:
+        keep, slot = search.largest(bits, inside, plan.kept, dtype)
+        _store(values_ref, row, slot, cast(bits), keep)
+        pack(positions_ref, _words(keep, column, 1), plan.size)
+
+
+def _large_chunks(
+    x_ref: Any,
+    values_ref: Any,
+    positions_ref: Any,
+    *,
+    dtype: jnp.dtype,
+    plan: Plan,
+    count: int,
+) -> None:
+    """Compresses the chunks of a unit, one after the other, for D > `MAX_ORDERED`."""
+    del count  # A program for each unit: none is outside.
+    cast = functools.partial(plans.cast_bits, dtype=dtype, new_dtype=plan.value_dtype)
+    shape = (1, _large_width(plan))
+
+    def chunk(i: Any, open_byte: _Column) -> _Column:
+        row, column = search.places(shape)
+        row += i
+        # Columns begin where a byte of the unit does, so that 8 of them are a byte.
+        column -= i * plan.size & 7
+        inside = (column >= 0) & (column < plan.size)
+        bits = _load_bits(x_ref, row, column, inside)
+        keep, slot = search.largest(bits, inside, plan.kept, dtype)
+        _store(values_ref, row, slot, cast(bits), keep)
+        if plan.packed:
+            return _store_bytes(
+                positions_ref, keep, i * plan.size, plan.size, open_byte
+            )
+        _store(positions_ref, row, slot, column, keep)
+        return open_byte
+
+    none = jnp.zeros((1, 1), jnp.int32)
+    if plan.unit == 1:
+        chunk(0, none)
+    else:
+        lax.fori_loop(0, plan.unit, chunk, none)
+
+
+def _large_width(plan: Plan) -> int:
+    """Columns for a large chunk, and for those before it in its first byte."""
+    return power_of_two(plan.size + (7 if plan.unit > 1 else 0))
+
+
+def _load_bits(ref: Any, row: _Integers, column: _Integers, inside: _Mask) -> _Integers:
+    """The bits of floats, none negative where they are 16."""
+    bits = plgpu.load(ref.at[row, column], mask=inside, other=0)
+    return bits.astype(jnp.int32)
+
+
+def _store(
+    ref: Any,
+    row: _Integers,
+    slot: _Integers,
+    x: Integer[Array, "rows columns"],
+    stored: _Mask,
+) -> None:
+    """Stores integers as those of the reference, which take their lowest bits."""
+    plgpu.store(ref.at[row, slot], x.astype(ref.dtype), mask=stored)
+
+
+def _words(
+    codes: _Integers | _Mask, place: _Integers, bits: int
+) -> list[UInt32[Array, "rows 1"]]:
+    """The codes of each row in words of 32 bits, the first in the lowest bits."""
+    shifted = codes.astype(jnp.uint32) << (place * bits & 31).astype(jnp.uint32)
+    count = -(-codes.shape[1] * bits // 32)
+    if count == 1:
+        return [jnp.sum(shifted, axis=1, keepdims=True)]
+    return [
+        jnp.sum(jnp.where(place * bits >> 5 == i, shifted, 0), axis=1, keepdims=True)
+        for i in range(count)
+    ]
+
+
+def _store_packed(
+    ref: Any, words: list[UInt32[Array, "rows 1"]], bits: int, plan: Plan, units: int
+) -> None:
+    """Stores `bits` of each chunk, given in words, side by side in the unit's bytes."""
+    rows = words[0].shape[0] // plan.unit
+    shape = (rows, plan.unit, power_of_two(ref.shape[1]))
+    chunk = lax.broadcasted_iota(jnp.int32, shape, 1)
+    byte = lax.broadcasted_iota(jnp.int32, shape, 2)
+    packed = jnp.zeros(shape, jnp.uint32)
+    for i, column in enumerate(words):
+        word = column.reshape(rows, plan.unit, 1)
+        # Where the byte begins, counted in bits from the word's beginning.
+        start = 8 * byte - chunk * bits - 32 * i
+        right = word >> jnp.clip(start, 0, 31).astype(jnp.uint32)
+        left = word << jnp.clip(-start, 0, 31).astype(jnp.uint32)
+        part = jnp.where(start >= 0, right, left)
+        packed |= jnp.where((start > -8) & (start < 32), part, 0)
+    packed = jnp.sum(packed & 0xFF, axis=1)
+    row, column = search.places(packed.shape)
+    inside = (pl.program_id(0) * rows + row < units) & (column < ref.shape[1])
+    _store(ref, row, column, packed, inside)
+
+
+def _store_bytes(
+    ref: Any, mask: _Mask, start: Any, size: int, open_byte: _Column
+) -> _Column:
+    """Stores the whole bytes of a mask that begins at a bit of the unit.
+
+    Args:
+      ref: the bytes of the unit.
+      mask: 8 columns a byte, the first byte the one in which the bit `start` is.
+      start: where the chunk begins, in bits.
+      size: elements of the chunk.
+      open_byte: what chunks before have in the first byte.
+
+    Returns:
+      What this chunk and those before have in the byte after the last whole one.
+    """
+    octets = mask.astype(jnp.int32).reshape(1, mask.shape[1] // 8, 8)
+    octets = octets << lax.broadcasted_iota(jnp.int32, octets.shape, 2)
+    octets = jnp.sum(octets, axis=2)
+    row, column = search.places(octets.shape)
+    octets = jnp.where(column == 0, octets | open_byte, octets)
+    whole = ((start & 7) + size) >> 3
+    _store(ref, row, (start >> 3) + column, octets, column < whole)
+    return jnp.sum(jnp.where(column == whole, octets, 0), axis=1, keepdims=True)

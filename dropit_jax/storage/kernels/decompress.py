@@ -1,0 +1,257 @@
+"""Decompression kernel: what is kept is read once, the activation is written.
+
+A program owns a block of chunks. A bitmap tells of each element whether it is kept and,
+by how many are before it, which of the kept values it is. Indices tell where each value
+goes: a few are compared with every column in registers; of more, the program writes
+zeros first, and then the values over them.
+
+Floats are given by the integers of their bits: -0.0 and NaN come through. A block is
+(rows, columns), a chunk a row, padded to powers of two.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Integer
+
+from dropit_jax.compat import pallas as pl
+from dropit_jax.compat import triton as plgpu
+from dropit_jax.storage.kernels import plan as plans
+from dropit_jax.storage.kernels.definitions import Positions
+from dropit_jax.storage.kernels.plan import Plan, power_of_two
+from dropit_jax.storage.kernels.search import places
+
+_Integers = Int32[Array, "rows columns"]
+_Mask = Bool[Array, "rows columns"]
+_Values = Integer[Array, "rows columns"]
+
+# Elements of a block, 16 for each thread of 4 warps.
+_BLOCK = 2048
+_PER_WARP = 512
+
+# Up to so many kept elements of a small chunk are compared with every column, by blocks
+# of at least so many rows. Beyond, comparing costs more than writing twice, which the
+# cache absorbs.
+_MAX_COMPARED = 8
+_COMPARED_ROWS = 64
+
+# The most elements of a block of so many rows.
+_MAX_BLOCK = 2**13
+
+# An index in no chunk.
+_NOWHERE = 2**20
+
+
+def decompress(
+    values: Float[Array, "*rows units kept"],
+    positions: Positions,
+    plan: Plan,
+    dtype: jax.typing.DTypeLike,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "*rows units elements"]:
+    """Puts kept values back in their places, and zero elsewhere, in one pass.
+
+    Args:
+      values: as `compress` returns them.
+      positions: as `compress` returns them.
+      plan: what they were made by.
+      dtype: the result's.
+      interpret: whether the kernel is emulated, on any device.
+
+    Raises:
+      ValueError: there is no kernel for this, or the shapes are not the plan's.
+    """
+    _check(values, positions, plan, dtype)
+    whole = (*values.shape[:-1], plan.unit * plan.size)
+    units = math.prod(values.shape[:-1])
+    if not units:
+        return jnp.zeros(whole, dtype)
+    count = units * plan.unit
+    rows, warps = _block(plan)
+    unit_rows = max(1, rows // plan.unit)
+
+    def units_of(i: Any) -> tuple[Any, int]:
+        # A block of less than a unit: several have the same positions.
+        return i >> _log2(max(1, plan.unit // rows)), 0
+
+    bits = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            plan=plan,
+            dtypes=(values.dtype, jnp.dtype(dtype)),
+            count=count,
+            interpret=interpret,
+        ),
+        out_shape=plans.result((count, plan.size), plans.bits_dtype(dtype), values),
+        grid=(pl.cdiv(count, rows),),
+        in_specs=[
+            pl.BlockSpec((rows, plan.kept), lambda i: (i, 0)),
+            pl.BlockSpec((unit_rows, plan.positions), units_of),
+        ],
+        out_specs=pl.BlockSpec((rows, plan.size), lambda i: (i, 0)),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+        name="dropit_decompress",
+    )(
+        plans.to_bits(values).reshape(count, plan.kept),
+        positions.reshape(units, plan.positions),
+    )
+    return plans.from_bits(bits, dtype).reshape(whole)
+
+
+def _check(
+    values: Array, positions: Array, plan: Plan, dtype: jax.typing.DTypeLike
+) -> None:
+    units = math.prod(values.shape[:-1])
+    plans.check(dtype, plan, units)
+    plans.check(values.dtype, plan, units)
+    stored = (*values.shape[:-1], plan.positions)
+    if values.ndim < 2 or values.shape[-1] != plan.unit * plan.kept:
+        raise ValueError(
+            f"values are (..., units, {plan.unit * plan.kept}), not {values.shape}."
+        )
+    if positions.shape != stored or positions.dtype != plan.position_dtype:
+        raise ValueError(
+            f"positions are {plan.position_dtype.name}{stored}, not "
+            f"{positions.dtype.name}{positions.shape}."
+        )
+
+
+def _compared(plan: Plan) -> bool:
+    """Whether indices are compared with every column."""
+    return plan.ordered and plan.kept <= _MAX_COMPARED
+
+
+def _block(plan: Plan) -> tuple[int, int]:
+    """How many chunks are a block, and how many warps share it."""
+    columns = power_of_two(plan.size)
+    least = min(_COMPARED_ROWS, _MAX_BLOCK // columns) if _compared(plan) else 1
+    rows = max(_BLOCK // columns, least, 1)
+    warps = max(1, rows * columns // _PER_WARP)
+    if _compared(plan):
+        # No more threads than rows: Triton then gives each a row, and loads an index
+        # once. With more it loads it anew for every column.
+        warps = min(warps, max(1, rows // 32))
+    return rows, min(16, warps)
+
+
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """What is stored of a block of chunks, and how to read it.
+
+    Attributes:
+      plan: how they are stored.
+      value_dtype: the type of kept values.
+      dtype: the type to give them as.
+      values: the reference to the bits of kept values, (rows, values).
+      positions: the reference to positions, (units, positions).
+      first: the number of the first chunk.
+    """
+
+    plan: Plan
+    value_dtype: jnp.dtype
+    dtype: jnp.dtype
+    values: Any
+    positions: Any
+    first: Any
+
+    def load_values(self, row: _Integers, slot: _Integers, inside: _Mask) -> _Values:
+        """The bits of the kept values of these numbers."""
+        bits = plgpu.load(self.values.at[row, slot], mask=inside, other=0)
+        return plans.cast_bits(bits, self.value_dtype, self.dtype)
+
+    def load_indices(self, row: _Integers, slot: _Integers, inside: _Mask) -> _Integers:
+        """The indices of the kept values of these numbers."""
+        if self.plan.packed:
+            first = self._of_unit(row) * self.plan.kept
+            return self._load_codes(row, first + slot, self.plan.index_bits, inside)
+        ref = self.positions.at[row, slot]
+        return plgpu.load(ref, mask=inside, other=0).astype(jnp.int32)
+
+    def load_mask(self, row: _Integers, column: _Integers, inside: _Mask) -> _Integers:
+        """One where the bitmap says that an element is kept, else zero."""
+        first = self._of_unit(row) * self.plan.size
+        return self._load_codes(row, first + column, 1, inside)
+
+    def _of_unit(self, row: _Integers) -> Any:
+        """Which chunk of its unit each row's is."""
+        return self.first + row & self.plan.unit - 1
+
+    def _load_codes(
+        self, row: _Integers, place: _Integers, bits: int, inside: _Mask
+    ) -> _Integers:
+        bit = place * bits
+        ref = self.positions.at[row >> _log2(self.plan.unit), bit >> 3]
+        byte = plgpu.load(ref, mask=inside, other=0).astype(jnp.int32)
+        return byte >> (bit & 7) & ((1 << bits) - 1)
+
+
+def _kernel(
+    values_ref: Any,
+    positions_ref: Any,
+    out_ref: Any,
+    *,
+    plan: Plan,
+    dtypes: tuple[jnp.dtype, jnp.dtype],
+    count: int,
+    interpret: bool,
+) -> None:
+    """Decompresses a block of chunks."""
+    rows = values_ref.shape[0]
+    first = pl.program_id(0) * rows
+    chunks = _Chunks(plan, *dtypes, values_ref, positions_ref, first)
+    row, column = places((rows, power_of_two(plan.size)))
+    inside = (first + row < count) & (column < plan.size)
+    if plan.encoding == "bitmap":
+        _store(out_ref.at[row, column], _from_bitmap(chunks, inside), inside)
+        return
+    if _compared(plan):
+        placed = _from_indices(chunks, column, count)
+        _store(out_ref.at[row, column], placed, inside)
+        return
+    _store(out_ref.at[row, column], jnp.zeros_like(row), inside)
+    # The program owns these chunks, and what its threads write before a barrier is
+    # written before any of them goes on: the zeros come first.
+    if not interpret:
+        plgpu.debug_barrier()
+    row, slot = places((rows, power_of_two(plan.kept)))
+    kept = (first + row < count) & (slot < plan.kept)
+    values = chunks.load_values(row, slot, kept)
+    # Slots that pad the block belong nowhere: the emulation writes old values back
+    # where a store is masked.
+    indices = jnp.where(kept, chunks.load_indices(row, slot, kept), _NOWHERE)
+    _store(out_ref.at[row, indices], values, kept)
+
+
+def _from_bitmap(chunks: _Chunks, inside: _Mask) -> _Values:
+    """The block, each element with the value that the bitmap gives it."""
+    row, column = places(inside.shape)
+    mask = chunks.load_mask(row, column, inside)
+    slot = jnp.cumsum(mask, axis=1) - 1
+    return chunks.load_values(row, slot, mask > 0)
+
+
+def _from_indices(chunks: _Chunks, column: _Integers, count: int) -> _Values:
+    """The block, each element with the value whose index it has."""
+    placed = jnp.zeros(column.shape, plans.bits_dtype(chunks.dtype))
+    row, first = places((column.shape[0], 1))
+    exists = chunks.first + row < count
+    for slot in range(chunks.plan.kept):
+        # One index and one value for each row, which Triton spreads over the columns.
+        index = chunks.load_indices(row, first + slot, exists)
+        value = chunks.load_values(row, first + slot, exists)
+        placed = jnp.where(index == column, value, placed)
+    return placed
+
+
+def _store(ref: Any, x: _Values, inside: _Mask) -> None:
+    plgpu.store(ref, x.astype(ref.dtype), mask=inside)

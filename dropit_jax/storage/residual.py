@@ -1,0 +1,272 @@
+"""The cached form of a layer's input: what is kept of it, and where that belongs."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from dropit_jax.policy import DropIT, check_policy
+from dropit_jax.storage import chunking, dtypes, encodings
+from dropit_jax.storage.quantization import Quantized, quantize
+from dropit_jax.storage.selection import channels, elements
+from dropit_jax.storage.shapes import Shape
+from dropit_jax.xla import barriers, shardings
+
+# Below so many elements a sample and channel, `fill="mean"` is refused: the means
+# would take more than this share of the bytes that DropIT is there to save.
+_MIN_ELEMENTS_PER_MEAN = 8
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "positions", "means"),
+    meta_fields=("shape", "dtype", "dropit"),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Residual:
+    """A compressed activation.
+
+    A pytree whose leaves are the arrays that are really stored. It is equal to itself
+    alone.
+
+    Attributes:
+      values: what is kept, chunk after chunk along the last axis, or the kept channels.
+      positions: where that belongs: of elements, in the encoding that
+        `encoding(shape, dropit)` names; of channels, their indices. `None` if
+        everything is kept.
+      means: of the dropped elements of each sample and channel; `None` without
+        `fill="mean"`.
+      shape: the activation's shape.
+      dtype: the activation's dtype.
+      dropit: the policy that made it.
+    """
+
+    values: Shaped[Array, "*rows kept"] | Quantized
+    positions: Shaped[Array, "*rows stored"] | None
+    means: Float[Array, "batch channels"] | None
+    shape: Shape
+    dtype: jnp.dtype
+    dropit: DropIT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays."""
+        return sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(self)
+        )
+
+    def decompress(
+        self, after: Shaped[Array, "..."] | None = None
+    ) -> Float[Array, "*shape"]:
+        """The activation â: what was kept in its place, and the fill elsewhere.
+
+        Which positions are stored is taken on trust: twice the same, or one that the
+        activation does not have, gives any value there.
+
+        Args:
+          after: an array; on a CPU what takes a pass over the whole activation is not
+            computed before it is. XLA heeds barriers elsewhere, and not there.
+
+        Raises:
+          ValueError: the arrays are not those that `compress` makes of an activation
+            of this shape and dtype.
+        """
+        found = _types(self)
+        try:
+            wanted = _parts(self.shape, self.dtype, self.dropit)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"There is no residual of {self.dtype}{self.shape} by {self.dropit}: "
+                f"{error}"
+            ) from error
+        if found != wanted:
+            raise ValueError(
+                f"A residual of {self.dtype}{self.shape} by {self.dropit} has "
+                f"{wanted}, and this one {found}."
+            )
+        values = self.values
+        if isinstance(values, Quantized):
+            values = values.dequantize(self.dtype, after)
+        if self.positions is None:
+            return values.astype(self.dtype)
+        placed = _place(
+            values, self.positions, self.shape, self.dropit, self.dtype, after
+        )
+        if self.means is None:
+            return placed
+        kept = _kept_mask(self.positions, values, self.shape, self.dropit)
+        batch, features = self.means.shape
+        means = self.means.reshape(batch, *[1] * (len(self.shape) - 2), features)
+        return jnp.where(kept, placed, means.astype(self.dtype))
+
+
+def compress(
+    x: Float[Array, "*shape"], dropit: DropIT, key: Array | None = None
+) -> Residual:
+    """Keeps what the policy selects of `x` (paper §3.2, Figure 2).
+
+    Args:
+      x: an activation; its leading axis is the batch, its last the channels. Any real
+        floating dtype of 16 bits or more.
+      dropit: what to keep.
+      key: a PRNG key, for policies that need one; the same key keeps the same.
+
+    Returns:
+      What is kept, and its positions. Everything is kept, without positions, where
+      nothing is dropped: at `rate=0`.
+
+    Raises:
+      TypeError: `x` is not a real floating-point array, or `dropit` not a policy.
+      ValueError: the key is missing, or `x` has too few elements a sample and channel
+        for `fill="mean"`.
+    """
+    check_policy(dropit)
+    x = jnp.asarray(x)
+    _check(x, dropit, key)
+    select_key, round_key = (None, None) if key is None else jax.random.split(key)
+    values, positions = _select(x, dropit, select_key)
+    means = None
+    if dropit.fill == "mean" and positions is not None:
+        kept = _kept_mask(positions, values, x.shape, dropit)
+        means = _dropped_means(x, kept).astype(_float_dtype(x, dropit))
+    return Residual(
+        values=_store(values, dropit, round_key),
+        positions=positions,
+        means=means,
+        shape=x.shape,
+        dtype=x.dtype,
+        dropit=dropit,
+    )
+
+
+@functools.lru_cache
+def _parts(shape: Shape, dtype: jnp.dtype, dropit: DropIT) -> dict[str, str]:
+    """The arrays of a residual."""
+    x, key = jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(jax.random.key, 0)
+    return _types(jax.eval_shape(lambda x, key: compress(x, dropit, key), x, key))
+
+
+def _types(residual: Residual) -> dict[str, str]:
+    """Names, dtypes and shapes of a residual's arrays."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(residual)
+    return {jax.tree_util.keystr(path): _type(x) for path, x in flat}
+
+
+def _type(x: Any) -> str:
+    return f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else type(x).__name__
+
+
+def encoding(shape: Shape, dropit: DropIT) -> str:
+    """`"index"` or `"bitmap"`: how positions in a tensor of this shape are stored."""
+    return encodings.choose(chunking.cut(shape, dropit.chunk_size), dropit)
+
+
+def _check(x: Array, dropit: DropIT, key: Array | None) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        raise TypeError(
+            "DropIT caches real floating-point activations of 16 bits or more, got "
+            f"{x.dtype}{x.shape}. Convert the input, or leave this operation without a "
+            "policy."
+        )
+    if dropit.needs_key and key is None:
+        raise ValueError(
+            f"{dropit} needs a PRNG key: give the operation key=..., or give the "
+            "module's apply rngs={'dropit': key}. Lifted transformations such as "
+            "nn.scan must split that stream too."
+        )
+    if dropit.fill == "mean" and math.prod(x.shape[1:-1]) < _MIN_ELEMENTS_PER_MEAN:
+        raise ValueError(
+            "DropIT.fill='mean' caches a value for every sample and channel, and an "
+            f"activation of shape {x.shape} has {math.prod(x.shape[1:-1])} element(s) "
+            f"in each; it takes at least {_MIN_ELEMENTS_PER_MEAN}. Use fill='zero' for "
+            "this layer."
+        )
+
+
+def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array | None]:
+    """Returns the kept values and their positions; `None`: every value is kept."""
+    random_key = key if dropit.strategy == "random" else None
+    if dropit.granularity == "channel":
+        count = x.shape[-1] if x.ndim else 1
+        k = dropit.kept(count)
+        if k == count:
+            return x, None
+        x = shardings.gather(x, keep=x.ndim - 1)
+        if random_key is None:
+            kept = channels.largest(x, k)
+        else:
+            kept = channels.random(random_key, count, k)
+        return channels.take(x, kept), kept.astype(_index_dtype(count))
+    chunks = chunking.cut(x.shape, dropit.chunk_size)
+    if all(dropit.kept(size) == size for _, size in chunks.segments):
+        return x, None
+    rows = chunking.as_rows(x, chunks)
+    scores = None
+    if random_key is not None:
+        scores = elements.random_scores(random_key, rows.shape)
+        scores = shardings.like(scores, rows)
+    return encodings.encode(rows, chunks, dropit, scores, _kept_dtype(x, dropit))
+
+
+def _index_dtype(count: int) -> jax.typing.DTypeLike:
+    """The smallest type of an index below `count`."""
+    for bits in (8, 16):
+        if count <= 2**bits:
+            return f"uint{bits}"
+    return jnp.int32
+
+
+def _place(
+    values: Array,
+    positions: Array,
+    shape: Shape,
+    dropit: DropIT,
+    dtype: jax.typing.DTypeLike,
+    after: Array | None = None,
+) -> Array:
+    """Kept values in their places, and zero elsewhere."""
+    if dropit.granularity == "channel":
+        place = functools.partial(channels.place, count=shape[-1])
+        return barriers.computed_after(after, place, values.astype(dtype), positions)
+    chunks = chunking.cut(shape, dropit.chunk_size)
+    rows = encodings.decode(values, positions, chunks, dropit, dtype, after)
+    return rows.reshape(shape)
+
+
+def _kept_mask(positions: Array, values: Array, shape: Shape, dropit: DropIT) -> Array:
+    ones = jnp.ones(values.shape, jnp.uint8)
+    return _place(ones, positions, shape, dropit, ones.dtype).astype(bool)
+
+
+def _dropped_means(
+    x: Float[Array, "batch *positions channels"], kept: Array
+) -> Float[Array, "batch channels"]:
+    """The mean of the dropped elements of each sample and channel; 0 for none."""
+    positions = tuple(range(1, x.ndim - 1))
+    wide = jnp.where(kept, 0, x).astype(dtypes.wide(x.dtype))
+    dropped = jnp.maximum(jnp.sum(~kept, axis=positions), 1)
+    return jnp.sum(wide, axis=positions) / dropped.astype(wide.dtype)
+
+
+def _kept_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:
+    """The float type of kept values; codes are made of the activation's own."""
+    return x.dtype if dropit.code_bits else _float_dtype(x, dropit)
+
+
+def _float_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:
+    """The float type that the policy stores."""
+    if dropit.value_dtype is None:
+        return x.dtype
+    return jnp.bfloat16 if dropit.code_bits else jnp.dtype(dropit.value_dtype)
+
+
+def _store(values: Array, dropit: DropIT, key: Array | None) -> Array | Quantized:
+    if dropit.code_bits is None:
+        return values.astype(_float_dtype(values, dropit))
+    round_key = key if dropit.rounding == "stochastic" else None
+    return quantize(values, dropit.code_bits, dropit.group_size, round_key)

@@ -1,0 +1,46 @@
+"""Whole channels, the slices along the last axis, as what is kept (paper §3.3)."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Integer, Shaped
+
+from dropit_jax.storage import dtypes
+
+
+def largest(x: Float[Array, "*batch channels"], k: int) -> Int[Array, "{k}"]:
+    """The k channels of largest L2 norm, in the order of their indices.
+
+    Ties go to the lower index; a channel with NaN or infinity counts as largest.
+    """
+    wide = x.astype(dtypes.wide(x.dtype))
+    energy = jnp.sum(jnp.square(wide), axis=tuple(range(x.ndim - 1)))
+    # The top of a NaN with a sign, such as 0 / 0 on x86, would be the bottom.
+    energy = jnp.where(jnp.isnan(energy), jnp.nan, energy)
+    return jnp.sort(lax.top_k(energy, k)[1])
+
+
+def random(key: Array, count: int, k: int) -> Int[Array, "{k}"]:
+    """A uniform sample of k of `count` channels, in the order of their indices."""
+    return jnp.sort(jax.random.choice(key, count, (k,), replace=False))
+
+
+def take(
+    x: Shaped[Array, "*batch channels"], indices: Integer[Array, "k"]
+) -> Shaped[Array, "*batch k"]:
+    """The channels of these indices."""
+    if indices.size == 1:  # a slice will do
+        return lax.dynamic_slice_in_dim(x, indices[0], 1, axis=-1)
+    return x.at[..., indices].get(mode="promise_in_bounds", indices_are_sorted=True)
+
+
+def place(
+    values: Shaped[Array, "*batch k"], indices: Integer[Array, "k"], count: int
+) -> Shaped[Array, "*batch {count}"]:
+    """Puts channels back where they came from, and zero elsewhere."""
+    kept = jnp.zeros(count, bool).at[indices].set(True, unique_indices=True)
+    if indices.size == 1:
+        return jnp.where(kept, values, 0)
+    # Each channel reads its source; a scatter would write them one after the other.
+    source = jnp.clip(jnp.cumsum(kept) - 1, 0)
+    return jnp.where(kept, take(values, source), 0)

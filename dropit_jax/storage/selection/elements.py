@@ -1,0 +1,180 @@
+"""Which elements of a chunk stay: exact top-k along the last axis.
+
+Every method keeps what `lax.top_k(abs(x), k)` does: the largest magnitudes, ties to the
+lower index, NaN above infinity. They differ in how XLA compiles them, and on large
+chunks in the order in which they give what they found. A random sample is the top-k of
+random scores.
+
+Chunks of at most `MAX_SMALL` elements select by comparisons that fuse (`small_chunks`);
+larger ones by bisection (`large_chunks`). Both stay where the data is on a sharded
+mesh; `lax.top_k` makes XLA gather the chunks on every device.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
+
+from dropit_jax.policy import Selection
+from dropit_jax.storage import last_axis
+from dropit_jax.storage.selection import bit_vectors, large_chunks, small_chunks
+from dropit_jax.storage.shapes import Shape
+
+# The largest chunk that selects by comparisons. Beyond, they cost more than bisection.
+MAX_SMALL = 64
+
+
+def top_k(
+    x: Float[Array, "*rows size"],
+    k: int,
+    selection: Selection = "auto",
+    scores: Int[Array, "*rows size"] | None = None,
+) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
+    """The k elements of largest magnitude along the last axis.
+
+    Args:
+      x: chunks.
+      k: how many elements of each chunk to take.
+      selection: `"top_k"` forces `lax.top_k`; `"auto"` takes the method for this size.
+      scores: what to rank the elements by in place of their magnitude, not negative.
+
+    Returns:
+      The elements (with their sign) and their indices: largest first, as `lax.top_k`
+      gives them; by `"auto"`, in chunks of more than `MAX_SMALL` elements, in the order
+      of the indices, which takes no sorting.
+    """
+    if selection == "top_k":
+        indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
+        return jnp.take_along_axis(x, indices, axis=-1), indices
+    if x.shape[-1] > MAX_SMALL:
+        ranked = magnitude(x) if scores is None else scores
+        indices = large_chunks.select(large_chunks.largest(ranked, k), k)
+        return large_chunks.take(x, indices), indices
+    if scores is None:
+        values, apart = small_chunks.top_k_of_magnitudes(x, k)
+        return values, small_chunks.stack(apart).astype(jnp.int32)
+    return small_chunks.top_k(x, scores, k)
+
+
+def top_k_mask(
+    x: Float[Array, "*rows size"],
+    k: int,
+    selection: Selection = "auto",
+    scores: Int[Array, "*rows size"] | None = None,
+) -> Bool[Array, "*rows size"]:
+    """Where the k elements of largest magnitude are, along the last axis.
+
+    The arguments and the elements chosen are those of `top_k`.
+    """
+    if selection == "top_k":
+        indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
+        ones = jnp.ones(indices.shape, bool)
+        return large_chunks.scatter(ones, indices, x.shape[-1])
+    scores = magnitude(x) if scores is None else scores
+    if x.shape[-1] > MAX_SMALL:
+        return bit_vectors.to_mask(large_chunks.largest(scores, k), x.shape[-1])
+    return small_chunks.largest(scores, k)
+
+
+def top_k_bitmap(
+    x: Shaped[Array, "*rows size"],
+    segments: Sequence[tuple[int, int]],
+    kept: Sequence[int],
+    scores: Int[Array, "*rows size"] | None = None,
+) -> tuple[Shaped[Array, "*rows kept"], UInt8[Array, "*rows bytes"]]:
+    """The largest of large chunks and perhaps a shorter one, in one search for a row.
+
+    Args:
+      x: rows of chunks.
+      segments: (number, size) of its chunks, as `Chunking.segments`.
+      kept: how many elements of a chunk to take, for each segment.
+      scores: as in `top_k`.
+
+    Returns:
+      The elements, in the order of their indices, and a bit for each element of a row.
+    """
+    ranked = magnitude(x) if scores is None else scores
+    *rows, row_size = x.shape
+    counts, sizes = zip(*segments, strict=True)
+    count, size = sum(counts), sizes[0]
+    # Zeros at the end come after all else: they are not among the largest.
+    ranked = last_axis.pad(ranked, count * size)
+    chunks = ranked.reshape(*rows, count, size)
+    words = large_chunks.largest(chunks, np.repeat(kept, counts))
+    words = bit_vectors.in_rows(words, size, row_size)
+    of_row = sum(number * k for number, k in zip(counts, kept, strict=True))
+    indices = large_chunks.select(words, of_row)
+    bitmap = bit_vectors.to_bytes(words, -(-row_size // 8))
+    return large_chunks.take(x, indices), bitmap
+
+
+def from_bitmap(
+    values: Shaped[Array, "*rows kept"],
+    bitmap: UInt8[Array, "*rows bytes"],
+    segments: Sequence[tuple[int, int]],
+) -> Shaped[Array, "*rows size"]:
+    """The inverse of `top_k_bitmap`: rows of elements in their places, else zeros."""
+    counts, sizes = zip(*segments, strict=True)
+    row_size = sum(count * size for count, size in segments)
+    # As many words as `top_k_bitmap` counts in.
+    number = bit_vectors.word_count(sum(counts) * sizes[0])
+    words = bit_vectors.from_bytes(bitmap, number)
+    return large_chunks.expand(values, words, row_size)
+
+
+def random_scores(key: Array, shape: Shape) -> Int[Array, "*shape"]:
+    """Scores whose top-k is a uniform sample.
+
+    Two of them are equal, and the choice between them not random, with a probability
+    of 2**-31.
+    """
+    return (jax.random.bits(key, shape, jnp.uint32) >> 1).astype(jnp.int32)
+
+
+def place(
+    values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
+) -> Shaped[Array, "*rows {size}"]:
+    """Puts values back where they came from, and zero elsewhere.
+
+    Args:
+      values: kept elements of each chunk.
+      indices: their indices in the chunk, without repetition.
+      size: elements of the chunk.
+    """
+    if size > MAX_SMALL:
+        return large_chunks.scatter(values, indices.astype(jnp.int32), size)
+    columns = [indices[..., i : i + 1] for i in range(indices.shape[-1])]
+    return small_chunks.place(values, columns, size)
+
+
+def compact(
+    x: Shaped[Array, "*rows size"], mask: Bool[Array, "*rows size"], k: int
+) -> Shaped[Array, "*rows {k}"]:
+    """The k elements under the mask, in the order of their indices."""
+    if x.shape[-1] > MAX_SMALL:
+        indices = large_chunks.select(bit_vectors.to_words(mask), k)
+        return large_chunks.take(x, indices)
+    return small_chunks.compact(x, mask, k)
+
+
+def expand(
+    values: Shaped[Array, "*rows k"], mask: Bool[Array, "*rows size"]
+) -> Shaped[Array, "*rows size"]:
+    """The inverse of `compact`: values under the mask, zero elsewhere."""
+    size = mask.shape[-1]
+    if size > MAX_SMALL:
+        return large_chunks.expand(values, bit_vectors.to_words(mask), size)
+    return small_chunks.expand(values, mask)
+
+
+def magnitude(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """|x| as an integer of the same order.
+
+    The bits of a non-negative float order like the float, with NaN above infinity,
+    and unlike floats they compare exactly where denormal numbers are flushed to zero.
+    """
+    signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+    return signed & jnp.iinfo(signed.dtype).max

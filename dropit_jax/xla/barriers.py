@@ -1,0 +1,106 @@
+"""What is not to be computed too early: what is rebuilt for the gradient."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+from dropit_jax.compat import Primitive, ad, batching, mlir
+from dropit_jax.xla import calls
+from dropit_jax.xla.partitioning import any_element
+from dropit_jax.xla.platforms import by_platform
+
+T = TypeVar("T")
+
+
+def barrier(operands: T) -> T:
+    """A pytree of arrays after `lax.optimization_barrier`; on a CPU, as it is.
+
+    XLA's CPU compiler takes barriers out too late to see that a reshape before one and
+    a reshape after it are none, and too early for any other effect. There it takes
+    `computed_after`.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+    return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))
+
+
+def read_after(after: Array, operands: T) -> T:
+    """A pytree of arrays, which are not read before `after` is computed.
+
+    On a GPU the array itself need not be in memory for that, as it has to be for
+    `barrier`: what is computed from it and from the operands can be one kernel with it.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+    if not leaves or not after.size:
+        return operands
+    return jax.tree.unflatten(structure, _read_after(after, leaves))
+
+
+# Traced once for all arrays of one shape.
+@functools.partial(jax.jit, inline=True)
+def _read_after(after: Array, operands: list[Array]) -> list[Array]:
+    def wait_for_all(*operands: Array) -> Sequence[Array]:
+        return lax.optimization_barrier(operands)[:-1]
+
+    def wait_for_one(*operands: Array) -> Sequence[Array]:
+        return wait_for_all(*operands[:-1], any_element(operands[-1]))
+
+    def as_they_are(*operands: Array) -> Sequence[Array]:
+        return operands[:-1]
+
+    operation = by_platform(wait_for_all, cpu=as_they_are, cuda=wait_for_one)
+    return list(operation(*operands, lax.stop_gradient(after)))
+
+
+def computed_after(
+    after: Array | None, function: Callable[..., Array], *operands: Array
+) -> Array:
+    """`function(*operands)`; on a CPU it is not computed before `after` is.
+
+    Args:
+      after: an array; `None`: it is computed when XLA likes.
+      function: of arrays.
+      *operands: its arguments.
+    """
+    if after is None:
+        return function(*operands)
+    operation = by_platform(function, cpu=calls.waiting(function))
+    result: Array = operation(*operands, after=after)
+    return result
+
+
+_barrier_p = Primitive("optimization_barrier_by_platform")
+_barrier_p.multiple_results = True
+_barrier_p.def_impl(lambda *operands: list(operands))
+_barrier_p.def_abstract_eval(lambda *operands: list(operands))
+
+
+def _derivative(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return _barrier_p.bind(*primals), _barrier_p.bind(*tangents)
+
+
+def _transposed(cotangents: Any, *_: Any) -> Any:
+    return cotangents
+
+
+def _batched(operands: Any, axes: Any) -> tuple[list[Array], Any]:
+    return _barrier_p.bind(*operands), axes
+
+
+def _barred(*operands: Array) -> tuple[Array, ...]:
+    return lax.optimization_barrier(operands)
+
+
+def _as_they_are(_: Any, *operands: Any) -> tuple[Any, ...]:
+    return operands
+
+
+ad.primitive_jvps[_barrier_p] = _derivative
+ad.primitive_transposes[_barrier_p] = _transposed
+batching.primitive_batchers[_barrier_p] = _batched
+mlir.register_lowering(_barrier_p, mlir.lower_fun(_barred, multiple_results=True))
+mlir.register_lowering(_barrier_p, _as_they_are, platform="cpu")

@@ -1,0 +1,1 @@
+"""Configs: fields, defaults, variants."""

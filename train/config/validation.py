@@ -1,0 +1,356 @@
+"""The check that a config says all that it has to, and nothing else."""
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dropit_jax import LAYER_PRESETS, PRESETS, DropIT
+from dropit_jax.layer_presets import REMATS
+from train import data, models
+from train.config import config as config_lib
+from train.config.config import ConfigError
+from train.engine import mesh
+from train.system import text
+
+# Of JSON, to which NumPy's numbers are unknown.
+_INTEGRAL, _REAL = int, int | float
+_NAMES = {_INTEGRAL: "integral", _REAL: "real"}
+# Steps are counted in an int32.
+_LARGEST_COUNT = 2**31 - 1
+_SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+# Workers to a CPU: some wait for a disk.
+_WORKERS_PER_CPU = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """The type and the bounds of a field of a config.
+
+    Attributes:
+      type: of the value.
+      choices: the values, if they are few.
+      least: the smallest value, which 0 stands beside if `or_zero`.
+      most: the largest.
+      is_above: whether the smallest is none itself.
+      is_below: whether the largest is none itself.
+      or_zero: whether 0, for "none", is one as well.
+    """
+
+    type: Any = object
+    choices: tuple[str, ...] = ()
+    least: float = -math.inf
+    most: float = math.inf
+    is_above: bool = False
+    is_below: bool = False
+    or_zero: bool = False
+
+    def problem(self, value: Any) -> str:
+        """Returns what is wrong with a value; empty if nothing is."""
+        is_number = self.type in (_INTEGRAL, _REAL)
+        if not isinstance(value, self.type) or (is_number and isinstance(value, bool)):
+            return f" must be of type {_NAMES.get(self.type) or self.type.__name__}"
+        if self.choices and value not in self.choices:
+            known = ", ".join(map(repr, self.choices))
+            return f": unknown value {text.literal(value)}; known are {known}"
+        if not is_number or (self.or_zero and value == 0):
+            return ""
+        if not -math.inf < value < math.inf:
+            return " must be finite"
+        return self._outside(value) or self._beyond_float32(value)
+
+    def _outside(self, value: Any) -> str:
+        """Returns that a number is outside of the bounds; empty if it is not."""
+        is_low = not self.least < value if self.is_above else value < self.least
+        is_high = not value < self.most if self.is_below else value > self.most
+        if not (is_low or is_high):
+            return ""
+        if self.is_below:
+            return f" must be in [{self.least:g}, {self.most:g})"
+        if is_high:
+            return f" must be at most {self.most:,}"
+        if self.or_zero:
+            return f" must be 0, or at least {self.least:g}"
+        if self.least == 0 and not self.is_above:
+            return " must not be negative"
+        return " must be above 0"
+
+    def _beyond_float32(self, value: Any) -> str:
+        """Returns what becomes of a real number that no float32 can be."""
+        if self.type is not _REAL or value == 0:
+            return ""
+        if abs(value) < _SMALLEST_FLOAT32:
+            return " must not be 0 in a float32"
+        return " must be finite in a float32" if abs(value) > _LARGEST_FLOAT32 else ""
+
+
+_TEXT = _Field(str)
+_FLAG = _Field(bool)
+_TUPLE = _Field(tuple)
+_NUMBER = _Field(_REAL, least=0)
+_POSITIVE = _Field(_REAL, least=0, is_above=True)
+_FRACTION = _Field(_REAL, least=0, most=1, is_below=True)
+
+
+def _choice(*values: str) -> _Field:
+    return _Field(str, choices=values)
+
+
+def _count(least: int, most: int = _LARGEST_COUNT) -> _Field:
+    return _Field(_INTEGRAL, least=least, most=most)
+
+
+# Every field of a config. Those of DropIT are checked by DropIT itself.
+_FIELDS = {
+    "dataset": _choice(*data.DATASETS),
+    "data_dir": _TEXT,
+    "image_size": _count(1, 2**14),
+    "augmentation": _choice(*data.AUGMENTATIONS),
+    "normalise": _choice("dataset", "unit"),
+    "workers": _count(0),
+    "batch_size": _count(1),
+    "accumulate_steps": _count(1),
+    "num_epochs": _count(1),
+    "num_steps": _count(1),
+    "seed": _count(0, 2**63 - 1),  # of which JAX makes a PRNG key
+    "model.name": _choice(*models.MODELS),
+    "model.width": _count(1, 2**16),
+    "model.stem": _choice(*models.STEMS),
+    "model.patch_size": _count(1, 2**14),
+    "model.pool": _choice(*models.POOLS),
+    "model.positions": _choice(*models.POSITIONS),
+    "model.dropout": _FRACTION,
+    "model.drop_path": _FRACTION,
+    "model.scan": _FLAG,
+    "init_from": _TEXT,
+    "dtype": _choice("float32", "bfloat16"),
+    "memory": _choice(*LAYER_PRESETS),
+    "remat": _choice(*REMATS),
+    "drop": _choice("", *PRESETS),
+    **{f"dropit.{field.name}": _Field() for field in dataclasses.fields(DropIT)},
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.momentum": _FRACTION,
+    "optimizer.nesterov": _FLAG,
+    "optimizer.weight_decay": _NUMBER,
+    "optimizer.clip_norm": _NUMBER,
+    "schedule.name": _choice("cosine", "step"),
+    "schedule.warmup_epochs": dataclasses.replace(_NUMBER, most=_LARGEST_COUNT),
+    "schedule.decay_epochs": _TUPLE,
+    "schedule.decay_factor": _POSITIVE,
+    "label_smoothing": _FRACTION,
+    # Beyond, its beta distribution is 0 or 1, or 1/2, in a float32.
+    "mixup": _Field(_REAL, least=1e-6, most=1e6, or_zero=True),
+    "ema_decay": _FRACTION,
+    "evaluate_every": dataclasses.replace(_POSITIVE, most=_LARGEST_COUNT),
+    "checkpoint_steps": _count(0),
+    "profile_steps": _TUPLE,
+    "mesh.data": _Field(_INTEGRAL),
+    "mesh.fsdp": _Field(_INTEGRAL),
+}
+# How long to train is said in one of two units; of both, the second counts.
+_EITHER = ("num_epochs", "num_steps")
+# What only some models read.
+_OF_MODELS = tuple(
+    f"model.{field}"
+    for field in dict.fromkeys(
+        field for name in models.MODELS for field in models.fields(name)
+    )
+)
+# What only one kind of schedule reads.
+_OPTIONAL = ("schedule.decay_epochs", "schedule.decay_factor")
+
+
+def validate(config: ConfigDict, num_devices: int = 1) -> None:
+    """Checks a config before anything is done with it.
+
+    Args:
+      config: the config.
+      num_devices: how many devices share a batch.
+
+    Raises:
+      ConfigError: a field is unknown, missing, of the wrong type or out of range. The
+        message names it, and says what it may be.
+    """
+    values = config_lib.flat(config)
+    _check_names(values)
+    for name, value in values.items():
+        if not (name in _EITHER and value is None):
+            _check_value(name, value)
+    _check_model(values)
+    _check_decay(values)
+    _check_profile(values["profile_steps"])
+    config_lib.memory(config)
+    _check_mesh(values, num_devices)
+    _check_batch(values, num_devices)
+
+
+def check_worker_count(config: ConfigDict) -> None:
+    """Checks that the workers of a config are not too many for this machine.
+
+    Raises:
+      ConfigError: they are.
+    """
+    most = most_workers(config)
+    if config.workers > most:
+        raise ConfigError(
+            f"config.workers={config.workers} is more than {most}: {_WORKERS_PER_CPU} "
+            f"for each of the {_cpus()} CPUs, and no more than an epoch has batches."
+        )
+
+
+def most_workers(config: ConfigDict) -> int:
+    """How many workers this machine, and the batches of an epoch, can be of use to."""
+    return min(_WORKERS_PER_CPU * _cpus(), config_lib.steps(config)[0])
+
+
+def _cpus() -> int:
+    return os.cpu_count() or 1
+
+
+def unknown_field(names: Collection[str], name: str) -> str:
+    """Returns that a config has no field of a name, what it has, and the nearest."""
+    section, _, field = name.rpartition(".")
+    start = f"{section}." if section else ""
+    inside = dict.fromkeys(
+        each.removeprefix(start).split(".")[0]
+        for each in names
+        if each.startswith(start)
+    )
+    has = f" config{section and '.' + section} has {text.names(inside)}."
+    near = [start + each for each in difflib.get_close_matches(field, inside)]
+    near += difflib.get_close_matches(name, names, cutoff=0.8)
+    hint = f" Did you mean config.{near[0]}?" if near else ""
+    return (
+        f"config.{text.shown(name)} is not a field that a config has."
+        f"{has if inside else ''}{hint}"
+    )
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    if any(name.startswith("variants.") for name in values):
+        raise ConfigError(
+            "This config is a grid of variants: python -m train.ablation trains it."
+        )
+    for name in values:
+        if name not in _FIELDS:
+            raise ConfigError(unknown_field(_FIELDS, name))
+    if all(values.get(name) is None for name in _EITHER):
+        raise ConfigError("A config has config.num_epochs or config.num_steps.")
+    for name in _FIELDS:
+        if name not in (*values, *_EITHER, *_OPTIONAL, *_OF_MODELS):
+            raise ConfigError(f"config.{name} is missing.")
+
+
+def _check_value(name: str, value: Any) -> None:
+    problem = _FIELDS[name].problem(value)
+    if problem:
+        got = "" if problem.startswith(":") else f", got {text.literal(value)}"
+        raise ConfigError(f"config.{name}{problem}{got}.")
+
+
+def _check_model(values: dict[str, Any]) -> None:
+    """Checks that a model has the fields that it reads, and no others."""
+    model = values["model.name"]
+    wanted = [f"model.{field}" for field in models.fields(model)]
+    for name in _OF_MODELS:
+        if name in wanted and name not in values:
+            raise ConfigError(f"config.{name} is missing: {model!r} needs it.")
+        if name in values and name not in wanted:
+            raise ConfigError(
+                f"config.{name} is not for config.model.name={model!r}, which has "
+                f"{', '.join(f'config.{field}' for field in wanted)}."
+            )
+    size, patch = values["image_size"], values.get("model.patch_size", 1)
+    if size % patch:
+        raise ConfigError(
+            f"config.image_size={size} cannot be cut into patches of "
+            f"config.model.patch_size={patch}."
+        )
+
+
+def _check_decay(values: dict[str, Any]) -> None:
+    """Checks when the learning rate falls, which the step schedule alone says."""
+    epochs = values.get("schedule.decay_epochs", ())
+    if not all(
+        isinstance(epoch, int | float) and 0 <= epoch <= _LARGEST_COUNT
+        for epoch in epochs
+    ):
+        raise ConfigError(
+            "config.schedule.decay_epochs takes numbers of epochs, got "
+            f"{text.literal(epochs)}."
+        )
+    if values["schedule.name"] != "step":
+        if epochs:
+            raise ConfigError(
+                "config.schedule.decay_epochs is for config.schedule.name='step', got "
+                f"{text.literal(epochs)} beside {values['schedule.name']!r}."
+            )
+        return
+    for name in _OPTIONAL:
+        if not values.get(name):
+            raise ConfigError(f"config.{name} is missing: the step schedule needs it.")
+
+
+def _check_profile(steps: tuple[Any, ...]) -> None:
+    """Checks which steps are traced: none, or those from a first to before a last."""
+    if not steps:
+        return
+    if not (
+        len(steps) == 2
+        and all(type(step) is int for step in steps)  # which a bool is not
+        and 0 <= steps[0] < steps[1] <= _LARGEST_COUNT
+    ):
+        raise ConfigError(
+            "config.profile_steps takes the first step and the one after the last, "
+            f"such as (10, 13), got {text.literal(steps)}."
+        )
+
+
+def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
+    """Checks that the axes of the mesh take all devices."""
+    data_axis, fsdp_axis = values["mesh.data"], values["mesh.fsdp"]
+    for name, size in (("data", data_axis), ("fsdp", fsdp_axis)):
+        if size != -1 and size < 1:
+            raise ConfigError(
+                f"config.mesh.{name} must be above 0, or -1 for all devices that are "
+                f"left, got {text.literal(size)}."
+            )
+    try:
+        mesh.shape(data_axis, fsdp_axis, num_devices)
+    except ValueError as error:
+        raise ConfigError(
+            f"config.mesh: {text.shown(data_axis)} x {text.shown(fsdp_axis)} devices "
+            f"are not the {num_devices} that there are. Set config.mesh.data=-1 for "
+            "all that are left."
+        ) from error
+
+
+def _check_batch(values: dict[str, Any], num_devices: int) -> None:
+    """Checks that a batch can be split, and that the dataset fills one."""
+    size, parts = values["batch_size"], values["accumulate_steps"]
+    if size % (parts * num_devices):
+        split = f"{num_devices} devices"
+        if parts > 1:
+            split = f"config.accumulate_steps={parts} steps of {split}"
+        raise ConfigError(
+            f"config.batch_size={size} cannot be split evenly over {split}: make it a "
+            f"multiple of {parts * num_devices}."
+        )
+    examples = data.info(values["dataset"], values["data_dir"]).train_examples
+    if size > examples:
+        raise ConfigError(
+            f"config.batch_size={size} is more than the {examples} training examples "
+            f"of {values['dataset']!r}."
+        )
+    steps = (values.get("num_epochs") or 0) * (examples // size)
+    if values.get("num_steps") is None and steps > _LARGEST_COUNT:
+        raise ConfigError(
+            f"config.num_epochs={values['num_epochs']} are {steps:,} steps, and "
+            f"{_LARGEST_COUNT:,} are counted at most."
+        )

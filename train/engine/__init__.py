@@ -1,0 +1,1 @@
+"""Training steps, and the devices that run them."""

@@ -1,0 +1,41 @@
+"""The state before the first step."""
+
+from typing import Any
+
+import jax
+
+from train import weights
+from train.engine import step as step_lib
+from train.engine.job import Job
+
+
+def initial_state(job: Job) -> step_lib.State:
+    """Random parameters, or the weights of `config.init_from`.
+
+    Raises:
+      WeightsError: the file cannot be read, or does not fit the model.
+    """
+    path, abstract = job.config.init_from, job.abstract
+    if not path:
+        return step_lib.initialise(job.config, job.shardings)
+    wanted = {"params": abstract.params, "batch_stats": abstract.batch_stats}
+    loaded = weights.load(path, wanted)  # first: it may fail, and the rest takes longer
+    state = step_lib.initialise(job.config, job.shardings)
+    state = state.replace(
+        params=jax.tree.map(_placed, loaded["params"], state.params),
+        batch_stats=jax.tree.map(_placed, loaded["batch_stats"], state.batch_stats),
+    )
+    if not job.config.ema_decay:
+        return state
+    # A copy: a step that is given both must not be given one array twice.
+    copy = jax.jit(lambda params: jax.tree.map(jax.numpy.copy, params))
+    return state.replace(ema_params=copy(state.params))
+
+
+def _placed(loaded: Any, initial: jax.Array) -> jax.Array:
+    """An array of the file, which every process has whole, where the first one is."""
+    if isinstance(loaded, jax.ShapeDtypeStruct):  # the file had none
+        return initial
+    return jax.make_array_from_callback(
+        initial.shape, initial.sharding, loaded.__getitem__
+    )

@@ -1,0 +1,125 @@
+"""Several processes, on one host or on many, that train one model together."""
+
+import sys
+import threading
+from importlib import metadata
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from train.config import config as config_lib
+from train.config.config import ConfigError
+from train.processes.collective import any_of, from_first
+from train.system import text
+
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Train with other processes. Under Slurm, Open MPI and Kubernetes they find each "
+    "other; elsewhere the next three flags say where they are.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for all processes the same."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is: 0, 1, ...", lower_bound=0
+)
+# Seconds until it is said what is waited for.
+_SILENT = 20
+# What a host may have of its own.
+_OWN = ("data_dir", "profile_steps", "workers")
+_PACKAGES = (
+    *("dropit-jax", "flax", "jax", "jaxlib", "ml-collections", "numpy", "optax"),
+    "orbax-checkpoint",
+)
+
+
+def initialise() -> None:
+    """Joins the other processes, if the flags say that there are any.
+
+    It has to be called before JAX's devices are used.
+
+    Raises:
+      ConfigError: the flags are incomplete, the processes do not find each other, or
+        one has more devices than another.
+    """
+    given = {
+        flag.name: flag.value is not None
+        for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    }
+    if not _DISTRIBUTED.value and not any(given.values()):
+        return
+    if any(given.values()) and not all(given.values()):
+        missing = ", ".join(f"--{name}" for name, there in given.items() if not there)
+        raise ConfigError(
+            "Processes are told of each other by --coordinator_address, "
+            f"--num_processes and --process_id; missing: {missing}."
+        )
+    # They are waited for for five minutes.
+    word = threading.Timer(
+        _SILENT, print, ["Waiting for the other processes ..."], {"file": sys.stderr}
+    )
+    word.daemon = True
+    word.start()
+    try:
+        jax.distributed.initialize(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            # Else Slurm and Open MPI, where there are any, would have the last word,
+            # and give each process one GPU.
+            cluster_detection_method="deactivate" if all(given.values()) else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"The processes do not find each other: {error} Outside of Slurm, Open MPI "
+            "and Kubernetes, give --coordinator_address, --num_processes and "
+            "--process_id."
+        ) from error
+    finally:
+        word.cancel()
+    if jax.device_count() != jax.process_count() * jax.local_device_count():
+        raise ConfigError(
+            f"This process has {jax.local_device_count()} of {jax.device_count()} "
+            f"devices: all {jax.process_count()} need as many."
+        )
+
+
+def check_alike(config: ConfigDict) -> None:
+    """Checks that all processes train the same, with the same versions of packages.
+
+    Raises:
+      ConfigError: one does not; it names what differs, and all raise.
+    """
+    if jax.process_count() == 1:
+        return
+    own = _description(config)
+    first = from_first(own)
+    lines = [
+        f"{name}: {first.get(name, 'absent')} in process 0, "
+        f"{own.get(name, 'absent')} in process {jax.process_index()}"
+        for name in sorted(first | own)
+        if first.get(name) != own.get(name)
+    ]
+    if any_of(bool(lines)):
+        raise ConfigError(
+            "All processes need the same config and versions of packages."
+            + (text.lines(lines) or " Another process names what differs.")
+        )
+
+
+def _description(config: ConfigDict) -> dict[str, str]:
+    """Returns versions and fields that all processes must share, as text by name."""
+    versions = {"Python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        versions[name] = metadata.version(name)
+    fields = config_lib.flat(config)
+    return versions | {
+        f"config.{name}": text.shown(repr(value))
+        for name, value in fields.items()
+        if name not in _OWN
+    }

@@ -1,0 +1,1 @@
+"""Measurements, summaries and figures of runs."""

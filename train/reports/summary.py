@@ -1,0 +1,263 @@
+"""What variants of a training reach and cost, as CSV and as Markdown."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from ml_collections import ConfigDict
+
+from dropit_jax import DropIT
+from train import data
+from train.config import config as config_lib
+from train.runs import records
+from train.runs.saved_runs import SavedRun
+from train.system import tables
+
+# The fields that are said of a policy.
+POLICY = ("strategy", "granularity", "rate", "chunk_size", "value_dtype", "fill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The mean of some values, and its standard error; NaN of a single one."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Of values, one for each seed."""
+        count = len(values)
+        error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+        return cls(statistics.mean(values), error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a variant reaches, and what it costs.
+
+    Attributes:
+      variant: its name.
+      memory: the preset of its layers.
+      policy: of its layers, by field; empty for plain Flax.
+      dropped: the share of elements that its layers drop.
+      seeds: how many runs there are of it.
+      test_accuracy: of the last evaluation.
+      gain: of that over the baseline's run of the same seed.
+      train_loss: of the last epoch, in nats.
+      cached_bytes: what Conv and Dense cache in a step; `None`: `drop` decides it.
+      temp_bytes: what a step allocates beside arguments and results on a target.
+      step_ratio: of a step's time here to the baseline's, taken in turns; the median.
+      drop: the preset of `dropit_jax.drop`; empty: the loss is not under it.
+    """
+
+    variant: str
+    memory: str
+    policy: Mapping[str, Any]
+    dropped: float
+    seeds: int
+    test_accuracy: Mean
+    gain: Mean
+    train_loss: Mean
+    cached_bytes: int | None
+    temp_bytes: int
+    step_ratio: float
+    drop: str = ""
+
+
+def policy(config: ConfigDict) -> dict[str, Any]:
+    """What the layers of a config cache; of Dense and Conv both, where they differ."""
+    preset = config_lib.memory(config)
+    if preset.conv is None or preset.dropit is None:
+        return {}
+    conv, dense = _fields(preset.conv), _fields(preset.dropit)
+    return {
+        name: value
+        if value == dense[name]
+        else f"Conv: {value or 'all'}, Dense: {dense[name] or 'all'}"
+        for name, value in conv.items()
+    }
+
+
+def _fields(dropit: DropIT) -> dict[str, Any]:
+    fields = {name: getattr(dropit, name) for name in POLICY}
+    if dropit.granularity == "channel":
+        fields["chunk_size"] = None  # there are no chunks of channels
+    return fields
+
+
+def to_csv(summaries: Iterable[Summary]) -> str:
+    """A row for each variant."""
+    columns = (
+        *("variant", "memory", "drop", *POLICY, "dropped", "seeds"),
+        *("test_accuracy", "test_accuracy_error", "gain", "gain_error"),
+        *("train_loss", "train_loss_error"),
+        *("cached_bytes", "temp_bytes", "step_ratio"),
+    )
+    return tables.to_csv(
+        columns,
+        (
+            {
+                "variant": each.variant,
+                "memory": each.memory,
+                "drop": each.drop,
+                **each.policy,
+                "dropped": each.dropped,
+                "seeds": each.seeds,
+                **_columns("test_accuracy", each.test_accuracy),
+                **_columns("gain", each.gain),
+                **_columns("train_loss", each.train_loss),
+                "cached_bytes": each.cached_bytes,
+                "temp_bytes": each.temp_bytes,
+                "step_ratio": each.step_ratio,
+            }
+            for each in summaries
+        ),
+    )
+
+
+def curves(variants: Mapping[str, Sequence[SavedRun]]) -> str:
+    """A row for each evaluation of each run."""
+    columns = ("variant", "seed", *records.COLUMNS)
+    return tables.to_csv(
+        columns,
+        (
+            {"variant": name, "seed": run.config.seed, **row}
+            for name, runs in variants.items()
+            for run in runs
+            for row in run.rows
+        ),
+    )
+
+
+def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -> str:
+    """A page with the tables, and with the figures beside it."""
+    steps_per_epoch, steps = config_lib.steps(config)
+    examples = data.info(config.dataset, config.data_dir).train_examples
+    baseline = summaries[0].variant
+    return "\n".join(
+        [
+            f"{config.model.name} of width {config.model.get('width', '-')} on "
+            f"{config.dataset} ({examples:,} images): {steps:,} steps of "
+            f"{config.batch_size} images, {steps / steps_per_epoch:.1f} epochs. "
+            "Accuracy is that on the test images after the last step, in per cent: the "
+            "mean over the seeds ± its standard error, where there are several.",
+            "",
+            *_grid(summaries),
+            "## Every variant",
+            "",
+            *table(summaries, target),
+            "",
+            "Dropped is the share of the elements that layers cache: rounding, and the "
+            "one that every chunk keeps, make it another than the rate. Gain is in "
+            f"points, over the runs of `{baseline}` of the same seeds. Times are a "
+            f"step's on this machine, divided by that of `{baseline}`.",
+            "",
+            "![What is cached, and what is reached](tradeoff.png)",
+            "",
+            "![Accuracy](accuracy.png)",
+            "",
+            "![Loss](loss.png)",
+            "",
+            "![Parameters and gradients](histograms.png)",
+            "",
+        ]
+    )
+
+
+def _grid(summaries: Sequence[Summary]) -> list[str]:
+    """The paper's Table 2: what is dropped of values that are not quantised.
+
+    Empty where there is none.
+    """
+    cells: dict[str, dict[float, list[str]]] = {}
+    for each in summaries:
+        p = each.policy
+        if not p or p["value_dtype"] in ("int2", "int4", "int8") or not p["rate"]:
+            continue
+        if each.memory != "dropit":
+            continue
+        cell, rate = _percent(each.test_accuracy), f"{p['rate']:.1%}"
+        if (share := f"{each.dropped:.1%}") != rate:
+            cell += f" ({share})"
+        line = cells.setdefault(_selection(p), {})
+        line.setdefault(p["rate"], []).append(cell)
+    if not cells:
+        return []
+    rates = sorted({rate for line in cells.values() for rate in line})
+    rows = [
+        [line, *("; ".join(of_line.get(rate, ["-"])) for rate in rates)]
+        for line, of_line in cells.items()
+    ]
+    title = f"rate ({summaries[0].variant}: {_percent(summaries[0].test_accuracy)})"
+    return [
+        "## Granularity, strategy and rate",
+        "",
+        *tables.to_markdown([title, *(f"{rate:.1%}" for rate in rates)], rows),
+        "",
+        "In brackets the share that is dropped, where it is not the rate.",
+        "",
+    ]
+
+
+def _selection(policy: Mapping[str, Any]) -> str:
+    """What is dropped, but for the rate."""
+    words = [policy["strategy"], f"{policy['granularity']}s"]
+    if policy["granularity"] == "element":
+        words.append(f"D = {policy['chunk_size'] or 'all'}")
+    if policy["value_dtype"]:
+        words.append(policy["value_dtype"])
+    if policy["fill"] != "zero":
+        words.append(policy["fill"])
+    return ", ".join(words)
+
+
+def table(summaries: Sequence[Summary], target: str) -> list[str]:
+    """Every variant, in Markdown."""
+    baseline = summaries[0]
+    rows = [
+        [
+            f"`{each.variant}`",
+            f"{each.dropped:.1%}" if each.policy else "-",
+            str(each.seeds),
+            _percent(each.test_accuracy),
+            "-" if each is baseline else _percent(each.gain, sign="+"),
+            f"{each.train_loss.mean:.3f}",
+            _ratio(each.cached_bytes, 2**20),
+            _ratio(each.cached_bytes, baseline.cached_bytes),
+            f"{each.temp_bytes / 2**20:.2f}",
+            f"{each.temp_bytes / baseline.temp_bytes:.2f}",
+            f"{each.step_ratio:.2f}",
+        ]
+        for each in summaries
+    ]
+    header = [
+        "variant",
+        "dropped",
+        "seeds",
+        "accuracy",
+        "gain",
+        "train loss",
+        "cached MiB",
+        "ratio",
+    ]
+    return tables.to_markdown([*header, f"temp MiB on {target}", "ratio", "time"], rows)
+
+
+def _ratio(size: int | None, whole: int | None) -> str:
+    return "-" if size is None or whole is None else f"{size / whole:.2f}"
+
+
+def _percent(accuracy: Mean, sign: str = "") -> str:
+    text = f"{100 * accuracy.mean:{sign}.1f}"
+    return (
+        text if math.isnan(accuracy.error) else f"{text} ± {100 * accuracy.error:.1f}"
+    )
+
+
+def _columns(name: str, value: Mean) -> dict[str, Any]:
+    """As they are: who rounds them again gets what the page has."""
+    error = "" if math.isnan(value.error) else value.error
+    return {name: value.mean, f"{name}_error": error}

@@ -1,0 +1,95 @@
+"""A record of a loss that is not finite: config and batches, to see it again."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from train.config import config as config_lib
+from train import data
+from train.system.files import write_atomically
+from train.engine.job import Job
+from train.engine.meter import NonFiniteLossError
+
+_DIRECTORY = "failure"
+
+
+def is_in(workdir: Path) -> bool:
+    """Whether the run in a workdir once ended with a loss that was not finite."""
+    return (workdir / _DIRECTORY).exists()
+
+
+def advice(workdir: Path) -> str:
+    """Returns a word to the user of a run that goes on after such an end."""
+    return (
+        f"{workdir} ended before with a loss that was not finite; {_DIRECTORY}/ has "
+        "the step. The same config takes the same steps: in another --workdir, another "
+        "learning rate is likely to end better."
+    )
+
+
+def write(workdir: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
+    """Writes the step, the config and the batches of a loss that is not finite.
+
+    Args:
+      workdir: gets a directory of them.
+      job: what was trained.
+      error: which step it was.
+      checkpoint: the step of the last checkpoint, or 0.
+
+    Returns:
+      What to tell the user.
+    """
+    directory = workdir / _DIRECTORY
+    try:
+        _write(directory, job, error, checkpoint)
+    except (OSError, data.DataError) as problem:
+        return f"{directory} cannot be written: {problem}"
+    return (
+        f"{directory} has the config and the last batches. The same command takes the "
+        f"same steps again, from step {checkpoint}, and fails at the same one."
+    )
+
+
+def _write(
+    directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int
+) -> None:
+    directory.mkdir(exist_ok=True)
+    # A step that spoils the parameters shows in the loss of the next one.
+    steps = range(max(1, error.step - 1), error.step + 1)
+    rank = jax.process_index()
+    for step in steps:
+        content = io.BytesIO()
+        np.savez(content, **_batch(job, step))
+        name = f"batch-{step}-process-{rank}.npz"
+        write_atomically(directory / name, content.getvalue())
+    record = {
+        "step": error.step,
+        "loss": str(error.loss),  # JSON has no infinities
+        "checkpoint": checkpoint,
+        "batches": list(steps),
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "config": json.loads(config_lib.to_json(job.config)),
+    }
+    if rank == 0:
+        text = json.dumps(record, indent=2) + "\n"
+        write_atomically(directory / "failure.json", text)
+
+
+def _batch(job: Job, step: int) -> data.Batch:
+    """This process's rows of the batch of a step, counted from 1."""
+    batches = data.training_batches(
+        job.dataset,
+        job.config.batch_size,
+        job.config.seed,
+        start=step - 1,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        return next(batches)

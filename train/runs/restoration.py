@@ -1,0 +1,79 @@
+"""The checkpoint of a run that a command reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from train.engine import step as step_lib
+from train.config import validation
+from train.runs import workdir as workdir_lib
+from train.runs.checkpoints import Checkpoints
+from train.system.disk import CheckpointError
+from train.system.text import shown
+
+_STEP = flags.DEFINE_string(
+    "step", "best", "Which checkpoint: best, of test accuracy; last; or its step."
+)
+
+
+def config_of(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir, for the devices of this machine.
+
+    The batch is rounded up to a multiple of the devices, and not split further.
+
+    Raises:
+      ConfigError: there is no run, or its config cannot be run.
+    """
+    config = workdir_lib.read_config(workdir)
+    devices = jax.device_count()
+    with config.unlocked(), config.ignore_type():
+        config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    validation.validate(config)
+    config.workers = min(config.workers, validation.most_workers(config))
+    config.accumulate_steps = 1
+    config.batch_size = -(-config.batch_size // devices) * devices
+    return config
+
+
+def restore(
+    abstract: step_lib.State, workdir: Path, say: Callable[[str], None]
+) -> tuple[int, step_lib.State]:
+    """The step, and the state, of the checkpoint that `--step` names.
+
+    Args:
+      abstract: the state's shapes, dtypes and shardings.
+      workdir: of the run; nothing in it is changed.
+      say: is told which checkpoint it is.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    with workdir_lib.read_checkpoints(workdir, say) as checkpoints:
+        step = _choose(checkpoints, workdir)
+        say(f"{workdir}: the checkpoint of step {step}.")
+        state, _ = checkpoints.restore(step, abstract)
+    return step, state
+
+
+def _choose(checkpoints: Checkpoints, workdir: Path) -> int:
+    steps, wanted = checkpoints.steps(), _STEP.value
+    if not steps:
+        raise CheckpointError(f"{workdir} has no checkpoint.")
+    if wanted == "last":
+        return steps[-1]
+    if wanted == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise CheckpointError(
+                f"{workdir} has no checkpoint that was evaluated: take --step=last."
+            )
+        return best
+    if wanted not in map(str, steps):
+        raise CheckpointError(
+            f"--step={shown(wanted)}: {workdir} has best, last and "
+            f"{', '.join(map(str, steps))}."
+        )
+    return int(wanted)

@@ -1,0 +1,41 @@
+"""The last state of a run, and a batch to look at it with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from train.config import config as config_lib
+from train import data
+from train.engine import job as job_lib
+from train.engine import step as step_lib
+from train.runs import workdir as workdir_lib
+from train.system.disk import CheckpointError
+from train.engine.job import Job
+
+
+def load(
+    config: ConfigDict, workdir: Path, say: Callable[[str], None]
+) -> tuple[Job, step_lib.State, data.Batch]:
+    """The job, the state of the last checkpoint, and the first batch.
+
+    Args:
+      config: of the run.
+      workdir: of the run; nothing in it is changed.
+      say: is told of what is amiss with its checkpoints.
+
+    Raises:
+      CheckpointError: the last step has no checkpoint, or it cannot be read.
+      DataError: the dataset is not there, or damaged.
+    """
+    job = job_lib.prepare(config)
+    with workdir_lib.read_checkpoints(workdir, say) as checkpoints:
+        steps, total = checkpoints.steps(), config_lib.steps(config)[1]
+        if not steps or steps[-1] != total:
+            raise CheckpointError(
+                f"{workdir} has no checkpoint of step {total}, its last. Train it "
+                "again: train.main with the same config and --workdir takes the steps "
+                "after the last checkpoint that is there."
+            )
+        state, _ = checkpoints.restore(steps[-1], job.abstract)
+    return job, state, data.first_batch(job.dataset, config.batch_size, config.seed)

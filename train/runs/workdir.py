@@ -1,0 +1,133 @@
+"""The directory of a run: who writes it, its config and its checkpoints."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from train.config import config as config_lib
+from train.runs import lock, records
+from train.processes import collective
+from train.engine import step as step_lib
+from train.runs.checkpoints import Checkpoints
+from train.config.config import ConfigError
+from train.system.files import write_atomically
+from train.runs.lock import LockedError
+from train.runs.step_directories import is_step
+from train.system.text import lines
+
+_CONFIG_FILE = "config.json"
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    try:
+        return config_lib.from_json((workdir / _CONFIG_FILE).read_text())
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(
+            f"{workdir} holds no run that can be read: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def held(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Makes a workdir, and keeps other runs from it; leaves none that is empty.
+
+    Of several processes, the first does so, and all get its error.
+
+    Raises:
+      ConfigError: it cannot be made.
+      LockedError: another run writes there.
+    """
+    problem: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if collective.is_first():
+            try:
+                stack.enter_context(_made(workdir))
+                stack.enter_context(lock.held(workdir, say))
+            except OSError as error:
+                problem = ConfigError(f"Cannot write to {workdir}: {error}")
+            except LockedError as error:
+                problem = error
+        if collective.any_of(problem is not None):
+            raise problem or ConfigError(f"Process 0 cannot write to {workdir}.")
+        yield
+
+
+@contextlib.contextmanager
+def _made(workdir: Path) -> Iterator[None]:
+    new = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if new:
+            new.insert(0, workdir / "checkpoints")
+        for path in new:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Checks that the workdir holds a run of this config, or nothing of any.
+
+    Raises:
+      ConfigError: it holds a run of another config, or one without its checkpoints.
+    """
+    if any(is_step(path.name) for path in (workdir / "checkpoints").glob("*/")):
+        check_same(workdir, config)
+        return
+    # A run writes its first row after its first checkpoint.
+    if records.read(workdir / records.NAME):
+        raise ConfigError(
+            f"{workdir} holds the metrics of a run, and no checkpoint to go on from: "
+            "put checkpoints/ back, take another --workdir, or delete it to start over."
+        )
+
+
+def check_same(workdir: Path, config: ConfigDict) -> None:
+    """Checks that the run in a workdir is one of this config.
+
+    Raises:
+      ConfigError: it is one of another, or cannot be read.
+    """
+    before = config_lib.to_json(read_config(workdir))
+    if changed := config_lib.differences(before, config_lib.to_json(config)):
+        raise ConfigError(
+            f"{workdir} holds a run of another config. Take another --workdir, or "
+            f"delete it to start over. Changed:{lines(changed)}"
+        )
+
+
+def read_checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
+    """The checkpoints of a run, for a command that changes nothing on disk.
+
+    Args:
+      workdir: of the run.
+      say: is told of what is amiss with them.
+    """
+    return Checkpoints(
+        workdir / "checkpoints",
+        say,
+        read_only=True,
+        problem=lambda step, state, _: step_lib.problem(step, state),
+    )
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config into the workdir.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    if collective.is_first():
+        try:
+            write_atomically(workdir / _CONFIG_FILE, config_lib.to_json(config))
+        except OSError as error:
+            raise ConfigError(f"Cannot write to {workdir}: {error}") from error
+    collective.synchronise("claim")

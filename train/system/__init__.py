@@ -1,0 +1,1 @@
+"""Files, processes' children, text and the terminal."""

@@ -1,0 +1,104 @@
+"""What a run shows: a live bar on a terminal, plain lines elsewhere."""
+
+import math
+import time
+from types import TracebackType
+from typing import Self
+
+import rich.console
+import rich.progress
+
+from train.system.text import printable
+
+# Seconds between two lines of progress where there is no live bar.
+_PLAIN_INTERVAL = 30.0
+
+
+class Terminal:
+    """Shows the progress of one run at a time."""
+
+    def __init__(
+        self, console: rich.console.Console | None = None, *, quiet: bool = False
+    ) -> None:
+        """Writes to a console, by default standard output, or shows nothing."""
+        self._console = console or rich.console.Console(highlight=False, quiet=quiet)
+        self._bar: rich.progress.Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Prints a line (above the bar, if there is one)."""
+        # Not wrapped: a line of output is a line.
+        self._console.print(printable(text), markup=False, soft_wrap=True)
+
+    def start(self, name: str, step: int, total_steps: int) -> Self:
+        """Announces a run that goes on from a step; to be used as a context."""
+        self._name, self._total_steps = name, total_steps
+        self._said = time.monotonic()
+        if self._console.is_terminal:
+            self._bar = _live_bar(self._console)
+            self._task = self._bar.add_task(
+                name,
+                completed=step,
+                total=total_steps,
+                loss="-",
+                accuracy="-",
+                rate="-",
+            )
+        return self
+
+    def update(self, step: int, loss: float, accuracy: float, rate: float) -> None:
+        """Shows where the run is.
+
+        Args:
+          step: how many steps have been done.
+          loss: mean of the epoch so far; NaN while there is none.
+          accuracy: likewise, in [0, 1].
+          rate: images a second, of the epoch so far.
+        """
+        if math.isnan(loss):
+            return
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=step,
+                loss=f"{loss:.3f}",
+                accuracy=f"{accuracy:.1%}",
+                rate=f"{rate:,.0f}",
+            )
+            return
+        now = time.monotonic()
+        if now - self._said < _PLAIN_INTERVAL:
+            return
+        self._said = now
+        self.say(
+            f"{self._name}  step {step}/{self._total_steps}  loss {loss:.3f}  "
+            f"accuracy {accuracy:.1%}  {rate:,.0f} images/s"
+        )
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _live_bar(console: rich.console.Console) -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("loss {task.fields[loss]}"),
+        rich.progress.TextColumn("accuracy {task.fields[accuracy]}"),
+        rich.progress.TextColumn("{task.fields[rate]} images/s"),
+        rich.progress.TextColumn("ETA"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    )
