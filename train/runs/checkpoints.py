@@ -9,11 +9,11 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from train.processes.collective import any_of, is_first, synchronise
+from train.processes.waiting import Background, WaitError
 from train.runs import checksums, step_directories
 from train.system import text
 from train.system.disk import CheckpointError, check_room
-from train.processes.collective import any_of, is_first, synchronise
-from train.processes.waiting import Background, WaitError
 
 # How many of the newest are kept, beside the best.
 _LATEST = 2

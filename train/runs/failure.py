@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from train.config import config as config_lib
 from train import data
-from train.system.files import write_atomically
+from train.config import config as config_lib
 from train.engine.job import Job
 from train.engine.meter import NonFiniteLossError
+from train.system.files import write_atomically
 
 _DIRECTORY = "failure"
 

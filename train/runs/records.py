@@ -6,8 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from train.system import tables, text
 from train.runs.events import Events
+from train.system import tables, text
 from train.system.files import write_atomically
 
 NAME = "metrics.csv"

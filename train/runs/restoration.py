@@ -7,8 +7,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from train.engine import step as step_lib
 from train.config import validation
+from train.engine import step as step_lib
 from train.runs import workdir as workdir_lib
 from train.runs.checkpoints import Checkpoints
 from train.system.disk import CheckpointError

@@ -8,8 +8,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from train.config import config as config_lib
-from train.runs import failure, records, workdir
 from train.config.config import ConfigError
+from train.runs import failure, records, workdir
 from train.runs.records import Row
 
 # What a variant may be; all else is alike in runs that are compared.

@@ -6,8 +6,8 @@ Of several processes, the first alone changes anything.
 import shutil
 from pathlib import Path
 
-from train.system.disk import CheckpointError
 from train.processes.collective import is_first
+from train.system.disk import CheckpointError
 
 # The end of a name that Orbax gives until all is written, and this program until all is
 # removed.

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train.config import config as config_lib
 from train import data
+from train.config import config as config_lib
 from train.engine import job as job_lib
 from train.engine import step as step_lib
+from train.engine.job import Job
 from train.runs import workdir as workdir_lib
 from train.system.disk import CheckpointError
-from train.engine.job import Job
 
 
 def load(

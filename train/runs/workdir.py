@@ -7,14 +7,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from train.config import config as config_lib
-from train.runs import lock, records
-from train.processes import collective
-from train.engine import step as step_lib
-from train.runs.checkpoints import Checkpoints
 from train.config.config import ConfigError
-from train.system.files import write_atomically
+from train.engine import step as step_lib
+from train.processes import collective
+from train.runs import lock, records
+from train.runs.checkpoints import Checkpoints
 from train.runs.lock import LockedError
 from train.runs.step_directories import is_step
+from train.system.files import write_atomically
 from train.system.text import lines
 
 _CONFIG_FILE = "config.json"
