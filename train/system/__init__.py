@@ -1,1 +1,1 @@
-"""Files, processes' children, text and the terminal."""
+"""Helpers around the operating system: files, disks, child processes and output."""

@@ -1,4 +1,4 @@
-"""The processes that this one started, where the system lists them, as Linux does."""
+"""Child processes of this process, read from `/proc` (none on systems without it)."""
 
 import contextlib
 import os
@@ -6,24 +6,27 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-# In the command line of a process that `multiprocessing` spawns.
+# Appears in the command line of each process that `multiprocessing` spawns.
 _SPAWNED = b"spawn_main"
 
 
 def children() -> Iterator[int]:
-    """Yields the number of each child that runs, or has ended and not been waited for.
+    """Yields the process ID of each child, running or ended but not yet waited for.
 
-    Grain starts workers in threads of its own, and `multiprocessing` knows a worker
-    only when it has started.
+    Reads the children of every thread, since Grain starts its workers from threads.
+    `multiprocessing.active_children` lists a worker only once it has started.
     """
-    for listed in Path("/proc/self/task").glob("*/children"):
+    for children_file in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread has ended
-            yield from map(int, listed.read_text().split())
+            yield from map(int, children_file.read_text().split())
 
 
 def end_workers() -> None:
-    """Kills all workers: one that starts prints a trace when this process ends."""
+    """Kills all worker processes.
+
+    A worker that is still starting would print a traceback when this process ends.
+    """
     for child in children():
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the child has ended
             if _SPAWNED in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(child, signal.SIGKILL)

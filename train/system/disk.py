@@ -1,43 +1,45 @@
-"""Room for what a run writes."""
+"""Checks of free disk space before checkpoints are written."""
 
 import shutil
 import tempfile
 from pathlib import Path
 
-# Two latest checkpoints, the best, and the one being written.
-_COPIES = 4
+# The two latest checkpoints, the best one, and the one being written.
+_MAX_CHECKPOINTS = 4
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read, and what to do."""
+    """Raised when a checkpoint cannot be written or read; the message advises the user."""
 
 
 def check_writable(directory: Path, state_bytes: int) -> None:
-    """Checks that the checkpoints of a run can be written into a directory.
+    """Checks that a directory is writable and has room for all checkpoints of a run.
+
+    Files that the directory already holds count towards the space of four checkpoints.
 
     Args:
-      directory: of the checkpoints, which may be there already; it is made if need be.
-      state_bytes: size of what one of them holds.
+      directory: directory of the checkpoints; created if it does not exist.
+      state_bytes: size of the state in one checkpoint, in bytes.
 
     Raises:
-      CheckpointError: nothing can be written there, or there is too little room.
+      CheckpointError: the directory cannot be written, or the disk has too little room.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
             file.flush()
-        there = _bytes_in(directory)
+        existing_bytes = _bytes_in(directory)
     except OSError as error:
         raise CheckpointError(f"Cannot write to {directory}: {error}") from error
-    check_room(directory, _COPIES * state_bytes - there)
+    check_room(directory, _MAX_CHECKPOINTS * state_bytes - existing_bytes)
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """Checks that so many bytes can be written into a directory.
+    """Checks that a directory is writable and its disk has `needed` bytes free.
 
     Raises:
-      CheckpointError: nothing can be written there, or there is too little room.
+      CheckpointError: the directory cannot be written, or the disk has too little room.
     """
     try:
         with tempfile.TemporaryFile(dir=directory):
@@ -46,14 +48,14 @@ def check_room(directory: Path, needed: int) -> None:
         raise CheckpointError(f"Cannot write to {directory}: {error}") from error
     if free < needed:
         raise CheckpointError(
-            f"{directory} has room for {_size(free)}, and checkpoints will take "
-            f"{_size(needed)}. Make room, or take a --workdir on "
+            f"{directory} has room for {_with_unit(free)}, and checkpoints will take "
+            f"{_with_unit(needed)}. Make room, or take a --workdir on "
             "another disk. What is there stays, and the same command goes on from it."
         )
 
 
-def _size(count: int) -> str:
-    """Returns a number of bytes in the largest unit of which there is one."""
+def _with_unit(count: int) -> str:
+    """Returns a number of bytes as text: 1023 -> "1,023 bytes", 1536 -> "1.5 KiB"."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:,.1f}".removesuffix(".0") + f" {unit}"
@@ -63,5 +65,5 @@ def _size(count: int) -> str:
 def _bytes_in(directory: Path) -> int:
     try:
         return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-    except FileNotFoundError:  # another process removes what is half-written
+    except FileNotFoundError:  # another process is removing half-written files
         return 0

@@ -1,13 +1,14 @@
-"""Files that are whole or absent."""
+"""Atomic writing of files: a file is complete or absent."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old one or the new one.
+    """Writes a file atomically: readers see the old or the new content, never a part.
 
-    Of several processes that write it, one is the last.
+    A crash leaves one of the two as well. When several processes write the same file,
+    the last one wins.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content

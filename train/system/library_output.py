@@ -1,4 +1,4 @@
-"""Keeps from the terminal the lines that libraries print of their own."""
+"""Suppression of the log lines and tracebacks that libraries print."""
 
 import sys
 import threading
@@ -8,23 +8,24 @@ from absl import logging
 
 
 def quieten() -> None:
-    """Has libraries print neither log lines nor the errors of their threads.
+    """Silences the log lines of libraries and the errors of their threads.
 
-    What they fail at they also raise, here, and it is told in one line.
+    Libraries raise the same errors in the main thread, and the command reports an error
+    there in one line.
     """
     logging.set_verbosity(logging.FATAL)
     threading.excepthook = _ignore
     sys.unraisablehook = _ignore
-    sys.excepthook = _of_main_thread
+    sys.excepthook = _print_in_main_thread
 
 
-def _of_main_thread(
+def _print_in_main_thread(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    # TensorStore's threads come here, too.
+    # TensorStore calls this hook for errors of its own threads, too.
     if threading.current_thread() is threading.main_thread():
         sys.__excepthook__(kind, error, trace)
 
 
 def _ignore(_: object) -> None:
-    """Prints nothing."""
+    pass

@@ -1,4 +1,4 @@
-"""Names of files and directories that a user gave."""
+"""Paths of files and directories that a user typed."""
 
 from pathlib import Path
 
@@ -6,20 +6,20 @@ from train.system.text import shown
 
 
 class PathError(ValueError):
-    """A text that cannot be the name of a file."""
+    """Raised for a text that cannot be the name of a file."""
 
 
 def named(text: str) -> Path:
-    """The path that a user named; `~` stands for a home directory.
+    """Returns the path that a user typed, with `~` or `~user` as a home directory.
 
     Raises:
-      PathError: it is too long, has a zero byte, or is of a user that there is not.
+      PathError: the text is too long, has a zero byte, or names an unknown user.
     """
     try:
         path = Path(text).expanduser()
         path.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return path  # which is told where it is used
+        return path  # the code that opens the path reports these errors
     except (OSError, RuntimeError, ValueError) as error:
         raise PathError(
             f"{shown(text)} is no name of a file: {shown(error)}"

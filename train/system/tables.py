@@ -1,4 +1,4 @@
-"""Tables as text."""
+"""Tables as text, in CSV and in Markdown."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """A table in CSV; what a row does not have is empty."""
+    """Returns a table in CSV; cells for columns that a row lacks are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -16,6 +16,6 @@ def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def to_markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown, of rows of as many cells as the header."""
-    every = (header, ["---"] * len(header), *rows)
-    return [f"| {' | '.join(cells)} |" for cells in every]
+    """Returns the lines of a Markdown table; each row has as many cells as `header`."""
+    all_rows = (header, ["---"] * len(header), *rows)
+    return [f"| {' | '.join(cells)} |" for cells in all_rows]

@@ -1,4 +1,4 @@
-"""What a run shows: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -10,7 +10,7 @@ import rich.progress
 
 from train.system.text import printable
 
-# Seconds between two lines of progress where there is no live bar.
+# Seconds between two lines of progress when no live bar is shown.
 _PLAIN_INTERVAL = 30.0
 
 
@@ -20,19 +20,30 @@ class Terminal:
     def __init__(
         self, console: rich.console.Console | None = None, *, quiet: bool = False
     ) -> None:
-        """Writes to a console, by default standard output, or shows nothing."""
+        """Uses a console, by default that of standard output.
+
+        Args:
+          console: where output goes.
+          quiet: whether the default console shows nothing.
+        """
         self._console = console or rich.console.Console(highlight=False, quiet=quiet)
         self._bar: rich.progress.Progress | None = None
 
     def say(self, text: str) -> None:
-        """Prints a line (above the bar, if there is one)."""
-        # Not wrapped: a line of output is a line.
+        """Prints a line, above the live bar if one is shown."""
+        # soft_wrap: Rich must not break a long line into several.
         self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def start(self, name: str, step: int, total_steps: int) -> Self:
-        """Announces a run that goes on from a step; to be used as a context."""
+        """Prepares the progress of a run from a step on, for use in a `with` statement.
+
+        Args:
+          name: name of the run.
+          step: number of steps already done.
+          total_steps: number of steps of the whole run.
+        """
         self._name, self._total_steps = name, total_steps
-        self._said = time.monotonic()
+        self._last_line_time = time.monotonic()
         if self._console.is_terminal:
             self._bar = _live_bar(self._console)
             self._task = self._bar.add_task(
@@ -46,13 +57,13 @@ class Terminal:
         return self
 
     def update(self, step: int, loss: float, accuracy: float, rate: float) -> None:
-        """Shows where the run is.
+        """Shows the progress, on plain output at most once in 30 seconds.
 
         Args:
-          step: how many steps have been done.
-          loss: mean of the epoch so far; NaN while there is none.
-          accuracy: likewise, in [0, 1].
-          rate: images a second, of the epoch so far.
+          step: number of steps done.
+          loss: mean loss since the last evaluation; nothing is shown while it is NaN.
+          accuracy: accuracy since the last evaluation, in [0, 1].
+          rate: images a second since the last evaluation.
         """
         if math.isnan(loss):
             return
@@ -66,9 +77,9 @@ class Terminal:
             )
             return
         now = time.monotonic()
-        if now - self._said < _PLAIN_INTERVAL:
+        if now - self._last_line_time < _PLAIN_INTERVAL:
             return
-        self._said = now
+        self._last_line_time = now
         self.say(
             f"{self._name}  step {step}/{self._total_steps}  loss {loss:.3f}  "
             f"accuracy {accuracy:.1%}  {rate:,.0f} images/s"

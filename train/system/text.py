@@ -1,31 +1,37 @@
-"""Text from outside in messages: short, and without control characters."""
+"""Messages that quote text from outside: shortened, without control characters."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
 
-# Characters of a name, and names of a list, that are shown.
-_LONGEST = 100
-_MOST = 10
+# Characters that are shown of a text, and items that are shown of a list.
+_MAX_CHARACTERS = 100
+_MAX_ITEMS = 10
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    r"""Returns the text with its control characters escaped, but for "\n" and "\t".
+    r"""Returns the text with its control characters escaped, except "\n" and "\t".
 
-    A terminal would otherwise do what they say.
+    A terminal would otherwise obey them: "\x1b[31m" colours the text that follows.
     """
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def shown(
-    value: object, longest: int = _LONGEST, write: Callable[[object], str] = str
+    value: object, longest: int = _MAX_CHARACTERS, write: Callable[[object], str] = str
 ) -> str:
-    """Returns a text or a number on one line, its middle left out where it is long."""
+    """Returns a value as one line of text, without its middle if it is too long.
+
+    Args:
+      value: the value, usually a text or a number.
+      longest: number of characters that are shown of the value.
+      write: converts the value to text.
+    """
     try:
         text = write(value)
-    except Exception as error:  # Python writes no whole number of 5,000 digits
+    except Exception as error:  # Python refuses to write an integer of 5,000 digits
         text = f"one {type(value).__name__} ({error})"
     text = printable(text).replace("\n", "\\n")
     if len(text) <= longest:
@@ -34,20 +40,20 @@ def shown(
 
 
 def literal(value: object) -> str:
-    """Returns a value as `shown`, with the quotes that a text has in Python."""
+    """Returns the `repr` of a value, shortened like `shown`."""
     return shown(value, write=repr)
 
 
 def names(values: Iterable[object]) -> str:
-    """Returns the first of some names, and how many there are beside them."""
+    """Returns the first ten values, comma-separated, and the number of the others."""
     values = [*values]
-    more = f" and {len(values) - _MOST} more" if len(values) > _MOST else ""
-    return ", ".join(map(shown, values[:_MOST])) + more
+    more = f" and {len(values) - _MAX_ITEMS} more" if len(values) > _MAX_ITEMS else ""
+    return ", ".join(map(shown, values[:_MAX_ITEMS])) + more
 
 
 def lines(values: Collection[str]) -> str:
-    """Returns the first of some lines, each indented, and how many there are beside."""
-    shown_lines = [*values][:_MOST]
-    if len(values) > _MOST:
-        shown_lines.append(f"... and {len(values) - _MOST} more")
+    """Returns the first ten lines, each indented, and the number of the others."""
+    shown_lines = [*values][:_MAX_ITEMS]
+    if len(values) > _MAX_ITEMS:
+        shown_lines.append(f"... and {len(values) - _MAX_ITEMS} more")
     return "".join(f"\n  {line}" for line in shown_lines)
