@@ -1,4 +1,4 @@
-"""Arrays that may be differentiated once, and no more."""
+"""An error in place of a wrong second derivative, `once`."""
 
 import functools
 
@@ -10,20 +10,20 @@ _PLAIN = "the plain Flax layer or jax.nn function"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def once(x: Array, what: str, instead: str = _PLAIN) -> Array:
-    """Returns `x`, for a rule that stores something of it without a derivative.
+    """Returns `x`, and raises an error where the result is differentiated.
 
-    To differentiate the rule, which is to differentiate a second time, would leave out
-    what reaches the gradient through the stored values: it would be wrong without a
-    word. A gradient that is detached (`jax.lax.stop_gradient`) nobody differentiates,
-    though it stands in a function that is differentiated.
+    It is for the inputs of a backward pass whose residuals have no derivative, such as
+    codes of 8 bits. A second derivative would silently lack the part of the gradient
+    that depends on `x` through the residuals. A gradient under `jax.lax.stop_gradient`
+    raises no error, as it is not differentiated.
 
     Args:
-      x: an array that the rule is given or rebuilds.
-      what: the operation, as the error names it.
-      instead: the remedy, as the error names it.
+      x: an array that the backward pass is given or rebuilds.
+      what: the operation, for the error message.
+      instead: what to use in its place, for the error message.
 
     Raises:
-      TypeError: where it is differentiated; in forward mode JAX's own.
+      TypeError: it is differentiated; in forward mode, JAX's own error.
     """
     del what, instead
     return x
@@ -37,7 +37,7 @@ def _forward(x: Array, what: str, instead: str) -> tuple[Array, None]:
 def _backward(
     what: str, instead: str, residuals: None, cotangent: Array
 ) -> tuple[Array]:
-    # A cotangent that is zero, as of a gradient that is detached, does not get here.
+    # JAX does not call this for a cotangent of zero, as under `jax.lax.stop_gradient`.
     del residuals, cotangent
     raise TypeError(
         f"{what} has no second derivative (jax.hessian, jax.grad of jax.grad): what it "

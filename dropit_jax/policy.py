@@ -1,4 +1,4 @@
-"""The `DropIT` policy: how much of a layer's input is kept."""
+"""`DropIT`, the policy by which a layer stores its input for the backward pass."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ ValueDtype = Literal["bfloat16", "float16", "int8", "int4", "int2"]
 Rounding = Literal["nearest", "stochastic"]
 Fill = Literal["zero", "mean"]
 
-# Every value that a field may take.
+# The values that each field may take.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "strategy": ("min_k", "random"),
     "granularity": ("element", "channel"),
@@ -28,19 +28,19 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
 _CODE_BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 # `(1 - rate) * size` may miss a whole number by a rounding error: (1 - 0.9) * 10 is
-# 0.9999999999999998, and one element of ten is meant.
+# 0.9999999999999998, where one element of ten is to be kept.
 _ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class DropIT:
-    """How a layer keeps its input for its weight gradient (paper §3.2, §3.3).
+    """How a layer stores its input for its weight gradient (paper §3.2, §3.3).
 
     The policy is immutable and hashable, so it can be a module's field and a static
-    argument of a jitted function. It is checked when it is made.
+    argument of a jitted function. Its fields are checked when it is created.
 
     Attributes:
-      rate: the dropping rate γ, the fraction of every cached tensor that is dropped;
+      rate: the dropping rate γ, the fraction of each stored input that is dropped;
         `0 <= rate < 1`. At 0 the layer is the plain Flax layer.
       strategy: which elements are dropped: `"min_k"`, those of smallest magnitude, or
         `"random"`, a uniform sample, for which the operation needs a PRNG key.
@@ -48,32 +48,32 @@ class DropIT:
         (`"channel"`), the same ones for the whole batch; min-k ranks them by their L2
         norm over batch and positions. Fields about chunks and positions do not apply
         to channels.
-      chunk_size: the selection's D. Each sample (each slice along the leading axis) is
-        flattened and cut into chunks of D consecutive elements, the last one shorter
-        if need be, and every chunk selects on its own, so that no chunk crosses a
-        sample. `None` makes one selection over the whole tensor.
-      encoding: how the kept positions are stored: `"index"`, one index of the smallest
-        width that holds D for each kept element; `"bitmap"`, one bit for each
-        element of the tensor; `"auto"`, the smaller of the two.
-      selection: how the largest of a chunk are found: `"auto"`, by the fastest exact
-        method for this D, on an NVIDIA GPU a kernel of our own; `"xla"`, without that
-        kernel; `"top_k"`, by `lax.top_k` to the letter. All keep the same elements;
-        in chunks of more than 64 by index, only `"top_k"` stores them by magnitude.
+      chunk_size: the number of elements in a chunk, D. Each sample (each slice along
+        the leading axis) is flattened and cut into chunks of D consecutive elements,
+        the last one shorter if need be, so that no chunk crosses a sample; each chunk
+        selects on its own. `None` makes one chunk of the whole input.
+      encoding: how the kept positions are stored: `"index"`, for each kept element an
+        index of 4, 8, 16 or 32 bits, the fewest that hold D - 1; `"bitmap"`, one bit
+        for each element of the input; `"auto"`, the smaller of the two.
+      selection: how the largest elements of a chunk are found: `"auto"`, by the fastest
+        exact method for this D, on an NVIDIA GPU a GPU kernel of this library; `"xla"`,
+        without that GPU kernel; `"top_k"`, by `lax.top_k` alone. All keep the same
+        elements; with `"index"` and D > 64, only `"top_k"` stores them by magnitude.
       value_dtype: the type in which kept values are stored; `None`: the activation's.
-        What `"float16"` does not hold (beyond 65504) becomes infinity there.
+        With `"float16"`, values beyond 65504 become infinity.
         The integer types are unsigned codes, packed, with a minimum and a scale for
         every group of kept values.
-      group_size: kept values in a group that shares a minimum and a scale (4 bytes
+      group_size: the number of kept values that share a minimum and a scale (4 bytes
         together). A group never crosses a sample.
-      rounding: how a value becomes a code: `"nearest"`, or `"stochastic"`, unbiased
-        within the group's range, for which the operation needs a PRNG key.
-      fill: what a dropped element is rebuilt as: `"zero"` (the paper), or `"mean"`,
-        the mean of the dropped elements of its sample and channel, which is cached
-        too.
+      rounding: how a value is rounded to a code: `"nearest"`, or `"stochastic"`,
+        unbiased within the group's range, for which the operation needs a PRNG key.
+      fill: the value of a dropped element in the backward pass: `"zero"` (the paper),
+        or `"mean"`, the mean of the dropped elements of its sample and channel, which
+        is stored too.
 
     Raises:
-      ValueError: a field's value is unknown, out of range, or without meaning beside
-        another's.
+      ValueError: a field's value is unknown, out of range, or without meaning together
+        with another's.
       TypeError: a field's value has the wrong type.
     """
 
@@ -113,33 +113,33 @@ class DropIT:
 
     @property
     def code_bits(self) -> int | None:
-        """Bits of the codes that kept values are stored as; `None` for floats."""
+        """The bits of a code of a kept value; `None` where values are floats."""
         return None if self.value_dtype is None else _CODE_BITS.get(self.value_dtype)
 
     @property
     def needs_key(self) -> bool:
-        """Whether a PRNG key decides what is cached."""
+        """Whether the stored arrays depend on a PRNG key."""
         return self.strategy == "random" or self.rounding == "stochastic"
 
     @property
     def per_channel(self) -> bool:
-        """Whether the policy tells channels apart, not elements alone."""
+        """Whether the policy needs to know the axis of the channels."""
         return self.granularity == "channel" or self.fill == "mean"
 
     def kept(self, size: int) -> int:
-        """How many of `size` elements that select together are kept.
+        """Returns how many of the `size` elements of a selection are kept.
 
         `k = max(1, floor((1 - rate) · size))`: rounded down as in the paper (§3.3),
-        but never to nothing.
+        but at least 1.
         """
         return min(size, max(1, math.floor((1.0 - self.rate) * size + _ROUNDING)))
 
 
 def check_policy(dropit: Any) -> None:
-    """Refuses what is no policy.
+    """Checks that `dropit` is a policy.
 
     Raises:
-      TypeError: it is none.
+      TypeError: it is not one.
     """
     if not isinstance(dropit, DropIT):
         raise TypeError(
@@ -149,10 +149,10 @@ def check_policy(dropit: Any) -> None:
 
 
 def _written(value: Any) -> str:
-    """Returns the representation of a value, its middle left out where it is long."""
+    """Returns the `repr` of a value; of a long one, the two ends."""
     try:
         text = repr(value)
-    except ValueError:  # of a number with more digits than Python writes
+    except ValueError:  # Python limits the digits of a number
         return f"one {type(value).__name__} of very many digits"
     return text if len(text) <= 200 else f"{text[:80]}...{text[-80:]}"
 
@@ -160,7 +160,7 @@ def _written(value: Any) -> str:
 def _checked_rate(rate: Any) -> float:
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(f"DropIT.rate must be a number, got {_written(rate)}.")
-    value: Any = rate  # which `float` may not hold
+    value: Any = rate  # not yet a float: `float` raises for numbers that are too large
     if not 0 <= value < 1:
         raise ValueError(
             f"DropIT.rate must be in [0, 1), got {_written(rate)}: it is the "
@@ -184,7 +184,7 @@ def _checked_size(field: str, size: Any, alternative: str = "") -> int:
 
 
 def _dtype_name(value_dtype: Any) -> Any:
-    """The name of a dtype given as an object (`jnp.bfloat16`); anything else as is."""
+    """Returns the name of a dtype such as `jnp.bfloat16`; anything else as it is."""
     if value_dtype is None or isinstance(value_dtype, str):
         return value_dtype
     try:
@@ -194,7 +194,7 @@ def _dtype_name(value_dtype: Any) -> Any:
 
 
 def _check_choice(field: str, value: Any) -> None:
-    # An array is equal to some of them, element by element.
+    # The type first: an array would be compared element by element.
     if not isinstance(value, str | None) or value not in _KNOWN[field]:
         known = ", ".join(map(repr, _KNOWN[field]))
         raise ValueError(

@@ -1,6 +1,6 @@
-"""A brute-force twin of what is cached, in plain NumPy and Python loops.
+"""A brute-force reference of the residuals, in plain NumPy and Python loops.
 
-It shares no code with the library and follows its definition to the letter.
+It shares no code with the library and follows the definitions literally.
 """
 
 import fractions
@@ -13,13 +13,13 @@ import numpy as np
 
 
 def kept(size, rate):
-    """k = max(1, floor((1 - rate) * size)), in exact decimal arithmetic."""
+    """Returns k = max(1, floor((1 - rate) * size)), in exact arithmetic."""
     share = 1 - fractions.Fraction(str(rate))
     return max(1, math.floor(share * size))
 
 
 def chunks(shape, chunk_size):
-    """The chunks of a tensor, each a list of flat indices."""
+    """Returns the chunks of an array, each as a list of flat indices."""
     size = math.prod(shape)
     if chunk_size is None:
         return [list(range(size))]
@@ -36,9 +36,9 @@ def chunks(shape, chunk_size):
 
 
 def rows(shape, chunk_size):
-    """How many rows a tensor is stored in; the last byte of each is filled up.
+    """Returns the number of rows of an array, which are stored in whole bytes each.
 
-    A row is the last axis where chunks line up with it, and a sample otherwise.
+    A row is the last axis where the chunk size divides that, and a sample otherwise.
     """
     if chunk_size is None:
         return 1
@@ -48,13 +48,16 @@ def rows(shape, chunk_size):
 
 
 def packed_bytes(shape, chunk_size, count, bits):
-    """Bytes of `count` codes of a tensor that is cut into chunks."""
+    """Returns the bytes of `count` packed codes of an array, each of `bits` bits.
+
+    For example, 3 codes of 4 bits in each of 2 rows are 2 * 2 bytes.
+    """
     per_row = count // rows(shape, chunk_size)
     return rows(shape, chunk_size) * math.ceil(per_row * bits / 8)
 
 
 def position_bytes(shape, rate, chunk_size):
-    """Bytes of the positions as indices and as a bitmap."""
+    """Returns the bytes of the positions as indices, and as a bitmap."""
     cut = chunks(shape, chunk_size)
     count = sum(kept(len(chunk), rate) for chunk in cut)
     longest = max(len(chunk) for chunk in cut)
@@ -66,19 +69,19 @@ def position_bytes(shape, rate, chunk_size):
 
 
 def magnitudes(x):
-    """|x| as integers of the same order, NaN above infinity."""
+    """Returns integers in the order of |x|, with NaN above infinity."""
     bits = np.asarray(x).view(f"u{np.asarray(x).dtype.itemsize}")
     return bits & (np.iinfo(bits.dtype).max >> 1)
 
 
 def top_k(x, k):
-    """Indices of the k largest magnitudes of a vector, ties to the lower index."""
+    """Returns the indices of the k largest magnitudes, ties to the lower index."""
     keys = magnitudes(x).tolist()
     return sorted(range(len(keys)), key=lambda i: (-keys[i], i))[:k]
 
 
 def kept_indices(x, rate, chunk_size):
-    """The flat indices kept of each chunk of x, largest magnitude first."""
+    """Returns the kept flat indices of each chunk of x, largest magnitude first."""
     flat = np.asarray(x).reshape(-1)
     return [
         [chunk[i] for i in top_k(flat[chunk], kept(len(chunk), rate))]
@@ -87,7 +90,7 @@ def kept_indices(x, rate, chunk_size):
 
 
 def sparse(x, rate, chunk_size):
-    """The activation as the backward pass rebuilds it."""
+    """Returns the activation as the backward pass rebuilds it."""
     flat = np.asarray(x).reshape(-1)
     rebuilt = np.zeros_like(flat)
     for i in itertools.chain.from_iterable(kept_indices(x, rate, chunk_size)):
@@ -96,7 +99,10 @@ def sparse(x, rate, chunk_size):
 
 
 def kept_channels(x, rate):
-    """Indices of the channels of largest L2 norm, ties to the lower index, in order."""
+    """Returns the sorted indices of the channels of largest L2 norm.
+
+    Ties go to the lower index.
+    """
     columns = np.asarray(x, np.float64).reshape(-1, x.shape[-1]).T.tolist()
     energies = [math.fsum(value**2 for value in column) for column in columns]
     order = sorted(range(len(columns)), key=lambda i: (-energies[i], i))
@@ -104,7 +110,7 @@ def kept_channels(x, rate):
 
 
 def sparse_channels(x, indices):
-    """The activation with these channels alone."""
+    """Returns the activation with zero in all other channels."""
     rebuilt = np.zeros_like(x)
     for i in indices:
         rebuilt[..., i] = x[..., i]
@@ -112,18 +118,24 @@ def sparse_channels(x, indices):
 
 
 def dropped_means(x, mask):
-    """The mean of what the mask leaves out of each sample and channel; 0 for none."""
+    """Returns the means of the dropped elements: (n, ..., c) -> (n, c).
+
+    The mask has the kept elements. Where none are dropped the mean is 0.
+    """
     x, mask = np.asarray(x, np.float64), np.asarray(mask)
     means = np.zeros((x.shape[0], x.shape[-1]))
     for sample, channel in np.ndindex(*means.shape):
-        left_out = x[sample, ..., channel][~mask[sample, ..., channel]].tolist()
-        if left_out:
-            means[sample, channel] = math.fsum(left_out) / len(left_out)
+        dropped = x[sample, ..., channel][~mask[sample, ..., channel]].tolist()
+        if dropped:
+            means[sample, channel] = math.fsum(dropped) / len(dropped)
     return means
 
 
 def codes(packed, shape, group_size, bits):
-    """The codes in packed bytes, row after row, the first in the lowest bits."""
+    """Returns the codes of packed bytes, row after row, the first in the lowest bits.
+
+    For example, one row of 0x21 and 0x03 has the codes of 4 bits 1, 2, 3.
+    """
     per_row = math.prod(shape) // rows(shape, group_size)
     result = []
     for row in np.asarray(packed).reshape(rows(shape, group_size), -1):
@@ -133,7 +145,7 @@ def codes(packed, shape, group_size, bits):
 
 
 def dequantized(quantized):
-    """minimum + code · scale, group by group, in float64."""
+    """Returns minimum + code · scale, group by group, in float64."""
     shape, group_size = quantized.shape, quantized.group_size
     unpacked = codes(quantized.codes, shape, group_size, quantized.bits)
     minima, scales = (
@@ -148,7 +160,10 @@ def dequantized(quantized):
 
 
 def activation(seed, shape, dtype=jnp.float32):
-    """Normal numbers with ties, zeros, infinities, NaN and a denormal strewn in."""
+    """Returns normal numbers, 30 % of them replaced by special values.
+
+    These are ties, zeros, infinities, NaN and a denormal number.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape).astype(np.float32)
     special = [0.0, -0.0, 1.5, -1.5, np.nan, np.inf, -np.inf, 1e-42]
@@ -158,20 +173,20 @@ def activation(seed, shape, dtype=jnp.float32):
 
 
 def finite(seed, shape, dtype=jnp.float32):
-    """Normal numbers, half of them zero, as after a ReLU."""
+    """Returns normal numbers after a ReLU, half of them zero."""
     x = jax.nn.relu(jax.random.normal(jax.random.key(seed), shape))
     return x.astype(dtype)
 
 
 def integers(seed, shape, dtype=jnp.float32):
-    """Whole numbers from -8 to 8 without 0, whose sums of squares are exact."""
+    """Returns integers from -8 to 8 without 0, whose sums of squares are exact."""
     rng = np.random.default_rng(seed)
     x = rng.integers(1, 9, shape) * rng.choice([-1, 1], shape)
     return np.asarray(jnp.asarray(x, dtype))
 
 
 def assert_same_bits(actual, expected):
-    """Equality of dtype, shape and every bit: -0.0 is not 0.0, NaN is NaN."""
+    """Checks that dtype, shape and all bits are equal: -0.0 is not 0.0, NaN is NaN."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape

@@ -1,8 +1,8 @@
-"""Compression kernels: the activation is read once, what is kept is written.
+"""GPU kernels that compress: they read the activation once and write the residual.
 
-A block is (rows, columns) in registers, a chunk a row, padded to powers of two, which
-is what Triton takes. Floats are given by the integers of their bits, by which they are
-compared and moved: -0.0, denormal numbers and NaN come through.
+A block is (rows, columns) in registers, with one chunk in each row and both axes padded
+to powers of two, as Triton needs. Floats are compared and moved as the integers of
+their bits, which keeps -0.0, denormal numbers and NaN.
 """
 
 import functools
@@ -25,11 +25,11 @@ _Integers = Int32[Array, "rows columns"]
 _Column = Int32[Array, "rows 1"]
 _Mask = Bool[Array, "rows columns"]
 
-# Elements of a block of small chunks: 16 for each thread of 4 warps.
+# The elements of a block of small chunks: 16 for each thread of 4 warps.
 _BLOCK = 2048
 _WARPS = 4
 
-# Elements of a large chunk for each warp: 32 for each thread.
+# The elements of a large chunk for each warp: 32 for each thread.
 _PER_WARP = 1024
 
 
@@ -39,16 +39,16 @@ def compress(
     """Keeps the largest magnitudes of each chunk, in one pass.
 
     Args:
-      x: `elements` is `plan.unit * plan.size`: whole chunks.
-      plan: how they are stored.
-      interpret: whether the kernel is emulated, on any device.
+      x: whole units, `elements = plan.unit * plan.size`.
+      plan: how chunks are stored.
+      interpret: whether the GPU kernel is emulated, on any device.
 
     Returns:
       The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
       (*rows, units, plan.positions).
 
     Raises:
-      ValueError: there is no kernel for this, or `x` does not consist of whole units.
+      ValueError: there is no GPU kernel for this, or `x` is not of whole units.
     """
     elements = plan.unit * plan.size
     plans.check(x.dtype, plan, x.size // elements)
@@ -78,7 +78,7 @@ def _launch(
     outputs: list[jax.ShapeDtypeStruct],
     interpret: bool,
 ) -> Sequence[Array]:
-    """Runs the kernel for this size over all chunks, given by their bits."""
+    """Runs the GPU kernel for this D over all chunks, given by their bits."""
     if plan.size <= MAX_ORDERED:
         rows = max(plan.unit, _BLOCK // power_of_two(plan.size))
         kernel, warps = _small_chunks, _WARPS
@@ -146,14 +146,15 @@ def _large_chunks(
     count: int,
 ) -> None:
     """Compresses the chunks of a unit, one after the other, for D > `MAX_ORDERED`."""
-    del count  # A program for each unit: none is outside.
+    del count  # each program has one whole unit: no row is out of range
     cast = functools.partial(plans.cast_bits, dtype=dtype, new_dtype=plan.value_dtype)
     shape = (1, _large_width(plan))
 
     def chunk(i: Any, open_byte: _Column) -> _Column:
         row, column = search.places(shape)
         row += i
-        # Columns begin where a byte of the unit does, so that 8 of them are a byte.
+        # Column 0 is the first bit of a byte of the unit, so that every 8 columns are a
+        # byte: the first `i * D % 8` columns belong to the chunk before.
         column -= i * plan.size & 7
         inside = (column >= 0) & (column < plan.size)
         bits = _load_bits(x_ref, row, column, inside)
@@ -174,12 +175,12 @@ def _large_chunks(
 
 
 def _large_width(plan: Plan) -> int:
-    """Columns for a large chunk, and for those before it in its first byte."""
+    """Returns the columns of a large chunk and of those before it in its first byte."""
     return power_of_two(plan.size + (7 if plan.unit > 1 else 0))
 
 
 def _load_bits(ref: Any, row: _Integers, column: _Integers, inside: _Mask) -> _Integers:
-    """The bits of floats, none negative where they are 16."""
+    """Loads the bits of floats as int32; those of 16-bit floats are not negative."""
     bits = plgpu.load(ref.at[row, column], mask=inside, other=0)
     return bits.astype(jnp.int32)
 
@@ -191,14 +192,22 @@ def _store(
     x: Integer[Array, "rows columns"],
     stored: _Mask,
 ) -> None:
-    """Stores integers as those of the reference, which take their lowest bits."""
+    """Stores the lowest bits of integers, as many as the type of `ref` has."""
     plgpu.store(ref.at[row, slot], x.astype(ref.dtype), mask=stored)
 
 
 def _words(
     codes: _Integers | _Mask, place: _Integers, bits: int
 ) -> list[UInt32[Array, "rows 1"]]:
-    """The codes of each row in words of 32 bits, the first in the lowest bits."""
+    """Packs the codes of each row into 32-bit words, the first in the lowest bits.
+
+    For example, codes of 4 bits, 1, 2 and 3, are the word 0x321.
+
+    Args:
+      codes: the codes; those that pad a row are 0.
+      place: the number of each code in its row.
+      bits: bits of a code.
+    """
     shifted = codes.astype(jnp.uint32) << (place * bits & 31).astype(jnp.uint32)
     count = -(-codes.shape[1] * bits // 32)
     if count == 1:
@@ -212,7 +221,18 @@ def _words(
 def _store_packed(
     ref: Any, words: list[UInt32[Array, "rows 1"]], bits: int, plan: Plan, units: int
 ) -> None:
-    """Stores `bits` of each chunk, given in words, side by side in the unit's bytes."""
+    """Stores the words of each chunk side by side in the bytes of its unit.
+
+    For example, 12 bits of each of 2 chunks, 0x321 and 0x654, are stored as 3 bytes,
+    0x21, 0x43 and 0x65.
+
+    Args:
+      ref: the bytes, (units, plan.positions).
+      words: the words of all chunks of the block, the lowest first.
+      bits: bits of a chunk.
+      plan: how chunks are stored.
+      units: how many units there are in all.
+    """
     rows = words[0].shape[0] // plan.unit
     shape = (rows, plan.unit, power_of_two(ref.shape[1]))
     chunk = lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -220,7 +240,7 @@ def _store_packed(
     packed = jnp.zeros(shape, jnp.uint32)
     for i, column in enumerate(words):
         word = column.reshape(rows, plan.unit, 1)
-        # Where the byte begins, counted in bits from the word's beginning.
+        # The first bit of the byte, counted from the first bit of the word.
         start = 8 * byte - chunk * bits - 32 * i
         right = word >> jnp.clip(start, 0, 31).astype(jnp.uint32)
         left = word << jnp.clip(-start, 0, 31).astype(jnp.uint32)
@@ -235,17 +255,20 @@ def _store_packed(
 def _store_bytes(
     ref: Any, mask: _Mask, start: Any, size: int, open_byte: _Column
 ) -> _Column:
-    """Stores the whole bytes of a mask that begins at a bit of the unit.
+    """Stores the bytes of a chunk's bit mask, except for a last one that is not full.
+
+    For example, with D = 65 the second chunk has bits 65 to 129 of the unit: bytes 8 to
+    15 are stored, and byte 16 is returned with its first two bits.
 
     Args:
       ref: the bytes of the unit.
-      mask: 8 columns a byte, the first byte the one in which the bit `start` is.
-      start: where the chunk begins, in bits.
+      mask: the bit mask, 8 columns a byte, from the byte on that has the bit `start`.
+      start: the first bit of the chunk in the unit.
       size: elements of the chunk.
-      open_byte: what chunks before have in the first byte.
+      open_byte: the bits of earlier chunks in the first byte.
 
     Returns:
-      What this chunk and those before have in the byte after the last whole one.
+      The bits of this and earlier chunks in the byte after the last full one.
     """
     octets = mask.astype(jnp.int32).reshape(1, mask.shape[1] // 8, 8)
     octets = octets << lax.broadcasted_iota(jnp.int32, octets.shape, 2)

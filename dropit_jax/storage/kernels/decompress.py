@@ -1,12 +1,11 @@
-"""Decompression kernel: what is kept is read once, the activation is written.
+"""The GPU kernel that decompresses: it reads the residual once, writes the activation.
 
-A program owns a block of chunks. A bitmap tells of each element whether it is kept and,
-by how many are before it, which of the kept values it is. Indices tell where each value
-goes: a few are compared with every column in registers; of more, the program writes
-zeros first, and then the values over them.
+Each program has a block of chunks. From a bit mask, the prefix sum gives the slot of
+each kept element among the kept values. A few indices are compared with every column in
+registers; with more, the program writes zeros first and then the values over them.
 
-Floats are given by the integers of their bits: -0.0 and NaN come through. A block is
-(rows, columns), a chunk a row, padded to powers of two.
+Floats are moved as the integers of their bits, which keeps -0.0 and NaN. A block is
+(rows, columns), with one chunk in each row and both axes padded to powers of two.
 """
 
 import dataclasses
@@ -29,20 +28,20 @@ _Integers = Int32[Array, "rows columns"]
 _Mask = Bool[Array, "rows columns"]
 _Values = Integer[Array, "rows columns"]
 
-# Elements of a block, 16 for each thread of 4 warps.
+# The elements of a block, and of it for each warp: 16 for each thread.
 _BLOCK = 2048
 _PER_WARP = 512
 
-# Up to so many kept elements of a small chunk are compared with every column, by blocks
-# of at least so many rows. Beyond, comparing costs more than writing twice, which the
-# cache absorbs.
+# The largest k of a small chunk at which indices are compared with every column, and
+# the fewest rows of a block there. Beyond, comparing costs more than writing twice,
+# which the cache absorbs.
 _MAX_COMPARED = 8
 _COMPARED_ROWS = 64
 
-# The most elements of a block of so many rows.
+# The most elements that `_COMPARED_ROWS` may make of a block.
 _MAX_BLOCK = 2**13
 
-# An index in no chunk.
+# An index that no chunk has.
 _NOWHERE = 2**20
 
 
@@ -59,24 +58,24 @@ def decompress(
     Args:
       values: as `compress` returns them.
       positions: as `compress` returns them.
-      plan: what they were made by.
-      dtype: the result's.
-      interpret: whether the kernel is emulated, on any device.
+      plan: the plan that `compress` had.
+      dtype: the type of the result.
+      interpret: whether the GPU kernel is emulated, on any device.
 
     Raises:
-      ValueError: there is no kernel for this, or the shapes are not the plan's.
+      ValueError: there is no GPU kernel for this, or the shapes are not the plan's.
     """
     _check(values, positions, plan, dtype)
-    whole = (*values.shape[:-1], plan.unit * plan.size)
+    shape = (*values.shape[:-1], plan.unit * plan.size)
     units = math.prod(values.shape[:-1])
     if not units:
-        return jnp.zeros(whole, dtype)
+        return jnp.zeros(shape, dtype)
     count = units * plan.unit
     rows, warps = _block(plan)
     unit_rows = max(1, rows // plan.unit)
 
-    def units_of(i: Any) -> tuple[Any, int]:
-        # A block of less than a unit: several have the same positions.
+    def positions_block(i: Any) -> tuple[Any, int]:
+        # Several blocks of less than a unit read the positions of one unit.
         return i >> _log2(max(1, plan.unit // rows)), 0
 
     bits = pl.pallas_call(
@@ -91,7 +90,7 @@ def decompress(
         grid=(pl.cdiv(count, rows),),
         in_specs=[
             pl.BlockSpec((rows, plan.kept), lambda i: (i, 0)),
-            pl.BlockSpec((unit_rows, plan.positions), units_of),
+            pl.BlockSpec((unit_rows, plan.positions), positions_block),
         ],
         out_specs=pl.BlockSpec((rows, plan.size), lambda i: (i, 0)),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
@@ -101,7 +100,7 @@ def decompress(
         plans.to_bits(values).reshape(count, plan.kept),
         positions.reshape(units, plan.positions),
     )
-    return plans.from_bits(bits, dtype).reshape(whole)
+    return plans.from_bits(bits, dtype).reshape(shape)
 
 
 def _check(
@@ -123,19 +122,19 @@ def _check(
 
 
 def _compared(plan: Plan) -> bool:
-    """Whether indices are compared with every column."""
+    """Returns whether indices are compared with every column."""
     return plan.ordered and plan.kept <= _MAX_COMPARED
 
 
 def _block(plan: Plan) -> tuple[int, int]:
-    """How many chunks are a block, and how many warps share it."""
+    """Returns the chunks of a block, and the warps that share it."""
     columns = power_of_two(plan.size)
     least = min(_COMPARED_ROWS, _MAX_BLOCK // columns) if _compared(plan) else 1
     rows = max(_BLOCK // columns, least, 1)
     warps = max(1, rows * columns // _PER_WARP)
     if _compared(plan):
-        # No more threads than rows: Triton then gives each a row, and loads an index
-        # once. With more it loads it anew for every column.
+        # With at most as many threads as rows, Triton gives each thread a row, and
+        # loads an index once; with more threads it loads one again for every column.
         warps = min(warps, max(1, rows // 32))
     return rows, min(16, warps)
 
@@ -146,15 +145,15 @@ def _log2(power: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """What is stored of a block of chunks, and how to read it.
+    """A stored block of chunks, to load from.
 
     Attributes:
-      plan: how they are stored.
-      value_dtype: the type of kept values.
-      dtype: the type to give them as.
-      values: the reference to the bits of kept values, (rows, values).
-      positions: the reference to positions, (units, positions).
-      first: the number of the first chunk.
+      plan: how chunks are stored.
+      value_dtype: the type of the kept values.
+      dtype: the type of the result, to which loaded values are cast.
+      values: the reference to the bits of kept values, (rows, plan.kept).
+      positions: the reference to positions, (units, plan.positions).
+      first: the number of the block's first chunk.
     """
 
     plan: Plan
@@ -165,12 +164,12 @@ class _Chunks:
     first: Any
 
     def load_values(self, row: _Integers, slot: _Integers, inside: _Mask) -> _Values:
-        """The bits of the kept values of these numbers."""
+        """Loads the bits of kept values, cast to `dtype`."""
         bits = plgpu.load(self.values.at[row, slot], mask=inside, other=0)
         return plans.cast_bits(bits, self.value_dtype, self.dtype)
 
     def load_indices(self, row: _Integers, slot: _Integers, inside: _Mask) -> _Integers:
-        """The indices of the kept values of these numbers."""
+        """Loads the indices of kept values."""
         if self.plan.packed:
             first = self._of_unit(row) * self.plan.kept
             return self._load_codes(row, first + slot, self.plan.index_bits, inside)
@@ -178,17 +177,18 @@ class _Chunks:
         return plgpu.load(ref, mask=inside, other=0).astype(jnp.int32)
 
     def load_mask(self, row: _Integers, column: _Integers, inside: _Mask) -> _Integers:
-        """One where the bitmap says that an element is kept, else zero."""
+        """Loads bits of the bitmap: 1 where an element is kept, else 0."""
         first = self._of_unit(row) * self.plan.size
         return self._load_codes(row, first + column, 1, inside)
 
     def _of_unit(self, row: _Integers) -> Any:
-        """Which chunk of its unit each row's is."""
+        """Returns the number of each row's chunk in its unit."""
         return self.first + row & self.plan.unit - 1
 
     def _load_codes(
         self, row: _Integers, place: _Integers, bits: int, inside: _Mask
     ) -> _Integers:
+        """Loads codes of `bits` bits by their place in the row's unit."""
         bit = place * bits
         ref = self.positions.at[row >> _log2(self.plan.unit), bit >> 3]
         byte = plgpu.load(ref, mask=inside, other=0).astype(jnp.int32)
@@ -219,21 +219,21 @@ def _kernel(
         _store(out_ref.at[row, column], placed, inside)
         return
     _store(out_ref.at[row, column], jnp.zeros_like(row), inside)
-    # The program owns these chunks, and what its threads write before a barrier is
-    # written before any of them goes on: the zeros come first.
+    # No other program writes these chunks, and after the barrier all zeros of this one
+    # are written: the values come last.
     if not interpret:
         plgpu.debug_barrier()
     row, slot = places((rows, power_of_two(plan.kept)))
     kept = (first + row < count) & (slot < plan.kept)
     values = chunks.load_values(row, slot, kept)
-    # Slots that pad the block belong nowhere: the emulation writes old values back
-    # where a store is masked.
+    # Where a store is masked, the emulation writes the old value back: slots that pad
+    # the block need an index of their own, which no value has.
     indices = jnp.where(kept, chunks.load_indices(row, slot, kept), _NOWHERE)
     _store(out_ref.at[row, indices], values, kept)
 
 
 def _from_bitmap(chunks: _Chunks, inside: _Mask) -> _Values:
-    """The block, each element with the value that the bitmap gives it."""
+    """Returns the block, with the kept values where the bitmap has ones."""
     row, column = places(inside.shape)
     mask = chunks.load_mask(row, column, inside)
     slot = jnp.cumsum(mask, axis=1) - 1
@@ -241,12 +241,12 @@ def _from_bitmap(chunks: _Chunks, inside: _Mask) -> _Values:
 
 
 def _from_indices(chunks: _Chunks, column: _Integers, count: int) -> _Values:
-    """The block, each element with the value whose index it has."""
+    """Returns the block, with the kept values at their indices."""
     placed = jnp.zeros(column.shape, plans.bits_dtype(chunks.dtype))
     row, first = places((column.shape[0], 1))
     exists = chunks.first + row < count
     for slot in range(chunks.plan.kept):
-        # One index and one value for each row, which Triton spreads over the columns.
+        # One index and one value for each row, which Triton broadcasts to its columns.
         index = chunks.load_indices(row, first + slot, exists)
         value = chunks.load_values(row, first + slot, exists)
         placed = jnp.where(index == column, value, placed)

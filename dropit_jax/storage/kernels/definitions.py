@@ -1,6 +1,7 @@
-"""The kernels' results in plain JAX: the definition that they are tested against.
+"""The results of the GPU kernels, defined in plain JAX.
 
-Values are copied by their bits, and cast only to `Plan.value_dtype` and back.
+The GPU kernels are tested against these functions. Values are copied as bits, and cast
+only to `Plan.value_dtype` and back.
 """
 
 import functools
@@ -27,39 +28,46 @@ def compress(
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Keeps the largest magnitudes of each chunk.
 
+    For D = 16, k = 2 and indices, `x` of (*rows, units, 16) gives values of
+    (*rows, units, 2) and positions of uint8, (*rows, units, 1).
+
     Args:
-      x: `elements` is `plan.unit * plan.size`: whole chunks.
-      plan: how they are stored.
-      before: of `before_first`, or `None`.
+      x: whole units, `elements = plan.unit * plan.size`.
+      plan: how chunks are stored.
+      before: the result of `before_first`, or `None`.
 
     Returns:
       The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
       (*rows, units, plan.positions).
     """
-    lead = x.shape[:-1]
+    leading = x.shape[:-1]
     if _is_large_bitmap(plan):
         values, positions = _select_large(x, plan)
     else:
         chunks = _in_chunks(x, plan.unit, plan.size)
-        values, positions = _select(chunks, lead, plan, before)
+        values, positions = _select(chunks, leading, plan, before)
     if values.dtype != plan.value_dtype:
         values = values.astype(plan.value_dtype)
-    return values.reshape(*lead, plan.unit * plan.kept), positions
+    return values.reshape(*leading, plan.unit * plan.kept), positions
 
 
 def before_first(
     units: Sequence[int], plan: Plan
 ) -> UInt8[Array, "*rows units"] | None:
-    """The argument `before` of `compress`; `None` where it takes none.
+    """Returns the argument `before` of `compress`; `None` where the plan has none.
 
-    It is for the chunks of the default. Those of fewer elements it takes longer.
+    Only the default chunks (D = 16, k = 2) have it; smaller ones are slower with it.
+
+    Args:
+      units: the leading axes, (*rows, units).
+      plan: how chunks are stored.
     """
     if not _in_halves(plan) or (plan.size, plan.kept) != (16, 2):
         return None
     return lax.full(units, small_chunks.BEFORE_FIRST, jnp.uint8)
 
 
-# Traced once, whatever it is to wait for.
+# `jax.jit` keeps one trace for all arrays that `dispatch.decompress` may wait for.
 @functools.partial(
     jax.jit, static_argnames=("plan", "dtype", "by_reduction"), inline=True
 )
@@ -75,13 +83,13 @@ def decompress(
     Args:
       values: as `compress` returns them.
       positions: as `compress` returns them.
-      plan: what they were made by.
-      dtype: the result's.
-      by_reduction: as `small_chunks.place_by_reduction` does, where chunks are small
-        and their positions are indices. There is no gradient then.
+      plan: the plan that `compress` had.
+      dtype: the type of the result.
+      by_reduction: whether small chunks with indices are rebuilt by
+        `small_chunks.place_by_reduction`, which has no gradient.
     """
     if jnp.dtype(dtype).itemsize == 4:
-        # Of 16 bits XLA's CPU compiler loses what is in a NaN.
+        # The others are moved as bits: XLA's CPU compiler loses the payload of a NaN.
         return placed(values.astype(dtype), positions, plan, by_reduction)
     kept = cast_bits(to_bits(values), values.dtype, dtype)
     return from_bits(placed(kept, positions, plan, by_reduction), dtype)
@@ -93,20 +101,20 @@ def placed(
     plan: Plan,
     by_reduction: bool = False,
 ) -> Shaped[Array, "*rows units elements"]:
-    """Kept elements of any type in their places, and zero elsewhere.
+    """Returns kept elements of any type in their places, and zero elsewhere.
 
-    The arguments are those of `decompress`.
+    Its arguments are those of `decompress`.
     """
     if _is_large_bitmap(plan):
         return elements.from_bitmap(kept, positions, ((plan.unit, plan.size),))
-    lead = kept.shape[:-1]
+    leading = kept.shape[:-1]
     kept = _in_chunks(kept, plan.unit, plan.kept)
     if plan.encoding == "bitmap":
         mask = packing.unpack(positions, 1, plan.unit * plan.size).astype(bool)
-        whole = elements.expand(kept, _in_chunks(mask, plan.unit, plan.size))
+        rebuilt = elements.expand(kept, _in_chunks(mask, plan.unit, plan.size))
     else:
-        whole = _at_indices(kept, positions, plan, by_reduction)
-    return whole.reshape(*lead, plan.unit * plan.size)
+        rebuilt = _at_indices(kept, positions, plan, by_reduction)
+    return rebuilt.reshape(*leading, plan.unit * plan.size)
 
 
 def _at_indices(
@@ -115,9 +123,9 @@ def _at_indices(
     plan: Plan,
     by_reduction: bool,
 ) -> Shaped[Array, "*chunks size"]:
-    """Chunks with kept elements where their stored indices say."""
+    """Returns chunks with the kept elements at their stored indices, else zero."""
     halves = _in_halves(plan)
-    if plan.packed and not halves:  # a byte has indices of two chunks
+    if plan.packed and not halves:  # a byte may hold indices of two chunks
         positions = packing.unpack(positions, 4, plan.unit * plan.kept)
     if not halves:
         positions = positions.reshape(kept.shape)
@@ -129,24 +137,24 @@ def _at_indices(
 
 
 def _in_chunks(x: Array, unit: int, size: int) -> Array:
-    """(..., unit · size) as (..., unit, size); of one chunk, as it is."""
+    """Reshapes (..., unit * size) -> (..., unit, size), but not units of one chunk."""
     return x if unit == 1 else x.reshape(*x.shape[:-1], unit, size)
 
 
 def _in_halves(plan: Plan) -> bool:
-    """Whether a byte has two indices, both of one chunk."""
+    """Returns whether each byte holds two indices of one chunk (D <= 16, even k)."""
     return plan.ordered and plan.packed and plan.unit == 1
 
 
 def _is_large_bitmap(plan: Plan) -> bool:
-    """Whether all chunks of a unit are compacted as one."""
+    """Returns whether all chunks of a unit are compacted as one row of elements."""
     return plan.encoding == "bitmap" and plan.size > elements.MAX_SMALL
 
 
 def _select_large(
     x: Float[Array, "*rows units elements"], plan: Plan
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
-    """`_select` where `_is_large_bitmap`, of whole units."""
+    """Does `_select` for whole units where `_is_large_bitmap`."""
     segments = ((plan.unit, plan.size),)
     magnitudes = elements.magnitude(x)
     bits, bitmap = elements.top_k_bitmap(to_bits(x), segments, (plan.kept,), magnitudes)
@@ -155,11 +163,18 @@ def _select_large(
 
 def _select(
     chunks: Float[Array, "*chunks size"],
-    lead: Shape,
+    leading: Shape,
     plan: Plan,
     before: UInt8[Array, "*chunks"] | None,
 ) -> tuple[Shaped[Array, "*chunks kept"], Positions]:
-    """The kept elements of chunks, and their stored positions."""
+    """Returns the kept elements of chunks and their stored positions.
+
+    Args:
+      chunks: (*leading, unit, size), or (*leading, size) for units of one chunk.
+      leading: the axes of the units, (*rows, units).
+      plan: how chunks are stored.
+      before: as in `compress`.
+    """
     k = plan.kept
     if plan.ordered:
         halves = _in_halves(plan)
@@ -169,14 +184,14 @@ def _select(
             values, apart = small_chunks.top_k_of_magnitudes(chunks, k, halves)
             indices = small_chunks.stack(apart)
         if plan.packed and not halves:
-            indices = indices.reshape(*lead, plan.unit * k)
+            indices = indices.reshape(*leading, plan.unit * k)
             return values, packing.pack(indices, plan.index_bits)
     else:
         mask = elements.top_k_mask(chunks, k)
         values = from_bits(elements.compact(to_bits(chunks), mask, k), chunks.dtype)
         if plan.encoding == "bitmap":
-            mask = mask.reshape(*lead, plan.unit * plan.size)
+            mask = mask.reshape(*leading, plan.unit * plan.size)
             return values, packing.pack(mask, 1)
         slots = jnp.broadcast_to(jnp.arange(plan.size), chunks.shape)
         indices = elements.compact(slots, mask, k)
-    return values, indices.reshape(*lead, plan.positions).astype(plan.position_dtype)
+    return values, indices.reshape(*leading, plan.positions).astype(plan.position_dtype)

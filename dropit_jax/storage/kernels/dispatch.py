@@ -1,4 +1,4 @@
-"""Kernels where there is an NVIDIA GPU, their twins elsewhere."""
+"""GPU kernels where there is an NVIDIA GPU, their definitions elsewhere."""
 
 import functools
 import math
@@ -18,29 +18,29 @@ from dropit_jax.storage.kernels.plan import Plan
 from dropit_jax.xla import calls
 from dropit_jax.xla.platforms import by_platform
 
-# On arrays of the same leading axes; the results have them too.
+# A function of arrays with the same leading axes, which its results have too.
 _Operation = Callable[..., Any]
 
 
-# JAX keeps what it has traced: layers of one shape are traced once, not each.
+# `jax.jit` keeps traces: layers of one shape are traced once, not each.
 @functools.partial(jax.jit, static_argnames="plan", inline=True)
 def compress(
     x: Float[Array, "*rows units elements"], plan: Plan
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
-    """`twins.compress`, in one pass where there is a kernel for it.
+    """Returns `definitions.compress(x, plan)`, in one pass where a GPU kernel exists.
 
-    It has no gradient: what is kept is what a gradient is computed from.
+    It has no gradient: residuals are for computing one.
     """
-    twin = functools.partial(definitions.compress, plan=plan)
+    definition = functools.partial(definitions.compress, plan=plan)
     kernel = functools.partial(_compress_kernel, plan=plan)
     x = lax.stop_gradient(x)
-    if not _within_reach(plan, x):
-        return twin(x)
+    if not _may_use_kernel(plan, x):
+        return definition(x)
     operation = by_platform(
-        twin,
+        definition,
         cpu=_compress_call(plan),
-        one_cpu=_compress_call(plan, alone=True),
-        cuda=kernel_or_twin(kernel, twin, results=2),
+        one_cpu=_compress_call(plan, for_one_device=True),
+        cuda=kernel_or_twin(kernel, definition, results=2),
     )
     return operation(x)
 
@@ -53,7 +53,7 @@ def decompress(
     dtype: jax.typing.DTypeLike,
     after: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, "*rows units elements"]:
-    """`twins.decompress`, in one pass where there is a kernel for it.
+    """Returns `definitions.decompress`, in one pass where a GPU kernel exists.
 
     On a CPU it is not computed before `after` is.
     """
@@ -65,14 +65,14 @@ def decompress(
 def _decompress_differentiably(
     plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
 ) -> Array:
-    twin = functools.partial(definitions.decompress, plan=plan, dtype=dtype)
+    definition = functools.partial(definitions.decompress, plan=plan, dtype=dtype)
     kernel = functools.partial(_decompress_kernel, plan=plan, dtype=dtype)
-    if not _within_reach(plan, values):
-        return twin(values, positions)
+    if not _may_use_kernel(plan, values):
+        return definition(values, positions)
     operation = by_platform(
-        twin,
-        cpu=_decompress_call(functools.partial(twin, by_reduction=True)),
-        cuda=kernel_or_twin(kernel, twin, results=1),
+        definition,
+        cpu=_decompress_call(functools.partial(definition, by_reduction=True)),
+        cuda=kernel_or_twin(kernel, definition, results=1),
     )
     return operation(values, positions, after=after)
 
@@ -80,13 +80,13 @@ def _decompress_differentiably(
 def _decompress_forward(
     plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
 ) -> tuple[Array, Any]:
-    # A kernel has no gradient, and neither have the bits that its twin works on.
+    # Neither a GPU kernel nor the bits that its definition works on have a gradient.
     def placed(values: Array) -> Array:
         return definitions.placed(values.astype(dtype), positions, plan)
 
     _, pullback = jax.vjp(placed, values)
-    whole = _decompress_differentiably(plan, dtype, values, positions, after)
-    return whole, pullback
+    activation = _decompress_differentiably(plan, dtype, values, positions, after)
+    return activation, pullback
 
 
 def _decompress_backward(
@@ -99,7 +99,7 @@ def _decompress_backward(
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-# These import Pallas, which takes long, where a program for a GPU is made.
+# Importing Pallas takes long: these do so only for a program for a GPU.
 def _compress_kernel(x: Array, plan: Plan) -> Any:
     from dropit_jax.storage.kernels import compress  # noqa: PLC0415
 
@@ -114,67 +114,76 @@ def _decompress_kernel(
     return decompress.decompress(values, positions, plan, dtype)
 
 
-def _compress_call(plan: Plan, alone: bool = False) -> _Operation:
-    """`twins.compress` as a call of a few axes.
+def _compress_call(plan: Plan, for_one_device: bool = False) -> _Operation:
+    """Returns `definitions.compress` as a call that XLA's CPU compiler does not inline.
 
-    It takes whole rows, as products do: XLA would compute an activation twice that is
-    read in two shapes, and it would copy what has axes of size 1.
+    The call takes rows, (*rows, units * elements), as matrix products do, and without
+    axes of size 1: XLA would compute an activation twice that is read in two shapes,
+    and would copy arrays with axes of size 1.
 
     Args:
       plan: how chunks are stored.
-      alone: whether it is for one device, on which `twins.before_first` is given too.
+      for_one_device: whether the program is for one device; it then has the operand
+        `definitions.before_first` too.
     """
 
     def call(x: Array) -> Any:
         *rows, units, elements = x.shape
-        single = _single(x)
+        ones = _axes_of_size_1(x)
         squeezed = [size for size in (*rows, units) if size != 1]
-        before = definitions.before_first(squeezed, plan) if alone else None
+        before = definitions.before_first(squeezed, plan) if for_one_device else None
 
         def inside(x: Array, *before: Array) -> Any:
             chunks = x.reshape(*squeezed, elements)
-            x, *others = (lax.expand_dims(x, single) for x in (chunks, *before))
+            x, *others = (lax.expand_dims(x, ones) for x in (chunks, *before))
             results = definitions.compress(x, plan, *others)
-            return jax.tree.map(lambda x: lax.squeeze(x, single), results)
+            return jax.tree.map(lambda x: lax.squeeze(x, ones), results)
 
         x = x.reshape(*rows, units * elements)
-        x = lax.squeeze(x, [axis for axis in single if axis != len(rows)])
+        x = lax.squeeze(x, [axis for axis in ones if axis != len(rows)])
         operands = (x,) if before is None else (x, before)
         results = calls.not_inlined(inside)(*operands)
-        return jax.tree.map(lambda x: lax.expand_dims(x, single), results)
+        return jax.tree.map(lambda x: lax.expand_dims(x, ones), results)
 
     return call
 
 
-def _decompress_call(twin: _Operation) -> _Operation:
-    """`twins.decompress` as a call, which takes and gives no axes of size 1."""
+def _decompress_call(definition: _Operation) -> _Operation:
+    """Returns a function as a call without axes of size 1, which is not inlined.
+
+    Args:
+      definition: a function of values and positions.
+
+    Returns:
+      A function of the array to wait for, if any, and of values and positions.
+    """
 
     def call(*operands: Array) -> Any:
         *after, values, positions = operands
-        single = _single(values)
+        ones = _axes_of_size_1(values)
 
         def inside(*operands: Array) -> Array:
-            whole = twin(*(lax.expand_dims(x, single) for x in operands))
-            return lax.squeeze(whole, single)
+            activation = definition(*(lax.expand_dims(x, ones) for x in operands))
+            return lax.squeeze(activation, ones)
 
-        late = calls.waiting(inside) if after else calls.not_inlined(inside)
-        squeezed = (lax.squeeze(x, single) for x in (values, positions))
-        return lax.expand_dims(late(*after, *squeezed), single)
+        call_inside = calls.waiting(inside) if after else calls.not_inlined(inside)
+        squeezed = (lax.squeeze(x, ones) for x in (values, positions))
+        return lax.expand_dims(call_inside(*after, *squeezed), ones)
 
     return call
 
 
-def _single(x: Array) -> list[int]:
-    """The axes of size 1, but for the last."""
+def _axes_of_size_1(x: Array) -> list[int]:
+    """Returns the axes of size 1, except for the last."""
     return [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
 
 
-def _within_reach(plan: Plan, x: Array) -> bool:
-    """Whether a kernel may be asked for here.
+def _may_use_kernel(plan: Plan, x: Array) -> bool:
+    """Returns whether a GPU kernel may be used here.
 
-    Not for more than it can address. And not on a mesh where some axes are explicit, or
-    manual, and others are not: a kernel would have to be told about both at once.
+    It cannot address more than `plans.fits` allows. On a mesh whose axes differ in type
+    it would have to be partitioned in two ways at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    alike = len(set(mesh.axis_types)) <= 1
-    return alike and plans.fits(plan, math.prod(x.shape[:-1]))
+    is_uniform = len(set(mesh.axis_types)) <= 1
+    return is_uniform and plans.fits(plan, math.prod(x.shape[:-1]))

@@ -1,4 +1,4 @@
-"""A kernel where a GPU can run it."""
+"""A choice between a GPU kernel and its definition in plain JAX."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +12,14 @@ from dropit_jax.xla.partitioning import on_every_device
 def kernel_or_twin(
     kernel: Callable[..., Any], twin: Callable[..., Any], results: int
 ) -> Callable[..., Any]:
-    """`kernel` on every device, or `twin` where this JAX cannot lower kernels.
+    """Returns `kernel` on every device, or `twin` where JAX cannot lower GPU kernels.
 
-    Which one is known when it is traced.
+    The choice is made when the function is traced.
 
     Args:
-      kernel: as `on_every_device` takes it.
-      twin: a function of the same arrays in plain JAX.
-      results: how many arrays they give.
+      kernel: a GPU kernel as `on_every_device` takes it.
+      twin: the same function of the same arrays in plain JAX.
+      results: how many arrays they return.
     """
 
     def traced(*operands: Array) -> Any:

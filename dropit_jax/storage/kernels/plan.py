@@ -1,4 +1,4 @@
-"""The task of a kernel, and the types and sizes for which there are kernels."""
+"""How GPU kernels store chunks, and the types and sizes for which there are any."""
 
 import dataclasses
 import math
@@ -11,16 +11,18 @@ from jaxtyping import Array, Float, Integer
 
 from dropit_jax.storage.shapes import Shape
 
-# The largest chunk whose indices are stored in the order of magnitude.
+# The largest D whose kept elements are stored in the order of their magnitudes.
 MAX_ORDERED = 64
 
+# The largest D; `search` counts the elements of a chunk in 16 bits.
 _MAX_SIZE = 2**14
 
-# The most positions: Pallas addresses an array of up to 2**32 bytes by signed numbers
-# of 32 bits.
+# The most positions: Pallas addresses an array of up to 2**32 bytes by signed 32-bit
+# numbers.
 _MAX_STORED = 2**31
 
-# Programs count chunks by signed numbers of 32 bits, with room for a block more.
+# The most chunks: programs count them in signed 32-bit numbers, with room for one more
+# block.
 _MAX_CHUNKS = 2**30
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -30,11 +32,15 @@ _FLOATS = ("float32", "bfloat16", "float16")
 class Plan:
     """How chunks are stored.
 
+    Positions are stored unit by unit, as a chunk may end within a byte. With D = 12,
+    k = 3 and indices of 4 bits a chunk has 12 bits of positions, so 2 chunks are a
+    unit, and indices 1, 2, 3 and 4, 5, 6 are the 3 bytes 0x21, 0x43, 0x65.
+
     Attributes:
       size: elements of a chunk, D.
-      kept: elements kept of each, k.
+      kept: kept elements of a chunk, k.
       encoding: how positions are stored: `"index"`, one index for each kept element,
-        of 4 bits if D <= 16, else of the smallest unsigned type that holds D; or
+        of 4 bits if D <= 16, else of the smallest unsigned type that holds D - 1; or
         `"bitmap"`, one bit for each element. Kept elements are in the order of their
         indices, but largest first where indices are stored and D <= `MAX_ORDERED`.
       value_dtype: the name of the type that kept values are stored in.
@@ -47,12 +53,12 @@ class Plan:
 
     @property
     def index_bits(self) -> int:
-        """Bits of an index."""
+        """The bits of an index."""
         return next(bits for bits in (4, 8, 16, 32) if self.size <= 2**bits)
 
     @property
     def packed(self) -> bool:
-        """Whether positions are parts of bytes."""
+        """Whether positions are packed: smaller than a byte each."""
         return self.encoding == "bitmap" or self.index_bits < 8
 
     @property
@@ -67,7 +73,7 @@ class Plan:
 
     @property
     def positions(self) -> int:
-        """Stored positions of a unit: bytes where they are packed, else indices."""
+        """The stored positions of a unit: bytes where packed, else indices."""
         return self.unit * self._position_bits // 8 if self.packed else self.kept
 
     @property
@@ -77,14 +83,14 @@ class Plan:
 
     @property
     def _position_bits(self) -> int:
-        """Bits of the positions of a chunk."""
+        """The bits of a chunk's positions."""
         if self.encoding == "bitmap":
             return self.size
         return self.kept * self.index_bits
 
 
 def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
-    """Whether there are kernels for activations of this type and for this plan."""
+    """Returns whether there are GPU kernels for this plan and type of activation."""
     return (
         jnp.dtype(x_dtype).name in _FLOATS
         and plan.value_dtype in _FLOATS
@@ -95,9 +101,9 @@ def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
 
 
 def fits(plan: Plan, units: int) -> bool:
-    """Whether a kernel can count the chunks, and address what is stored of them.
+    """Returns whether a GPU kernel can count the chunks and address their positions.
 
-    Of a number that is a symbol (`jax.export`) nobody knows.
+    `False` for a symbolic number of units (`jax.export`), whose value is not known.
     """
     if jax.export.is_symbolic_dim(units):
         return False
@@ -105,7 +111,7 @@ def fits(plan: Plan, units: int) -> bool:
 
 
 def check(dtype: jax.typing.DTypeLike, plan: Plan, units: int) -> None:
-    """Refuses what there is no kernel for.
+    """Checks that there is a GPU kernel for this type, plan and number of units.
 
     Raises:
       ValueError: there is none.
@@ -117,14 +123,14 @@ def check(dtype: jax.typing.DTypeLike, plan: Plan, units: int) -> None:
 
 
 def bits_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The type of integers that hold the bits of floats of this type."""
+    """Returns the type of integers that hold the bits of floats of this type."""
     return jnp.dtype("int32" if jnp.dtype(dtype).itemsize == 4 else "uint16")
 
 
 def to_bits(x: Float[Array, "*shape"]) -> Integer[Array, "*shape"]:
-    """The bits of floats as integers, which no operation on floats can change.
+    """Returns the bits of floats as integers, which no float operation can change.
 
-    XLA takes such integers for the floats without a copy.
+    XLA reinterprets the array without a copy.
     """
     return lax.bitcast_convert_type(x, bits_dtype(x.dtype))
 
@@ -132,7 +138,7 @@ def to_bits(x: Float[Array, "*shape"]) -> Integer[Array, "*shape"]:
 def from_bits(
     bits: Integer[Array, "*shape"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "*shape"]:
-    """The floats of these bits; of integers wider than the floats, the lowest bits."""
+    """Returns the floats of these bits; of wider integers, of the lowest bits."""
     return lax.bitcast_convert_type(bits.astype(bits_dtype(dtype)), dtype)
 
 
@@ -141,7 +147,7 @@ def cast_bits(
     dtype: jax.typing.DTypeLike,
     new_dtype: jax.typing.DTypeLike,
 ) -> Integer[Array, "*shape"]:
-    """The bits of the floats of these bits in another type."""
+    """Casts floats that are given as bits, and returns the bits of the results."""
     if jnp.dtype(dtype) == jnp.dtype(new_dtype):
         return bits
     return to_bits(from_bits(bits, dtype).astype(new_dtype))
@@ -150,11 +156,14 @@ def cast_bits(
 def result(
     shape: Shape, dtype: jax.typing.DTypeLike, like: Array
 ) -> jax.ShapeDtypeStruct:
-    """A result that, within `jax.shard_map`, differs by device where `like` does."""
+    """Returns the type of a GPU kernel's result.
+
+    Within `jax.shard_map` it varies along the same axes of the mesh as `like`.
+    """
     varying = jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
 
 def power_of_two(count: int) -> int:
-    """The smallest power of two that is not below `count`: the size of a block."""
+    """Returns the smallest power of two that is at least `count`, as blocks need."""
     return 1 << max(0, count - 1).bit_length()

@@ -1,6 +1,7 @@
-"""Which elements of a chunk are the largest, found in a kernel's registers.
+"""The search for the largest elements of chunks, in the registers of a GPU kernel.
 
-A block is (rows, columns), a chunk a row. Elements are given by their bits.
+A block is (rows, columns), with one chunk in each row. Elements are given by their
+bits, and `inside` masks the columns that pad a chunk.
 """
 
 from collections.abc import Callable
@@ -17,16 +18,16 @@ _Integers = Int32[Array, "rows columns"]
 _Column = Int32[Array, "rows 1"]
 _Mask = Bool[Array, "rows columns"]
 
-# Up to so many kept elements, taking the largest that many times costs no more than a
-# search through the bits of the k-th largest.
+# Up to this k, taking the maximum k times costs no more than searching for the k-th
+# largest magnitude bit by bit.
 _MAX_ROUNDS = 15
 
-# Rounds that are written out; more of them are a loop.
+# The most rounds that are unrolled; more are a loop.
 _MAX_UNROLLED = 8
 
 
 def places(shape: tuple[int, ...]) -> tuple[_Integers, _Integers]:
-    """The row and the column of each element of a block."""
+    """Returns the row and the column of each element of a block."""
     return (
         lax.broadcasted_iota(jnp.int32, shape, 0),
         lax.broadcasted_iota(jnp.int32, shape, 1),
@@ -38,7 +39,7 @@ def _sign_shift(dtype: jnp.dtype) -> int:
 
 
 def _magnitude(bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
-    """Integers in the order of the magnitudes; -1 for what is not inside."""
+    """Returns integers in the order of the magnitudes; -1 for padding."""
     return jnp.where(inside, bits & ((1 << _sign_shift(dtype)) - 1), -1)
 
 
@@ -56,7 +57,11 @@ def _repeat(
 
 
 def _keys(bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
-    """What the next largest is found by; of 16-bit floats, no two are equal."""
+    """Returns integers whose maximum is at the largest element; -1 for padding.
+
+    Keys of 32-bit floats are the magnitudes. Keys of 16-bit floats are all different,
+    and ties go to the lower column: magnitude << 16 | (63 - column) << 1 | sign.
+    """
     magnitude = _magnitude(bits, inside, dtype)
     if dtype.itemsize == 4:
         return magnitude
@@ -68,14 +73,14 @@ def _keys(bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
 def _next_largest(
     keys: _Integers, bits: _Integers, dtype: jnp.dtype
 ) -> tuple[_Integers, _Column, _Column]:
-    """Takes the largest of each row away: the keys left, its bits, and its column."""
+    """Returns the keys without the largest of each row, its bits, and its column."""
     column = places(keys.shape)[1]
     top = jnp.max(keys, axis=1, keepdims=True)
     if dtype.itemsize == 2:
         taken, tag = top >> 16 | (top & 1) << 15, top >> 1 & (MAX_ORDERED - 1)
         index = MAX_ORDERED - 1 - tag
     else:
-        # The first of equal ones, and its sign, in one number.
+        # One minimum finds the lowest column of equal keys, and the sign there.
         signed = column << 1 | (bits < 0).astype(jnp.int32)
         signed = jnp.where(keys == top, signed, 2 * MAX_ORDERED)
         first = jnp.min(signed, axis=1, keepdims=True)
@@ -86,7 +91,10 @@ def _next_largest(
 def largest_first(
     bits: _Integers, inside: _Mask, k: int, dtype: jnp.dtype
 ) -> tuple[_Integers, _Integers]:
-    """The bits and the indices of the k largest of each row, padded with zeros."""
+    """Returns the bits and the indices of the k largest of each row, largest first.
+
+    Rows are padded with zeros: (rows, columns) -> (rows, power_of_two(k)).
+    """
     slot = places((bits.shape[0], power_of_two(k)))[1]
 
     def take(
@@ -105,13 +113,13 @@ def largest_first(
 def largest(
     bits: _Integers, inside: _Mask, k: int, dtype: jnp.dtype
 ) -> tuple[_Mask, _Integers]:
-    """Where the k largest of each row are, and their slots among these.
+    """Returns the mask of the k largest of each row, and their slots, 0 to k - 1.
 
-    All others have the slot k, which there is not: the emulation writes old values back
-    where a store is masked.
+    All other elements have the slot k, which does not exist: where a store is masked,
+    the emulation writes the old value back, and must not do so to a slot that is used.
     """
     if bits.shape[1] <= MAX_ORDERED and k <= _MAX_ROUNDS:
-        keep = inside & (_keys_after(k, bits, inside, dtype) < 0)
+        keep = inside & (_keys_left(k, bits, inside, dtype) < 0)
         slot = jnp.cumsum(keep.astype(jnp.int32), axis=1) - 1
     else:
         magnitude = _magnitude(bits, inside, dtype)
@@ -119,8 +127,8 @@ def largest(
     return keep, jnp.where(keep, slot, k)
 
 
-def _keys_after(k: int, bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
-    """The keys, negative for the k largest of each row."""
+def _keys_left(k: int, bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
+    """Returns the keys with -1 for the k largest of each row."""
 
     def take(_: Any, keys: _Integers) -> _Integers:
         return _next_largest(keys, bits, dtype)[0]
@@ -131,7 +139,16 @@ def _keys_after(k: int, bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _In
 def _largest_by_bits(
     magnitude: _Integers, k: int, width: int
 ) -> tuple[_Mask, _Integers]:
-    """`_largest`, by a search for the k-th largest magnitude, highest bit first."""
+    """Does `largest` by searching for the k-th largest magnitude, highest bit first.
+
+    Args:
+      magnitude: integers of `width` bits; -1 for padding.
+      k: how many to find.
+      width: bits of a magnitude, the rounds of the search.
+
+    Returns:
+      The mask and the slots; slots outside of the mask mean nothing.
+    """
 
     def next_bit(i: Any, kth: _Column) -> _Column:
         candidate = kth | jnp.left_shift(1, width - 1 - i)
