@@ -1,1 +1,1 @@
-"""The processes that train one model together, and the signals that they get."""
+"""Several processes that train one model together, and the signals they receive."""

@@ -1,4 +1,7 @@
-"""Which of the processes that train one model this is, and words between them."""
+"""Collective operations on small values among the processes that train one model.
+
+All but `is_first` must be called by every process, in the same order.
+"""
 
 import json
 from typing import Any
@@ -9,20 +12,21 @@ from jax.experimental import multihost_utils
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and shows progress."""
+    """Returns whether this is the first process, which writes files and progress."""
     return jax.process_index() == 0
 
 
 def synchronise(name: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have called it with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def must_stop(step: int) -> bool:
-    """Whether one of several processes got SIGTERM, and this is the step to save.
+    """Returns whether to save after this step and stop, as a process got SIGTERM.
 
-    All processes call it after every step, and get the same answer.
+    All processes call it after every step, and JAX agrees on one step for all. Always
+    false with a single process.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
         step
@@ -30,14 +34,18 @@ def must_stop(step: int) -> bool:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is true in one process or in more; the same answer in all."""
+    """Returns, in all processes, whether the flag is true in at least one of them."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def from_first(value: Any) -> Any:
-    """The value of the first process, which is fit for JSON; the same in all."""
+    """Returns, in all processes, the value that the first one passed.
+
+    Args:
+      value: any value that JSON can represent; ignored in the other processes.
+    """
     if jax.process_count() == 1:
         return value
     text = json.dumps(value).encode() if is_first() else b""

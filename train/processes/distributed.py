@@ -1,4 +1,4 @@
-"""Several processes, on one host or on many, that train one model together."""
+"""Start of distributed training: joining the processes and comparing their configs."""
 
 import sys
 import threading
@@ -28,10 +28,11 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Which of them this is: 0, 1, ...", lower_bound=0
 )
-# Seconds until it is said what is waited for.
-_SILENT = 20
-# What a host may have of its own.
-_OWN = ("data_dir", "profile_steps", "workers")
+# Seconds of waiting before the user is told about it.
+_SECONDS_BEFORE_NOTICE = 20
+# Fields of the config that may differ between hosts.
+_PER_HOST_FIELDS = ("data_dir", "profile_steps", "workers")
+# Packages whose versions must be the same in all processes.
 _PACKAGES = (
     *("dropit-jax", "flax", "jax", "jaxlib", "ml-collections", "numpy", "optax"),
     "orbax-checkpoint",
@@ -39,9 +40,9 @@ _PACKAGES = (
 
 
 def initialise() -> None:
-    """Joins the other processes, if the flags say that there are any.
+    """Joins the other processes if the flags ask for distributed training.
 
-    It has to be called before JAX's devices are used.
+    Must be called before JAX's devices are used.
 
     Raises:
       ConfigError: the flags are incomplete, the processes do not find each other, or
@@ -59,19 +60,22 @@ def initialise() -> None:
             "Processes are told of each other by --coordinator_address, "
             f"--num_processes and --process_id; missing: {missing}."
         )
-    # They are waited for for five minutes.
-    word = threading.Timer(
-        _SILENT, print, ["Waiting for the other processes ..."], {"file": sys.stderr}
+    # `initialize` waits up to five minutes for the other processes.
+    notice = threading.Timer(
+        _SECONDS_BEFORE_NOTICE,
+        print,
+        ["Waiting for the other processes ..."],
+        {"file": sys.stderr},
     )
-    word.daemon = True
-    word.start()
+    notice.daemon = True
+    notice.start()
     try:
         jax.distributed.initialize(
             _COORDINATOR.value,
             _NUM_PROCESSES.value,
             _PROCESS_ID.value,
-            # Else Slurm and Open MPI, where there are any, would have the last word,
-            # and give each process one GPU.
+            # Otherwise Slurm or Open MPI, if present, would override the flags and give
+            # each process a single GPU.
             cluster_detection_method="deactivate" if all(given.values()) else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -81,7 +85,7 @@ def initialise() -> None:
             "--process_id."
         ) from error
     finally:
-        word.cancel()
+        notice.cancel()
     if jax.device_count() != jax.process_count() * jax.local_device_count():
         raise ConfigError(
             f"This process has {jax.local_device_count()} of {jax.device_count()} "
@@ -90,10 +94,11 @@ def initialise() -> None:
 
 
 def check_alike(config: ConfigDict) -> None:
-    """Checks that all processes train the same, with the same versions of packages.
+    """Checks that all processes have the same config and versions of packages.
 
     Raises:
-      ConfigError: one does not; it names what differs, and all raise.
+      ConfigError: a process differs from the first; all processes raise, and the error
+        of a differing process lists the differences.
     """
     if jax.process_count() == 1:
         return
@@ -113,7 +118,7 @@ def check_alike(config: ConfigDict) -> None:
 
 
 def _description(config: ConfigDict) -> dict[str, str]:
-    """Returns versions and fields that all processes must share, as text by name."""
+    """Returns versions and config fields that all processes must share, as text."""
     versions = {"Python": sys.version.split()[0]}
     for name in _PACKAGES:
         versions[name] = metadata.version(name)
@@ -121,5 +126,5 @@ def _description(config: ConfigDict) -> dict[str, str]:
     return versions | {
         f"config.{name}": text.shown(repr(value))
         for name, value in fields.items()
-        if name not in _OWN
+        if name not in _PER_HOST_FIELDS
     }

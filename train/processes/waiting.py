@@ -1,4 +1,4 @@
-"""Calls that are waited for with a limit, and with word of what is waited for."""
+"""Blocking calls with a time limit, a message while they last, and a stop check."""
 
 import contextlib
 import itertools
@@ -9,30 +9,36 @@ import threading
 from collections.abc import Callable
 from typing import Any, Self
 
-# Seconds between two checks, until a word is said, and until it is an error.
+# Seconds between two checks, until the user is told, and until waiting is an error.
 _INTERVAL = 0.5
 _SILENT = 60
 _LIMIT = 1800
 
-# Seconds for a call that was given up to end after all.
+# Seconds that `recovers` allows an abandoned call to end after all.
 _PATIENCE = 10
 
+# Threads whose call was abandoned and may still hang.
 _abandoned: set["Background"] = set()
 
 
 class WaitError(TimeoutError):
-    """Something that did not come in time."""
+    """Raised when a call did not end in time."""
 
 
 class Background:
-    """A thread that makes one call after the other; to be used as a context.
+    """Makes calls in a thread of its own, one after another.
 
-    It, and the threads and processes that are started in it, leave signals to the main
-    thread: a signal from a terminal goes to all processes of a group.
+    Used in a `with` statement, whose end lets the thread end. The thread blocks the
+    signals that the main thread handles, and threads and processes started from it
+    inherit the block: a signal from a terminal goes to the whole process group.
     """
 
     def __init__(self, what: str) -> None:
-        """Says what the calls wait for, as in "Waiting for {what}"."""
+        """Starts the thread.
+
+        Args:
+          what: what the calls wait for, used in "Waiting for {what}".
+        """
         self._what = what
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -45,16 +51,17 @@ class Background:
         check: Callable[[], None] = lambda: None,
         more: float = 0,
     ) -> Any:
-        """Returns what the function returns, in the thread.
+        """Calls a function in the thread and returns its result, or raises its error.
 
         Args:
-          function: what to call; what it raises is raised.
-          check: is called twice a second, and ends the waiting by raising. The call
-            then goes on; nothing more may be asked of this thread.
+          function: the function to call.
+          check: called twice a second; raises to end the waiting. The function then
+            keeps running, and the thread must not be given another call unless
+            `recovers` returns true.
           more: seconds that the call may take beyond half an hour.
 
         Raises:
-          WaitError: the function did not end in that time.
+          WaitError: the function did not end in time.
         """
         self._calls.put(function)
         try:
@@ -68,11 +75,11 @@ class Background:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call was given up."""
+        """Whether the thread has no abandoned call."""
         return self not in _abandoned
 
     def recovers(self) -> bool:
-        """Whether a call that was given up ends in some seconds after all."""
+        """Returns whether an abandoned call ends within ten seconds."""
         with contextlib.suppress(queue.Empty):
             self._results.get(timeout=_PATIENCE)
             _abandoned.discard(self)
@@ -93,8 +100,8 @@ class Background:
         raise AssertionError
 
     def _run(self) -> None:
-        ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
         while (function := self._calls.get()) is not None:
             try:
                 self._results.put((function(), None))
@@ -109,5 +116,5 @@ class Background:
 
 
 def is_abandoned() -> bool:
-    """Returns whether a call was given up, which may hang when the program ends."""
+    """Returns whether an abandoned call may keep the program from ending."""
     return bool(_abandoned)

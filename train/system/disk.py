@@ -9,7 +9,7 @@ _MAX_CHECKPOINTS = 4
 
 
 class CheckpointError(Exception):
-    """Raised when a checkpoint cannot be written or read; the message advises the user."""
+    """Raised when a checkpoint cannot be written or read, with advice to the user."""
 
 
 def check_writable(directory: Path, state_bytes: int) -> None:
