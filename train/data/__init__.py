@@ -1,4 +1,4 @@
-"""Datasets by name, and batches of them."""
+"""Datasets by name, and the batches that training and evaluation read."""
 
 from train.data.augment import AUGMENTATIONS
 from train.data.datasets import DATASETS, Dataset, Info, info, load

@@ -1,4 +1,4 @@
-"""Datasets that are small enough to be kept decoded in memory."""
+"""Datasets whose decoded images fit into memory."""
 
 import dataclasses
 import itertools
@@ -12,12 +12,12 @@ from train.data import images
 from train.data.errors import of_example
 from train.data.prepared import Records
 
-# Examples that are read at once.
-_CHUNK = 1000
+# Examples per read of the source.
+_EXAMPLES_PER_READ = 1000
 
 
 class Source(Protocol):
-    """Examples by their number, as Grain reads them."""
+    """A random-access sequence of examples, as Grain reads it."""
 
     def __len__(self) -> int: ...
 
@@ -25,7 +25,7 @@ class Source(Protocol):
 
 
 class Example(TypedDict):
-    """A decoded image, uint8 of shape (height, width, channels), and its label."""
+    """A decoded image, uint8 `(height, width, channels)`, and its label."""
 
     image: np.ndarray
     label: int
@@ -33,11 +33,11 @@ class Example(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Examples in memory.
+    """Decoded examples in read-only arrays.
 
     Attributes:
-      images: all images; never written to.
-      labels: their labels.
+      images: uint8 `(n, height, width, channels)`.
+      labels: integers `(n,)`.
     """
 
     images: UInt8[np.ndarray, "n height width channels"]
@@ -54,10 +54,10 @@ class Examples:
 
 
 def decode(source: Records, shape: Sequence[int]) -> Examples:
-    """Decodes a whole dataset, one image after the other.
+    """Decodes all n examples into `(n, height, width, 3)` and `(n,)`, in one thread.
 
-    Images for which memory suffices are so small that threads, which take turns in the
-    interpreter between them, need longer together than one of them alone.
+    Images of a dataset that fits into memory are so small that several threads, which
+    hold the interpreter lock in turns, take longer than one.
 
     Args:
       source: examples with an encoded `"image"` and a `"label"`.
@@ -69,8 +69,8 @@ def decode(source: Records, shape: Sequence[int]) -> Examples:
     pixels = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
     indices = range(len(source))
-    chunks = (indices[i : i + _CHUNK] for i in indices[::_CHUNK])
-    examples = itertools.chain.from_iterable(map(source.many, chunks))
+    parts = (indices[i : i + _EXAMPLES_PER_READ] for i in indices[::_EXAMPLES_PER_READ])
+    examples = itertools.chain.from_iterable(map(source.many, parts))
     for i, raw in enumerate(examples):
         with of_example(raw):
             pixels[i] = images.decoded(raw["image"], shape)

@@ -1,7 +1,7 @@
-"""How training images are changed at random.
+"""Random augmentation of training images.
 
-Every function takes an example, a random generator and the side of the result, and
-gives an image, uint8 of shape (size, size, channels).
+Each augmentation takes an example, a random generator and the side of the result in
+pixels, and returns an image, uint8 `(size, size, channels)`.
 """
 
 import functools
@@ -13,78 +13,80 @@ import numpy as np
 
 from train.data import images
 
-# Bounds for the part that `resized_crop` cuts out: its share of the image's area, and
-# its width over its height or its height over its width.
-_SMALLEST = 0.08
-_LONGEST = 4 / 3
+# Bounds of the box of `resized_crop`: its share of the image's area, and the ratio of
+# its longer to its shorter side.
+_SMALLEST_AREA = 0.08
+_LARGEST_ASPECT = 4 / 3
 _ATTEMPTS = 10
 
 
 def train_image(
     augmentation: str, size: int
 ) -> Callable[[Any, np.random.Generator], np.ndarray]:
-    """The function that makes a training image of an example; it can be pickled."""
+    """Returns a picklable function that maps an example to a training image."""
     return functools.partial(_AUGMENTATIONS[augmentation], size=size)
 
 
 def none(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """The image as it is evaluated on."""
+    """Returns the image as `images.view` does for evaluation, unchanged."""
     del rng
     return images.view(raw, size)
 
 
 def shift(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Moves the image by up to an eighth of its side along each axis; black comes in.
+    """Shifts the image by up to 1/8 of its side along each axis; fills with black.
 
-    Those are the 4 pixels of 32 of He et al. (2016, section 4.2). An encoded image is
-    moved as it is evaluated on; a decoded one at its own size, and resized after.
+    He et al. (2016, section 4.2) shift 32 pixels by up to 4: a 32x32 window is cut at
+    random out of the image padded to 40x40. An encoded image is shifted after
+    `images.view`; a decoded image is shifted at its own size, then resized.
     """
     is_array = isinstance(raw["image"], np.ndarray)
     image = raw["image"] if is_array else images.view(raw, size)
     height, width, channels = image.shape
-    down, across = height // 8, width // 8
-    top, left = rng.integers(0, 2 * down + 1), rng.integers(0, 2 * across + 1)
-    padded = np.zeros((height + 2 * down, width + 2 * across, channels), np.uint8)
-    padded[down : down + height, across : across + width] = image
+    shift_y, shift_x = height // 8, width // 8
+    top, left = rng.integers(0, 2 * shift_y + 1), rng.integers(0, 2 * shift_x + 1)
+    padded = np.zeros((height + 2 * shift_y, width + 2 * shift_x, channels), np.uint8)
+    padded[shift_y : shift_y + height, shift_x : shift_x + width] = image
     return images.resized(padded[top : top + height, left : left + width], size)
 
 
 def shift_flip(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Shifts the image, and mirrors every other one."""
-    return _flip(shift(raw, rng, size), rng)
+    """Shifts the image as `shift`, and mirrors it with probability 1/2."""
+    return _flip_half(shift(raw, rng, size), rng)
 
 
 def resized_crop(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Resizes a part of random area, shape and place, and mirrors every other one.
+    """Cuts out a random box, resizes it, and mirrors it with probability 1/2.
 
-    Szegedy et al. (2015, section 6): 8% to 100% of the area, and sides of a ratio
-    between 3:4 and 4:3, here log-uniform so that wide is as likely as tall.
+    As Szegedy et al. (2015, section 6): 8% to 100% of the area, and an aspect ratio
+    between 3:4 and 4:3. The ratio is log-uniform: wide is as likely as tall.
     """
     image = images.opened(raw["image"])
     box = random_box(image.width, image.height, rng)
-    return _flip(images.crop(image, box, size), rng)
+    return _flip_half(images.crop(image, box, size), rng)
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> images.Box:
-    """A part of an image of the given size, for `resized_crop`; of whole pixels.
+    """Returns a random box for `resized_crop`; sizes and edges are in whole pixels.
 
-    Where ten parts did not fit into the image, it is the largest in the middle.
+    If ten random boxes exceed the image, returns the largest centred box with an aspect
+    ratio between 3:4 and 4:3.
     """
     for _ in range(_ATTEMPTS):
-        area = rng.uniform(_SMALLEST, 1) * width * height
-        aspect = _LONGEST ** rng.uniform(-1, 1)
+        area = rng.uniform(_SMALLEST_AREA, 1) * width * height
+        aspect = _LARGEST_ASPECT ** rng.uniform(-1, 1)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left = int(rng.integers(0, width - w + 1))
             top = int(rng.integers(0, height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, round(height * _LONGEST))
-    h = min(height, round(width * _LONGEST))
+    w = min(width, round(height * _LARGEST_ASPECT))
+    h = min(height, round(width * _LARGEST_ASPECT))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def _flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _flip_half(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.integers(2) else image
 
 

@@ -1,6 +1,7 @@
 """The datasets that a config can name.
 
-A dataset is two random-access sources of examples, and what makes images of them.
+A dataset has two random-access sources of examples, one for training and one for
+evaluation, and a function for each that makes an image of an example.
 """
 
 import dataclasses
@@ -17,15 +18,15 @@ from train.data.arrays import Examples, Source
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What is known of a dataset without reading its examples.
+    """Facts about a dataset that are known without reading its examples.
 
     Attributes:
       num_classes: labels are in [0, num_classes).
-      channels: of an image.
-      train_examples: how many examples there are to train on.
-      test_examples: how many examples there are to evaluate on.
-      mean: of the pixels, in [0, 255], of the training images, for each channel.
-      std: their standard deviation, for each channel.
+      channels: number of channels of an image.
+      train_examples: number of examples to train on.
+      test_examples: number of examples to evaluate on.
+      mean: mean of the training pixels, in [0, 255], for each channel.
+      std: standard deviation of the training pixels, for each channel.
     """
 
     num_classes: int
@@ -41,11 +42,11 @@ class Dataset:
     """A dataset that is ready to be read.
 
     Attributes:
-      train: the examples to train on; they have a `"label"`.
-      test: the examples to evaluate on.
-      train_image: makes an image of an example to train on, with random changes:
-        uint8 of shape (image_size, image_size, channels).
-      test_image: makes an image of an example to evaluate on, of the same shape.
+      train: the examples to train on, each with an `"image"` and a `"label"`.
+      test: the examples to evaluate on, likewise.
+      train_image: maps a training example to an augmented image, uint8
+        `(image_size, image_size, channels)`.
+      test_image: maps a test example to an image of the same shape.
     """
 
     train: Source
@@ -55,14 +56,14 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-    """What the table of datasets says of one.
+class _Entry:
+    """An entry of the table of datasets.
 
     Attributes:
-      info: with the published numbers of examples.
-      splits: TFDS's names of the parts to train and to evaluate on; none for a dataset
-        that comes with a package.
-      open: gives these parts; `(name, data_dir, splits) -> (train, test)`.
+      info: facts, with the published numbers of examples.
+      splits: TFDS's names of the training and the test split; empty for a dataset that
+        comes with a package.
+      open: opens both splits; `(name, data_dir, splits) -> (train, test)`.
     """
 
     info: Info
@@ -71,28 +72,28 @@ class _Row:
 
 
 def info(name: str, data_dir: str = "") -> Info:
-    """What is known of a dataset without reading its examples.
+    """Returns the facts about a dataset, without reading its examples.
 
-    The numbers of examples are those of the prepared dataset, or the published ones if
-    it is not there.
+    The numbers of examples are those of the prepared dataset if there is one, else the
+    published ones.
 
     Args:
       name: one of `DATASETS`.
-      data_dir: where prepared datasets are; TFDS's default directory if empty.
+      data_dir: directory of prepared datasets; TFDS's default directory if empty.
 
     Raises:
       DataError: the prepared dataset's description is damaged.
     """
-    row = _DATASETS[name]
-    directory = prepared.find(name, data_dir) if row.splits else None
+    entry = _DATASETS[name]
+    directory = prepared.find(name, data_dir) if entry.splits else None
     if directory is None:
-        return row.info
-    train, test = (prepared.count(directory, split) for split in row.splits)
-    return dataclasses.replace(row.info, train_examples=train, test_examples=test)
+        return entry.info
+    train, test = (prepared.count(directory, split) for split in entry.splits)
+    return dataclasses.replace(entry.info, train_examples=train, test_examples=test)
 
 
 def splits(name: str) -> tuple[str, ...]:
-    """TFDS's names of the parts of a dataset; none if it comes with a package."""
+    """Returns TFDS's names of the splits; empty if a package has the dataset."""
     return _DATASETS[name].splits
 
 
@@ -101,17 +102,17 @@ def load(name: str, data_dir: str, image_size: int, augmentation: str) -> Datase
 
     Args:
       name: one of `DATASETS`.
-      data_dir: where prepared datasets are; TFDS's default directory if empty. Unused
-        for what comes with a package.
-      image_size: the height and width of images to train and to evaluate on.
+      data_dir: directory of prepared datasets; TFDS's default directory if empty.
+        Unused for a dataset that comes with a package.
+      image_size: height and width of the images, in pixels.
       augmentation: one of `AUGMENTATIONS`.
 
     Raises:
-      DataError: the dataset is not there, incomplete, damaged, or in a file format that
-        cannot be read in any order.
+      DataError: the dataset is missing, incomplete, damaged, or in a file format
+        without random access.
     """
-    row = _DATASETS[name]
-    train, test = row.open(name, data_dir, row.splits)
+    entry = _DATASETS[name]
+    train, test = entry.open(name, data_dir, entry.splits)
     return Dataset(
         train=train,
         test=test,
@@ -120,14 +121,14 @@ def load(name: str, data_dir: str, image_size: int, augmentation: str) -> Datase
     )
 
 
-def _digits(
+def _open_digits(
     name: str, data_dir: str, splits: tuple[str, ...]
 ) -> tuple[Examples, Examples]:
     del name, data_dir, splits  # the images come with scikit-learn
     return digits.split()
 
 
-def _in_memory(
+def _open_decoded(
     name: str, data_dir: str, splits: tuple[str, ...]
 ) -> tuple[Examples, Examples]:
     directory = prepared.locate(name, data_dir, splits)
@@ -142,7 +143,7 @@ def _decoded(directory: Path, split: str, num_classes: int) -> Examples:
     return arrays.decode(source, _CIFAR_SHAPE)
 
 
-def _streamed(
+def _open_encoded(
     name: str, data_dir: str, splits: tuple[str, ...]
 ) -> tuple[prepared.Records, prepared.Records]:
     directory = prepared.locate(name, data_dir, splits)
@@ -151,15 +152,15 @@ def _streamed(
     return train, test
 
 
-def _per_channel(*shares: float) -> tuple[float, ...]:
-    """Constants published for pixels in [0, 1], for pixels in [0, 255]."""
-    return tuple(255 * share for share in shares)
+def _per_channel(*values: float) -> tuple[float, ...]:
+    """Scales constants published for pixels in [0, 1] to pixels in [0, 255]."""
+    return tuple(255 * value for value in values)
 
 
 _CIFAR_SHAPE = (32, 32, 3)
 
 _DATASETS = {
-    "digits": _Row(
+    "digits": _Entry(
         Info(
             num_classes=10,
             channels=1,
@@ -169,9 +170,9 @@ _DATASETS = {
             std=(95.9,),
         ),
         splits=(),
-        open=_digits,
+        open=_open_digits,
     ),
-    "cifar10": _Row(
+    "cifar10": _Entry(
         Info(
             num_classes=10,
             channels=3,
@@ -181,9 +182,9 @@ _DATASETS = {
             std=_per_channel(0.2470, 0.2435, 0.2616),
         ),
         splits=("train", "test"),
-        open=_in_memory,
+        open=_open_decoded,
     ),
-    "cifar100": _Row(
+    "cifar100": _Entry(
         Info(
             num_classes=100,
             channels=3,
@@ -193,9 +194,9 @@ _DATASETS = {
             std=_per_channel(0.2673, 0.2564, 0.2762),
         ),
         splits=("train", "test"),
-        open=_in_memory,
+        open=_open_decoded,
     ),
-    "imagenet2012": _Row(
+    "imagenet2012": _Entry(
         Info(
             num_classes=1000,
             channels=3,
@@ -206,7 +207,7 @@ _DATASETS = {
         ),
         # The labels of the test images are not published.
         splits=("train", "validation"),
-        open=_streamed,
+        open=_open_encoded,
     ),
 }
 

@@ -1,7 +1,7 @@
 """The handwritten digits that ship with scikit-learn: 1,797 images of 8x8 pixels.
 
-They are the test set of the UCI data set "Optical Recognition of Handwritten Digits"
-(Alpaydin and Kaynak, 1998).
+The images are the test set of the UCI data set "Optical Recognition of Handwritten
+Digits" (Alpaydin and Kaynak, 1998).
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ _SPLIT_SEED = 0
 
 
 def split() -> tuple[Examples, Examples]:
-    """The training and the test images, each with all digits in equal shares.
+    """Returns training and test examples, stratified by digit with a fixed seed.
 
-    Images are of shape (8, 8, 1), scaled from 17 levels to [0, 255].
+    Images are uint8 `(n, 8, 8, 1)`, scaled from the 17 levels 0 to 16 to [0, 255].
     """
-    # A third of the start of every command, and of no use to other datasets.
+    # Imported here: it takes a third of a command's start, and only digits need it.
     import sklearn.datasets  # noqa: PLC0415
     import sklearn.model_selection  # noqa: PLC0415
 

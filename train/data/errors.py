@@ -1,4 +1,4 @@
-"""The error of a dataset, and of an example by its place."""
+"""The error of a dataset, and its text with the place of an example."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class DataError(ValueError):
-    """A dataset that cannot be read, why, and what to do about it."""
+    """A dataset cannot be read; the message says why, and what to do about it."""
 
 
 @contextlib.contextmanager
 def of_example(example: Mapping[str, Any]) -> Iterator[None]:
-    """Names the example, in its `"place"`, in an error of what is made of it."""
+    """Adds the example's `"place"`, if it has one, to a `DataError` of the body."""
     try:
         yield
     except DataError as error:

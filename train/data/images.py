@@ -1,7 +1,8 @@
-"""Parts of images, cut out and resized in one go, and decoded no finer than needed.
+"""Cuts boxes out of images and resizes them in one step.
 
-An image is either encoded (JPEG or PNG, of any size) or an array, uint8 of shape
-(height, width, channels) with one or three channels. Results are such arrays.
+An image is encoded (JPEG or PNG, of any size) or an array, uint8
+`(height, width, channels)` with one or three channels. Results are arrays. A JPEG is
+decoded at the lowest resolution that the result needs.
 """
 
 import contextlib
@@ -16,30 +17,30 @@ from PIL import Image, UnidentifiedImageError
 from train.data.errors import DataError
 from train.system.text import shown
 
-# left, top, right, bottom in pixels, as Pillow has it.
+# Left, top, right and bottom edge in pixels, as in Pillow.
 Box = tuple[float, float, float, float]
 
-# Of an encoded image, the share of the shorter side that is evaluated on: 224 pixels
-# of 256, as Krizhevsky et al. (2012) did.
+# Side of the evaluated square over the shorter side of an encoded image: 224 of 256
+# pixels, as Krizhevsky et al. (2012).
 _CENTRE = 0.875
 
-# A file of some kilobytes can ask for a gigabyte. The largest image of ImageNet has 61
-# million pixels.
+# A file of some kilobytes can decode to a gigabyte. The largest image of ImageNet has
+# 61 million pixels.
 _MOST_PIXELS = 80_000_000
-# Pillow opens many formats, some by other programs.
+# Pillow opens many more formats, some by starting another program.
 _FORMATS = ("JPEG", "PNG")
 
-# Pillow warns, at first, of what is an error here.
+# Pillow only warns of an image above its first limit; `opened` raises on its own.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-# ImageNet has photographs with such EXIF data, of which nothing is used here.
+# Some photographs of ImageNet have corrupt EXIF data, which is not used here.
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data", UserWarning)
 
 
 def opened(image: bytes | np.ndarray) -> Image.Image:
-    """A Pillow image, of which an encoded image's pixels are not decoded yet.
+    """Returns a Pillow image; the pixels of an encoded image are not decoded yet.
 
     Raises:
-      DataError: the bytes are not an image, or one too large.
+      DataError: the bytes are not an image, or the image is too large.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -55,29 +56,29 @@ def opened(image: bytes | np.ndarray) -> Image.Image:
 
 @contextlib.contextmanager
 def _damaged() -> Iterator[None]:
-    """Turns whatever Pillow raises into the error of an image that is damaged."""
+    """Turns any error of Pillow into a `DataError` of a damaged image."""
     try:
         yield
-    except UnidentifiedImageError as error:  # which names an object in memory
+    except UnidentifiedImageError as error:  # its text is an object's address
         raise DataError("Damaged image: neither JPEG nor PNG.") from error
-    except Exception as error:  # of many types: broken PNGs are errors of syntax
+    except Exception as error:  # of many types: a broken PNG raises SyntaxError
         raise DataError(f"Damaged image: {shown(error)}") from error
 
 
 def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
-    """Cuts out a box and resizes it (bilinear) to `size` by `size`.
+    """Cuts out a box and resizes it (bilinear) to `(size, size, channels)`.
 
-    A JPEG is decoded at the smallest of its scales 1/8, 1/4, 1/2 and 1 at which the box
-    still has `size` pixels a side. Encoded images come out with three channels.
+    A JPEG is decoded at the smallest of the scales 1/8, 1/4, 1/2 and 1 at which the box
+    still has `size` pixels a side. The result of an encoded image has three channels.
 
     Raises:
       DataError: the image is damaged.
     """
-    scale = shrink(image, box, size)
+    divisor = shrink(image, box, size)
     with _damaged():
         if image.format is not None:  # a file, and not an array
             image = image.convert("RGB")
-        left, top, right, bottom = (edge / scale for edge in box)
+        left, top, right, bottom = (edge / divisor for edge in box)
         part = image.resize(
             (size, size), Image.Resampling.BILINEAR, (left, top, right, bottom)
         )
@@ -86,17 +87,21 @@ def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
 
 
 def shrink(image: Image.Image, box: Box, size: int) -> int:
-    """Has an image decoded smaller, if a box in it keeps `size` pixels a side.
+    """Sets the divisor at which a JPEG will be decoded, for a box of `size` pixels.
+
+    The box keeps at least `size` pixels a side. So a box of 1000 x 800 pixels in an
+    image of 2000 x 1000 is, for a size of 224, decoded with the image at 1000 x 500.
 
     Returns:
-      By what the sides of the image, and with them the box, are divided.
+      The divisor of the sides of the image and of the box: 2 in the example. It is 1
+      for an image that is not a JPEG.
     """
     left, top, right, bottom = box
     shorter = min(right - left, bottom - top)
-    scale = max((k for k in (1, 2, 4, 8) if k * size <= shorter), default=1)
-    # Pillow takes the largest scale at which the image is not below this size.
+    divisor = max((k for k in (1, 2, 4, 8) if k * size <= shorter), default=1)
+    # Pillow takes the largest divisor at which the image is not below this size.
     width = image.width
-    drafted = image.draft(None, (width // scale, image.height // scale))
+    drafted = image.draft(None, (width // divisor, image.height // divisor))
     if drafted is None:  # not a JPEG
         return 1
     _, (_, _, drafted_width, _) = drafted
@@ -104,12 +109,12 @@ def shrink(image: Image.Image, box: Box, size: int) -> int:
 
 
 def whole(image: Image.Image) -> Box:
-    """The box that holds all of an image."""
+    """Returns the box of the whole image."""
     return 0, 0, image.width, image.height
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image, at `size` by `size`."""
+    """Resizes an image, `(height, width, channels) -> (size, size, channels)`."""
     if image.shape[:2] == (size, size):
         return image
     pillow = opened(image)
@@ -117,7 +122,7 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def decoded(image: bytes, shape: Sequence[int]) -> np.ndarray:
-    """An encoded image at its own size, of shape (height, width, 3).
+    """Decodes an image at its own size, to uint8 `(height, width, 3)`.
 
     Raises:
       DataError: the image is damaged, or has another shape.
@@ -133,14 +138,15 @@ def decoded(image: bytes, shape: Sequence[int]) -> np.ndarray:
 
 
 def view(raw: Any, size: int) -> np.ndarray:
-    """How an example is seen when nothing about it is random.
+    """Returns the image of an example without random augmentation, as for evaluation.
 
-    Of an encoded image that is the middle, as if the shorter side were resized to
-    `size / 0.875` and `size` by `size` pixels cut out; of an array, all.
+    An array is resized whole. Of an encoded image the central square is taken, as if
+    the shorter side were resized to `size / 0.875` pixels and the central
+    `size` by `size` pixels cut out.
 
     Args:
-      raw: the example; its `"image"` is used.
-      size: height and width of the result.
+      raw: the example; only its `"image"` is read.
+      size: height and width of the result, in pixels.
 
     Raises:
       DataError: the image is damaged.

@@ -1,7 +1,7 @@
 """Batches of a dataset: shuffled, augmented and endless, or in order and once.
 
-Batches are global. Each of several processes gets its own rows of every batch, and the
-rows do not depend on how many processes, worker processes and threads read them.
+Batches are global: each of several processes gets its own rows of every batch. The
+content of a batch does not depend on the number of processes, workers or threads.
 """
 
 import atexit
@@ -38,24 +38,24 @@ from train.data.errors import DataError, of_example
 from train.system.children import children, end_workers
 from train.system.text import shown
 
-# Batches that a worker process has made before they are asked for.
+# Batches that each worker process makes ahead.
 _AHEAD_OF_WORKER = 2
-# Batches that a thread has made before they are asked for.
+# Batches that each thread makes ahead.
 _AHEAD_OF_THREAD = 2
-# Pillow lets go of the interpreter while it decodes and resizes.
+# Threads pay: Pillow releases the interpreter lock while it decodes and resizes.
 _DECODING_THREADS = min(os.cpu_count() or 1, 16)
-# Batches cross in shared memory. Python's resource tracker, a process that takes over
-# these options, removes what is left of it at the end; it need not warn of it.
+# Workers hand over batches in shared memory. Python's resource tracker, a process that
+# inherits this warning filter, removes leftover shared memory at the end: no warning.
 _TRACKER = "ignore:resource_tracker:UserWarning"
 
 
 class Batch(TypedDict):
-    """A batch, of NumPy or JAX arrays, or of their shapes.
+    """A batch of NumPy or JAX arrays, or of `jax.ShapeDtypeStruct`s.
 
     Attributes:
-      image: uint8 of shape (batch, height, width, channels).
-      label: int32 of shape (batch,).
-      mask: float32 of shape (batch,): 1 for an example, 0 for padding.
+      image: uint8 `(batch, height, width, channels)`.
+      label: int32 `(batch,)`.
+      mask: float32 `(batch,)`: 1 for an example, 0 for padding.
     """
 
     image: Any
@@ -64,14 +64,14 @@ class Batch(TypedDict):
 
 
 class Batches(Protocol):
-    """An iterator over batches that has to be closed."""
+    """An iterator over batches that must be closed."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch: ...
 
     def close(self) -> None:
-        """Ends what makes the batches."""
+        """Ends the threads or worker processes that make the batches."""
 
 
 def training_batches(
@@ -84,37 +84,38 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Endless batches, every epoch in an order of its own.
+    """Returns endless training batches, shuffled anew in every epoch.
 
-    An epoch has `len(dataset.train) // batch_size` batches: what does not fill a batch
-    is left out, and is other examples in every epoch. The n-th batch depends on the
-    dataset, the batch size, the seed and n alone.
+    An epoch has `len(dataset.train) // batch_size` batches. The remaining examples are
+    left out of the epoch; they differ from epoch to epoch. Batch n depends only on the
+    dataset, the batch size, the seed and n.
 
     Args:
-      dataset: what to read.
-      batch_size: examples in a batch of all processes together.
-      seed: decides the order and the random changes of images.
-      start: the number of the first batch; resuming is starting later.
-      workers: processes that make batches; without any, threads do.
-      process_index: which of the processes this is.
-      process_count: how many processes share a batch; this one gets
-        `batch_size // process_count` rows, which follow those of the process before.
+      dataset: the dataset to read.
+      batch_size: examples in a global batch, over all processes.
+      seed: decides the order of examples and the random augmentation.
+      start: number of the first batch, to resume a run.
+      workers: number of processes that make batches; 0: threads make them.
+      process_index: index of this process.
+      process_count: number of processes that share a batch. Process i gets the rows
+        from `i * batch_size // process_count` on, `batch_size // process_count` of
+        them.
 
     Returns:
-      An iterator; its `close` ends the workers, as does its deletion.
+      An iterator. Closing or deleting it ends the workers.
 
     Raises:
       DataError: the dataset cannot fill a batch, or the processes cannot share one.
     """
-    rows = _rows(batch_size, process_count)
+    rows = _rows_per_process(batch_size, process_count)
     steps = len(dataset.train) // batch_size
     if not steps:
         raise DataError(
             f"{len(dataset.train)} training examples do not fill a batch of "
             f"{batch_size}: take a smaller one."
         )
-    # A slice of a `MapDataset` goes on into the next epochs of what it is a slice of,
-    # with their own order and random state.
+    # Past its end, a slice of a `MapDataset` continues into the next epochs of the
+    # dataset that it slices, each with its own order and random state.
     parts = (
         grain.MapDataset.source(dataset.train)
         .seed(seed)
@@ -124,11 +125,11 @@ def training_batches(
         .repeat()
     )
     mine = parts[process_index::process_count][start:]
-    return _iterator(mine, _threads(dataset.train), workers)
+    return _iterator(mine, _thread_count(dataset.train), workers)
 
 
 def first_batch(dataset: Dataset, batch_size: int, seed: int) -> Batch:
-    """The first of `training_batches`, on its own."""
+    """Returns the first batch of `training_batches`, made without workers."""
     batches = training_batches(dataset, batch_size, seed)
     with contextlib.closing(batches):
         return next(batches)
@@ -142,57 +143,57 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Every test example once, in order; the last batch is padded with zeros.
+    """Returns batches of every test example once, in order; zeros pad the last one.
 
     Batch n has the examples `n * batch_size` to `(n + 1) * batch_size - 1`. All
     processes get the same number of batches.
 
     Args:
-      dataset: what to read.
-      batch_size: examples in a batch of all processes together.
-      workers: processes that make batches; without any, threads do.
-      process_index: which of the processes this is.
-      process_count: how many processes share a batch.
+      dataset: the dataset to read.
+      batch_size: examples in a global batch, over all processes.
+      workers: number of processes that make batches; 0: threads make them.
+      process_index: index of this process.
+      process_count: number of processes that share a batch.
 
     Returns:
-      An iterator; its `close` ends the workers, as does its deletion.
+      An iterator. Closing or deleting it ends the workers.
 
     Raises:
       DataError: the processes cannot share a batch.
     """
-    rows = _rows(batch_size, process_count)
-    # Without the training examples, which would go to every worker as well.
+    rows = _rows_per_process(batch_size, process_count)
+    # Holds no training examples: Grain copies the source to every worker.
     length = -(-len(dataset.test) // batch_size) * batch_size
     padded = _PaddedTest(dataset.test, dataset.test_image, length)
     parts = grain.MapDataset.source(padded).batch(rows)
     mine = parts[process_index::process_count]
-    return _iterator(mine, _threads(dataset.test), workers)
+    return _iterator(mine, _thread_count(dataset.test), workers)
 
 
 def check_workers_alive() -> None:
-    """Checks that no worker has been lost, where a batch does not come.
+    """Checks that no worker process has died, while a batch is waited for.
 
-    Grain notices a loss as well, but not while a worker starts, for which it waits.
+    Grain checks this too, but not while it waits for a worker to start.
 
     Raises:
-      DataError: the system, or somebody, ended one.
+      DataError: the system, or somebody, ended a worker.
     """
     for child in children():
-        with contextlib.suppress(ChildProcessError):  # it has been waited for
-            # Left in the table of processes, so that Grain finds it there.
-            only_look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            ended = os.waitid(os.P_PID, child, only_look)
+        with contextlib.suppress(ChildProcessError):  # already reaped
+            # WNOWAIT leaves the child to be reaped by Grain.
+            peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ended = os.waitid(os.P_PID, child, peek)
             if ended is not None and ended.si_status:
                 how = f"exit status {ended.si_status}"
                 if ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
                     how = Signals(ended.si_status).name
                 end_workers()
-                raise _lost(f"process {child} ended by {how}")
+                raise _lost_worker(f"process {child} ended by {how}")
 
 
-def _lost(what: str) -> DataError:
+def _lost_worker(cause: str) -> DataError:
     return DataError(
-        f"A worker of config.workers was lost: {what}. If by SIGKILL, memory may have "
+        f"A worker of config.workers was lost: {cause}. If by SIGKILL, memory may have "
         "run out: take fewer workers. The same command goes on from the last "
         "checkpoint."
     )
@@ -200,7 +201,7 @@ def _lost(what: str) -> DataError:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingExample:
-    """Makes a row of a batch of an example."""
+    """Maps a training example to a row of a batch."""
 
     image: Callable[[Any, np.random.Generator], np.ndarray]
 
@@ -211,12 +212,12 @@ class _TrainingExample:
 
 @dataclasses.dataclass(frozen=True)
 class _PaddedTest(Source):
-    """The rows of all test examples, and after them rows of zeros.
+    """The rows of all test examples, followed by rows of zeros as padding.
 
     Attributes:
-      examples: the examples.
-      image: makes an image of one.
-      length: of the rows together.
+      examples: the test examples.
+      image: maps an example to an image.
+      length: number of rows, with padding.
     """
 
     examples: Source
@@ -242,7 +243,7 @@ def _row(image: np.ndarray, label: int, mask: int) -> Batch:
     return Batch(image=image, label=np.int32(label), mask=np.float32(mask))
 
 
-def _rows(batch_size: int, process_count: int) -> int:
+def _rows_per_process(batch_size: int, process_count: int) -> int:
     if batch_size % process_count:
         raise DataError(
             f"A batch of {batch_size} cannot be split evenly over {process_count} "
@@ -251,22 +252,23 @@ def _rows(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _threads(source: Source) -> int:
-    # Without decoding, threads would take turns and be slower together than one alone.
+def _thread_count(source: Source) -> int:
+    # Without decoding, threads only compete for the interpreter lock: one is faster.
     return 1 if isinstance(source, Examples) else _DECODING_THREADS
 
 
 def _iterator(batches: Any, threads: int, workers: int) -> Batches:
-    """Reads batches ahead, in order, in so many threads or in worker processes."""
+    """Reads batches ahead, in order, in threads or, if there are any, in workers."""
     if not workers:
         ahead = grain.ReadOptions(threads, _AHEAD_OF_THREAD * threads)
         return iter(batches.to_iter_dataset(ahead))
-    if not flags.FLAGS.is_parsed():  # in another program than those of this package
+    if not flags.FLAGS.is_parsed():  # not started by a command of this package
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags
     if _TRACKER not in sys.warnoptions:
         sys.warnoptions.append(_TRACKER)
-    # A thread that starts it would let signals through again, and with it its workers.
-    # The tracker leaves SIGHUP blocked, and heeds no other signal.
+    # If one of Grain's threads started the tracker, Python would unblock SIGINT and
+    # SIGTERM there, and in the workers that the thread starts: start it here. The
+    # tracker ignores these two signals by itself; SIGHUP must be blocked for it.
     blocked = pthread_sigmask(SIG_BLOCK, {SIGHUP})
     resource_tracker.ensure_running()
     pthread_sigmask(SIG_SETMASK, blocked)
@@ -275,11 +277,11 @@ def _iterator(batches: Any, threads: int, workers: int) -> Batches:
     dataset = batches.to_iter_dataset(one_by_one).mp_prefetch(processes, _start_worker)
     iterator = iter(dataset)
     _with_workers.add(iterator)
-    return _Made(iterator)
+    return _WorkerBatches(iterator)
 
 
-class _Made(Iterator[Batch]):
-    """An iterator whose batches workers make."""
+class _WorkerBatches(Iterator[Batch]):
+    """An iterator over batches of workers; raises `DataError` if one is lost."""
 
     def __init__(self, batches: grain.DatasetIterator[Batch]) -> None:
         self._batches = batches
@@ -289,15 +291,15 @@ class _Made(Iterator[Batch]):
             return next(self._batches)
         except (StopIteration, DataError):
             raise
-        except Exception as error:  # of Grain's, of which it has no type
-            raise _lost(shown(error)) from error
+        except Exception as error:  # Grain raises no type of its own
+            raise _lost_worker(shown(error)) from error
 
     def close(self) -> None:
         self._batches.close()
 
 
-# Iterators that may have workers: while the interpreter is taken down, Grain can no
-# longer end them.
+# Iterators that may have workers, to be closed at exit: Grain cannot end workers once
+# the interpreter shuts down.
 _with_workers: weakref.WeakSet[grain.DatasetIterator[Batch]] = weakref.WeakSet()
 
 
@@ -305,14 +307,15 @@ _with_workers: weakref.WeakSet[grain.DatasetIterator[Batch]] = weakref.WeakSet()
 def _close_all() -> None:
     for iterator in list(_with_workers):
         iterator.close()
-    gc.collect()  # closed twice, without harm as long as modules are there
+    # Deletion closes an iterator again, which fails once modules are gone.
+    gc.collect()
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Makes a process one that lives as long as its parent, and needs no device."""
+    """Sets up a worker: it ends with its parent, and uses no device."""
     del index, count
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # A signal to the whole group is for the parent, which may want to finish a step.
+    # A signal to the process group is for the parent, which may finish a step first.
     for signum in (SIGINT, SIGTERM, SIGHUP):
         signal(signum, SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

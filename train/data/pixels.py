@@ -1,4 +1,4 @@
-"""Pixels as models take them."""
+"""Normalisation of pixels for the model's input."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,17 @@ Normalise = Callable[
     Float[Array, "batch height width channels"],
 ]
 
-# To [-1, 1], as Google's vision transformers were trained.
+# Maps to [-1, 1], as Google's vision transformers were trained.
 _UNIT = 127.5
 
 
 def normaliser(config: ConfigDict) -> Normalise:
-    """The function that makes float32 of pixels in [0, 255], in the step itself.
+    """Returns a function that normalises uint8 pixels to float32, of the same shape.
 
-    It subtracts a mean and divides by a deviation for each channel: those of the
-    dataset (`config.normalise="dataset"`), or 127.5 both (`"unit"`). Images so cross to
-    the device, and wait there, in a quarter of the bytes.
+    The function subtracts a mean and divides by a standard deviation for each channel:
+    those of the dataset (`config.normalise="dataset"`), or 127.5 for both (`"unit"`).
+    It is part of the step, so that images are copied to the device and wait there as
+    uint8, in a quarter of the bytes.
     """
     mean: tuple[float, ...] | float = _UNIT
     std: tuple[float, ...] | float = _UNIT

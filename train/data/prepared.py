@@ -1,7 +1,7 @@
-"""Datasets that TFDS has prepared: where they are, how large, and their records.
+"""Datasets that TFDS has prepared on disk: their place, size and records.
 
-Nothing here downloads, or writes. TFDS is imported where it is used: it takes a while,
-which those who need no prepared dataset are spared.
+Nothing here downloads or writes. TFDS is imported only where it is used, because its
+import is slow.
 """
 
 import dataclasses
@@ -25,28 +25,29 @@ from train.system.text import names, shown
 
 FILE_FORMAT = "array_record"
 
-# Where the classes are that a description may name, and how large it may be.
-_FEATURES = "tensorflow_datasets.core.features."
+# Package of the classes that features.json may name, and its largest size in bytes.
+_FEATURES_PACKAGE = "tensorflow_datasets.core.features."
 _LARGEST_FEATURES = 2**20
-# Characters of a library's reason that are shown.
-_LONGEST = 300
-# Shards that are opened at once: they may be on a remote file system.
+# Characters shown of a library's error message.
+_LONGEST_REASON = 300
+# Files opened at once: they may be on a remote file system.
 _THREADS = 32
 
 
 class Records:
-    """Examples of a prepared dataset, read when they are asked for.
+    """A sequence of the examples of a prepared dataset, each read on access.
 
-    An example is a dictionary of what the dataset has; images are left encoded.
-    Only the place of the files is pickled, so that every process opens its own.
+    An example is a dictionary of the dataset's features, and its `"place"`; the image
+    is left encoded. Pickling keeps only the arguments: every process opens the files
+    itself.
 
     Args:
-      directory: of the dataset and version.
-      split: TFDS's name of the part.
+      directory: directory of the dataset's version.
+      split: TFDS's name of the split.
       num_classes: labels are in [0, num_classes).
 
     Raises:
-      DataError: from reading, if an example is damaged or has no such label.
+      DataError: on access, if the example is damaged or its label is out of range.
     """
 
     def __init__(self, directory: Path, split: str, num_classes: int):
@@ -64,20 +65,20 @@ class Records:
         try:
             example = source[index]
         except Exception as error:  # of many types: ArrayRecord's, TFDS's
-            raise self._unreadable(index, error) from error
-        return self._checked(index, example)
+            raise self._example_error(index, error) from error
+        return self._check_example(index, example)
 
     def many(self, indices: Sequence[int]) -> Sequence[Any]:
-        """Several examples, in less time than one after the other; one takes more."""
+        """Reads several examples faster than one by one; a single one more slowly."""
         source = self._source
         try:
             examples = source.__getitems__(indices)
-        except Exception as error:  # as above
-            raise self._unreadable(indices[0], error) from error
-        return list(map(self._checked, indices, examples))
+        except Exception as error:  # as in `__getitem__`
+            raise self._example_error(indices[0], error) from error
+        return list(map(self._check_example, indices, examples))
 
-    def _checked(self, index: int, example: Any) -> Any:
-        """The example and its place, if its image and its label can be such."""
+    def _check_example(self, index: int, example: Any) -> Any:
+        """Checks image and label of an example, and adds its place."""
         place = Place(self._directory, self._split, index)
         if not isinstance(example.get("image"), bytes):
             raise DataError(
@@ -93,10 +94,10 @@ class Records:
             f"numbers from 0 to {self._num_classes - 1}. {_remedy(self._directory)}"
         )
 
-    def _unreadable(self, index: int, error: Exception) -> DataError:
+    def _example_error(self, index: int, error: Exception) -> DataError:
         return DataError(
             f"Example {index} of split {self._split!r} in {self._directory}, or one "
-            f"soon after, cannot be read: {shown(error, _LONGEST)}. "
+            f"soon after, cannot be read: {shown(error, _LONGEST_REASON)}. "
             f"{_remedy(self._directory)}"
         )
 
@@ -114,12 +115,12 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an example is; as text, with the name of the file.
+    """The place of an example; its text also names the file.
 
     Attributes:
-      directory: of the dataset and version.
-      split: TFDS's name of the part.
-      index: the example's, in the split.
+      directory: directory of the dataset's version.
+      split: TFDS's name of the split.
+      index: index of the example in the split.
     """
 
     directory: Path
@@ -144,10 +145,10 @@ class Place:
 
 
 def root(data_dir: str) -> Path:
-    """The directory that holds prepared datasets: the given one, or TFDS's default.
+    """Returns the directory of prepared datasets: `data_dir`, or TFDS's default.
 
     Raises:
-      DataError: no directory can have that name.
+      DataError: the name is not valid for a directory.
     """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
@@ -157,12 +158,12 @@ def root(data_dir: str) -> Path:
 
 
 def command(name: str, directory: Path | str) -> str:
-    """The command line that prepares a dataset."""
+    """Returns the command line that prepares a dataset."""
     return f"python -m train.prepare {name} --data_dir={shlex.quote(str(directory))}"
 
 
 def find(name: str, data_dir: str) -> Path | None:
-    """The directory of the newest version of a dataset, if there is any."""
+    """Returns the directory of the newest version of a dataset, `None` if missing."""
     versions = {
         tuple(map(int, path.parent.name.split("."))): path.parent
         for path in (root(data_dir) / name).glob("*/dataset_info.json")
@@ -172,7 +173,7 @@ def find(name: str, data_dir: str) -> Path | None:
 
 
 def count(directory: Path, split: str) -> int:
-    """How many examples a split has.
+    """Returns the number of examples of a split.
 
     Raises:
       DataError: the description of the dataset is damaged or has no such split.
@@ -181,11 +182,11 @@ def count(directory: Path, split: str) -> int:
 
 
 def locate(name: str, data_dir: str, splits: Iterable[str]) -> Path:
-    """The directory of a dataset of which all files are there and can be read.
+    """Returns the directory of a dataset, after checking the files of the splits.
 
     Raises:
-      DataError: there is no such dataset, it is in a format without random access, or
-        files are missing or damaged.
+      DataError: the dataset is missing, its format has no random access, or files are
+        missing or damaged.
     """
     directory = find(name, data_dir)
     if directory is None:
@@ -213,7 +214,7 @@ def _check_format(directory: Path) -> None:
 
 
 def _check_files(directory: Path, split: str) -> None:
-    """Checks that every file of a split has the examples that it should have."""
+    """Checks that every file of a split is there and has all of its examples."""
     from array_record.python import (  # type: ignore[import-untyped]  # noqa: PLC0415
         array_record_module,
     )
@@ -227,7 +228,7 @@ def _check_files(directory: Path, split: str) -> None:
             found = reader.num_records()
             reader.close()
         except RuntimeError as error:
-            return f"{shown(path.name)} is damaged: {shown(error, _LONGEST)}"
+            return f"{shown(path.name)} is damaged: {shown(error, _LONGEST_REASON)}"
         if found == shard.examples_in_shard:
             return None
         return f"{path.name} has {found} of {shard.examples_in_shard} examples"
@@ -253,8 +254,8 @@ def _split_info(directory: Path, split: str) -> Any:
     found = splits[split]
     try:
         count, shards = found.num_examples, found.file_instructions
-    except Exception as error:  # of TFDS, for numbers that are none
-        raise _undescribed(directory, error) from error
+    except Exception as error:  # of many types, for malformed numbers
+        raise _description_error(directory, error) from error
     if count <= 0 or not shards:
         raise DataError(
             f"Split {split!r} of the dataset in {directory} has no examples. "
@@ -265,32 +266,32 @@ def _split_info(directory: Path, split: str) -> Any:
 
 @functools.cache
 def _builder(directory: Path) -> Any:
-    """TFDS's description of a dataset, read from the files in its directory."""
+    """Returns TFDS's builder of the dataset in a directory."""
     import tensorflow_datasets as tfds  # noqa: PLC0415
 
     try:
         _check_classes(directory)
         return tfds.builder_from_directory(directory)
-    except Exception as error:  # of many types, for files that are not what they should
-        raise _undescribed(directory, error) from error
+    except Exception as error:  # of many types, for malformed files
+        raise _description_error(directory, error) from error
 
 
-def _undescribed(directory: Path, error: Exception) -> DataError:
+def _description_error(directory: Path, error: Exception) -> DataError:
     return DataError(
         f"The description of the dataset in {directory} cannot be read: "
-        f"{shown(error, _LONGEST)}. {_remedy(directory)}"
+        f"{shown(error, _LONGEST_REASON)}. {_remedy(directory)}"
     )
 
 
 def _check_classes(directory: Path) -> None:
-    """Checks that a dataset's features are TFDS's own: it imports what they name."""
+    """Checks that features.json names only TFDS's classes: TFDS imports them."""
     path = directory / "features.json"
     if path.stat().st_size > _LARGEST_FEATURES:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes")
 
     def check(section: dict[str, Any]) -> dict[str, Any]:
-        name = section.get("pythonClassName", _FEATURES)
-        if not str(name).startswith(_FEATURES):
+        name = section.get("pythonClassName", _FEATURES_PACKAGE)
+        if not str(name).startswith(_FEATURES_PACKAGE):
             raise ValueError(f"{path.name} names {shown(name)}, which is not TFDS's")
         return section
 
