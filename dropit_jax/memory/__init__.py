@@ -1,8 +1,8 @@
 """Memory and operations of a training step, and the largest batch that fits.
 
-`compile_report` asks the compiler of the device, which need not be there, and
-`max_batch` searches with it; `saved_residuals` and `cached_bytes` look at what
-differentiation keeps, before any compiler.
+`compile_report` and `max_batch` compile for a device, which need not be present;
+`saved_residuals` and `cached_bytes` list the residuals of the traced function, before
+a compiler has changed them.
 """
 
 from dropit_jax.memory.compiled.batches import BatchPlan, NoBatchFitsError, max_batch

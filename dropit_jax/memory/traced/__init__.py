@@ -1,1 +1,1 @@
-"""Reports on traced functions: the values that their derivative keeps."""
+"""Reports on traced functions: the residuals that differentiation stores."""

@@ -1,4 +1,4 @@
-"""Bytes that the DropIT operations of a function cache."""
+"""Counts the bytes that the DropIT operations of a function store."""
 
 import math
 from collections.abc import Callable
@@ -12,21 +12,24 @@ from dropit_jax.products.operand import RESIDUAL_NAME
 
 
 def cached_bytes(fn: Callable[..., Any], *abstract_args: Any) -> int:
-    """Bytes that the DropIT operations in `fn` cache for their backward pass.
+    """Returns the bytes that the DropIT operations in `fn` store for the backward pass.
 
-    Counts every residual in the traced function, in each step of a loop. Nothing runs
-    and nothing is allocated.
+    A residual in a loop counts once per step. Only traces `fn`: nothing is executed or
+    allocated.
 
     Args:
       fn: a function that differentiates, such as a training step.
-      *abstract_args: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
+      *abstract_args: the arguments of `fn`, as arrays or `jax.ShapeDtypeStruct`s.
     """
     jaxpr = open_jaxpr(jax.make_jaxpr(fn)(*abstract_args))
     return _named_bytes(jaxpr, RESIDUAL_NAME)[0]
 
 
 def _named_bytes(jaxpr: Jaxpr, name: str) -> tuple[int, list[bool]]:
-    """Bytes of the named arrays that something reads, and which inputs are read."""
+    """Returns the bytes of the arrays of a name, and which inputs are read.
+
+    Equations whose results nothing reads do not count.
+    """
     total, read = 0, {v for v in jaxpr.outvars if isinstance(v, Var)}
     for equation in reversed(jaxpr.eqns):
         if not (equation.effects or read.intersection(equation.outvars)):
@@ -35,12 +38,13 @@ def _named_bytes(jaxpr: Jaxpr, name: str) -> tuple[int, list[bool]]:
         if equation.primitive.name == compat.NAME and equation.params["name"] == name:
             avals: list[Any] = [variable.aval for variable in equation.outvars]
             total += sum(math.prod(a.shape) * a.dtype.itemsize for a in avals)
-        repeats = equation.params.get("length", 1)  # of a scan's body
+        repeats = equation.params.get("length", 1)  # the steps of a scan
         for inner in jaxprs_in_params(equation.params):
             nbytes, inputs_read = _named_bytes(inner, name)
             total += repeats * nbytes
             if equation.primitive.name == compat.CUSTOM_VJP:
-                # It is not differentiated: what only its forward rule reads is not.
+                # The call is not differentiated, so its forward rule does not run, and
+                # an operand that only the forward rule reads is not read.
                 inputs = inputs_read
         read |= {
             variable

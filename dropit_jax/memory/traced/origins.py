@@ -1,4 +1,4 @@
-"""Finds the operation that makes an array of a traced function."""
+"""Finds the equation that computes an array of a traced function."""
 
 import dataclasses
 import functools
@@ -10,24 +10,25 @@ import jax.numpy as jnp
 from dropit_jax import compat
 from dropit_jax.compat import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
-# What no operation makes.
+# The values of `Origin.primitive` for arrays that no equation computes.
 ARGUMENT, CONSTANT = "argument", "constant"
 
-# Operations that return an operand as it is, if size and dtype stay the same.
+# Primitives that return their operand unchanged if size and dtype stay the same.
 _COPIES = compat.COPIES | {"join_sharding_group", "optimization_barrier_by_platform"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where an array comes from.
+    """The equation or argument that an array comes from.
 
     Attributes:
-      key: equal for one array, different for two.
-      aval: its type.
-      primitive: what makes it: the name of a JAX primitive, `ARGUMENT`, or `CONSTANT`
-        for what depends on nothing.
-      path: the names of the scopes that it is made in.
-      name: what `jax.ad_checkpoint.checkpoint_name` called it; "" if it did not.
+      key: identifies the array: two origins have the same key if and only if they are
+        of the same array.
+      aval: the shape and dtype of the array.
+      primitive: the name of the primitive that computes the array; `ARGUMENT` for an
+        argument, `CONSTANT` for an array that depends on no argument.
+      path: the scopes around the equation, joined by "/".
+      name: the array's name from `jax.ad_checkpoint.checkpoint_name`, or "".
     """
 
     key: tuple[int, ...]
@@ -39,7 +40,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """A function, and where it is called: the equation and its function, if any."""
+    """A jaxpr, and the equation and frame that call it; the outermost has neither."""
 
     jaxpr: Jaxpr
     call: JaxprEqn | None = None
@@ -47,7 +48,7 @@ class _Frame:
 
     @functools.cached_property
     def makers(self) -> dict[Var, JaxprEqn]:
-        """The equation that makes each variable."""
+        """The equation that computes each variable."""
         return {var: eqn for eqn in self.jaxpr.eqns for var in eqn.outvars}
 
     @functools.cached_property
@@ -55,22 +56,23 @@ class _Frame:
         return {}
 
     def inside(self, jaxpr: Jaxpr, call: JaxprEqn) -> "_Frame":
-        """A function that an equation of this one calls."""
+        """Returns the frame of a jaxpr that an equation of this frame calls."""
         return self._inside.setdefault(id(call), _Frame(jaxpr, call, self))
 
     @property
     def calls(self) -> tuple[JaxprEqn, ...]:
-        """The equations on the way here, the outermost first."""
+        """The equations that lead to this frame, the outermost first."""
         if self.call is None or self.caller is None:
             return ()
         return (*self.caller.calls, self.call)
 
-    def origin(self, variable: Any, made_by: JaxprEqn | str, name: str) -> Origin:
-        """An origin in this function."""
-        equations, primitive = self.calls, made_by
-        if not isinstance(made_by, str):
-            equations, primitive = (*equations, made_by), made_by.primitive.name
+    def origin(self, variable: Any, maker: JaxprEqn | str, name: str) -> Origin:
+        """Returns the origin of a variable of this frame."""
+        equations, primitive = self.calls, maker
+        if not isinstance(maker, str):
+            equations, primitive = (*equations, maker), maker.primitive.name
         return Origin(
+            # Two calls of one jitted function share its variables.
             key=tuple(map(id, (*self.calls, variable))),
             aval=variable.aval,
             primitive=str(primitive),
@@ -80,68 +82,76 @@ class _Frame:
 
 
 def find(variables: Iterable[Any], jaxpr: Jaxpr) -> list[Origin]:
-    """The origins of variables of a function.
+    """Returns the origins of variables of a jaxpr.
 
-    They are looked for through operations that return their operand, and in the
-    functions that the function calls.
+    The search passes through primitives that return their operand unchanged (`_COPIES`)
+    and into and out of called jaxprs.
     """
     frame = _Frame(jaxpr)
     return [_find(variable, frame, "") for variable in variables]
 
 
 def _find(
-    variable: Any, frame: _Frame, name: str, carried: tuple[Var, ...] = ()
+    variable: Any, frame: _Frame, name: str, visited: tuple[Var, ...] = ()
 ) -> Origin:
-    """The origin of a variable, given its name and the loops' inputs on the way."""
+    """Returns the origin of a variable or literal of a frame.
+
+    `name` is the `checkpoint_name` met so far, or "". `visited` are the loop carries
+    passed so far: the search ends where a loop hands a carry on unchanged.
+    """
     if not isinstance(variable, Var) or variable in frame.jaxpr.constvars:
         return frame.origin(variable, CONSTANT, name)
     if variable not in frame.makers:
-        return _find_outside(variable, frame, name, carried)
+        return _find_input(variable, frame, name, visited)
     maker = frame.makers[variable]
     position = maker.outvars.index(variable)
-    operand = _copied(maker, position)
+    operand = _copied_operand(maker, position)
     if operand is not None:
         if maker.primitive.name == compat.NAME:
             name = name or maker.params["name"]
-        return _find(operand, frame, name, carried)
+        return _find(operand, frame, name, visited)
     inner = list(jaxprs_in_params(maker.params))
     if len(inner) == 1 and len(inner[0].outvars) == len(maker.outvars):
         inside = frame.inside(inner[0], maker)
-        return _find(inner[0].outvars[position], inside, name, carried)
+        return _find(inner[0].outvars[position], inside, name, visited)
     if not any(isinstance(operand, Var) for operand in maker.invars):
-        return frame.origin(variable, CONSTANT, name)  # a fill, or an iota
+        return frame.origin(variable, CONSTANT, name)  # an iota, say
     return frame.origin(variable, maker, name)
 
 
-def _find_outside(
-    variable: Var, frame: _Frame, name: str, carried: tuple[Var, ...]
+def _find_input(
+    variable: Var, frame: _Frame, name: str, visited: tuple[Var, ...]
 ) -> Origin:
-    """The origin of an input of a function."""
+    """Returns the origin of an input of a frame's jaxpr."""
     call, inputs = frame.call, frame.jaxpr.invars
     if call is None or frame.caller is None:
         return frame.origin(variable, ARGUMENT, name)
     index = inputs.index(variable)
     if call.primitive.name == compat.SCAN:
-        constants, carries = compat.scan_counts(call)
-        number = index - constants
-        if number < 0 or variable in carried:  # the same in each step
+        num_constants, num_carries = compat.scan_counts(call)
+        position = index - num_constants
+        if position < 0 or variable in visited:
+            # The same in each step: the residual is a stack of copies, by the scan.
             return frame.origin(variable, "scan", name)
-        if number < carries:
-            # What the step before returned: another array than what this one does.
-            result = frame.jaxpr.outvars[number]
-            before = _find(result, frame, name, (*carried, variable))
-            return dataclasses.replace(before, key=(*before.key, id(variable)))
+        if position < num_carries:
+            # The carry is the result of the previous step. The residual, a stack of
+            # carries, is shifted by one step against the stack of results, so it is
+            # another array and takes another key.
+            result = frame.jaxpr.outvars[position]
+            previous = _find(result, frame, name, (*visited, variable))
+            return dataclasses.replace(previous, key=(*previous.key, id(variable)))
     operand = call.invars[len(call.invars) - len(inputs) + index]
-    return _find(operand, frame.caller, name, carried)
+    return _find(operand, frame.caller, name, visited)
 
 
-def _copied(maker: JaxprEqn, position: int) -> Any:
-    """The operand that a result is a copy of; `None` if of none."""
+def _copied_operand(maker: JaxprEqn, position: int) -> Any:
+    """Returns the operand that a result is a copy of, or `None`."""
     if maker.primitive.name not in _COPIES:
         return None
     operand: Any = maker.invars[position]
     result: Any = maker.outvars[position]
     if maker.primitive.name == compat.REDUCE_PRECISION:
+        # With the mantissa of the dtype, it is only a marker of `jax.checkpoint`.
         bits = jnp.finfo(result.aval.dtype).nmant
         return operand if maker.params["mantissa_bits"] == bits else None
     types = [(each.aval.size, each.aval.dtype) for each in (operand, result)]

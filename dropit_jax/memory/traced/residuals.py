@@ -1,4 +1,4 @@
-"""The residuals of a function: arrays that its backward pass reads."""
+"""Lists the residuals of a function: the arrays that its backward pass reads."""
 
 import collections
 import dataclasses
@@ -19,14 +19,14 @@ class SavedResidual:
     """An array that the backward pass reads.
 
     Attributes:
-      shape: of the array.
-      dtype: of the array.
-      nbytes: of the array.
-      layer: the path of the Flax module that makes it; the model's name for what it
-        makes itself, "" for what is made outside of it.
-      kind: the name that `jax.ad_checkpoint.checkpoint_name` gave it, as the operations
-        of this library name what they cache, or else the primitive that makes it;
-        "argument" for an argument, "constant" for what depends on none.
+      shape: the shape of the array.
+      dtype: the dtype of the array.
+      nbytes: the size of the array, in bytes.
+      layer: the path of the Flax module that computes the array; the model's name if
+        no submodule does, "" if the array is computed outside the model.
+      kind: the array's name from `jax.ad_checkpoint.checkpoint_name` (the operations of
+        this library name their residuals), or else the primitive that computes it;
+        "argument" for an argument, "constant" for an array that depends on no argument.
     """
 
     shape: tuple[int, ...]
@@ -37,13 +37,13 @@ class SavedResidual:
 
     @property
     def is_cached(self) -> bool:
-        """Whether it takes memory that would not be taken anyway."""
+        """Whether the array takes memory of its own: no argument and no constant."""
         return self.kind not in (origins.ARGUMENT, origins.CONSTANT)
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedResiduals:
-    """The residuals of a function; printed, a table.
+    """The residuals of a function; `str` returns a table of them.
 
     Attributes:
       residuals: the arrays that the backward pass reads, largest first.
@@ -53,12 +53,12 @@ class SavedResiduals:
 
     @property
     def total_bytes(self) -> int:
-        """The size of all, but for arguments and constants."""
+        """The bytes of all residuals except arguments and constants."""
         return sum(each.nbytes for each in self.residuals if each.is_cached)
 
     @property
     def by_kind(self) -> dict[str, int]:
-        """The parts of `total_bytes`, largest first."""
+        """The parts of `total_bytes` by `SavedResidual.kind`, largest first."""
         sizes: collections.Counter[str] = collections.Counter()
         for each in self.residuals:
             if each.is_cached:
@@ -79,41 +79,43 @@ class SavedResiduals:
 
 
 def saved_residuals(fn: Callable[..., Any], *args: Any) -> SavedResiduals:
-    """The residuals of a function: arrays that its backward pass reads.
+    """Returns the residuals of a function: the arrays that its backward pass reads.
 
-    That is what `jax.grad` keeps before any compiler looks at it: XLA computes some of
-    it anew instead, and adds workspace. Nothing runs and nothing is allocated.
+    They are the residuals of `jax.grad` before compilation: XLA recomputes some of
+    them, and adds workspaces. Only traces `fn`: nothing is executed or allocated.
 
     Args:
-      fn: a function, such as a loss. It is differentiated by all arguments of floating
-        point.
-      *args: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
+      fn: a function, such as a loss. It is differentiated with respect to all
+        floating-point and complex arguments.
+      *args: the arguments of `fn`, as arrays or `jax.ShapeDtypeStruct`s.
     """
     leaves, structure = jax.tree.flatten(args)
-    given = [i for i, leaf in enumerate(leaves) if _is_floating(leaf)]
-    if not given:
+    floating = [i for i, leaf in enumerate(leaves) if _is_floating(leaf)]
+    if not floating:
         return SavedResiduals(())
     pullback = _Pullback()
 
     def forward(*leaves: Any) -> list[Any]:
-        def of_given(*values: Any) -> Any:
-            replaced = dict(enumerate(leaves)) | dict(zip(given, values, strict=True))
+        def of_floating(*values: Any) -> Any:
+            replaced = dict(enumerate(leaves)) | dict(
+                zip(floating, values, strict=True)
+            )
             return fn(*jax.tree.unflatten(structure, replaced.values()))
 
-        return pullback.take_apart(*jax.vjp(of_given, *[leaves[i] for i in given]))
+        return pullback.flatten(*jax.vjp(of_floating, *[leaves[i] for i in floating]))
 
     jaxpr = open_jaxpr(jax.make_jaxpr(forward)(*leaves))
-    backward = pullback.traced([variable.aval for variable in jaxpr.outvars])
+    backward = pullback.trace([variable.aval for variable in jaxpr.outvars])
     return between(jaxpr, backward, len(jaxpr.outvars))
 
 
 def between(forward: Jaxpr, backward: Jaxpr, count: int) -> SavedResiduals:
-    """The residuals between two passes.
+    """Returns the residuals that a forward pass hands to a backward pass.
 
     Args:
-      forward: returns the residuals last.
-      backward: takes them first.
-      count: of the residuals that one gives to the other.
+      forward: the jaxpr of the forward pass; its last `count` results are residuals.
+      backward: the jaxpr of the backward pass; its first `count` inputs are residuals.
+      count: the number of residuals.
     """
     _, used = dce_jaxpr(backward, [True] * len(backward.outvars))
     given = forward.outvars[len(forward.outvars) - count :]
@@ -124,26 +126,26 @@ def between(forward: Jaxpr, backward: Jaxpr, count: int) -> SavedResiduals:
     ]
     found: dict[tuple[int, ...], SavedResidual] = {}
     for variable, origin in zip(read, origins.find(read, forward), strict=True):
-        if origin.name or origin.key not in found:  # a name may be on one use only
+        if origin.name or origin.key not in found:  # one use alone may be named
             found[origin.key] = _residual(variable, origin)
     ordered = sorted(found.values(), key=lambda each: each.nbytes, reverse=True)
     return SavedResiduals(tuple(ordered))
 
 
 class _Pullback:
-    """A pullback, as a function of residuals and cotangents."""
+    """A pullback of `jax.vjp`, as a function of its residuals and of cotangents."""
 
-    def take_apart(self, result: Any, pullback: Any) -> list[Any]:
-        """The residuals of a pullback, given also the function's result."""
+    def flatten(self, result: Any, pullback: Any) -> list[Any]:
+        """Returns the residuals of a pullback, given both results of `jax.vjp`."""
         residuals, self._structure = jax.tree.flatten(pullback)
         self._cotangents = jax.tree.map(jax.typeof, result)
         return residuals
 
-    def traced(self, avals: Sequence[Any]) -> Jaxpr:
-        """The backward pass, of residuals of these types and of cotangents."""
-        return open_jaxpr(jax.make_jaxpr(self._call)(avals, self._floating()))
+    def trace(self, avals: Sequence[Any]) -> Jaxpr:
+        """Returns the jaxpr of the backward pass for residuals of these avals."""
+        return open_jaxpr(jax.make_jaxpr(self._call)(avals, self._cotangent_avals()))
 
-    def _floating(self) -> list[Any]:
+    def _cotangent_avals(self) -> list[Any]:
         return [
             aval for aval in jax.tree.leaves(self._cotangents) if _is_floating(aval)
         ]
@@ -167,20 +169,20 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _residual(variable: Var, origin: origins.Origin) -> SavedResidual:
-    is_there = origin.primitive in (origins.ARGUMENT, origins.CONSTANT)
-    # What is read of an argument may be a view of it.
-    aval: Any = origin.aval if is_there else variable.aval
+    is_given = origin.primitive in (origins.ARGUMENT, origins.CONSTANT)
+    # The variable may be a view of the argument, such as a reshape.
+    aval: Any = origin.aval if is_given else variable.aval
     return SavedResidual(
         shape=tuple(aval.shape),
         dtype=str(aval.dtype),
         nbytes=math.prod(aval.shape) * aval.dtype.itemsize,
         layer=scopes.layer(origin.path),
-        kind=origin.primitive if is_there else origin.name or origin.primitive,
+        kind=origin.primitive if is_given else origin.name or origin.primitive,
     )
 
 
 def _table(rows: Sequence[tuple[str, ...]], rules: Sequence[int]) -> str:
-    """Aligned columns, the first to the right, with rules before some of the rows."""
+    """Returns a text table: first column flush right, rules above some of the rows."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for i, (first, *others) in enumerate(rows):

@@ -1,8 +1,9 @@
-"""Reads the names that JAX gives to operations.
+"""Parses the names that JAX gives to operations.
 
-JAX names an operation by the functions, the transformations and the `jax.named_scope`s
-around it, and Flax opens a scope for each module:
-`jit(step)/transpose(jvp(ResNet))/stage1_block1/conv1/conv_general_dilated`.
+The name of an operation is the path of the functions, transformations and
+`jax.named_scope`s around it, and Flax opens a scope for each module:
+`jit(step)/transpose(jvp(ResNet))/stage1_block1/conv1/conv_general_dilated` is in the
+layer `stage1_block1/conv1`.
 """
 
 import re
@@ -10,48 +11,49 @@ from collections.abc import Iterator
 
 _WRAPPED = re.compile(r"(\w+)\((.*)\)")
 _FUNCTIONS = frozenset({"jit", "pjit", "xla_call"})
-# What control flow, JAX's transformations and `jnp.einsum` add to the path.
+# Components that control flow, JAX's transformations and `jnp.einsum` add to a path.
 _CONTROL = re.compile(
     r".*->.*|while|cond|closed_call|call_exported|shard_map|branch_\d+_fun"
     r"|checkpoint|rematted_computation|remat2?|custom_[jv][vj]p_call\w*"
 )
-# A module's method other than `__call__`: module.method.
+# A method other than `__call__`: Flax opens the scope `module.method`.
 _METHOD = re.compile(r"\.[A-Za-z_]\w*$")
 
 
 def layer(path: str) -> str:
-    """The path of the Flax module that opened the scopes of a path.
+    """Returns the path of the Flax module around an operation: "jvp(Net)/a/b" -> "a/b".
 
-    The model's own name is left out, but for what it computes outside its layers. ""
-    for what is computed outside the model.
+    Returns the model's name for an operation of the model outside its layers, and ""
+    outside the model.
     """
     names: list[str] = []
     for name in _scopes(path):
         if names and name == names[0]:
-            names = [name]  # a backward rule starts from the top again
-        elif not names or name != names[-1]:  # a method that calls another one
+            names = [name]  # a backward rule repeats the path from the model on
+        elif not names or name != names[-1]:  # a method calls another one
             names.append(name)
     return "/".join(names[1:] or names)
 
 
 def scopes(path: str) -> str:
-    """The scopes of a path, the outermost first, separated by "/"."""
+    """Returns the named scopes of a path, the outermost first, joined by "/"."""
     return "/".join(_scopes(path))
 
 
 def split(op_name: str) -> tuple[str, str]:
-    """The path of the module that an operation is in, and the operation."""
-    # XLA joins the names of operations that it made one.
+    """Returns an operation's layer and own name: "jvp(Net)/a/add" -> ("a", "add")."""
+    # XLA joins the names of operations that it fused by ";".
     *scopes, operation = _components(op_name.rpartition(";")[2])
     return layer("/".join(scopes)), operation
 
 
 def is_backward(op_name: str) -> bool:
-    """Whether an operation is one of the backward pass, recomputation included."""
+    """Returns whether an operation is of the backward pass, recomputation included."""
     return "transpose(" in op_name or "rematted_computation" in op_name
 
 
 def _scopes(path: str) -> Iterator[str]:
+    """Yields the names of named scopes and Flax modules in a path."""
     before = ""
     for component in _components(path):
         wrapped = _WRAPPED.fullmatch(component)
@@ -69,7 +71,7 @@ def _is_control(component: str, before: str) -> bool:
 
 
 def _components(path: str) -> list[str]:
-    """The path split at the slashes outside parentheses."""
+    """Splits a path at the slashes outside parentheses: "jvp(a/b)/c" has two parts."""
     components, depth = [""], 0
     for character in path:
         depth += (character == "(") - (character == ")")
