@@ -1,1 +1,1 @@
-"""Reports on compiled programs: bytes, operations, the largest batch that fits."""
+"""Reports on compiled programs: memory, operations, the largest batch that fits."""

@@ -1,4 +1,4 @@
-"""Finds the largest batch that a GPU has the memory for."""
+"""Finds the largest batch that fits into the memory of a GPU."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from dropit_jax.memory.compiled.devices import TargetError, device_bytes
 from dropit_jax.memory.compiled.report import CompileReport, compile_report
 from dropit_jax.memory.compiled.toolchain import CompilerError
 
-# A step, its abstract arguments, and the arguments whose memory it may take over.
+# A step, its abstract arguments, and the indices of the donated arguments.
 Step = tuple[Callable[..., Any], Sequence[Any], int | Sequence[int]]
 
 
 class NoBatchFitsError(ValueError):
-    """Even the smallest batch takes more memory than there is."""
+    """Even the smallest batch takes more memory than is available."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class BatchPlan:
     """The largest batch that fits.
 
     Attributes:
-      batch: its size.
-      report: what its step takes; `peak_bytes` is what has to fit.
-      available_bytes: what it has to fit into.
+      batch: the number of examples.
+      report: the report of the step; `report.peak_bytes` fits.
+      available_bytes: the memory that the step may take.
     """
 
     batch: int
@@ -41,30 +41,31 @@ def max_batch(
     fraction: float = 0.75,
     upper: int = 2**20,
 ) -> BatchPlan:
-    """Finds the largest batch whose training step fits into the memory of a GPU.
+    """Returns the largest batch whose training step fits into the memory of a GPU.
 
-    Steps are compiled for the GPU, which need not be present, with different batches:
-    about five if their memory grows evenly. The answer was compiled and fits, and the
-    next batch was compiled and does not. (XLA packs some batches of a large model one
-    percent tighter than the next, so a larger one still may fit, and the last few of
-    many hundred take more looks: let the batch be a multiple of something.)
+    Compiles steps of different batches for the GPU, which need not be present: about
+    five if their memory grows linearly. The step of the returned batch was compiled and
+    fits; the one of the next batch was compiled and does not fit. (XLA packs some
+    batches of a large model one percent tighter than the next, so a still larger batch
+    may fit, and finding the exact one of many hundred takes more compilations: choose a
+    larger `multiple_of`.)
 
     Args:
-      make_step: of a batch size, a function, its abstract arguments, and what
-        `compile_report` takes as `donate`.
-      target: the GPU, as of `compile_report`.
-      multiple_of: what the batch is to be a multiple of.
-      fraction: how much of the GPU's memory may be used. JAX takes three quarters
-        of it when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION tells otherwise.
-        (A step that takes about as much or more XLA makes smaller, if it can, by
-        computing some values twice.)
-      upper: a batch not to exceed: if it fits, nothing larger is tried.
+      make_step: a function of the batch. Returns a step, its abstract arguments, and
+        `donate` of `compile_report`.
+      target: the GPU, as for `compile_report`, but not `None`.
+      multiple_of: a number that divides the batch.
+      fraction: the part of the GPU's memory that may be used. JAX reserves three
+        quarters at its start, unless XLA_PYTHON_CLIENT_MEM_FRACTION differs. (XLA
+        shrinks a step that takes about as much or more by recomputing values, where
+        possible.)
+      upper: the largest batch to try.
 
     Raises:
       NoBatchFitsError: a batch of `multiple_of` does not fit.
-      TargetError: the target is unknown, `None`, or of unknown memory.
-      CompilerError: as `compile_report`, with a note that tells the batch.
-      ValueError: one of the numbers is out of range.
+      TargetError: the target is unknown or `None`, or has no memory size.
+      CompilerError: as for `compile_report`, with a note that names the batch.
+      ValueError: `fraction`, `multiple_of` or `upper` is out of range.
     """
     if target is None:
         raise TargetError("The local backend's memory is not known: name a target.")

@@ -1,8 +1,7 @@
-"""Finds the buffers that are alive when a program takes most memory.
+"""Finds the buffers that are alive at the peak of a program's temporary memory.
 
-XLA notes where in memory each value lies, and from which instruction to which it is
-needed. Its own list of the values at the peak leaves out the workspaces of kernels, so
-the peak is found here.
+XLA's notes give the address and the live range of each value. XLA's own list of the
+values at the peak omits the workspaces of GPU kernels, so this module finds the peak.
 """
 
 import collections
@@ -25,17 +24,17 @@ _RANGE = re.compile(r"^    ([^\s{]+)\{([\d,]*)\}:(\d+)-(\d+)$", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """Memory that one value takes.
+    """The memory of one value.
 
     Attributes:
-      nbytes: its size.
-      dtype: of the array in it.
-      shape: of the array in it.
-      layer: the path of the Flax module that makes it; the model's name for what it
-        makes itself, "" for what is made outside of it.
-      operation: the operation that makes it, as JAX calls it: of several that are
-        compiled into one, the last. A copy of an argument bears the argument's name.
-      backward: whether it is made in the backward pass, recomputation included.
+      nbytes: the size, in bytes.
+      dtype: the dtype of the array.
+      shape: the shape of the array.
+      layer: the path of the Flax module that computes the array; the model's name if
+        no submodule does, "" if the array is computed outside the model.
+      operation: JAX's name of the operation that computes the array, or of the last one
+        if XLA fused several. A copy of an argument has the name of the argument.
+      backward: whether the backward pass computes the array, recomputation included.
     """
 
     nbytes: int
@@ -48,7 +47,14 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """A value, and the first and last instruction that needs its memory."""
+    """A value in temporary memory.
+
+    Attributes:
+      name: the instruction that returns the value, with `index` in its tuple.
+      place: the allocation, and the offset in it.
+      first: the start of the live range, as the number of an instruction.
+      last: the end of the live range, inclusive.
+    """
 
     name: str
     index: tuple[int, ...]
@@ -62,19 +68,21 @@ class _Value:
 def at_peak(
     directory: Path, program: Program, argument_names: Sequence[str] = ()
 ) -> list[Buffer]:
-    """The buffers alive at the peak, largest first; arguments and results are none.
+    """Returns the temporary buffers alive at the peak, largest first.
 
     Args:
-      directory: where XLA left its notes; without any, there are no buffers.
+      directory: the directory of XLA's notes. Without notes, the list is empty.
       program: the compiled program.
-      argument_names: what to call the arguments that XLA calls args[0], args[1], ...
+      argument_names: names for the arguments that XLA calls args[0], args[1], ...
     """
     assignments = list(directory.glob("*after_optimizations-buffer-assignment.txt"))
     ranges = list(directory.glob("*after_optimizations-live-range.txt"))
     if not (assignments and ranges):
         return []
     values = _values(assignments[0].read_text(), _ranges(ranges[0].read_text()))
-    buffers = [_buffer(value, program, argument_names) for value in _at_peak(values)]
+    buffers = [
+        _buffer(value, program, argument_names) for value in _alive_at_peak(values)
+    ]
     return sorted(buffers, key=lambda buffer: buffer.nbytes, reverse=True)
 
 
@@ -82,6 +90,7 @@ _Ranges = dict[tuple[str, tuple[int, ...]], tuple[int, int]]
 
 
 def _ranges(text: str) -> _Ranges:
+    """Parses live ranges: (name, index) -> (first, last)."""
     return {
         (name, _index(index)): (int(first), int(last))
         for name, index, first, last in _RANGE.findall(text)
@@ -89,7 +98,7 @@ def _ranges(text: str) -> _Ranges:
 
 
 def _values(text: str, ranges: _Ranges) -> list[_Value]:
-    """The values in temporary memory."""
+    """Parses a buffer assignment; returns the values in temporary memory."""
     values: list[_Value] = []
     allocation = None
     for line in text.splitlines():
@@ -99,15 +108,15 @@ def _values(text: str, ranges: _Ranges) -> list[_Value]:
         elif allocation is not None and (value := _VALUE.match(line)):
             place = (allocation, int(value["offset"]))
             key = (value["name"], _index(value["index"] or ""))
-            is_table = value["type"].startswith("(")  # of a tuple's pointers
+            is_table = value["type"].startswith("(")  # the pointers of a tuple
             if key in ranges and not is_table:
                 size = int(value["size"])
                 values.append(_Value(*key, size, place, value["type"], *ranges[key]))
     return values
 
 
-def _at_peak(values: Iterable[_Value]) -> list[_Value]:
-    """Of each place in memory, the largest value there at the peak.
+def _alive_at_peak(values: Iterable[_Value]) -> list[_Value]:
+    """Returns the values alive at the peak, only the largest of each place.
 
     An operation that works in place has its operand and its result at one place.
     """
@@ -116,15 +125,15 @@ def _at_peak(values: Iterable[_Value]) -> list[_Value]:
         changes[value.first].append((value, True))
         changes[value.last + 1].append((value, False))
     alive: dict[tuple[int, int], list[_Value]] = collections.defaultdict(list)
-    total, most, peak = 0, 0, list[_Value]()
+    nbytes, peak_bytes, peak = 0, 0, list[_Value]()
     for time in sorted(changes):
         for value, begins in changes[time]:
             here = alive[value.place]
-            total -= max((each.nbytes for each in here), default=0)
+            nbytes -= max((each.nbytes for each in here), default=0)
             here.append(value) if begins else here.remove(value)
-            total += max((each.nbytes for each in here), default=0)
-        if total > most:
-            most = total
+            nbytes += max((each.nbytes for each in here), default=0)
+        if nbytes > peak_bytes:
+            peak_bytes = nbytes
             peak = [_largest(here) for here in alive.values() if here]
     return peak
 
@@ -140,7 +149,7 @@ def _buffer(value: _Value, program: Program, argument_names: Sequence[str]) -> B
     layer, operation = scopes.split(op_name)
     if argument := _ARGUMENT.fullmatch(op_name):
         operation = dict(enumerate(argument_names)).get(int(argument[1]), op_name)
-    if operation in ("", "call_exported"):  # the compiler made it
+    if operation in ("", "call_exported"):  # added by the compiler
         operation = (maker.name if maker else value.name).partition(".")[0]
     if maker and maker.opcode == "custom-call" and _is_bytes(array):
         operation += " workspace"
@@ -155,6 +164,7 @@ def _buffer(value: _Value, program: Program, argument_names: Sequence[str]) -> B
 
 
 def _is_bytes(array: Array) -> bool:
+    """Returns whether an array may be a workspace: one axis of bytes."""
     return len(array.shape) == 1 and array.dtype in ("int8", "uint8")
 
 

@@ -1,4 +1,4 @@
-"""A call of a function that is compiled: its arrays, and which of them it donates."""
+"""Describes a call to compile: the function, its arguments and the donated arrays."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ import jax
 
 from dropit_jax import compat
 
-# Not functions that others jitted, such as those of `nnx.jit`, which take other trees.
+# The type of functions of `jax.jit`. Those of other libraries, such as `nnx.jit`, have
+# another type, and flatten their arguments to other trees.
 _JITTED = type(jax.jit(lambda: None))
 
 
@@ -18,11 +19,11 @@ class Call:
     """A function and its abstract arguments.
 
     Attributes:
-      function: the function.
-      jitted: the same, as `jax.jit` gave it.
-      arguments: all of them.
-      static: the positions of those that are no arrays to it.
-      donated: of each leaf of the others, whether it is donated.
+      function: the function, jitted or not.
+      jitted: the jitted function.
+      arguments: all arguments, the static ones included.
+      static: the positions of the static arguments.
+      donated: for each leaf of the other arguments, whether it is donated.
     """
 
     function: Callable[..., Any]
@@ -38,16 +39,16 @@ class Call:
         arguments: tuple[Any, ...],
         donate: int | Sequence[int],
     ) -> "Call":
-        """Finds out what is donated, and of a jitted function what is static.
+        """Returns the call of a function, with its static and donated arguments.
 
         Args:
           step: the function, jitted or not.
-          arguments: as arrays or `jax.ShapeDtypeStruct`s.
-          donate: indices of arguments.
+          arguments: the arguments, as arrays or `jax.ShapeDtypeStruct`s.
+          donate: indices of the arguments to donate.
 
         Raises:
-          ValueError: `donate` names an argument that there is not, or the function
-            says itself what it donates; or static arguments cannot be told.
+          ValueError: `donate` is out of range, or given although the function donates
+            or has static arguments; or static arguments cannot be identified.
         """
         wanted = _positions(donate, len(arguments))
         if not isinstance(step, _JITTED):
@@ -60,7 +61,7 @@ class Call:
             return cls(step, jitted, arguments, frozenset(), tuple(donated))
         own: Any = step
         given, _ = own.trace(*arguments).args_info
-        static = _static(arguments, len(arguments) - len(given))
+        static = _static_positions(arguments, len(arguments) - len(given))
         donated = [leaf.donated for leaf in jax.tree.leaves(given)]
         if not wanted:
             return cls(step, own, arguments, static, tuple(donated))
@@ -74,11 +75,11 @@ class Call:
     @property
     def leaves(self) -> list[Any]:
         """The leaves of the arguments that are not static."""
-        return jax.tree.leaves(self._arrays)
+        return jax.tree.leaves(self._dynamic)
 
     @property
     def names(self) -> list[str]:
-        """Names for these leaves."""
+        """The names of the leaves, such as `args[0]['params']['kernel']`."""
         return [
             f"args[{position}]{jax.tree_util.keystr(path)}"
             for position, argument in enumerate(self.arguments)
@@ -87,8 +88,8 @@ class Call:
         ]
 
     def flat(self, *leaves: Any) -> list[Any]:
-        """The leaves of the results, given those of the arguments."""
-        given = iter(jax.tree.unflatten(jax.tree.structure(self._arrays), leaves))
+        """Calls the function with leaves of arguments; returns leaves of results."""
+        given = iter(jax.tree.unflatten(jax.tree.structure(self._dynamic), leaves))
         complete = [
             argument if position in self.static else next(given)
             for position, argument in enumerate(self.arguments)
@@ -96,15 +97,15 @@ class Call:
         return jax.tree.leaves(self.function(*complete))
 
     def host_call(self) -> str | None:
-        """Where the function calls Python on the host, if it does."""
-        for equation in _equations(self.jitted.trace(*self.arguments).jaxpr):
+        """Returns a primitive that calls Python on the host, and its source line."""
+        for equation in _all_equations(self.jitted.trace(*self.arguments).jaxpr):
             if equation.primitive.name in compat.HOST_CALLS:
                 name, line = equation.primitive.name, compat.source_line(equation)
                 return f"{name} at {line}"
         return None
 
     @property
-    def _arrays(self) -> list[Any]:
+    def _dynamic(self) -> list[Any]:
         return [
             argument
             for position, argument in enumerate(self.arguments)
@@ -113,7 +114,7 @@ class Call:
 
 
 def _positions(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """The indices of donated arguments, counted from the first."""
+    """Returns indices of arguments, checked, and with negative ones resolved."""
     listed = (donate,) if isinstance(donate, int) else tuple(donate)
     for index in listed:
         if not -count <= index < count:
@@ -121,8 +122,8 @@ def _positions(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(index % count for index in listed)
 
 
-def _static(arguments: tuple[Any, ...], count: int) -> frozenset[int]:
-    """The positions of so many static arguments: those that have no arrays."""
+def _static_positions(arguments: tuple[Any, ...], count: int) -> frozenset[int]:
+    """Returns the positions of `count` static arguments: those without arrays."""
     if not count:
         return frozenset()
     found = [i for i, argument in enumerate(arguments) if not _has_array(argument)]
@@ -138,9 +139,9 @@ def _has_array(argument: Any) -> bool:
     return any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(argument))
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """The equations of a program and of all programs in it."""
+def _all_equations(jaxpr: Any) -> Iterator[Any]:
+    """Yields the equations of a jaxpr and of the jaxprs nested in it."""
     for equation in compat.open_jaxpr(jaxpr).eqns:
         yield equation
         for inner in compat.jaxprs_in_params(equation.params):
-            yield from _equations(inner)
+            yield from _all_equations(inner)

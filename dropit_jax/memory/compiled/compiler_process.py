@@ -1,7 +1,7 @@
-"""The process that compiles for GPUs.
+"""Compiles for GPUs in a separate process.
 
-It needs settings that must be made before JAX starts. It is kept for the next program,
-as it takes longer to start than a small program to compile.
+XLA's options and `JAX_PLATFORMS` must be set before JAX starts. The process serves many
+programs, as its start takes longer than compiling a small one.
 """
 
 import atexit
@@ -26,7 +26,7 @@ class _Process:
         self.environment = environment
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            # -P: not from the working directory.
+            # -P: import nothing from the working directory.
             [sys.executable, "-P", "-c", _PROGRAM],
             env=environment,
             stdin=subprocess.PIPE,
@@ -35,17 +35,17 @@ class _Process:
         )
 
     def compile(self, program: bytes, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of `gpu_compiler` to a request.
+        """Sends a request to `gpu_compiler`, and returns its answer.
 
         Raises:
-          CompilerError: the process ended; the message is what it printed.
+          CompilerError: the process ended; the message is its output.
         """
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
         printed_before = self._log.seek(0, os.SEEK_END)
         heading = json.dumps(request | {"size": len(program)})
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+        with contextlib.suppress(BrokenPipeError):  # reported below
             requests.write(f"{heading}\n".encode() + program)
             requests.flush()
         if line := answers.readline():
@@ -57,7 +57,7 @@ class _Process:
         raise CompilerError(printed or f"It ended with {self._process.returncode}.")
 
     def is_alive(self) -> bool:
-        """Whether it can take a request."""
+        """Returns whether the process can take a request."""
         return self._process.poll() is None
 
     def close(self) -> None:
@@ -67,7 +67,8 @@ class _Process:
         self._log.close()
 
 
-# The processes that are free: one, unless several threads compile.
+# The idle processes: one, unless several threads compile. A forked child must not use
+# the pipes of its parent.
 _idle: list[_Process] = []
 os.register_at_fork(after_in_child=_idle.clear)
 
@@ -75,20 +76,21 @@ os.register_at_fork(after_in_child=_idle.clear)
 def compile_exported(
     program: bytes, environment: dict[str, str], **request: Any
 ) -> dict[str, int]:
-    """`gpu_compiler.compile_exported(program, **request)`, in a process.
+    """Returns `gpu_compiler.compile_exported(program, **request)` of a process.
 
     Args:
-      program: what `jax.export` made of a function.
-      environment: the process's environment variables.
-      **request: the other arguments.
+      program: a serialised `jax.export.Exported`.
+      environment: the environment variables of the process.
+      **request: the other arguments of `gpu_compiler.compile_exported`.
 
     Raises:
-      CompilerError: the compilation failed; the message is what was printed.
+      CompilerError: the compilation failed; the message is the traceback, or the output
+        of a process that ended.
     """
-    process = _free(environment)
+    process = _take_process(environment)
     try:
         answer = process.compile(program, request)
-    except BaseException:  # an interrupt, too, leaves it in the midst of something
+    except BaseException:  # an interrupt, too: the answer would be left unread
         process.close()
         raise
     _idle.append(process)
@@ -98,8 +100,8 @@ def compile_exported(
     return stats
 
 
-def _free(environment: dict[str, str]) -> _Process:
-    """A process with this environment; others, and those that died, are ended."""
+def _take_process(environment: dict[str, str]) -> _Process:
+    """Returns an idle or new process with an environment; ends other idle ones."""
     with contextlib.suppress(IndexError):
         while True:
             process = _idle.pop()
@@ -110,6 +112,6 @@ def _free(environment: dict[str, str]) -> _Process:
 
 
 @atexit.register
-def _close() -> None:
+def _close_idle() -> None:
     while _idle:
         _idle.pop().close()

@@ -1,4 +1,4 @@
-"""The GPUs that can be compiled for."""
+"""Finds the descriptions of the GPUs that can be compiled for."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,19 @@ _DESCRIPTIONS = Path(__file__).parents[1] / "targets"
 
 
 class TargetError(ValueError):
-    """There is no description of such a GPU, or it lacks what is asked for."""
+    """A GPU has no description, or the description lacks its memory size."""
 
 
 def targets() -> list[str]:
-    """The names of the GPUs described in this package."""
+    """Returns the names of the GPUs described in this package."""
     return sorted(path.stem for path in _DESCRIPTIONS.glob("*.textproto"))
 
 
 def target_path(target: str | Path) -> Path:
-    """The description of a GPU, given its name or that very path.
+    """Returns the path of the description of a GPU.
+
+    Args:
+      target: a name from `targets()`, or the path itself.
 
     Raises:
       TargetError: the target is unknown.
@@ -33,13 +36,13 @@ def target_path(target: str | Path) -> Path:
 
 
 def device_bytes(target: str | Path) -> int:
-    """The memory of a GPU.
+    """Returns the memory of a GPU, in bytes.
 
     Args:
-      target: as of `compile_report`.
+      target: a name from `targets()`, or the path of a description.
 
     Raises:
-      TargetError: the target is unknown, or its description does not say.
+      TargetError: the target is unknown, or its description has no memory size.
     """
     description = target_path(target)
     size = re.search(r"device_memory_size: *(\d+)", description.read_text())

@@ -11,8 +11,9 @@ _CONTRACTING = re.compile(
 )
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 
-# NVIDIA's kernels that the GPU compiler calls. Of a convolution, the roles of the first
-# operand, the second, and the result: its input, its kernel, its output.
+# NVIDIA's libraries that the GPU compiler calls. For a convolution, the roles of the
+# first operand, the second operand and the result: x is the input of the layer, k the
+# kernel, y the output.
 _MATMULS = ("__cublas$gemm", "__cublas$lt$matmul")
 _CONVOLUTIONS = {
     "__cudnn$convForward": "xky",
@@ -24,21 +25,21 @@ _CONVOLUTIONS = {
 
 
 def count(program: Program) -> float:
-    """The operations of matrix products and convolutions, as `CompileReport.flops`."""
+    """Returns the operations of products and convolutions: `CompileReport.flops`."""
     counted: dict[str, float] = {}
 
     def of_computation(name: str) -> float:
         if name not in counted:
             computation = program.computations.get(name, {})
             counted[name] = sum(
-                _own(instruction, computation) + of_called(instruction)
+                _own_flops(instruction, computation) + of_called(instruction)
                 for instruction in computation.values()
             )
         return counted[name]
 
     def of_called(instruction: Instruction) -> float:
         if instruction.opcode.endswith(("-update", "-done")):
-            return 0.0  # it waits for a start that called the same
+            return 0.0  # the "-start" counts the computation
         called = sum(map(of_computation, instruction.called))
         return instruction.repeats * called + max(
             map(of_computation, instruction.branches), default=0
@@ -47,8 +48,8 @@ def count(program: Program) -> float:
     return float(of_computation(program.entry))
 
 
-def _own(instruction: Instruction, computation: Computation) -> float:
-    """The operations of one instruction, without what it calls."""
+def _own_flops(instruction: Instruction, computation: Computation) -> float:
+    """Returns the operations of an instruction, without called computations."""
     kind, roles = instruction.opcode, "xky"
     if kind == "custom-call":
         target = _TARGET.search(instruction.attributes)
@@ -61,25 +62,26 @@ def _own(instruction: Instruction, computation: Computation) -> float:
         return 0.0
     first, second = (computation[name].results[0] for name in instruction.operands[:2])
     if kind == "dot":
-        return _product(instruction, first)
+        return _dot_flops(instruction, first)
     arrays = (first, second, instruction.results[0])
-    return _convolution(instruction, dict(zip(roles, arrays, strict=True)))
+    return _convolution_flops(instruction, dict(zip(roles, arrays, strict=True)))
 
 
-def _product(instruction: Instruction, lhs: Array) -> float:
-    """Each element of the result is a sum over the contracted axes."""
+def _dot_flops(instruction: Instruction, lhs: Array) -> float:
+    """Returns 2 x elements of the result x elements along the contracted axes."""
     found = _CONTRACTING.search(instruction.attributes)
     axes = re.findall(r"\d+", "".join(filter(None, found.groups()))) if found else []
     depth = math.prod(lhs.shape[int(axis)] for axis in axes)
     return 2.0 * math.prod(instruction.results[0].shape) * depth
 
 
-def _convolution(instruction: Instruction, arrays: dict[str, Array]) -> float:
-    """Each weight meets each sample once a position.
+def _convolution_flops(instruction: Instruction, arrays: dict[str, Array]) -> float:
+    """Returns 2 x elements of the kernel x batch x positions.
 
-    The positions are those of the output, or of the input where it has fewer: the
-    gradient of a strided convolution is one of an input with gaps, in which nothing is
-    multiplied. So the three products of a layer count the same, however compiled.
+    Along each spatial axis the positions are those of the output, or of the input if it
+    has fewer: the input gradient of a strided convolution is a convolution of an input
+    with gaps, in which nothing is multiplied. So the output of a layer and both of its
+    gradients count the same, however they are compiled.
     """
     labels = _LABELS.search(instruction.attributes)
     if labels is None:

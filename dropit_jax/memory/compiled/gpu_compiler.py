@@ -1,9 +1,9 @@
-"""Compiles exported programs for GPUs that need not be there.
+"""Compiles exported programs for GPUs that need not be present.
 
-`compiler_process` runs this module as a process, which compiles one program after the
-other until its standard input ends. A request is a line of JSON, the
-arguments of `compile_exported` and the size of the program that follows. An answer is a
-line of JSON, the byte counts or an error.
+`compiler_process` runs this module as a process, which answers requests until its
+standard input ends. A request is a line of JSON (the arguments of `compile_exported`,
+and `size`, the bytes of the program), then the program. An answer is a line of JSON:
+`{"stats": ...}` or `{"error": ...}`.
 """
 
 import json
@@ -20,23 +20,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dropit_jax.compat import topologies
 
-# The options by which the compiler leaves notes.
+# The options with which XLA writes notes: files on the buffers of a program.
 NOTES_OPTIONS = ("xla_dump_to", "xla_dump_hlo_as_text")
 
-# The compiled program's text, beside what the compiler itself writes.
+# The file with the text of the compiled program, next to XLA's notes.
 PROGRAM_FILE = "compiled_program.txt"
 
 
 def main() -> None:
-    """Answers requests until there are no more."""
+    """Answers requests from standard input until it ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else is an answer
+    # Other output must not mix with the answers.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         program = sys.stdin.buffer.read(request.pop("size"))
         try:
             answer: dict[str, Any] = {"stats": compile_exported(program, **request)}
-        except Exception:  # whatever it is, it is told where it was asked for
+        except Exception:  # reported by the process that sent the request
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
         jax.clear_caches()
@@ -52,11 +53,11 @@ def compile_exported(
     """Compiles an exported program, and returns its memory statistics.
 
     Args:
-      program: what `jax.export` made of a function.
+      program: a serialised `jax.export.Exported`.
       description: the path of the GPU description.
-      donated: indices of the arguments whose memory the results may take over.
-      directory: where the compiler leaves its notes.
-      options: of the compiler.
+      donated: indices of the arguments whose memory the results may reuse.
+      directory: the directory for XLA's notes and the text of the program.
+      options: options of XLA.
     """
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=Path(description).read_text(), topology="1x1x1"
@@ -77,7 +78,7 @@ def compile_exported(
 def compile_with_notes(
     lowered: jax.stages.Lowered, directory: str, options: dict[str, str | bool]
 ) -> Any:
-    """Compiles, and leaves the program and the notes on its buffers in a directory."""
+    """Compiles, and writes the program and XLA's notes on buffers to a directory."""
     notes = dict.fromkeys(NOTES_OPTIONS, True) | {"xla_dump_to": directory}
     compiled = lowered.compile(compiler_options=options | notes)
     Path(directory, PROGRAM_FILE).write_text(compiled.as_text() or "")
@@ -85,7 +86,7 @@ def compile_with_notes(
 
 
 def memory_stats(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """The byte counts of a `CompileReport`, read off a compiled function."""
+    """Returns the byte counts of a compiled function, by `CompileReport`'s fields."""
     analysis: Any = compiled.memory_analysis()
     return {
         "temp_bytes": analysis.temp_size_in_bytes,

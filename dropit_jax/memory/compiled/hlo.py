@@ -1,34 +1,34 @@
-"""Reads the text of a compiled program."""
+"""Parses the text of a compiled program, which is in XLA's HLO."""
 
 import dataclasses
 import functools
 import re
 
-# XLA's names of types where they are not letter and number of bits.
+# NumPy's names of dtypes, by XLA's where these are not a letter and a number of bits.
 _DTYPES = {"pred": "bool", "bf16": "bfloat16", "c64": "complex64", "c128": "complex128"}
 _LETTERS = {"f": "float", "s": "int", "u": "uint"}
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"(\w+)\[([\d,<= ]*)\]")
+_ARRAY_TYPE = re.compile(r"(\w+)\[([\d,<= ]*)\]")
 _OPCODE = re.compile(r"(?:^|\s)([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BODY = re.compile(r"(?:calls|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _EITHER_BRANCH = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
-_ELEMENT = re.compile(r"index=(\d+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_NUMBER = re.compile(r"\((\d+)\)")
+_TUPLE_INDEX = re.compile(r"index=(\d+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_PARAMETER_NUMBER = re.compile(r"\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
-# How far to follow a value through loops and fusions; it may go in circles.
+# The most steps that `Program.origin` takes: a value may circle in a loop.
 _HOPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The type of an array."""
+    """The dtype and shape of an array."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,12 +39,13 @@ class Instruction:
     """An instruction of a computation.
 
     Attributes:
-      name: unique in its program.
-      opcode: such as "fusion" or "custom-call".
-      results: its result, or the elements of the tuple that it is.
-      operands: names of instructions of the same computation.
-      attributes: the rest of the line, as it is; of a parameter, its number too.
-      is_root: whether the computation returns its result.
+      name: the name, unique in the program.
+      opcode: the operation, such as "fusion" or "custom-call".
+      results: the type of the result, or the types of the tuple's elements.
+      operands: the names of instructions of the same computation.
+      attributes: the text after the operands; for a parameter, its number in
+        parentheses and the text after it.
+      is_root: whether the result is the result of the computation.
     """
 
     name: str
@@ -56,42 +57,42 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The name that JAX gave to the operation; "" if none."""
+        """JAX's name of the operation, such as "jvp(Net)/dense/dot_general", or ""."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
     @property
     def called(self) -> list[str]:
-        """The computations that run with it."""
+        """The names of the computations that the instruction runs."""
         return _CALLED.findall(self.attributes)
 
     @property
     def body(self) -> str:
-        """The computation whose result is that of a loop or a fusion; "" if none."""
+        """The name of the computation of a fusion or of a loop's body, or ""."""
         found = _BODY.search(self.attributes)
         return found[1] if found else ""
 
     @property
     def element(self) -> int:
-        """The index of the element that a get-tuple-element reads."""
-        found = _ELEMENT.search(self.attributes)
+        """The index of the element that a get-tuple-element returns."""
+        found = _TUPLE_INDEX.search(self.attributes)
         return int(found[1]) if found else 0
 
     @property
     def number(self) -> int:
-        """The position of a parameter among its computation's."""
-        found = _NUMBER.match(self.attributes)
+        """The position of a parameter among the parameters of its computation."""
+        found = _PARAMETER_NUMBER.match(self.attributes)
         return int(found[1]) if found else 0
 
     @property
     def repeats(self) -> int:
-        """The number of times that a loop runs what it calls; 1 if it is not known."""
-        found = _TRIPS.search(self.attributes)
+        """The number of steps of a loop; 1 if it is unknown, or there is no loop."""
+        found = _TRIP_COUNT.search(self.attributes)
         return int(found[1]) if found and self.opcode == "while" else 1
 
     @property
     def branches(self) -> list[str]:
-        """The computations of which one runs."""
+        """The names of the branches of a conditional."""
         found = _BRANCHES.search(self.attributes)
         if found is None:
             return _EITHER_BRANCH.findall(self.attributes)
@@ -103,45 +104,51 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The computations of a program by their names, and the name of the first."""
+    """A program.
+
+    Attributes:
+      computations: the computations, by name.
+      entry: the name of the computation that runs first.
+    """
 
     computations: dict[str, Computation]
     entry: str
 
     @functools.cached_property
     def homes(self) -> dict[str, Computation]:
-        """The computation of each instruction, by the instruction's name."""
+        """The computation that contains each instruction, by the instruction's name."""
         computations = self.computations.values()
         return {name: each for each in computations for name in each}
 
     def origin(self, name: str, index: tuple[int, ...]) -> Instruction | None:
-        """The instruction that computes a value, given the one that has it.
+        """Returns the instruction that computes the result of an instruction.
 
-        That is another one where the value comes out of a loop, or of a fusion with
-        several results.
+        The two differ if the result comes from a loop, a fusion with several results,
+        or a get-tuple-element.
 
         Args:
-          name: of the instruction.
-          index: which element of its result, () if that is no tuple.
+          name: the name of an instruction.
+          index: the index in the tuple of its results; () if the result is no tuple.
         """
         found = None
         for _ in range(_HOPS):
             if name not in self.homes:
                 break
             found = self.homes[name][name]
-            further = self._inwards(found, index)
+            further = self._step_inwards(found, index)
             if further is None:
                 break
             name, index = further
         return found
 
-    def _inwards(
+    def _step_inwards(
         self, instruction: Instruction, index: tuple[int, ...]
     ) -> tuple[str, tuple[int, ...]] | None:
+        """Returns the instruction and index that an element of a result comes from."""
         if instruction.opcode == "get-tuple-element":
             return instruction.operands[0], (instruction.element,)
         inside = self.computations.get(instruction.body)
-        if instruction.opcode == "parameter":  # of a loop: what the last step returned
+        if instruction.opcode == "parameter":  # of a loop: the last step's result
             inside = self.homes[instruction.name]
         if not index or inside is None:
             return None
@@ -150,7 +157,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads a program, in the form that `jax.stages.Compiled.as_text` has."""
+    """Returns the program of a text that `jax.stages.Compiled.as_text` returned."""
     computations: dict[str, Computation] = {}
     entry, inside = "", ""
     for line in text.splitlines():
@@ -168,15 +175,15 @@ def parse(text: str) -> Program:
 
 
 def array_types(text: str) -> tuple[Array, ...]:
-    """The types of the arrays in a text: of an array, or of a tuple's elements."""
+    """Returns the types of the arrays in a text: "(f32[2,3], s8[4])" has two."""
     return tuple(
         Array(_dtype(name), tuple(int(size) for size in re.findall(r"\d+", sizes)))
-        for name, sizes in _ARRAY.findall(text)
+        for name, sizes in _ARRAY_TYPE.findall(text)
     )
 
 
 def _instruction(root: str | None, name: str, definition: str) -> Instruction:
-    # A tuple's type stands in parentheses, and so do the operands.
+    # The type of a tuple is in parentheses, as the operands are.
     start = _closing(definition) + 1 if definition.startswith("(") else 0
     opcode = _OPCODE.search(definition, start)
     if opcode is None:
@@ -193,7 +200,7 @@ def _instruction(root: str | None, name: str, definition: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that the text starts with."""
+    """Returns the index of the parenthesis that closes the first one of a text."""
     depth = 0
     for parenthesis in re.finditer(r"[()]", text):
         depth += 1 if parenthesis[0] == "(" else -1
@@ -203,7 +210,7 @@ def _closing(text: str) -> int:
 
 
 def _dtype(name: str) -> str:
-    """NumPy's name of a type, or XLA's where there is none."""
+    """Returns NumPy's name of a dtype, or else XLA's: "f32" -> "float32"."""
     if name in _DTYPES:
         return _DTYPES[name]
     letter, bits = name[0], name[1:]

@@ -1,7 +1,7 @@
-"""Reports what a training step really allocates, as its device's compiler sees it.
+"""Reports the memory and operations of a compiled training step.
 
-XLA's GPU compiler needs no GPU, only the CUDA plugin of JAX and a description of the
-card. It runs in a process of its own.
+A step is compiled for a GPU in a separate process. XLA's GPU compiler needs no GPU,
+only JAX's CUDA plugin and a description of the GPU.
 """
 
 import dataclasses
@@ -28,34 +28,36 @@ from dropit_jax.memory.compiled.call import Call
 from dropit_jax.memory.compiled.toolchain import CompilerError
 from dropit_jax.xla import platforms
 
-# Autotuning times kernels, which takes the device; without the second flag matrix
-# products of some odd shapes do not compile.
+# Autotuning measures GPU kernels on the device, which may be absent. With Triton's
+# matrix products, products of some odd shapes do not compile.
 _XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """The memory and the work of a compiled function.
+    """The memory and operations of a compiled function.
 
     Attributes:
-      target: the GPU compiled for, or the local backend's platform.
-      temp_bytes: the peak of everything that is neither argument nor result: cached
-        activations, gradients, workspace. What DropIT saves, it saves here.
-      argument_bytes: the arguments.
-      output_bytes: the results, those in the place of donated arguments included.
-      aliased_bytes: results in the place of donated arguments.
-      flops: floating-point operations of the matrix products and convolutions of the
-        compiled program, a multiplication and an addition being two. What is computed
-        twice counts twice; what the compiler left out does not count, nor what it made
-        a sum of (some products with a vector). Convolutions count the padding as if it
-        were data, loops every step if their number is fixed, a choice its dearest
-        branch, and kernels of other kinds (Pallas, cuDNN's attention) nothing.
-      traffic_bytes: what the kernels of the compiled program read and write, operands
-        and results of all of them added up: the best guess at a GPU's time that can be
-        had without one. Loops count every step if their number is fixed, a choice its
-        dearest branch; of an operand that a kernel slices, the slice.
-      buffers: the largest buffers alive at the peak of `temp_bytes`, largest first. If
-        all are asked for, they add up to it, but for gaps that XLA's packing leaves.
+      target: the name of the GPU description, or the platform of the local backend.
+      temp_bytes: the temporary bytes: the peak size of everything that is neither
+        argument nor result, such as residuals, gradients and workspaces. DropIT
+        reduces these.
+      argument_bytes: the size of the arguments.
+      output_bytes: the size of the results, including `aliased_bytes`.
+      aliased_bytes: the size of the results that reuse the memory of donated arguments.
+      flops: the floating-point operations of the matrix products and convolutions of
+        the compiled program; a multiply-add counts as two. Recomputed products count
+        again; products do not count that the compiler removed, or rewrote as
+        multiply-and-sum (some products with a vector). Convolutions count padding as
+        data. Loops count every step if the number of steps is fixed, conditionals the
+        most expensive branch, and other GPU kernels (Pallas, cuDNN's attention)
+        nothing.
+      traffic_bytes: the sum of the bytes that all GPU kernels of the compiled program
+        read and write: the best estimate of a GPU's time without that GPU. Loops and
+        conditionals count as in `flops`; an operand that a GPU kernel slices counts
+        only as the slice.
+      buffers: the largest buffers alive at the peak of `temp_bytes`, largest first. All
+        buffers together add up to `temp_bytes`, except for gaps in XLA's packing.
     """
 
     target: str
@@ -69,7 +71,7 @@ class CompileReport:
 
     @property
     def peak_bytes(self) -> int:
-        """All the memory that a run takes: arguments, results, and the rest."""
+        """The memory of an execution: arguments, results and temporary bytes."""
         results = self.output_bytes - self.aliased_bytes
         return self.argument_bytes + results + self.temp_bytes
 
@@ -82,28 +84,30 @@ def compile_report(
     num_buffers: int = 20,
     compiler_options: Mapping[str, str | bool] | None = None,
 ) -> CompileReport:
-    """Compiles a function for a device and reports what it takes there.
+    """Compiles a function for a device, and returns its memory and operations.
 
     Args:
-      step: a function that `jax.jit` takes, or one that it gave: its `static_argnums`
-        and `donate_argnums` are heeded.
-      *abstract_args: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
-      target: a GPU, by its name in `targets()` or by the path of a description
-        (XLA's `GpuTargetConfigProto` in text form); it need not be present. `None`:
-        the local backend.
-      donate: indices of the arguments whose memory the results may take over.
-      num_buffers: how many buffers to list. (None are where a local backend does not
-        say, or JAX's compilation cache had the program.)
-      compiler_options: of XLA, as `jax.jit` takes them. What `XLA_FLAGS` says is not
-        heeded for a target.
+      step: a function, jitted or not; the `static_argnums` and `donate_argnums` of a
+        jitted one apply.
+      *abstract_args: the arguments of `step`, as arrays or `jax.ShapeDtypeStruct`s.
+      target: a GPU, as a name from `targets()` or the path of a description (XLA's
+        `GpuTargetConfigProto` in text form); it need not be present. `None`: the local
+        backend.
+      donate: indices of the arguments whose memory the results may reuse.
+      num_buffers: the maximum number of buffers to list. The list is empty if the local
+        backend writes no buffer assignment, or the program came from JAX's compilation
+        cache.
+      compiler_options: options of XLA, as for `jax.jit`. With a target, the variable
+        `XLA_FLAGS` does not apply.
 
     Raises:
-      ValueError: `donate` names an argument that there is not, or the function says
-        itself what it donates; `compiler_options` names what the report sets itself;
-        the function calls back to the host, and the target is another machine's.
+      ValueError: `donate` is out of range, or given although the function donates or
+        has static arguments; static arguments cannot be identified;
+        `compiler_options` has an option that the report sets; or the function calls
+        the host, and there is a target.
       TargetError: the target is unknown.
       CompilerMissingError: XLA's GPU compiler is not installed; the message has the
-        command for it.
+        command that installs it.
       CompilerError: the compilation failed.
     """
     called = Call.of(step, abstract_args, donate)
@@ -135,7 +139,10 @@ def compile_report(
 def _compile_apart(
     called: Call, description: Path, directory: str, options: dict[str, str | bool]
 ) -> dict[str, int]:
-    """Compiles in another process, which leaves its notes in the directory."""
+    """Compiles in a separate process, and returns the memory statistics.
+
+    The process writes the program and XLA's notes on buffers to the directory.
+    """
     environment = toolchain.find().environment(_XLA_FLAGS)
     program = _exported(called)
     try:
@@ -154,8 +161,9 @@ def _compile_apart(
 
 
 def _exported(called: Call) -> bytes:
-    """The function as a portable program over flat arguments."""
-    # What these do is read by the very same version of JAX that wrote it.
+    """Returns the function over flat arguments, exported and serialised."""
+    # Custom calls without a stability guarantee: safe, as the same version of JAX reads
+    # the program.
     unstable = [
         export.DisabledSafetyCheck.custom_call(target)
         for target in ("__gpu$xla.gpu.triton", "LayoutConstraint")

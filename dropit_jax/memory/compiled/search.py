@@ -1,20 +1,21 @@
-"""Searches a number with few looks at its costly size."""
+"""Finds the largest number within a limit of size, where computing a size is slow."""
 
 import dataclasses
 from collections.abc import Callable
 
 
 def largest(size: Callable[[int], int], limit: int, upper: int) -> int:
-    """The largest number of 1 ... `upper` whose size is within a limit; 0 if none is.
+    """Returns the largest number in 1 ... `upper` whose size is at most a limit.
 
-    Sizes should not fall from a number to a larger one. Both the answer and the number
-    after it are looked at, unless the answer is `upper`. If sizes grow evenly, four or
-    five looks are enough; six for each factor of two in `upper` are enough for any.
+    Returns 0 if the size of 1 exceeds the limit. Sizes should not decrease. `size` is
+    evaluated for the returned number and, unless that is `upper`, for the next one.
+    Four or five evaluations suffice if sizes grow linearly, and six for each factor of
+    two in `upper` (and two more) in any case.
 
     Args:
-      size: called once for each number that it is asked for.
-      limit: the largest size that is within it.
-      upper: the largest number that may be the answer.
+      size: the size of a number; called at most once for each number.
+      limit: the largest allowed size.
+      upper: the largest number to consider.
     """
     first = size(1)
     if first > limit:
@@ -24,20 +25,20 @@ def largest(size: Callable[[int], int], limit: int, upper: int) -> int:
     while bracket.high - bracket.low > 1:
         number = bracket.guess(limit, stalled)
         narrower = bracket.narrowed(number, size(number), limit)
-        stalled = 0 if narrower.is_half_of(bracket) else stalled + 1
+        stalled = 0 if narrower.is_progress_from(bracket) else stalled + 1
         bracket = narrower
     return bracket.low
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bracket:
-    """Two numbers that the answer lies between; it may be `low`.
+    """The bounds of the answer: `low <= answer < high`.
 
     Attributes:
-      low: a number within the limit.
-      low_size: its size.
-      high: a number beyond the limit, or the first that may not be the answer.
-      high_size: its size; `None` of the latter.
+      low: a number whose size is within the limit.
+      low_size: the size of `low`.
+      high: a number whose size exceeds the limit, or `upper + 1`.
+      high_size: the size of `high`; `None` for `upper + 1`.
       below: a number well below `low`, and its size.
     """
 
@@ -48,9 +49,12 @@ class _Bracket:
     below: tuple[int, int] = (0, 0)
 
     def guess(self, limit: int, stalled: int) -> int:
-        """Where a straight line meets the limit, or after vain guesses the middle."""
+        """Returns the next number to evaluate.
+
+        Interpolates linearly; after two guesses without progress, bisects or doubles.
+        """
         if stalled < 2:
-            number = self._on_line(limit)
+            number = self._interpolated(limit)
         elif self.high_size is None:
             number = 2 * self.low
         else:
@@ -58,23 +62,24 @@ class _Bracket:
         return max(self.low + 1, min(number, self.high - 1))
 
     def narrowed(self, number: int, size: int, limit: int) -> "_Bracket":
-        """The bracket when the size of a number inside is known."""
+        """Returns the bracket that follows from the size of a number inside."""
         if size > limit:
             return dataclasses.replace(self, high=number, high_size=size)
-        # A line through neighbours tells little.
+        # The slope between near neighbours is unreliable.
         near = 4 * number < 5 * self.low
         below = self.below if near else (self.low, self.low_size)
         return dataclasses.replace(self, low=number, low_size=size, below=below)
 
-    def is_half_of(self, wider: "_Bracket") -> bool:
-        """Whether the look between them was worth it."""
+    def is_progress_from(self, wider: "_Bracket") -> bool:
+        """Returns whether the bracket halved, `low` doubled, or `high_size` is new."""
         if self.high_size is None:
             return self.low >= 2 * wider.low
         if wider.high_size is None:
             return True
         return 2 * (self.high - self.low) <= wider.high - wider.low
 
-    def _on_line(self, limit: int) -> int:
+    def _interpolated(self, limit: int) -> int:
+        """Returns where the line through two known sizes meets the limit."""
         number, size = self.below
         if self.high_size is not None:
             number, size = self.high, self.high_size

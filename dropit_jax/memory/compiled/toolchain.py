@@ -1,8 +1,8 @@
 """Finds XLA's GPU compiler: JAX's CUDA plugin, and the files of CUDA that it reads.
 
-Neither a GPU nor an installed CUDA is needed. The compiler lies beside the packages of
-an environment, not among them: there the plugin would report at every start of JAX, on
-a machine without a GPU, that it found none.
+Neither a GPU nor an installed CUDA is needed. The compiler is installed in a directory
+of its own, not in the environment's site-packages: from there JAX would load the plugin
+at every start, and report the lack of a GPU.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-# Names the only directory to look into.
+# The environment variable for a directory, the only one to search if it is set.
 COMPILER_PATH_VARIABLE = "DROPIT_GPU_COMPILER"
 
 
@@ -24,9 +24,9 @@ class _Release:
     """JAX's plugin for one release of CUDA.
 
     Attributes:
-      package: the plugin's.
-      cuda_packages: NVIDIA's, which bring the files of CUDA.
-      cuda: where these put them.
+      package: the package of the plugin.
+      cuda_packages: NVIDIA's packages with the files of CUDA.
+      cuda: the directory of these files in an installation directory.
     """
 
     package: str
@@ -50,13 +50,13 @@ _RELEASES = (
 _PIP = "pip install --upgrade"
 _JAXLIB = metadata.version("jaxlib")
 
-# The assembler, and the library of mathematical functions.
+# The assembler of GPU code, and the library of mathematical functions.
 _CUDA_FILES = (Path("bin", "ptxas"), Path("nvvm", "libdevice", "libdevice.10.bc"))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plugin:
-    """A plugin that is installed in a directory."""
+    """A plugin of a version that is installed in a directory."""
 
     release: _Release
     directory: Path
@@ -84,13 +84,13 @@ class Toolchain:
     cuda: Path
 
     def environment(self, xla_flags: str) -> dict[str, str]:
-        """Returns the environment variables of a process that compiles.
+        """Returns the environment variables for a process that compiles.
 
-        It sees no other CUDA: else JAX would take one from `CUDA_ROOT`, and XLA its
-        `nvlink` from `PATH`.
+        They hide any other CUDA: JAX takes one from `CUDA_ROOT`, and XLA `nvlink` from
+        `PATH`.
 
         Args:
-          xla_flags: options of XLA, in place of those of this process.
+          xla_flags: options of XLA, which replace those of this process.
         """
         return os.environ | {
             "CUDA_ROOT": str(self.cuda),
@@ -98,7 +98,7 @@ class Toolchain:
             "XLA_FLAGS": f"{xla_flags} --xla_gpu_cuda_data_dir={self.cuda}",
             "PYTHONPATH": os.pathsep.join([str(self.plugin), *_import_path()]),
             "JAX_PLATFORMS": "cpu",
-            # A program from a cache leaves no notes.
+            # XLA writes no buffer assignment for a program from the cache.
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
 
@@ -106,12 +106,13 @@ class Toolchain:
 def find() -> Toolchain:
     """Returns the GPU compiler that belongs to the installed JAX.
 
-    Looks into the directory that `DROPIT_GPU_COMPILER` names; if it names none, into
-    `gpu-compiler` beside this environment, then into the environment itself.
+    Searches the directory that `DROPIT_GPU_COMPILER` names. If the variable is not set,
+    searches `gpu-compiler` in `sys.prefix` and in the user's base directory, then
+    `sys.path`.
 
     Raises:
-      CompilerMissingError: a part of it is not installed. The message is one sentence,
-        and the command that installs that part.
+      CompilerMissingError: a part of the compiler is not installed. The message has one
+        sentence, and the command that installs the part.
     """
     directories = list(_directories())
     plugins = [
@@ -120,25 +121,25 @@ def find() -> Toolchain:
         for directory in directories
         if (version := _version(release, directory)) is not None
     ]
-    for plugin in filter(_fits, plugins):
+    for plugin in filter(_matches_jaxlib, plugins):
         for directory in directories:
             cuda = directory / plugin.release.cuda
             if all((cuda / file).is_file() for file in _CUDA_FILES):
                 return Toolchain(plugin.directory, cuda)
-    raise CompilerMissingError(_missing(plugins))
+    raise CompilerMissingError(_missing_message(plugins))
 
 
-def _missing(plugins: Sequence[_Plugin]) -> str:
-    """Says which part is not installed, and the command that installs it."""
-    for plugin in filter(_fits, plugins):
+def _missing_message(plugins: Sequence[_Plugin]) -> str:
+    """Returns the message on the missing part, with the command that installs it."""
+    for plugin in filter(_matches_jaxlib, plugins):
         packages = " ".join(plugin.release.cuda_packages)
         return (
             f"XLA's GPU compiler in {plugin.directory} lacks NVIDIA's ptxas and "
-            f"libdevice: {_PIP} --target {_target()} {packages}"
+            f"libdevice: {_PIP} --target {_install_directory()} {packages}"
         )
     release = _RELEASES[0]
     packages = " ".join((f"{release.package}=={_JAXLIB}", *release.cuda_packages))
-    command = f"{_PIP} --target {_target()} {packages}"
+    command = f"{_PIP} --target {_install_directory()} {packages}"
     for plugin in plugins:
         return (
             f"XLA's GPU compiler in {plugin.directory} is of JAX {plugin.version}, and "
@@ -150,13 +151,16 @@ def _missing(plugins: Sequence[_Plugin]) -> str:
     )
 
 
-def _target() -> str:
-    """The directory to install into, as a shell takes it."""
+def _install_directory() -> str:
+    """Returns the directory to install into, quoted for a shell."""
     return shlex.quote(str(next(_directories())))
 
 
 def _directories() -> Iterator[Path]:
-    """The directories to look into, in order; into the first one may be written."""
+    """Yields the directories to search, in order; the first is the one to install into.
+
+    Of the environment and the user's base directory, a writable one comes first.
+    """
     if named := os.environ.get(COMPILER_PATH_VARIABLE):
         yield Path(named).absolute()
         return
@@ -174,7 +178,7 @@ def _import_path() -> list[str]:
 
 
 def _version(release: _Release, directory: Path) -> str | None:
-    """The version of the plugin in a directory; `None`: it is not there."""
+    """Returns the version of the plugin in a directory; `None` if it has none."""
     if not (directory / release.module).is_dir():
         return None
     installed = metadata.Distribution.discover(
@@ -183,8 +187,11 @@ def _version(release: _Release, directory: Path) -> str | None:
     return next((each.version for each in installed), "unknown")
 
 
-def _fits(plugin: _Plugin) -> bool:
-    """Whether JAX takes this plugin: its version has the numbers of jaxlib's."""
+def _matches_jaxlib(plugin: _Plugin) -> bool:
+    """Returns whether the numbers of the plugin's version are those of jaxlib's.
+
+    JAX refuses a plugin otherwise. A suffix after the numbers may differ.
+    """
     numbers = (re.match(r"[\d.]*\d", v) for v in (plugin.version, _JAXLIB))
     found, wanted = (each and each[0] for each in numbers)
     return found is not None and found == wanted
