@@ -1,4 +1,4 @@
-"""Checkpoints of a run: its state on the devices, and its place in the data."""
+"""Checkpoints of a run: its state on the devices, and its position in the data."""
 
 import math
 from collections.abc import Callable
@@ -15,22 +15,25 @@ from train.runs import checksums, step_directories
 from train.system import text
 from train.system.disk import CheckpointError, check_room
 
-# How many of the newest are kept, beside the best.
-_LATEST = 2
-# Bytes a second of a disk that is still waited for.
-_SLOWEST = 10_000_000
-# Characters of a message of Orbax's that are shown.
-_LONGEST = 300
-# The field of the position with the accuracy on the test examples, if it is known.
-_ACCURACY = "test_accuracy"
+# Number of latest checkpoints that are kept, besides the best one.
+_KEPT_LATEST = 2
+# Bytes a second of the slowest supported disk; sets the time limit of a call.
+_SLOWEST_DISK = 10_000_000
+# Characters that are shown of an error message of Orbax.
+_MAX_CHARACTERS = 300
+# Field that a saved position has in addition: the test accuracy, or None if unknown.
+_ACCURACY_FIELD = "test_accuracy"
 
 
 class Checkpoints:
-    """The checkpoints in a directory: the last two, and the best of test accuracy.
+    """Saves and restores the last two checkpoints and that of the best test accuracy.
 
-    Orbax writes each beside its place and moves it there when it is whole; older ones
-    are removed after that: a run killed at any time leaves the checkpoint before. All
-    processes of a run make the same calls.
+    Used in a `with` statement, whose end waits for the last writing. All processes of a
+    run must make the same calls.
+
+    Orbax writes each checkpoint to a temporary directory and renames it when it is
+    complete. Older ones are removed only afterwards, so that a run killed at any time
+    leaves at least the previous checkpoint.
     """
 
     def __init__(
@@ -41,17 +44,17 @@ class Checkpoints:
         read_only: bool = False,
         problem: Callable[[int, Any, Any], str] | None = None,
     ) -> None:
-        """Opens the directory.
+        """Opens the directory and removes half-written checkpoints from it.
 
         Args:
-          directory: of the checkpoints; it is made if need be.
-          say: is told what was found that is not as it should be.
-          read_only: whether nothing on disk may change.
-          problem: says what is wrong with a restored step, its state and its position,
-            which then count as damaged; nothing if it is empty.
+          directory: directory of the checkpoints; created if it does not exist.
+          say: called with messages about damaged or half-written checkpoints.
+          read_only: whether opening leaves the disk unchanged.
+          problem: returns what is wrong with a restored step, state and position, or
+            "". A checkpoint with a problem counts as damaged.
 
         Raises:
-          CheckpointError: what is half-written cannot be removed.
+          CheckpointError: a half-written checkpoint cannot be removed.
         """
         self._directory, self._say = directory.absolute(), say
         self._problem = problem
@@ -64,9 +67,9 @@ class Checkpoints:
                 step_directories.remove_rest(path)
             synchronise("half_written")
         self._saving: int | None = None
-        self._patience = 0.0
+        self._extra_seconds = 0.0
         self._background = Background(f"a checkpoint in {directory}")
-        # Not Orbax's `read_only`, which warns of itself.
+        # Orbax's own `read_only` option would log a warning.
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -85,11 +88,14 @@ class Checkpoints:
             self._accuracies |= self._read_accuracy(step)
 
     def steps(self) -> list[int]:
-        """The steps of the whole checkpoints, in order."""
+        """Returns the steps of the checkpoints, in ascending order."""
         return sorted(self._steps)
 
     def best_step(self) -> int | None:
-        """That of the highest test accuracy, the last of equal ones."""
+        """Returns the step of the highest test accuracy, the last of equal ones.
+
+        Returns `None` if no checkpoint has a finite test accuracy.
+        """
         known = [
             (accuracy, step)
             for step, accuracy in self._accuracies.items()
@@ -98,14 +104,15 @@ class Checkpoints:
         return max(known)[1] if known else None
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The state and the position of a step.
+        """Returns the state and the position of a step.
 
         Args:
           step: one of `steps`.
-          abstract: the state's shapes, dtypes and shardings.
+          abstract: shapes, dtypes and shardings of the state.
 
         Raises:
-          CheckpointError: it cannot be read, or is of another model.
+          CheckpointError: the checkpoint is damaged, or of another model.
+          WaitError: the disk does not answer.
         """
         result = self._read(step, abstract)
         if isinstance(result, str):
@@ -116,25 +123,26 @@ class Checkpoints:
         return result
 
     def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The last step that can be read, its state and its position.
+        """Restores the last checkpoint that is intact.
 
-        Later ones, which cannot, are moved into `damaged/` beside the directory.
+        Later, damaged ones are moved into `damaged/` beside the directory.
 
         Args:
-          abstract: the state's shapes, dtypes and shardings.
+          abstract: shapes, dtypes and shardings of the state.
 
         Returns:
-          `None` if there is no checkpoint.
+          The step, the state and the position, or `None` if there is no checkpoint.
 
         Raises:
-          CheckpointError: none can be read, or one is of another model.
+          CheckpointError: all checkpoints are damaged, or one is of another model.
+          WaitError: the disk does not answer.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             result = self._read(step, abstract)
             if not isinstance(result, str):
-                self._put_aside(damaged, step)
-                self._remove_old()  # a run that was killed may not have come to it
+                self._move_damaged(damaged, step)
+                self._remove_old()  # a killed run may have left old checkpoints
                 return step, *result
             damaged[step] = result
         if damaged:
@@ -152,35 +160,36 @@ class Checkpoints:
         position: dict[str, Any],
         test_accuracy: float | None,
     ) -> None:
-        """Saves a step, unless it is there; writing goes on in the background.
+        """Saves a step in the background, unless a checkpoint of it exists.
 
         Args:
-          step: how many steps have been done.
-          state: the state after them.
-          position: what else it takes to go on from there; it must be fit for JSON.
-          test_accuracy: of the state, if it was evaluated.
+          step: number of steps done.
+          state: state after these steps.
+          position: all else that a run needs to go on; JSON must be able to represent
+            it.
+          test_accuracy: test accuracy of the state, or `None` if it was not evaluated.
 
         Raises:
-          CheckpointError: this one, or the one before, cannot be written.
+          CheckpointError: this checkpoint or the previous one cannot be written.
         """
         if step in self.steps():
             return
-        self.wait()  # for the one before, whose step `_write_checksums` needs
-        size = _size(state)
-        self._patience = size / _SLOWEST
+        self.wait()  # `_write_checksums` still needs the step of the previous one
+        size = _byte_count(state)
+        self._extra_seconds = size / _SLOWEST_DISK
         self._check_room(size)
         self._saving = step
         try:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                position=ocp.args.JsonSave(position | {_ACCURACY: test_accuracy}),
+                position=ocp.args.JsonSave(position | {_ACCURACY_FIELD: test_accuracy}),
             )
             is_saved = self._background.call(
-                lambda: self._manager.save(step, args=args), more=self._patience
+                lambda: self._manager.save(step, args=args), more=self._extra_seconds
             )
-        except Exception as error:  # of many types: OSError, TensorStore's ValueError
-            raise self._unwritable(error) from error
-        if not is_saved:  # a later one has come to the directory meanwhile
+        except Exception as error:  # any type: OSError, TensorStore's ValueError
+            raise self._write_error(error) from error
+        if not is_saved:  # another program has put a later step into the directory
             raise CheckpointError(
                 f"Orbax does not save step {step} into {self._directory}: it has a "
                 "later one, which is not of this run."
@@ -190,20 +199,20 @@ class Checkpoints:
             self._accuracies[step] = test_accuracy
 
     def wait(self) -> None:
-        """Waits until all is written.
+        """Waits until the checkpoint that is being saved is written.
 
         Raises:
-          CheckpointError: it cannot be.
+          CheckpointError: the checkpoint cannot be written.
         """
         try:
             self._background.call(
-                self._manager.wait_until_finished, more=self._patience
+                self._manager.wait_until_finished, more=self._extra_seconds
             )
-        except Exception as error:  # of many types, as above
+        except Exception as error:  # any type, as above
             if self._saving is not None:
                 self._steps.discard(self._saving)
                 self._accuracies.pop(self._saving, None)
-            raise self._unwritable(error) from error
+            raise self._write_error(error) from error
         if self._saving is not None:
             self._saving = None
             self._remove_old()
@@ -220,7 +229,7 @@ class Checkpoints:
         try:
             self.wait()
         except CheckpointError:
-            if error is None:  # else there is one to be told already
+            if error is None:  # otherwise the earlier error is the one to report
                 raise
         finally:
             with self._background:
@@ -228,8 +237,8 @@ class Checkpoints:
                     self._close()
 
     def _check_room(self, needed: int) -> None:
-        # Before Orbax sees it, whose threads write of their own what they fail at; and
-        # in all processes, which would wait for the one that fails.
+        # Checked before Orbax writes, whose threads print their own errors. All
+        # processes raise, since they would otherwise wait for the one that fails.
         try:
             check_room(self._directory, needed)
             problem = None
@@ -241,7 +250,7 @@ class Checkpoints:
             )
 
     def _write_checksums(self) -> None:
-        # Orbax calls it when all is written, and then gives the directory its name.
+        # Orbax calls this when all files are written, before it renames the directory.
         if is_first():
             assert self._saving is not None
             (path,) = step_directories.half_written(self._directory, self._saving)
@@ -253,17 +262,19 @@ class Checkpoints:
     def _close(self) -> None:
         try:
             self._manager.close()
-        except Exception as error:  # of the writing, which `wait` has told
+        except Exception as error:  # from the writing: `wait` has reported it
             del error
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]] | str:
-        """The state and the position, or what is damaged; the same in all processes.
+        """Returns state and position, or a description of the damage.
+
+        All processes agree on whether the checkpoint is damaged.
 
         Raises:
-          CheckpointError: it is of another model.
+          CheckpointError: the checkpoint is of another model.
           WaitError: the disk does not answer.
         """
-        # Before Orbax sees it, whose threads write of their own what they fail at.
+        # Checked before Orbax reads, whose threads print their own errors.
         problem = checksums.problem(self._path(step), step) if is_first() else ""
         if any_of(bool(problem)):
             return problem or "a file has changed"
@@ -276,11 +287,11 @@ class Checkpoints:
             )
             result = self._background.call(
                 lambda: self._manager.restore(step, args=args),
-                more=_size(abstract) / _SLOWEST,
+                more=_byte_count(abstract) / _SLOWEST_DISK,
             )
         except (CheckpointError, WaitError):
             raise
-        except Exception as error:  # of many types: Orbax's, TensorStore's, JSON's
+        except Exception as error:  # any type: Orbax's, TensorStore's, JSON's
             problem = _first_line(error)
         if any_of(bool(problem)):
             return problem or "another process cannot read it"
@@ -292,16 +303,18 @@ class Checkpoints:
     def _read_accuracy(self, step: int) -> dict[int, float]:
         try:
             args = ocp.args.Composite(position=ocp.args.JsonRestore())
-            accuracy = self._manager.restore(step, args=args)["position"][_ACCURACY]
-        except Exception:  # of many types: it is damaged, which `restore` will tell
+            accuracy = self._manager.restore(step, args=args)["position"][
+                _ACCURACY_FIELD
+            ]
+        except Exception:  # any type: the checkpoint is damaged, as `restore` reports
             return {}
         return {step: accuracy} if isinstance(accuracy, float) else {}
 
     def _check_structure(self, step: int, abstract: Any) -> None:
-        """Checks that a checkpoint has the arrays, and empty parts, that are wanted.
+        """Checks that a checkpoint has the model's arrays and empty containers.
 
         Raises:
-          CheckpointError: it has others.
+          CheckpointError: their names or shapes differ.
         """
         found = _shapes(self._manager.item_metadata(step)["state"])
         wanted = _shapes(abstract)
@@ -317,7 +330,13 @@ class Checkpoints:
                 f"{len(lines)} arrays differ.{text.lines(lines)}"
             )
 
-    def _put_aside(self, damaged: dict[int, str], step: int) -> None:
+    def _move_damaged(self, damaged: dict[int, str], step: int) -> None:
+        """Moves damaged checkpoints into `damaged/`.
+
+        Args:
+          damaged: description of the damage, by step.
+          step: the step that is used instead.
+        """
         for number, why in damaged.items():
             source = self._path(number)
             target = self._directory.parent / "damaged" / str(number)
@@ -335,17 +354,17 @@ class Checkpoints:
             self._manager.reload()
 
     def _remove_old(self) -> None:
-        """Removes all checkpoints but the newest and the best."""
-        kept = {*self.steps()[-_LATEST:], self.best_step()}
+        """Removes all checkpoints except the latest two and the best."""
+        kept = {*self.steps()[-_KEPT_LATEST:], self.best_step()}
         for step in [step for step in self.steps() if step not in kept]:
             self._steps.discard(step)
             self._accuracies.pop(step, None)
             try:
                 step_directories.remove(self._path(step))
-            except OSError as error:  # which costs room, and nothing else
+            except OSError as error:  # costs disk space only: the run goes on
                 self._say(f"Cannot remove {self._path(step)}: {error}")
 
-    def _unwritable(self, error: Exception) -> CheckpointError:
+    def _write_error(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"A checkpoint cannot be written into {self._directory}: "
             f"{_first_line(error)} Those before are as they were; the same command "
@@ -353,13 +372,17 @@ class Checkpoints:
         )
 
 
-def _size(tree: Any) -> int:
-    """The bytes of all arrays, or of what they are described by."""
+def _byte_count(tree: Any) -> int:
+    """Returns the bytes of all arrays, or of arrays of these shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
-    # Orbax wants the same empty dicts and tuples, too; of which type does not matter.
+    """Returns the shape of each leaf, and "empty" for each empty container, by path.
+
+    `{"a": zeros((2, 3)), "b": ()}` -> `{"a": (2, 3), "b": "empty"}`.
+    """
+    # Orbax requires the same empty containers, too, whatever their type.
     flat, _ = jax.tree_util.tree_flatten_with_path(
         tree,
         is_leaf=lambda node: (
@@ -376,5 +399,5 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    # It has the names of files and, at the end, the reason.
-    return f"{type(error).__name__}: {text.shown(lines[0], _LONGEST)}"
+    # The first line has the names of files and, at its end, the reason.
+    return f"{type(error).__name__}: {text.shown(lines[0], _MAX_CHARACTERS)}"

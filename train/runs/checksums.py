@@ -1,7 +1,8 @@
-"""The step of a checkpoint, and the checksums of its files, in a file of it.
+"""Detection of damaged checkpoints, by the CRC-32 of each file and the step.
 
-Orbax and TensorStore notice what they cannot parse, but not another value of an array,
-nor a directory with the name of another step.
+Each checkpoint stores both in `checksums.json`. Orbax and TensorStore notice files that
+they cannot parse, but neither a changed array value nor a directory that was renamed to
+another step.
 """
 
 import json
@@ -14,27 +15,38 @@ from train.system.text import shown
 
 _NAME = "checksums.json"
 _VERSION = 1
-_UNKNOWN = object()
-_BLOCK = 2**20
+# The step of a checkpoint from before `checksums.json` had a version.
+_UNKNOWN_STEP = object()
+# Bytes that are read at once.
+_BLOCK_BYTES = 2**20
 
-# Orbax completes these after the checksums are written: the first by the time at which
-# it gives the directory its name, the second is empty.
+# Orbax writes to these two files after the checksums are written. It adds the commit
+# time to the first, which is therefore left out of its checksum; the second is empty.
 _ORBAX_METADATA, _ORBAX_TIME = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"
-_ORBAX_MARK = "commit_success.txt"
+_ORBAX_SUCCESS_FILE = "commit_success.txt"
 
 
 def write(directory: Path, step: int) -> None:
-    """Writes the step, and the checksums of all files in a directory."""
+    """Writes `checksums.json` with the step and the checksums of a checkpoint's files.
+
+    Args:
+      directory: directory of the checkpoint.
+      step: number of steps done.
+    """
     files = {name: _crc32(path) for name, path in sorted(_files(directory).items())}
     content = {"version": _VERSION, "step": step, "files": files}
     write_atomically(directory / _NAME, json.dumps(content, indent=1))
 
 
 def problem(directory: Path, step: int) -> str:
-    """Returns what is wrong with the checkpoint of a step; empty if nothing is.
+    """Returns a description of the damage to a checkpoint, or "" if it is intact.
 
-    That is the first file that is missing or has changed, or that the checkpoint is of
-    another step.
+    A checkpoint is damaged if a file is missing or has changed, or if it was written as
+    that of another step.
+
+    Args:
+      directory: directory of the checkpoint.
+      step: the step that the checkpoint should have.
     """
     try:
         written, checksums = _parse((directory / _NAME).read_bytes())
@@ -44,16 +56,16 @@ def problem(directory: Path, step: int) -> str:
         return f"{_NAME} is missing"
     except (OSError, ValueError, RecursionError) as error:
         return f"{_NAME}: {type(error).__name__}: {shown(error)}"
-    if written not in (step, _UNKNOWN):
+    if written not in (step, _UNKNOWN_STEP):
         return f"it was written as that of step {shown(written)}"
     try:
-        return _changed(_files(directory), checksums)
+        return _first_change(_files(directory), checksums)
     except OSError as error:
         return f"{type(error).__name__}: {shown(error)}"
 
 
-def _changed(found: dict[str, Path], checksums: dict[str, Any]) -> str:
-    """Returns which file, the first, is not as it was written; empty if all are."""
+def _first_change(found: dict[str, Path], checksums: dict[str, Any]) -> str:
+    """Returns a description of the first missing or changed file, or "" if none is."""
     for name, expected in checksums.items():
         if name not in found:
             return f"{shown(name)} is missing"
@@ -63,16 +75,18 @@ def _changed(found: dict[str, Path], checksums: dict[str, Any]) -> str:
 
 
 def _parse(text: bytes) -> tuple[Any, dict[str, Any]]:
-    """The step, which the first version of the file lacks, and the checksums.
+    """Returns the step and the checksums, by file name, in `checksums.json`.
+
+    Early files hold only the checksums, and no step: theirs is `_UNKNOWN_STEP`.
 
     Raises:
-      ValueError: they are something else.
+      ValueError: the text has another structure.
     """
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError("it is no table")
     if "version" not in content:
-        content = {"version": _VERSION, "step": _UNKNOWN, "files": content}
+        content = {"version": _VERSION, "step": _UNKNOWN_STEP, "files": content}
     if content["version"] != _VERSION:
         raise ValueError(
             f"it is of version {shown(content['version'])}, not {_VERSION}, which this "
@@ -85,13 +99,13 @@ def _parse(text: bytes) -> tuple[Any, dict[str, Any]]:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """The files in a directory that have a checksum, by name."""
+    """Returns the files below a directory that get a checksum, by relative path."""
     found = {
         path.relative_to(directory).as_posix(): path
         for path in directory.rglob("*")
         if path.is_file()
     }
-    for name in (_NAME, _ORBAX_MARK):
+    for name in (_NAME, _ORBAX_SUCCESS_FILE):
         found.pop(name, None)
     return found
 
@@ -101,18 +115,18 @@ def _crc32(path: Path) -> int:
         return zlib.crc32(_without_time(path.read_bytes()))
     checksum = 0
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(_BLOCK_BYTES):
             checksum = zlib.crc32(block, checksum)
     return checksum
 
 
 def _without_time(text: bytes) -> bytes:
-    """Orbax's metadata as they were when the checksums were written."""
+    """Returns Orbax's metadata without the commit time, in a canonical form."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        return text  # they have changed
+        return text  # damaged: its checksum differs from the written one
     content.pop(_ORBAX_TIME, None)
     return json.dumps(content, sort_keys=True).encode()

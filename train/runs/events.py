@@ -1,7 +1,7 @@
-"""TensorBoard's record of a run, written without a thread beside the program's own.
+"""TensorBoard event files, written without a background thread.
 
-That of `tensorboardX.SummaryWriter` prints a trace where a disk is full, and what waits
-for it then waits for good.
+The thread of `tensorboardX.SummaryWriter` prints a traceback when the disk is full, and
+code that waits for the thread then waits for ever.
 """
 
 import time
@@ -14,13 +14,17 @@ from tensorboardX.summary import scalar
 
 
 class Events:
-    """A file of events, to which each call adds."""
+    """Writes scalars to a new TensorBoard event file."""
 
     def __init__(self, directory: Path, step: int) -> None:
-        """Opens a file that goes on after a step; TensorBoard hides what came later.
+        """Opens the file; TensorBoard then hides events of later steps in older files.
+
+        Args:
+          directory: where the file is created.
+          step: number of steps done when the run starts or goes on.
 
         Raises:
-          OSError: nothing can be written there.
+          OSError: the directory cannot be written.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(directory / "events"))
@@ -30,10 +34,14 @@ class Events:
         )
 
     def add(self, step: int, values: Iterable[tuple[str, float]]) -> None:
-        """Writes values of a step, by name.
+        """Writes scalars of a step and flushes the file.
+
+        Args:
+          step: number of steps done.
+          values: pairs of a name and a scalar.
 
         Raises:
-          OSError: they cannot be written.
+          OSError: the file cannot be written.
         """
         for name, value in values:
             event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
@@ -44,6 +52,6 @@ class Events:
         """Closes the file.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
         self._writer.close()

@@ -1,4 +1,4 @@
-"""A record of a loss that is not finite: config and batches, to see it again."""
+"""A record of a step whose loss is not finite: the config and batches to repeat it."""
 
 import contextlib
 import io
@@ -18,12 +18,15 @@ _DIRECTORY = "failure"
 
 
 def is_in(workdir: Path) -> bool:
-    """Whether the run in a workdir once ended with a loss that was not finite."""
+    """Returns whether a run in the workdir has ended with a loss that was not finite.
+
+    The record stays when a later start of the run succeeds.
+    """
     return (workdir / _DIRECTORY).exists()
 
 
 def advice(workdir: Path) -> str:
-    """Returns a word to the user of a run that goes on after such an end."""
+    """Returns advice to the user who restarts a run that ended this way."""
     return (
         f"{workdir} ended before with a loss that was not finite; {_DIRECTORY}/ has "
         "the step. The same config takes the same steps: in another --workdir, another "
@@ -32,16 +35,16 @@ def advice(workdir: Path) -> str:
 
 
 def write(workdir: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
-    """Writes the step, the config and the batches of a loss that is not finite.
+    """Writes the step, config and batches of a non-finite loss into `failure/`.
 
     Args:
-      workdir: gets a directory of them.
-      job: what was trained.
-      error: which step it was.
+      workdir: working directory of the run.
+      job: the job that was trained.
+      error: the error, with the step and the loss.
       checkpoint: the step of the last checkpoint, or 0.
 
     Returns:
-      What to tell the user.
+      A message to the user, also if the files cannot be written.
     """
     directory = workdir / _DIRECTORY
     try:
@@ -58,7 +61,7 @@ def _write(
     directory: Path, job: Job, error: NonFiniteLossError, checkpoint: int
 ) -> None:
     directory.mkdir(exist_ok=True)
-    # A step that spoils the parameters shows in the loss of the next one.
+    # A step that makes the parameters non-finite shows only in the loss of the next.
     steps = range(max(1, error.step - 1), error.step + 1)
     rank = jax.process_index()
     for step in steps:
@@ -82,7 +85,7 @@ def _write(
 
 
 def _batch(job: Job, step: int) -> data.Batch:
-    """This process's rows of the batch of a step, counted from 1."""
+    """Returns this process's rows of the batch of a step, counted from 1."""
     batches = data.training_batches(
         job.dataset,
         job.config.batch_size,

@@ -1,4 +1,4 @@
-"""The position of a run, which its checkpoints hold beside the state."""
+"""The position of a run: the part of a checkpoint that is not on the devices."""
 
 import dataclasses
 from typing import Any, Self
@@ -9,12 +9,12 @@ from train.runs.records import COLUMNS, Row
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """All that a run needs, beside its state, to go on.
+    """Holds all that a run needs, besides its state on the devices, to go on.
 
     Attributes:
-      meter: the sums of the epoch under way, as `Meter.state` gives them.
-      train_examples: how many there are.
-      rows: of `metrics.csv`, so far.
+      meter: sums since the last evaluation, as `Meter.state` returns them.
+      train_examples: number of training examples in the dataset.
+      rows: rows of `metrics.csv` so far.
     """
 
     meter: dict[str, float]
@@ -22,19 +22,22 @@ class Position:
     rows: list[Row]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the position as `from_json` takes it."""
+        """Returns the position as a dict that JSON can represent."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Any) -> Self:
-        """The position in what a checkpoint has; other fields are left out.
+        """Returns the position in parsed JSON, such as `to_json` returns.
+
+        Args:
+          content: the parsed JSON; fields that a position lacks are ignored.
 
         Raises:
-          ValueError: a field is missing or of another type.
+          ValueError: a field is missing or of the wrong type.
         """
         if not isinstance(content, dict):
             raise ValueError("The position is no table")
-        # The first checkpoints had no rows.
+        # Checkpoints of early versions had no rows.
         fields = {"rows": [], **content}
         meter: Any = fields.get("meter")
         examples: Any = fields.get("train_examples")
@@ -49,7 +52,7 @@ class Position:
 
 
 def problem(content: Any) -> str:
-    """Returns what is wrong with the position of a checkpoint; empty if nothing is."""
+    """Returns a description of the fault in a checkpoint's position, or "" if none."""
     try:
         Position.from_json(content)
     except ValueError as error:

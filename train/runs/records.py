@@ -1,4 +1,4 @@
-"""The metrics of a run, one row an evaluation: a CSV file and TensorBoard events."""
+"""Metrics of a run, one row per evaluation, as a CSV file and TensorBoard events."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -28,11 +28,17 @@ Row = dict[str, float]
 
 
 class RecordsError(Exception):
-    """Metrics that cannot be written or read."""
+    """Raised when metrics cannot be written or read."""
 
 
 class Records:
-    """The rows so far, in the workdir's `metrics.csv` and `tensorboard/`."""
+    """Writes rows of metrics to `metrics.csv` and `tensorboard/` in the workdir.
+
+    Used in a `with` statement, whose end closes the event file.
+
+    Attributes:
+      rows: all rows so far, by step.
+    """
 
     def __init__(
         self,
@@ -43,18 +49,18 @@ class Records:
         *,
         write: bool = True,
     ) -> None:
-        """Goes on from a step: later rows, of a run that was cut off, are dropped.
+        """Reads the rows up to a step; later ones, of a run cut off, are dropped.
 
         Args:
-          workdir: of the run.
-          step: how many steps have been done.
-          saved: the rows up to that step, as the checkpoint has them. Those that the
-            files lack are written again.
-          say: is told of these.
-          write: whether to write; one of several processes does.
+          workdir: working directory of the run.
+          step: number of steps done.
+          saved: rows up to that step in the checkpoint. Rows that `metrics.csv` lacks
+            are written again.
+          say: called with a message if rows are written again.
+          write: whether to write files; true in only one of several processes.
 
         Raises:
-          RecordsError: nothing can be written there, or what is there is damaged.
+          RecordsError: the files cannot be written, or `metrics.csv` is damaged.
         """
         self._path = workdir / NAME
         self.rows = [row for row in read(self._path) if row["step"] <= step]
@@ -64,20 +70,23 @@ class Records:
                 self._events = Events(workdir / "tensorboard", step)
             except OSError as error:
                 raise RecordsError(f"Cannot write to {workdir}: {error}") from error
-        there = {row["step"] for row in self.rows}
-        if lost := [row for row in saved if row["step"] not in there]:
+        present = {row["step"] for row in self.rows}
+        if missing := [row for row in saved if row["step"] not in present]:
             say(
-                f"{self._path} lacks {len(lost)} of {len(saved)} rows: they are "
+                f"{self._path} lacks {len(missing)} of {len(saved)} rows: they are "
                 "restored from the checkpoint."
             )
-        for row in lost:
+        for row in missing:
             self.append(row)
 
     def append(self, row: Row) -> None:
-        """Adds a row, of the values for `COLUMNS`.
+        """Adds a row and writes it to the files.
+
+        Args:
+          row: a value for each of `COLUMNS`.
 
         Raises:
-          RecordsError: it cannot be written.
+          RecordsError: the row cannot be written.
         """
         self.rows = sorted([*self.rows, row], key=lambda row: row["step"])
         if self._events is None:
@@ -103,22 +112,22 @@ class Records:
         try:
             self._events.close()
         except OSError as problem:
-            if error is None:  # else there is one to be told already
+            if error is None:  # otherwise the earlier error is the one to report
                 raise RecordsError(f"Cannot write {self._path}: {problem}") from problem
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a `metrics.csv`; none if there is no such file.
+    """Returns the rows of a `metrics.csv`; none if the file does not exist.
 
     Raises:
-      RecordsError: it cannot be read.
+      RecordsError: the file cannot be read.
     """
     if not path.exists():
         return []
     try:
         with path.open(newline="") as file:
-            return [_numbers(row) for row in csv.DictReader(file)]
-    except Exception as error:  # of many types: of the disk, of text, of numbers
+            return [_parsed(row) for row in csv.DictReader(file)]
+    except Exception as error:  # any type: from the disk, the decoding, the numbers
         reason = text.shown(error if str(error) else type(error).__name__)
         raise RecordsError(
             f"{path} cannot be read: {reason}. Delete it: the next start of the run "
@@ -126,10 +135,11 @@ def read(path: Path) -> list[Row]:
         ) from error
 
 
-def _numbers(row: dict[str, str]) -> Row:
-    if missing := [name for name in COLUMNS if row.get(name) is None]:
-        raise ValueError(f"a row lacks {', '.join(missing)}")
-    whole = ("step", "epoch")
+def _parsed(row: dict[str, str]) -> Row:
+    if absent := [name for name in COLUMNS if row.get(name) is None]:
+        raise ValueError(f"a row lacks {', '.join(absent)}")
+    integers = ("step", "epoch")
     return {
-        name: int(row[name]) if name in whole else float(row[name]) for name in COLUMNS
+        name: int(row[name]) if name in integers else float(row[name])
+        for name in COLUMNS
     }

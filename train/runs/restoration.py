@@ -1,4 +1,4 @@
-"""The checkpoint of a run that a command reads."""
+"""Reading of the config and a checkpoint of a finished or stopped run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,13 @@ _STEP = flags.DEFINE_string(
 
 
 def config_of(workdir: Path) -> ConfigDict:
-    """The config of the run in a workdir, for the devices of this machine.
+    """Returns the config of the run in a workdir, adapted to this machine.
 
-    The batch is rounded up to a multiple of the devices, and not split further.
+    All devices split the batch, whose size is rounded up to a multiple of their number.
+    Steps are not accumulated, and workers are limited to what this machine can use.
 
     Raises:
-      ConfigError: there is no run, or its config cannot be run.
+      ConfigError: the workdir holds no run, or its config cannot be run.
     """
     config = workdir_lib.read_config(workdir)
     devices = jax.device_count()
@@ -41,24 +42,24 @@ def config_of(workdir: Path) -> ConfigDict:
 def restore(
     abstract: step_lib.State, workdir: Path, say: Callable[[str], None]
 ) -> tuple[int, step_lib.State]:
-    """The step, and the state, of the checkpoint that `--step` names.
+    """Returns the step and the state of the checkpoint that `--step` selects.
 
     Args:
-      abstract: the state's shapes, dtypes and shardings.
-      workdir: of the run; nothing in it is changed.
-      say: is told which checkpoint it is.
+      abstract: shapes, dtypes and shardings of the state.
+      workdir: working directory of the run; nothing in it is changed.
+      say: called with a message that names the checkpoint.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     with workdir_lib.read_checkpoints(workdir, say) as checkpoints:
-        step = _choose(checkpoints, workdir)
+        step = _selected_step(checkpoints, workdir)
         say(f"{workdir}: the checkpoint of step {step}.")
         state, _ = checkpoints.restore(step, abstract)
     return step, state
 
 
-def _choose(checkpoints: Checkpoints, workdir: Path) -> int:
+def _selected_step(checkpoints: Checkpoints, workdir: Path) -> int:
     steps, wanted = checkpoints.steps(), _STEP.value
     if not steps:
         raise CheckpointError(f"{workdir} has no checkpoint.")

@@ -1,4 +1,4 @@
-"""Finished runs on disk, and which of them differ by nothing but the seed."""
+"""Finished runs on disk, grouped by variant: runs that differ only in the seed."""
 
 import copy
 import dataclasses
@@ -12,18 +12,18 @@ from train.config.config import ConfigError
 from train.runs import failure, records, workdir
 from train.runs.records import Row
 
-# What a variant may be; all else is alike in runs that are compared.
-_VARIED = ("memory", "remat", "drop", "dropit", "seed")
+# Fields of the config that may differ between compared runs.
+_VARIANT_FIELDS = ("memory", "remat", "drop", "dropit", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """A run as it lies on disk.
+    """A run that was read from disk.
 
     Attributes:
       path: its workdir.
-      config: what was trained.
-      rows: of its `metrics.csv`.
+      config: its config.
+      rows: the rows of its `metrics.csv`.
     """
 
     path: Path
@@ -32,7 +32,7 @@ class SavedRun:
 
     @property
     def variant(self) -> str:
-        """The name of its directory; of `VARIANT/seed_N`, that of the one above."""
+        """The name of the workdir, or `VARIANT` of `VARIANT/seed_N`."""
         path = self.path.resolve()
         return (
             path.parent.name if path.name == f"seed_{self.config.seed}" else path.name
@@ -40,22 +40,25 @@ class SavedRun:
 
 
 def is_finished(config: ConfigDict, rows: list[Row]) -> bool:
-    """Whether a run with these rows of `metrics.csv` is done."""
+    """Returns whether the last row of a run's `metrics.csv` is of its last step."""
     return bool(rows) and rows[-1]["step"] == config_lib.steps(config)[1]
 
 
 def find(
     directories: Iterable[Path], say: Callable[[str], None]
 ) -> dict[str, list[SavedRun]]:
-    """The finished runs in directories and below them, by variant, by seed.
+    """Returns the finished runs in and below some directories.
 
     Args:
-      directories: where to look.
-      say: is told of each run that is left out.
+      directories: directories to search.
+      say: called with a message for each unfinished run, which is left out.
+
+    Returns:
+      For each variant, its runs in the order of their seeds.
 
     Raises:
-      ConfigError: there is none in one of them, or they cannot be compared.
-      RecordsError: the metrics of one cannot be read.
+      ConfigError: a directory has no finished run, or the runs cannot be compared.
+      RecordsError: the metrics of a run cannot be read.
     """
     found: dict[Path, SavedRun] = {}
     for directory in directories:
@@ -63,7 +66,7 @@ def find(
         finished = [run for run in below if is_finished(run.config, run.rows)]
         for run in below:
             if run not in finished:
-                say(f"Left out: {run.path}, which {_how_far(run)}.")
+                say(f"Left out: {run.path}, which {_why_left_out(run)}.")
         if not finished:
             raise ConfigError(f"{directory} holds no finished run.")
         found |= {run.path.resolve(): run for run in finished}
@@ -72,12 +75,12 @@ def find(
         variants.setdefault(run.variant, []).append(run)
     _check_comparable(variants)
     return {
-        name: sorted(each, key=lambda run: run.config.seed)
-        for name, each in variants.items()
+        name: sorted(runs, key=lambda run: run.config.seed)
+        for name, runs in variants.items()
     }
 
 
-def _how_far(run: SavedRun) -> str:
+def _why_left_out(run: SavedRun) -> str:
     if failure.is_in(run.path):
         return "ended with a loss that is not finite"
     done = run.rows[-1]["step"] if run.rows else 0
@@ -89,10 +92,15 @@ def _read(path: Path) -> SavedRun:
 
 
 def _check_comparable(variants: dict[str, list[SavedRun]]) -> None:
+    """Checks that runs differ only in variant and seed, and that no seed repeats.
+
+    Raises:
+      ConfigError: the runs cannot be compared; the message lists the differences.
+    """
     first = next(iter(variants.values()))[0]
     for name, runs in variants.items():
         for run in runs:
-            _check_alike(first, run, _VARIED, "cannot be compared")
+            _check_alike(first, run, _VARIANT_FIELDS, "cannot be compared")
             _check_alike(
                 runs[0], run, ("seed",), f"are both called {name!r}, and are not alike"
             )
@@ -107,10 +115,15 @@ def _check_comparable(variants: dict[str, list[SavedRun]]) -> None:
 def _check_alike(
     a: SavedRun, b: SavedRun, varied: tuple[str, ...], problem: str
 ) -> None:
-    alike = copy.deepcopy(b.config)
+    """Checks that two configs are equal in all fields that are not in `varied`.
+
+    Raises:
+      ConfigError: they differ; the message holds `problem` and the differences.
+    """
+    masked = copy.deepcopy(b.config)
     for name in varied:
-        alike[name] = copy.deepcopy(a.config[name])
-    before, after = config_lib.to_json(a.config), config_lib.to_json(alike)
+        masked[name] = copy.deepcopy(a.config[name])
+    before, after = config_lib.to_json(a.config), config_lib.to_json(masked)
     if changed := config_lib.differences(before, after):
         raise ConfigError(
             f"{a.path} and {b.path} {problem}:\n  " + "\n  ".join(changed)

@@ -1,6 +1,6 @@
-"""The directories of single steps in that of a run's checkpoints.
+"""The directories of single steps, such as `checkpoints/400`.
 
-Of several processes, the first alone changes anything.
+Only the first of several processes changes anything on disk.
 """
 
 import shutil
@@ -9,39 +9,39 @@ from pathlib import Path
 from train.processes.collective import is_first
 from train.system.disk import CheckpointError
 
-# The end of a name that Orbax gives until all is written, and this program until all is
-# removed.
+# Ends of the names that Orbax gives a directory until it is completely written, and
+# that this program gives it until it is completely removed.
 _HALF_WRITTEN = ".orbax-checkpoint-tmp*"
 _HALF_REMOVED = ".old"
 
 
 def steps(directory: Path) -> set[int]:
-    """The steps that something in a directory is named after."""
+    """Returns the steps of the whole checkpoints in a directory, by name alone."""
     return {int(path.name) for path in directory.glob("*") if is_step(path.name)}
 
 
 def is_step(name: str) -> bool:
-    """Whether a whole checkpoint can have this name."""
+    """Returns whether a name is that of a whole checkpoint: "40", but not "040"."""
     return name.isdecimal() and name == str(int(name))
 
 
 def half_written(directory: Path, step: int | str = "*") -> list[Path]:
-    """The directories, of a step or of all, that Orbax has not written to their end."""
+    """Returns the directories, of one step or all, that Orbax left half-written."""
     return sorted(directory.glob(f"{step}{_HALF_WRITTEN}"))
 
 
 def half_removed(directory: Path) -> list[Path]:
-    """The directories that `remove` has not removed to their end."""
+    """Returns the directories that an interrupted `remove` has left."""
     return sorted(directory.glob(f".*{_HALF_REMOVED}"))
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint so that none is ever seen of which a part is gone.
+    """Removes a checkpoint, or a symbolic link to one.
 
-    Of a link to one, it is the link.
+    Renames it first, so that no reader ever finds a partly removed checkpoint.
 
     Raises:
-      OSError: it cannot be removed.
+      OSError: the checkpoint cannot be removed.
     """
     if not is_first():
         return
@@ -52,12 +52,12 @@ def remove(path: Path) -> None:
 
 
 def remove_rest(path: Path) -> None:
-    """Removes what a process that was killed has left.
+    """Removes a half-written or half-removed directory that a killed process left.
 
-    Orbax would do so in the background, and may not be done when the run ends.
+    Orbax would remove it in the background, and may not finish before the run ends.
 
     Raises:
-      CheckpointError: it cannot be removed.
+      CheckpointError: the directory cannot be removed.
     """
     if not is_first():
         return
@@ -68,10 +68,10 @@ def remove_rest(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Moves a checkpoint out of the directory.
+    """Moves a checkpoint; creates the parent directory of the target.
 
     Raises:
-      CheckpointError: it cannot be moved.
+      CheckpointError: the checkpoint cannot be moved.
     """
     if not is_first():
         return

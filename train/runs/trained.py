@@ -1,4 +1,4 @@
-"""The last state of a run, and a batch to look at it with."""
+"""The last state of a finished run, with a batch to measure it on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +17,16 @@ from train.system.disk import CheckpointError
 def load(
     config: ConfigDict, workdir: Path, say: Callable[[str], None]
 ) -> tuple[Job, step_lib.State, data.Batch]:
-    """The job, the state of the last checkpoint, and the first batch.
+    """Returns the job, the state after the last step, and the first training batch.
 
     Args:
-      config: of the run.
-      workdir: of the run; nothing in it is changed.
-      say: is told of what is amiss with its checkpoints.
+      config: config of the run.
+      workdir: working directory of the run; nothing in it is changed.
+      say: called with messages about damaged checkpoints.
 
     Raises:
       CheckpointError: the last step has no checkpoint, or it cannot be read.
-      DataError: the dataset is not there, or damaged.
+      DataError: the dataset is absent or damaged.
     """
     job = job_lib.prepare(config)
     with workdir_lib.read_checkpoints(workdir, say) as checkpoints:

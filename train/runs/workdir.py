@@ -1,4 +1,4 @@
-"""The directory of a run: who writes it, its config and its checkpoints."""
+"""The working directory of a run: its lock, its config and its checkpoints."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ _CONFIG_FILE = "config.json"
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a workdir.
+    """Returns the config of the run in a workdir.
 
     Raises:
-      ConfigError: there is none, or it cannot be read.
+      ConfigError: the workdir has no config, or the config cannot be read.
     """
     try:
         return config_lib.from_json((workdir / _CONFIG_FILE).read_text())
@@ -36,19 +36,24 @@ def read_config(workdir: Path) -> ConfigDict:
 
 @contextlib.contextmanager
 def held(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Makes a workdir, and keeps other runs from it; leaves none that is empty.
+    """Creates a workdir and locks it against other runs while the context lasts.
 
-    Of several processes, the first does so, and all get its error.
+    Directories that it created and that are still empty at the end are removed. Only
+    the first of several processes does all this, and every process raises its error.
+
+    Args:
+      workdir: the working directory.
+      say: called with a warning if the disk has no locks.
 
     Raises:
-      ConfigError: it cannot be made.
-      LockedError: another run writes there.
+      ConfigError: the workdir cannot be created.
+      LockedError: another run is writing to the workdir.
     """
     problem: Exception | None = None
     with contextlib.ExitStack() as stack:
         if collective.is_first():
             try:
-                stack.enter_context(_made(workdir))
+                stack.enter_context(_created(workdir))
                 stack.enter_context(lock.held(workdir, say))
             except OSError as error:
                 problem = ConfigError(f"Cannot write to {workdir}: {error}")
@@ -60,29 +65,30 @@ def held(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _made(workdir: Path) -> Iterator[None]:
-    new = [path for path in (workdir, *workdir.parents) if not path.exists()]
+def _created(workdir: Path) -> Iterator[None]:
+    missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        if new:
-            new.insert(0, workdir / "checkpoints")
-        for path in new:
-            with contextlib.suppress(OSError):  # it is not empty
+        if missing:
+            missing.insert(0, workdir / "checkpoints")
+        for path in missing:
+            with contextlib.suppress(OSError):  # the directory is not empty
                 path.rmdir()
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
-    """Checks that the workdir holds a run of this config, or nothing of any.
+    """Checks that a run of this config can start or go on in the workdir.
 
     Raises:
-      ConfigError: it holds a run of another config, or one without its checkpoints.
+      ConfigError: the workdir holds a run of another config, or the metrics of a run
+        without its checkpoints.
     """
     if any(is_step(path.name) for path in (workdir / "checkpoints").glob("*/")):
         check_same(workdir, config)
         return
-    # A run writes its first row after its first checkpoint.
+    # A run writes its first row after its first checkpoint: they have been removed.
     if records.read(workdir / records.NAME):
         raise ConfigError(
             f"{workdir} holds the metrics of a run, and no checkpoint to go on from: "
@@ -91,10 +97,10 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 
 def check_same(workdir: Path, config: ConfigDict) -> None:
-    """Checks that the run in a workdir is one of this config.
+    """Checks that the run in a workdir has this config.
 
     Raises:
-      ConfigError: it is one of another, or cannot be read.
+      ConfigError: the run has another config, or its config cannot be read.
     """
     before = config_lib.to_json(read_config(workdir))
     if changed := config_lib.differences(before, config_lib.to_json(config)):
@@ -105,11 +111,11 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
-    """The checkpoints of a run, for a command that changes nothing on disk.
+    """Returns the checkpoints of a run, opened without changing anything on disk.
 
     Args:
-      workdir: of the run.
-      say: is told of what is amiss with them.
+      workdir: working directory of the run.
+      say: called with messages about damaged checkpoints.
     """
     return Checkpoints(
         workdir / "checkpoints",
@@ -120,10 +126,10 @@ def read_checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes the config into the workdir.
+    """Writes the config into the workdir; returns once all processes have called it.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: the config cannot be written.
     """
     if collective.is_first():
         try:

@@ -1,0 +1,1 @@
+"""Runs on disk: working directory, checkpoints and recorded metrics."""
