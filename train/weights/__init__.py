@@ -1,7 +1,7 @@
-"""Weights from files, and to files.
+"""Reads and writes files of weights.
 
-`load` gives a model the weights of a file, `save` writes those of a model. Both take
-the model's variables, and neither knows the model.
+`load` returns a model's variables with the values of a file; `save` writes variables to
+a file. Both take the model's variables, and do not depend on the model.
 """
 
 from train.weights.errors import WeightsError

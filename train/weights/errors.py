@@ -1,5 +1,5 @@
-"""What can go wrong with weights."""
+"""The error of a file of weights."""
 
 
 class WeightsError(ValueError):
-    """A file of weights that cannot be used, or written, and why."""
+    """A file of weights cannot be used or written; the message says why."""

@@ -1,4 +1,4 @@
-"""The two kinds of files that hold named arrays: NumPy's .npz, and .safetensors."""
+"""Files of named arrays: reads NumPy's .npz and .safetensors, writes the latter."""
 
 import collections
 import contextlib
@@ -22,22 +22,22 @@ from train.weights.errors import WeightsError
 from train.weights.tensors import Tensor, zeros
 
 _BUCKET = "https://storage.googleapis.com/vit_models"
-# How Google's files are called (vit_jax/configs and README.md of
-# github.com/google-research/vision_transformer), and the folders that they are in.
+# Patterns of the names of Google's files, and the folders of the files, from
+# vit_jax/configs and README.md of github.com/google-research/vision_transformer.
 _GOOGLE = {
     r"ViT-[BLH]_(8|14|16|32)\.npz": "imagenet21k",
     r"ViT-[BLH]_(8|14|16|32)-224\.npz": "imagenet21k+imagenet2012",
     r"(Ti|S|B|L)_(8|16|32)-i(1k|21k|21k_30)-.+\.npz": "augreg",
 }
-# Bytes of the part of a .safetensors file that names the arrays: a thousandth of it, or
-# less.
+# Bytes. The header of a .safetensors file, which names the arrays, is usually at most a
+# thousandth of the file.
 _LARGEST_HEADER = 10_000_000
 _MOST_ARRAYS = 10_000
-# Bytes that NumPy reads of an array's header.
+# Bytes: NumPy's own limit for the header of an array.
 _LARGEST_NPY_HEADER = 10_000
-# Characters of a parser's reason that are shown.
+# Characters shown of a parser's error message.
 _LONGEST = 300
-# The names that .safetensors has for the types that NumPy knows, and for bfloat16.
+# dtypes by their names in .safetensors: NumPy's, and bfloat16.
 _TYPES = {
     "BOOL": np.bool_,
     "BF16": jnp.bfloat16,
@@ -46,24 +46,25 @@ _TYPES = {
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
-# The array of a file that was read last, by its name.
-_Last = dict[str, np.ndarray]
+# A cache of the one array that was read last from a file, by name.
+_LastArray = dict[str, np.ndarray]
 
 _FROM_SCRATCH = "--config.init_from= trains from scratch."
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The arrays of a file by name, from its headers: no value is read yet.
+    """Returns the arrays of a file by name, reading only its headers.
 
-    bfloat16, for which .npz has no name, is read from its two-byte void.
+    .npz has no name for bfloat16; NumPy writes bfloat16 there as void of two bytes,
+    which is read as bfloat16.
 
     Raises:
-      WeightsError: there is no such file, or it is none that can be read. Reading the
-        values of a tensor raises it, too.
+      WeightsError: the file is missing or cannot be read. Reading the values of a
+        returned tensor raises it, too.
     """
     with _readable(path):
         if not path.exists():
-            raise WeightsError(_missing(path))
+            raise WeightsError(_missing_message(path))
         if not path.is_file():
             raise WeightsError(f"{path} is no file. {_FROM_SCRATCH}")
         reader = _READERS.get(path.suffix)
@@ -76,7 +77,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns whatever a parser raises into the error of a file that is damaged."""
+    """Turns any error of a parser into a `WeightsError` of a damaged file."""
     try:
         yield
     except WeightsError:
@@ -94,22 +95,20 @@ def _readable(path: Path) -> Iterator[None]:
 def save(
     path: str | Path, variables: Mapping[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Writes variables to a .safetensors file, whole or not at all.
+    """Writes variables to a .safetensors file atomically.
 
-    The name of an array is its path, joined by "/", such as "params/head/kernel". So
+    The name of an array is its path, joined by "/", such as "params/head/kernel". These
+    lines read the file without this program, except that empty collections are lost:
 
     ```
     arrays = safetensors.numpy.load_file(path)
     variables = flax.traverse_util.unflatten_dict(arrays, sep="/")
     ```
 
-    is all that is needed to read them, without this program; an empty collection is
-    then absent.
-
     Args:
-      path: of the file. Its folder is made, in one that exists.
+      path: path of the file. Its folder is created if the folder's parent exists.
       variables: nested dicts of arrays, each written in its own dtype.
-      metadata: what else to write to the file's header.
+      metadata: texts for the file's header, by name.
 
     Raises:
       WeightsError: the name does not end in ".safetensors", or nothing can be written.
@@ -117,7 +116,7 @@ def save(
     path = Path(path)
     check_path(path)
     arrays = {
-        # It is the memory as it lies there that safetensors writes.
+        # safetensors writes the memory of an array as it is, without its strides.
         name: np.asarray(leaf, order="C")
         for name, leaf in traverse_util.flatten_dict(variables, sep="/").items()
     }
@@ -129,10 +128,10 @@ def save(
 
 
 def check_path(path: str | Path) -> None:
-    """Checks the name of a file that is to be written.
+    """Checks the name of a file to write.
 
     Raises:
-      WeightsError: it does not end in ".safetensors".
+      WeightsError: the name does not end in ".safetensors".
     """
     if Path(path).suffix != ".safetensors":
         raise WeightsError(
@@ -141,20 +140,20 @@ def check_path(path: str | Path) -> None:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    # Not by `np.load`, which has no way to look at a header alone.
+    # Without `np.load`, which cannot read a header alone.
     with path.open("rb") as file:
         if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
             raise ValueError("It holds a single array without a name.")
     with zipfile.ZipFile(path) as archive:
         _check_names(archive.namelist())
-        last: _Last = {}
+        last: _LastArray = {}
         return dict(
             _npz_tensor(path, archive, info, last) for info in archive.infolist()
         )
 
 
 def _npz_tensor(
-    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, last: _Last
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, last: _LastArray
 ) -> tuple[str, Tensor]:
     name = info.filename.removesuffix(".npy")
     if name == info.filename:
@@ -182,10 +181,10 @@ def _npz_tensor(
             array = np.lib.format.read_array(member, allow_pickle=False)
             return array.view(like.dtype) if is_bfloat16 else array
 
-    return name, Tensor(name, like, _once(name, values, last))
+    return name, Tensor(name, like, _caching_last(name, values, last))
 
 
-# By version: how many bytes give the length of a header, and what reads both.
+# By version of .npy: bytes of the header's length field, and the parser of both.
 _HEADERS = {
     (1, 0): (2, np.lib.format.read_array_header_1_0),
     (2, 0): (4, np.lib.format.read_array_header_2_0),
@@ -211,11 +210,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     json.loads(header, object_pairs_hook=checked)
     with safetensors.safe_open(path, framework="np") as content:
         names = content.keys()
-        last: _Last = {}
-        return {name: _safe_tensor(path, content, name, last) for name in names}
+        last: _LastArray = {}
+        return {name: _safetensors_tensor(path, content, name, last) for name in names}
 
 
-def _safe_tensor(path: Path, content: Any, name: str, last: _Last) -> Tensor:
+def _safetensors_tensor(
+    path: Path, content: Any, name: str, last: _LastArray
+) -> Tensor:
     entry = content.get_slice(name)
     dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
     if dtype not in _TYPES:
@@ -227,17 +228,17 @@ def _safe_tensor(path: Path, content: Any, name: str, last: _Last) -> Tensor:
         with _readable(path), safetensors.safe_open(path, framework="np") as opened:
             return opened.get_tensor(name)
 
-    return Tensor(name, zeros(shape, _TYPES[dtype]), _once(name, values, last))
+    return Tensor(name, zeros(shape, _TYPES[dtype]), _caching_last(name, values, last))
 
 
-def _once(
-    name: str, values: Callable[[], np.ndarray], last: _Last
+def _caching_last(
+    name: str, values: Callable[[], np.ndarray], last: _LastArray
 ) -> Callable[[], np.ndarray]:
-    """Reads once what is wanted several times in a row: the blocks of a stack."""
+    """Returns a reader that reads a stack once for all of its blocks, one by one."""
 
     def read() -> np.ndarray:
         if name not in last:
-            last.clear()  # first: not two arrays are in memory
+            last.clear()  # before reading: only one array is in memory
             last[name] = values()
         return last[name]
 
@@ -245,15 +246,15 @@ def _once(
 
 
 def _check_names(names: list[str]) -> None:
-    """Refuses a name that is there twice, of which readers take one or the other.
+    """Raises `ValueError` for too many names, or a name that occurs twice.
 
-    And more names than any model has.
+    Readers differ in which of two arrays of the same name they take.
     """
     if len(names) > _MOST_ARRAYS:
         raise ValueError(f"It has {len(names)} names, as no model does.")
-    twice = [name for name, count in collections.Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{text.shown(twice[0])} is in it more than once.")
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{text.shown(repeated[0])} is in it more than once.")
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
@@ -262,7 +263,7 @@ _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
 }
 
 
-def _missing(path: Path) -> str:
+def _missing_message(path: Path) -> str:
     for pattern, folder in _GOOGLE.items():
         if re.fullmatch(pattern, path.name):
             return (

@@ -1,4 +1,4 @@
-"""Names and layout of Hugging Face's ViT (transformers, models/vit/modeling_vit.py)."""
+"""Translates Hugging Face's ViT (transformers, models/vit/modeling_vit.py)."""
 
 import functools
 import re
@@ -9,20 +9,21 @@ import numpy as np
 
 from train.weights.tensors import Specs, Tensor
 
-# `ViTForImageClassification` has it, `ViTModel` does not.
+# Names of `ViTForImageClassification` start with it, those of `ViTModel` do not.
 _PREFIX = "vit."
-_WHOLE = {
+# Parameters of their own, without "weight" or "bias".
+_PARAMETERS = {
     "embeddings.cls_token": "cls",
     "embeddings.position_embeddings": "Transformer/posembed_input/pos_embedding",
 }
-# Of these, and of those in a layer, the file has a weight and a bias.
-_OUTSIDE = {
+# Modules with a weight and a bias: outside the encoder's layers, and in each layer.
+_MODULES = {
     "embeddings.patch_embeddings.projection": "embedding",
     "layernorm": "Transformer/encoder_norm",
     "classifier": "head",
 }
 _ATTENTION = "MultiHeadDotProductAttention_1"
-_IN_LAYER = {
+_LAYER_MODULES = {
     "layernorm_before": "LayerNorm_0",
     "attention.attention.query": f"{_ATTENTION}/query",
     "attention.attention.key": f"{_ATTENTION}/key",
@@ -32,13 +33,13 @@ _IN_LAYER = {
     "intermediate.dense": "MlpBlock_3/Dense_0",
     "output.dense": "MlpBlock_3/Dense_1",
 }
-# A layer that classifiers do not have, and one for pre-training.
-_DROPPED = re.compile(r"(pooler\.dense\.(weight|bias)|embeddings\.mask_token)")
+# `ViTModel`'s pooler, which classifiers do not have, and the token for pre-training.
+_IGNORED = re.compile(r"(pooler\.dense\.(weight|bias)|embeddings\.mask_token)")
 _LAYER = re.compile(r"encoder\.layer\.(\d{1,4})\.(.+)")
 
 
 def is_layout(names: Iterable[str]) -> bool:
-    """Whether the names of a file are Hugging Face's."""
+    """Returns whether the names of a file are Hugging Face's."""
     starts = ("embeddings.", "encoder.layer.")
     return any(name.removeprefix(_PREFIX).startswith(starts) for name in names)
 
@@ -46,41 +47,43 @@ def is_layout(names: Iterable[str]) -> bool:
 def translate(
     tensors: Mapping[str, Tensor], specs: Specs
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of this program's ViT.
+    """Translates tensors to the names and layouts of this program's ViT.
 
-    Kernels have the input before the output, and the heads of the attention are axes
-    of their own. How many there are is the model's to say: the file does not.
+    Kernels get their input axes before their output axes, `(out, in) -> (in, out)` and
+    `(out, in, h, w) -> (h, w, in, out)`. The heads of attention get an axis of their
+    own; the model gives their number, since the file does not.
 
     Args:
-      tensors: of the file, by name.
-      specs: of the model's variables, by name.
+      tensors: tensors of the file, by name.
+      specs: shapes and dtypes of the model's variables, by name.
 
     Yields:
-      The tensors. Names that `ViTForImageClassification` and `ViTModel` do not
-      have are as they were.
+      Names and tensors. A name that `ViTForImageClassification` and `ViTModel` do not
+      have is left as it is.
     """
     for source, tensor in tensors.items():
         name = source.removeprefix(_PREFIX)
-        if _DROPPED.fullmatch(name):
+        if _IGNORED.fullmatch(name):
             continue
         target = _target(name)
         if target is None:
             yield source, tensor
             continue
-        layout = functools.partial(_laid_out, target=target, spec=specs.get(target))
+        layout = functools.partial(_converted, target=target, spec=specs.get(target))
         yield target, tensor.map(layout)
 
 
 def _target(name: str) -> str | None:
-    if name in _WHOLE:
-        return f"params/{_WHOLE[name]}"
+    """Returns the name in this program's ViT, `None` for an unknown name."""
+    if name in _PARAMETERS:
+        return f"params/{_PARAMETERS[name]}"
     layer, _, kind = name.rpartition(".")
-    inside = _LAYER.fullmatch(layer)
-    if inside is None:
-        module = _OUTSIDE.get(layer)
+    match = _LAYER.fullmatch(layer)
+    if match is None:
+        module = _MODULES.get(layer)
     else:
-        number, rest = inside.groups()
-        module = _IN_LAYER.get(rest)
+        number, rest = match.groups()
+        module = _LAYER_MODULES.get(rest)
         module = module and f"Transformer/encoderblock_{int(number)}/{module}"
     if module is None or kind not in ("weight", "bias"):
         return None
@@ -89,21 +92,24 @@ def _target(name: str) -> str | None:
     return f"params/{module}/{kind}"
 
 
-def _laid_out(
+def _converted(
     array: np.ndarray, target: str, spec: jax.ShapeDtypeStruct | None
 ) -> np.ndarray:
     if target.endswith("/kernel"):
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     if spec is None or _ATTENTION not in target:
         return array
-    return _with_heads(array, target, spec.shape)
+    return _split_heads(array, target, spec.shape)
 
 
-def _with_heads(array: np.ndarray, target: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array with its heads apart, or as it is where they do not fit."""
+def _split_heads(array: np.ndarray, target: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Splits the axis of heads, unless the model's shape does not fit.
+
+    Of query, key and value: `(width, heads * size) -> (width, heads, size)`; of the
+    output projection: `(heads * size, width) -> (heads, size, width)`.
+    """
     if target.endswith("/out/bias"):
         return array
-    # The heads are the output of queries, keys and values, and the input of the last.
     first = 0 if "/out/" in target else len(shape) - 2
     if first < 0:
         return array

@@ -1,4 +1,4 @@
-"""Blocks that are scanned, whose parameters are stacked, and those that are not."""
+"""Stacks and unstacks the parameters of blocks, which a scan over blocks stacks."""
 
 import operator
 
@@ -11,9 +11,10 @@ _STACK = "/encoderblock/"
 
 
 def layer_names(name: str, shape: tuple[int, ...]) -> list[str] | None:
-    """The names of a variable in each of the blocks that it is stacked of.
+    """Returns the names of a stacked variable's parts, `None` for one not stacked.
 
-    `None`: it is not stacked.
+    "params/Transformer/encoderblock/LayerNorm_0/bias" of shape (2, 8) is stacked of
+    ".../encoderblock_0/LayerNorm_0/bias" and ".../encoderblock_1/LayerNorm_0/bias".
     """
     if _STACK not in name or not shape:
         return None
@@ -23,19 +24,20 @@ def layer_names(name: str, shape: tuple[int, ...]) -> list[str] | None:
 
 
 def unstack_specs(specs: Specs) -> Specs:
-    """Shapes and dtypes, with those of scanned blocks as if each were its own."""
-    apart: Specs = {}
+    """Returns specs with each stacked `(n, *shape)` replaced by n of `shape`."""
+    unstacked: Specs = {}
     for name, spec in specs.items():
         names = layer_names(name, spec.shape)
         layer = jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
-        apart |= {name: spec} if names is None else dict.fromkeys(names, layer)
-    return apart
+        unstacked |= {name: spec} if names is None else dict.fromkeys(names, layer)
+    return unstacked
 
 
 def unstack(name: str, tensor: Tensor, most: int) -> list[tuple[str, Tensor]]:
-    """A tensor by name, or, of scanned blocks, one for each of them (views).
+    """Returns the tensors of the blocks of a stacked tensor, as views.
 
-    More blocks than `most` are left as they are, which no model is.
+    A tensor that is not stacked, or has more than `most` blocks, is returned alone: no
+    model has as many.
     """
     if tensor.shape and tensor.shape[0] > most:
         return [(name, tensor)]
@@ -49,15 +51,15 @@ def unstack(name: str, tensor: Tensor, most: int) -> list[tuple[str, Tensor]]:
 
 
 def stack(arrays: dict[str, np.ndarray], specs: Specs) -> dict[str, np.ndarray]:
-    """Arrays of single blocks as variables of the given names.
+    """Stacks the arrays of single blocks to the variables that `specs` names.
 
-    They are taken out of `arrays`, so that not all of them are in memory twice.
+    Removes arrays from `arrays` while stacking, so that not all are in memory twice.
     """
-    whole = {}
+    result = {}
     for name, spec in specs.items():
         names = layer_names(name, spec.shape)
         if names is not None:
-            whole[name] = np.stack([arrays.pop(layer) for layer in names])
+            result[name] = np.stack([arrays.pop(layer) for layer in names])
         elif name in arrays:
-            whole[name] = arrays.pop(name)
-    return whole
+            result[name] = arrays.pop(name)
+    return result

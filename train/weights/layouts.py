@@ -1,4 +1,4 @@
-"""The names that files have for what this program's models have."""
+"""Translates the names of a file's layout to those of this program's models."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,21 +8,21 @@ from train.weights.errors import WeightsError
 from train.weights.tensors import HEAD, Specs, Tensor, Tensors
 
 _OWN = ("params/", "batch_stats/")
-# Of github.com/google-research/vision_transformer, which this program's ViT follows.
+# As in github.com/google-research/vision_transformer, whose names the ViT here has.
 _GOOGLE = ("Transformer/", "embedding/")
 
 
 def translate(content: Mapping[str, Tensor], specs: Specs) -> Tensors:
-    """A file's tensors by the names that they have in this program's models.
+    """Returns a file's tensors by their names in this program's models.
 
-    Names that its layout does not have are left as they are.
+    A name that is not of the file's layout is left as it is.
 
     Args:
-      content: of the file, by name.
-      specs: of the model's variables, by name.
+      content: tensors of the file, by name.
+      specs: shapes and dtypes of the model's variables, by name.
 
     Raises:
-      WeightsError: the layout is unknown, or an array is there twice.
+      WeightsError: the layout is unknown, or two tensors get the same name.
     """
     tensors: Tensors = {}
     for name, tensor in _renamed(content, specs):
@@ -43,7 +43,7 @@ def _renamed(
     if any(name.startswith(_OWN) for name in content):
         return content.items()
     if any(name.startswith(_GOOGLE) for name in content):
-        return _google(content)
+        return _translate_google(content)
     if hugging_face.is_layout(content):
         return hugging_face.translate(content, specs)
     names = text.names(sorted(content)) or "none"
@@ -53,8 +53,8 @@ def _renamed(
     )
 
 
-def _google(content: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """A file of Google's, without `pre_logits` and the head that reads it."""
+def _translate_google(content: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Translates Google's names; leaves out `pre_logits` and a head that reads it."""
     tensors = {
         f"params/{name}": tensor
         for name, tensor in content.items()

@@ -1,4 +1,4 @@
-"""Position embeddings of another grid."""
+"""Interpolation of position embeddings to another grid."""
 
 import math
 
@@ -10,15 +10,16 @@ from jaxtyping import Float
 def resize(
     embeddings: Float[np.ndarray, "1 length width"], length: int, tokens: int
 ) -> Float[np.ndarray, "1 new_length width"]:
-    """Position embeddings, interpolated bilinearly to another grid.
+    """Interpolates position embeddings bilinearly to another grid.
 
+    With a class token, from 3 x 3 to 4 x 4: `(1, 1 + 9, width) -> (1, 1 + 16, width)`.
     As `interpolate_posembed` in vit_jax/checkpoint.py of Google's public implementation
-    (Dosovitskiy et al., 2021, §3.2): the corners of the two grids lie on each other.
+    (Dosovitskiy et al., 2021, §3.2): the corners of the two grids coincide.
 
     Args:
-      embeddings: those of the tokens, then of a square grid.
-      length: how many are wanted, those of the tokens included.
-      tokens: how many come before the grid; they stay as they are.
+      embeddings: embeddings of the tokens, then of a square grid.
+      length: number of embeddings to return, those of the tokens included.
+      tokens: number of tokens before the grid; their embeddings stay as they are.
 
     Returns:
       The embeddings in float64.
@@ -31,13 +32,13 @@ def resize(
         raise ValueError(f"{len(grid)} or {length - tokens} is no square.")
     old, new = math.isqrt(len(grid)), math.isqrt(length - tokens)
     square = grid.reshape(old, old, -1)
-    # By default the last row is 0 where its place is rounded to outside the grid, as
-    # from 24 rows to 22.
+    # In SciPy's default mode, the last row is 0 where rounding puts it outside of the
+    # grid, as from 24 rows to 22.
     zoom = (new / old, new / old, 1)
     square = scipy.ndimage.zoom(square, zoom, order=1, mode="nearest")
     return np.concatenate([first, square.reshape(new**2, -1)])[None]
 
 
 def are_square(*lengths: int) -> bool:
-    """Whether all grids of so many positions are square, and none is empty."""
+    """Returns whether every length is the number of positions of a square grid."""
     return all(n > 0 and math.isqrt(n) ** 2 == n for n in lengths)

@@ -1,4 +1,4 @@
-"""The arrays of a file by name, before they are a model's."""
+"""The arrays of a file, of which only names, shapes and dtypes are read yet."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array of a file, of which the values are not read yet.
+    """An array of a file whose values are read on request.
 
     Attributes:
-      source: its name in the file.
-      like: zeros of its shape and dtype, which take the memory of one.
-      read: reads its values.
+      source: name of the array in the file.
+      like: zeros of the array's shape and dtype, in the memory of one element.
+      read: reads the values.
     """
 
     source: str
@@ -24,30 +24,30 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape."""
+        """The shape of the array."""
         return self.like.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of the values."""
+        """The dtype of the array."""
         return self.like.dtype
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Tensor":
-        """The tensor in another layout; `change` takes an array and gives a view."""
+        """Returns the tensor in another layout; `change` maps an array to a view."""
         return Tensor(self.source, change(self.like), lambda: change(self.read()))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros that take the memory of one.
+    """Returns zeros in the memory of one element.
 
     Raises:
-      ValueError: no array can have that shape.
+      ValueError: no array can have the shape.
     """
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-# By the name of the variable in this program's models: its path, joined by "/". In the
-# model, and in the file, scanned blocks are as if each were its own (`layers`).
+# By the name of the variable in this program's models: its path, joined by "/". Stacked
+# parameters of scanned blocks are unstacked, in both (see `layers`).
 Tensors = dict[str, Tensor]
 Specs = dict[str, jax.ShapeDtypeStruct]
 
