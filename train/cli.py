@@ -1,4 +1,4 @@
-"""The frame of all commands: two flags, errors as one line, and exit statuses."""
+"""The frame of all commands: their flags, errors in one line, exit statuses."""
 
 import os
 import re
@@ -35,11 +35,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints and metrics go; a run in it is resumed."
 )
 
-# Characters of a flag's error that are shown.
-_LONGEST = 1000
-# Exit status after an error.
+# Characters shown of a flag's error message.
+_LONGEST_REASON = 1000
+# Exit status after an error that the user can mend.
 _FAILED = 2
-# What a user can mend, and is told without a trace.
+# Errors that the user can mend: printed in one line, without a trace.
 _USER_ERRORS = (
     CheckpointError,
     ConfigError,
@@ -59,14 +59,16 @@ _USER_ERRORS = (
 def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) -> None:
     """Parses the flags, runs the job on config and workdir, and exits.
 
-    A job that needs no workdir is not given one.
-
     The exit status is 0, 1 after a defect of the program, 2 after an error that the
     user can mend, or 128 plus the number of the signal that stopped the job.
+
+    Args:
+      job: function of the config and the workdir.
+      needs_workdir: if false, `--workdir` is an error, and the job gets `Path()`.
     """
 
     def checked(arguments: list[str]) -> None:
-        _refuse(arguments)
+        _check_no_arguments(arguments)
         if _WORKDIR.value and not needs_workdir:
             raise ConfigError("This command writes nothing: leave out --workdir.")
         job(_CONFIG.value, _workdir() if needs_workdir else Path())
@@ -75,13 +77,10 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
 
 
 def launch_on_run(job: Callable[[Path], None]) -> None:
-    """Parses the flags, runs the job on a workdir that holds a run, and exits.
-
-    The exit status is as that of `launch`.
-    """
+    """Parses the flags, runs the job on the workdir of a run, and exits as `launch`."""
 
     def checked(arguments: list[str]) -> None:
-        _refuse(arguments)
+        _check_no_arguments(arguments)
         if _CONFIG.value is not None:
             raise ConfigError("The config is that in --workdir: leave out --config.")
         job(_workdir())
@@ -90,10 +89,7 @@ def launch_on_run(job: Callable[[Path], None]) -> None:
 
 
 def launch_on_runs(job: Callable[[list[Path]], None]) -> None:
-    """Parses the flags, runs the job on the directories that are named, and exits.
-
-    The exit status is as that of `launch`.
-    """
+    """Parses the flags, runs the job on the named directories, exits as `launch`."""
 
     def checked(directories: list[str]) -> None:
         if _CONFIG.value is not None or _WORKDIR.value is not None:
@@ -116,7 +112,7 @@ def _workdir() -> Path:
     return named(_WORKDIR.value)
 
 
-def _refuse(arguments: list[str]) -> None:
+def _check_no_arguments(arguments: list[str]) -> None:
     if arguments:
         raise ConfigError(f"Not an argument: {shown(repr(arguments[0]))}.")
 
@@ -125,12 +121,12 @@ def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
         end_in_one_line()
         if jax.config.jax_numpy_dtype_promotion != "standard":
-            # Flax's norms in bfloat16 and Optax's schedules have no other.
+            # Flax's norms in bfloat16 and Optax's schedules need it.
             print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
             jax.config.update("jax_numpy_dtype_promotion", "standard")
         status = _status(lambda: job(list(argv[1:])))
-        # After an error threads of libraries, and other processes, may hang, which
-        # Python would wait for.
+        # At exit Python waits for threads of libraries and for other processes, which
+        # may hang after an error.
         if status in (1, _FAILED) or is_abandoned():
             sys.stdout.flush()
             sys.stderr.flush()
@@ -143,7 +139,7 @@ def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
 
 
 def _status(job: Callable[[], None]) -> int:
-    """Runs the job; the exit status, after a line on an error or a signal."""
+    """Runs the job, prints an error or a signal, and returns the exit status."""
     try:
         job()
     except _USER_ERRORS as error:
@@ -152,7 +148,7 @@ def _status(job: Callable[[], None]) -> int:
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 128 + interrupted.signum
-    except Exception:  # a defect of the program's
+    except Exception:  # a defect of the program
         traceback.print_exc()
         return 1
     return 0
@@ -163,30 +159,30 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
-            _CONFIG.value.keys()  # a file that failed to load says so only when used
+            _CONFIG.value.keys()  # raises, if the file failed to load
         return rest
     except flags.Error as error:
-        # Of a config file that raises an error, a whole trace; its last line says why.
+        # For a config file that raises, the message is a trace: take its last line.
         message = str(error).strip().splitlines()
         reason = message[0] if len(message) == 1 else f"--config: {message[-1].strip()}"
-    except RecursionError:  # of absl's, as it looks for a flag of a similar name
+    except RecursionError:  # in absl's search for a flag of a similar name
         reason = "The name of a flag is too long, or the config file calls itself."
     except Exception as error:  # of any type: a config file is a program
-        reason = f"--config: {_unknown_override(argv) or _words(error)}"
-    print(f"error: {shown(reason, _LONGEST)}", file=sys.stderr)
+        reason = f"--config: {_unknown_override(argv) or _message_of(error)}"
+    print(f"error: {shown(reason, _LONGEST_REASON)}", file=sys.stderr)
     sys.exit(2)
 
 
 def _unknown_override(argv: list[str]) -> str:
-    """Returns which field that a flag gives the config does not have, if there is one.
+    """Returns a message on the first flag for a field that the config lacks, or "".
 
-    Of the error that this makes, only the last part of the name can be told.
+    The error that ml_collections raises has only the last part of the field's name.
     """
     files = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     try:
         config = flags.FLAGS["config"].parser.parse(files[-1])
         names = config_lib.flat(config)
-    except Exception:  # which is told in its own words
+    except Exception:  # the config file itself fails: `_message_of` tells its error
         return ""
     for word in argv:
         match = re.match(r"--?config\.([^=]+)", word)
@@ -195,8 +191,11 @@ def _unknown_override(argv: list[str]) -> str:
     return ""
 
 
-def _words(error: Exception) -> str:
-    # ml_collections hands on the representation of a text, of which this is left.
+def _message_of(error: Exception) -> str:
+    """Returns the text of an error in one line, without repr's quotes and escapes.
+
+    ml_collections raises some errors with the repr of another error's text.
+    """
     text = str(error.args[0] if isinstance(error, KeyError) else error)
     if not isinstance(
         error, (AttributeError, KeyError, OSError, TypeError, ValueError)

@@ -13,7 +13,7 @@ from train.system.terminal import Terminal
 
 
 def main(workdir: Path) -> None:
-    """Prints loss and accuracy of the checkpoint on the test examples."""
+    """Prints loss and accuracy of a run's checkpoint on the test examples."""
     config, terminal = restoration.config_of(workdir), Terminal()
     if DATA_DIR.value:
         config.data_dir = DATA_DIR.value

@@ -1,4 +1,4 @@
-"""Writes a checkpoint's weights for other programs.
+"""Writes the weights of a checkpoint to a file for other programs.
 
 `python -m train.export --workdir=DIR --output=FILE.safetensors [--step=last]`
 """
@@ -17,7 +17,7 @@ from train.system.terminal import Terminal
 
 
 def main(workdir: Path) -> None:
-    """Writes parameters, averaged ones if the run has them, and batch statistics."""
+    """Writes parameters (averaged ones if the run has them) and batch statistics."""
     output, terminal = output_path(), Terminal()
     weights.check_path(output)
     config = restoration.config_of(workdir)

@@ -10,7 +10,7 @@ from train.system.terminal import Terminal
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Trains what the config describes, or goes on where the workdir's run stopped."""
+    """Trains the model of the config, or resumes the run in the workdir."""
     distributed.initialise()
     with peers.watched():
         distributed.check_alike(config)

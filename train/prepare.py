@@ -1,6 +1,6 @@
 """Prepares a dataset for training: `python -m train.prepare NAME --data_dir=DIR`.
 
-TFDS downloads it and writes it in a format that can be read in any order.
+TFDS downloads the dataset and writes it in a format with random access.
 """
 
 import importlib.util
@@ -17,24 +17,24 @@ from train.data import datasets, prepared
 from train.data_dir import DATA_DIR
 from train.system.text import printable
 
-# What TFDS needs to prepare datasets, and not to read them.
-_NEEDED = ("tensorflow", "importlib_resources")
-_MANUAL = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+# Packages that TFDS needs to prepare datasets, but not to read them.
+_PACKAGES = ("tensorflow", "importlib_resources")
+_MANUAL_FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
 
 def prepare(name: str, data_dir: str) -> str:
-    """Prepares a dataset, unless it is there.
+    """Prepares a dataset, unless it is already prepared.
 
     Args:
       name: one of `data.DATASETS`.
-      data_dir: where datasets are; TFDS's default directory if empty.
+      data_dir: directory of prepared datasets; TFDS's default directory if empty.
 
     Returns:
-      What to tell the user.
+      A message for the user.
 
     Raises:
-      DataError: there is no such dataset, the user has to do something first, TFDS
-        failed, or what is there is damaged or of another format.
+      DataError: the name is unknown, a package or a manual download is missing, TFDS
+        failed, or the prepared dataset is damaged or in another format.
     """
     if name not in data.DATASETS:
         known = ", ".join(map(repr, data.DATASETS))
@@ -53,7 +53,7 @@ def prepare(name: str, data_dir: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prepares the dataset that the command line names, and says where it is.
+    """Prepares the dataset that the command line names, and prints where it is.
 
     Returns:
       The exit status: 0, or 2 after an error that the user can mend.
@@ -73,18 +73,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_manual_files(directory: Path) -> None:
-    missing = [name for name in _MANUAL if not (directory / name).exists()]
+    missing = [name for name in _MANUAL_FILES if not (directory / name).exists()]
     if missing:
         raise data.DataError(
             "ImageNet has to be fetched by hand: register at "
             "https://image-net.org/download-images, download "
-            f"{' and '.join(_MANUAL)}, and put them into\n  {directory}\n"
+            f"{' and '.join(_MANUAL_FILES)}, and put them into\n  {directory}\n"
             f"Missing there: {', '.join(missing)}."
         )
 
 
 def _check_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise data.DataError(
             f"Preparing datasets needs {' and '.join(missing)}, which training does "

@@ -1,4 +1,4 @@
-"""Parameters and gradients of first, middle and last layers (paper, Figure 4)."""
+"""Kernels and their gradients in three layers of a model (paper, Figure 4)."""
 
 import functools
 import operator
@@ -16,21 +16,23 @@ from train.engine import step as step_lib
 PARTS = ("parameters", "gradients")
 MOMENTS = ("at the beginning", "at the end")
 
-# By layer; of each, by part and moment, the elements of its kernel.
+# By layer, then by (part, moment): the elements of the layer's kernel or its gradient.
 Distributions = Mapping[str, Mapping[tuple[str, str], np.ndarray]]
 
 
 def distributions(
     config: ConfigDict, states: tuple[step_lib.State, ...], batch: data.Batch
 ) -> Distributions:
-    """What the kernels of three layers, and their gradients on one batch, consist of.
+    """Returns the elements of three kernels, and of their gradients on one batch.
+
+    The layers are the first, the middle and the last of `kernels`.
 
     Args:
-      config: of the run; the gradients are those that it trains with.
-      states: at each of `MOMENTS`.
-      batch: what the gradients are of.
+      config: config of the run, whose training gradient is taken.
+      states: states at each of `MOMENTS`.
+      batch: batch of the gradients.
     """
-    layers = _three(kernels(config))
+    layers = _first_middle_last(kernels(config))
     found: dict[str, dict[tuple[str, str], np.ndarray]] = {
         "/".join(layer): {} for layer in layers
     }
@@ -46,13 +48,13 @@ def distributions(
 
 
 def kernels(config: ConfigDict) -> list[tuple[str, ...]]:
-    """The paths of the layers with a kernel, in the order in which they are called.
+    """Returns the paths of the layers with a kernel, in the order of their calls.
 
-    But for those that do not read all of their input.
+    Layers that do not read all of their input are left out.
     """
     model, found = step_lib.create_model(config), dict[tuple[str, ...], None]()
 
-    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def record(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = next_fun(*args, **kwargs)
         module = context.module
         has_kernel = module.scope and module.has_variable("params", "kernel")
@@ -61,7 +63,7 @@ def kernels(config: ConfigDict) -> list[tuple[str, ...]]:
         return result
 
     def call(variables: Any, images: Any) -> Any:
-        with nn.intercept_methods(note):
+        with nn.intercept_methods(record):
             return model.apply(variables, images, train=False)
 
     state = step_lib.abstract_state(config)
@@ -70,14 +72,14 @@ def kernels(config: ConfigDict) -> list[tuple[str, ...]]:
 
 
 def reads_all(layer: nn.Module) -> bool:
-    """Whether a layer reads all of its input: a shortcut of stride 2 does not."""
+    """Returns whether a layer reads all its input; a 1x1 Conv of stride 2 does not."""
     if not isinstance(layer, nn.Conv):
         return True
     strides = np.broadcast_to(layer.strides or 1, np.shape(layer.kernel_size))
     return bool(np.all(np.asarray(layer.kernel_size) >= strides))
 
 
-def _three(layers: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The first, the middle and the last, or fewer where there are fewer."""
+def _first_middle_last(layers: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Returns the first, the middle and the last of the layers, without repeats."""
     places = (0, len(layers) // 2, len(layers) - 1)
     return list(dict.fromkeys(layers[place] for place in places))

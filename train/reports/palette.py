@@ -1,6 +1,6 @@
-"""The colours of figures: a variant has the same one in every figure.
+"""Colours of figures; a variant has the same colour in all of them.
 
-Okabe and Ito's, told apart by colour-blind readers too.
+They are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 BLUE = "#0072B2"
@@ -12,10 +12,10 @@ SKY = "#56B4E9"
 BLACK = "#000000"
 GREY = "#888888"
 
-# All others are vermilion: what is drawn with plain Flax, in a panel of its own.
+# All others are vermilion: each shares a panel only with a variant of plain Flax.
 _OF_VARIANTS = {"baseline": BLUE, "flax": BLUE, "lean": GREEN}
 
 
 def of(variant: str) -> str:
-    """The colour of a variant of training."""
+    """Returns the colour of a variant of training."""
     return _OF_VARIANTS.get(variant, VERMILION)

@@ -1,4 +1,4 @@
-"""Figures of training runs."""
+"""Draws figures of training runs as PNG files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files, no window
+matplotlib.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -18,20 +18,20 @@ from train.reports.summary import Mean
 from train.runs.records import Row
 
 _LABELS = {"flax": "Flax", "dropit": "DropIT"}
-_AXES = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
+_AXIS_LABELS = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}
 _COLUMNS = 4
 _BINS = 80
 
 
 def curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draws loss and accuracy of several runs over their epochs into a PNG file.
+    """Draws loss and accuracy of several runs over their epochs.
 
     Args:
-      runs: the rows of `metrics.csv` of each variant.
-      path: where the figure goes.
+      runs: rows of `metrics.csv`, by variant.
+      path: path of the PNG file.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, metric in zip(axes, _AXES, strict=True):
+    for axis, metric in zip(axes, _AXIS_LABELS, strict=True):
         for name, rows in runs.items():
             epochs = [row["epoch"] for row in rows]
             for part, style in (("train", ":"), ("test", "-")):
@@ -43,7 +43,7 @@ def curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
                     label=f"{_LABELS[name]}, {part}",
                 )
         axis.set_xlabel("epoch")
-        axis.set_ylabel(_AXES[metric])
+        axis.set_ylabel(_AXIS_LABELS[metric])
         axis.grid(alpha=0.3)
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylim(0, 1)
@@ -54,14 +54,16 @@ def curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
 def against_baseline(
     runs: Mapping[str, Sequence[Sequence[Row]]], baseline: str, metric: str, path: Path
 ) -> None:
-    """Draws each variant in a panel of its own, over the baseline.
+    """Draws each variant in a panel of its own, together with the baseline.
+
+    A line is the mean over the runs, a band reaches from their minimum to their
+    maximum. Training is dotted, testing solid.
 
     Args:
-      runs: of each variant, the rows of its runs, one for each seed; a line is their
-        mean, a band from the least to the greatest of them.
-      baseline: the variant that all panels have.
-      metric: "loss" or "accuracy"; training is dotted, testing solid.
-      path: where the figure goes.
+      runs: by variant, a run for each seed; of each run, the rows of `metrics.csv`.
+      baseline: the variant that is in all panels.
+      metric: "loss" or "accuracy".
+      path: path of the PNG file.
     """
     others = [name for name in runs if name != baseline]
     figure, axes = _panels(len(others))
@@ -74,20 +76,21 @@ def against_baseline(
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.supxlabel("step")
-    figure.supylabel(_AXES[metric])
+    figure.supylabel(_AXIS_LABELS[metric])
     png.save(figure, path)
 
 
 def histograms(
     distributions: Mapping[str, Distributions], baseline: str, path: Path
 ) -> None:
-    """Draws parameters and gradients at the beginning and the end of training.
+    """Draws histograms of parameters and gradients before and after training.
+
+    A panel shows one variant together with the baseline.
 
     Args:
-      distributions: of the baseline and of others, of each in panels of its own, over
-        the baseline's.
-      baseline: the one that all panels have.
-      path: where the figure goes.
+      distributions: distributions, by variant, with those of the baseline.
+      baseline: the variant that is in all panels.
+      path: path of the PNG file.
     """
     others = [name for name in distributions if name != baseline] or [baseline]
     layers = list(distributions[baseline])
@@ -126,13 +129,15 @@ def tradeoff(
     labels: tuple[str, str],
     path: Path,
 ) -> None:
-    """Draws a row for each name, the least cost below, into a PNG file.
+    """Draws cost and gain of each variant, the lowest cost at the bottom.
+
+    Costs are bars on the left; gains are points with standard errors on the right, with
+    a line at 0.
 
     Args:
-      points: what each costs, and what it gains, of which 0 has a line.
-      labels: of the costs, drawn as bars on the left, and of the gains, points on the
-        right with their standard errors.
-      path: where the figure goes.
+      points: (cost, gain), by variant.
+      labels: axis labels of costs and of gains.
+      path: path of the PNG file.
     """
     names = sorted(points, key=lambda name: points[name][0])
     figure, (left, right) = plt.subplots(
@@ -159,6 +164,7 @@ def _band(
     style: str,
     label: str,
 ) -> None:
+    """Draws the mean over runs of a column of their rows, and its range as a band."""
     steps = [row["step"] for row in runs[0]]
     values = np.array([[row[column] for row in rows] for rows in runs])
     colour = palette.of(variant)
@@ -170,6 +176,7 @@ def _band(
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:
+    """Returns a figure and `count` axes in a grid; further places stay empty."""
     columns = max(1, min(count, _COLUMNS))
     lines = max(1, math.ceil(count / columns))
     figure, axes = plt.subplots(

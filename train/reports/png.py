@@ -1,4 +1,4 @@
-"""Figures as files."""
+"""Writes figures to PNG files."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ from train.system.files import write_atomically
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG file, and lets go of the figure."""
+    """Writes a figure to a PNG file atomically, and closes the figure."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""What variants of a training reach and cost, as CSV and as Markdown."""
+"""Summaries of the variants of a training, their accuracy and cost, as tables."""
 
 import dataclasses
 import math
@@ -15,20 +15,20 @@ from train.runs import records
 from train.runs.saved_runs import SavedRun
 from train.system import tables
 
-# The fields that are said of a policy.
+# The fields of a policy that tables show.
 POLICY = ("strategy", "granularity", "rate", "chunk_size", "value_dtype", "fill")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """The mean of some values, and its standard error; NaN of a single one."""
+    """A mean of values, and its standard error, which is NaN for a single value."""
 
     mean: float
     error: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Of values, one for each seed."""
+        """Returns the mean of values, one for each seed."""
         count = len(values)
         error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
         return cls(statistics.mean(values), error)
@@ -36,21 +36,23 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a variant reaches, and what it costs.
+    """Accuracy and cost of a variant.
 
     Attributes:
-      variant: its name.
-      memory: the preset of its layers.
-      policy: of its layers, by field; empty for plain Flax.
-      dropped: the share of elements that its layers drop.
-      seeds: how many runs there are of it.
-      test_accuracy: of the last evaluation.
-      gain: of that over the baseline's run of the same seed.
-      train_loss: of the last epoch, in nats.
-      cached_bytes: what Conv and Dense cache in a step; `None`: `drop` decides it.
-      temp_bytes: what a step allocates beside arguments and results on a target.
-      step_ratio: of a step's time here to the baseline's, taken in turns; the median.
-      drop: the preset of `dropit_jax.drop`; empty: the loss is not under it.
+      variant: name of the variant.
+      memory: preset of the layers.
+      policy: fields of the layers' policy, by name; empty for plain Flax.
+      dropped: share of the layers' elements that are dropped.
+      seeds: number of runs of the variant.
+      test_accuracy: accuracy in the last evaluation.
+      gain: test accuracy minus that of the baseline's run of the same seed.
+      train_loss: loss of the last epoch, in nats.
+      cached_bytes: bytes that Conv and Dense store in a step; `None` under `drop`,
+        which decides by itself.
+      temp_bytes: temporary bytes of a step on a target, without arguments and results.
+      step_ratio: median ratio of a step's time on this machine to the baseline's,
+        timed in turns.
+      drop: preset of `dropit_jax.drop`; empty if the loss is not under `drop`.
     """
 
     variant: str
@@ -68,7 +70,10 @@ class Summary:
 
 
 def policy(config: ConfigDict) -> dict[str, Any]:
-    """What the layers of a config cache; of Dense and Conv both, where they differ."""
+    """Returns the fields of the layers' policy, empty for plain Flax.
+
+    A field in which Conv and Dense differ has a text with both values.
+    """
     preset = config_lib.memory(config)
     if preset.conv is None or preset.dropit is None:
         return {}
@@ -84,12 +89,12 @@ def policy(config: ConfigDict) -> dict[str, Any]:
 def _fields(dropit: DropIT) -> dict[str, Any]:
     fields = {name: getattr(dropit, name) for name in POLICY}
     if dropit.granularity == "channel":
-        fields["chunk_size"] = None  # there are no chunks of channels
+        fields["chunk_size"] = None  # whole channels are selected, without chunks
     return fields
 
 
 def to_csv(summaries: Iterable[Summary]) -> str:
-    """A row for each variant."""
+    """Returns a CSV table with a row for each variant."""
     columns = (
         *("variant", "memory", "drop", *POLICY, "dropped", "seeds"),
         *("test_accuracy", "test_accuracy_error", "gain", "gain_error"),
@@ -119,7 +124,7 @@ def to_csv(summaries: Iterable[Summary]) -> str:
 
 
 def curves(variants: Mapping[str, Sequence[SavedRun]]) -> str:
-    """A row for each evaluation of each run."""
+    """Returns a CSV table with a row for each evaluation of each run."""
     columns = ("variant", "seed", *records.COLUMNS)
     return tables.to_csv(
         columns,
@@ -133,7 +138,7 @@ def curves(variants: Mapping[str, Sequence[SavedRun]]) -> str:
 
 
 def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -> str:
-    """A page with the tables, and with the figures beside it."""
+    """Returns a page with the tables, and with links to the figures beside it."""
     steps_per_epoch, steps = config_lib.steps(config)
     examples = data.info(config.dataset, config.data_dir).train_examples
     baseline = summaries[0].variant
@@ -145,7 +150,7 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
             "Accuracy is that on the test images after the last step, in per cent: the "
             "mean over the seeds ± its standard error, where there are several.",
             "",
-            *_grid(summaries),
+            *_rate_table(summaries),
             "## Every variant",
             "",
             *table(summaries, target),
@@ -167,10 +172,11 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
     )
 
 
-def _grid(summaries: Sequence[Summary]) -> list[str]:
-    """The paper's Table 2: what is dropped of values that are not quantised.
+def _rate_table(summaries: Sequence[Summary]) -> list[str]:
+    """Returns the paper's Table 2, accuracy by selection and rate, in Markdown.
 
-    Empty where there is none.
+    Has only the variants of the preset "dropit" whose values are not quantised and
+    whose rate is not 0. Empty if there is no such variant.
     """
     cells: dict[str, dict[float, list[str]]] = {}
     for each in summaries:
@@ -182,7 +188,7 @@ def _grid(summaries: Sequence[Summary]) -> list[str]:
         cell, rate = _percent(each.test_accuracy), f"{p['rate']:.1%}"
         if (share := f"{each.dropped:.1%}") != rate:
             cell += f" ({share})"
-        line = cells.setdefault(_selection(p), {})
+        line = cells.setdefault(_policy_text(p), {})
         line.setdefault(p["rate"], []).append(cell)
     if not cells:
         return []
@@ -202,8 +208,8 @@ def _grid(summaries: Sequence[Summary]) -> list[str]:
     ]
 
 
-def _selection(policy: Mapping[str, Any]) -> str:
-    """What is dropped, but for the rate."""
+def _policy_text(policy: Mapping[str, Any]) -> str:
+    """Returns a text for the policy, without the rate."""
     words = [policy["strategy"], f"{policy['granularity']}s"]
     if policy["granularity"] == "element":
         words.append(f"D = {policy['chunk_size'] or 'all'}")
@@ -215,7 +221,7 @@ def _selection(policy: Mapping[str, Any]) -> str:
 
 
 def table(summaries: Sequence[Summary], target: str) -> list[str]:
-    """Every variant, in Markdown."""
+    """Returns a Markdown table with a row for each variant, the baseline first."""
     baseline = summaries[0]
     rows = [
         [
@@ -258,6 +264,6 @@ def _percent(accuracy: Mean, sign: str = "") -> str:
 
 
 def _columns(name: str, value: Mean) -> dict[str, Any]:
-    """As they are: who rounds them again gets what the page has."""
+    """Returns the columns of a mean, not rounded: rounding gives the page's values."""
     error = "" if math.isnan(value.error) else value.error
     return {name: value.mean, f"{name}_error": error}
