@@ -1,1 +1,1 @@
-"""Measurements: every figure in the docs is printed by one of these."""
+"""The benchmarks, which print every number of the docs."""

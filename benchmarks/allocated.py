@@ -2,10 +2,10 @@
 
 `python -m benchmarks.allocated [--model=NAME] [--variants=lean] [--batch=512] [--json]`
 
-`dropit_jax.memory.compile_report` tells the memory of a step from a description of the
-GPU; here the step runs, and the allocator is asked. As that tells only the most that it
-ever gave, and XLA tries out kernels when it compiles, every step is compiled in one
-process and runs in another. Needs an NVIDIA GPU.
+`dropit_jax.memory.compile_report` predicts the memory of a step from a description of
+the GPU; here the step runs, and the allocator reports the peak of its process. XLA
+allocates memory too when it compiles, to try out GPU kernels, so each step is compiled
+in one process and runs in another. Needs an NVIDIA GPU.
 """
 
 import dataclasses
@@ -30,19 +30,18 @@ class Result:
     """Memory of one variant of a training step, measured and predicted.
 
     Attributes:
-      model: its name.
+      model: the model's name.
       image_size: side of the images, in pixels.
       batch: images in the step.
-      dtype: of the computation.
-      variant: which way of saving memory.
-      device: what it ran on.
-      target: the description of a GPU by which it was predicted.
+      dtype: the type of the computation.
+      variant: the variant's name, a way to save memory.
+      device: the kind of device that the step ran on.
+      target: the name of the GPU's description that the prediction is for.
       predicted_bytes: `CompileReport.peak_bytes`: arguments, results, and temporaries.
-      compiled_bytes: the same of the program that ran, whose kernels XLA chose by
-        trying them out; `None`: there was not enough memory.
-      allocated_bytes: the most that the allocator had given out when two steps had run;
-        `None`, likewise.
-      ratio: of what was allocated to what was predicted; `None`, likewise.
+      compiled_bytes: the same for the program that ran, whose GPU kernels XLA chose by
+        trying them out; `None` if there was not enough memory.
+      allocated_bytes: the allocator's peak over two steps; `None` likewise.
+      ratio: allocated over predicted bytes; `None` likewise.
     """
 
     model: str
@@ -61,17 +60,19 @@ class Result:
 def run(
     model: str, variant: str, batch: int | None, cache: str
 ) -> tuple[int, int] | None:
-    """Runs two steps and asks the allocator; in a process that did nothing before.
+    """Runs two steps and returns their memory.
+
+    The process must be new, as the allocator's peak is that of the process.
 
     Args:
       model: one of `GPU_MODELS`.
       variant: one of `Workload.variants`.
-      batch: images in the step; `None`: the model's.
+      batch: images in the step; `None` for the model's own.
       cache: a directory of compiled programs.
 
     Returns:
-      Bytes of the compiled program, and of the allocator at the peak; `None`: the step
-      does not fit.
+      The bytes of the compiled program and the allocator's peak in bytes; `None` if the
+      step does not fit in memory.
     """
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -110,10 +111,10 @@ def measure(
 
     Args:
       model: one of `GPU_MODELS`.
-      names: of the variants.
-      target: the GPU that is at hand, as of `compile_report`.
-      batch: images in a step; `None`: the model's.
-      processes: where steps run, each in a new process.
+      names: the names of the variants.
+      target: the GPU at hand, as `compile_report` names it.
+      batch: images in a step; `None` for the model's own.
+      processes: an executor that runs each task in a new process.
     """
     workload = GPU_MODELS[model][0]
     results = []
@@ -145,7 +146,7 @@ def measure(
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The results of a model as a table."""
+    """Returns the results of one model as a Markdown table."""
     first = results[0]
     header = ["variant", "predicted MiB", "compiled MiB", "allocated MiB", "ratio"]
     rows = [
@@ -166,7 +167,7 @@ def _mib(nbytes: int | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints what was asked for."""
+    """Runs the command and prints its results."""
     parser = command.parser("allocated", __doc__)
     command.add_models(parser, GPU_MODELS)
     parser.add_argument(
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="how many steps are in memory at a time (default: %(default)s)",
     )
     flags = parser.parse_args(arguments)
-    # Or each process would take three quarters of the memory when it starts.
+    # Otherwise JAX takes three quarters of the GPU's memory at the start of a process.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     every: list[Result] = []
     try:

@@ -1,7 +1,7 @@
-"""The bytes that selection has to move, and the least time that a GPU takes for them.
+"""Lower bounds on the time of selection on a GPU, by the bytes that it has to move.
 
-It is arithmetic, and nobody measured a time: each array is read or written once, at the
-memory bandwidth of the GPU.
+They are computed, not measured: each array is read or written once, at the memory
+bandwidth of the GPU.
 """
 
 import dataclasses
@@ -20,28 +20,29 @@ from dropit_jax import DropIT, Residual, compress
 ROW = 2**14
 CHUNK_SIZES = (8, 16, 32, 64, 1024, ROW)
 
-# GB/s of a GPU's memory, by NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM5),
-# "A100 Tensor Core GPU" (SXM, 40 GB), "RTX A5000".
+# Memory bandwidths of GPUs in GB/s, from NVIDIA's data sheets: "H100 Tensor Core GPU"
+# (SXM5), "A100 Tensor Core GPU" (SXM, 40 GB), "RTX A5000".
 BANDWIDTHS = {"h100": 3352, "a100": 1555, "a5000": 768}
 _BOUND = "bound, nobody measured a time"
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least that a GPU can take, by what has to go through its memory.
+    """The least time that a GPU can take, by its memory bandwidth.
 
     Attributes:
       section: "bound, nobody measured a time".
-      target: the GPU.
-      bandwidth_gb_s: of its memory, in 10^9 bytes a second.
+      target: the name of the GPU.
+      bandwidth_gb_s: the bandwidth of its memory, in 10^9 bytes a second.
       chunk_size: D.
-      encoding: of the positions.
-      elements: of the float32 activation.
-      rate: the share that is dropped.
-      compress_bytes: of the activation and the residual.
-      decompress_bytes: of the residual and the activation.
-      compress_s: seconds that these take at that bandwidth.
-      decompress_s: likewise.
+      encoding: the encoding of the positions.
+      elements: the elements of the float32 activation.
+      rate: the dropping rate.
+      compress_bytes: bytes of the activation, which is read, and of the residual, which
+        is written.
+      decompress_bytes: bytes of the residual and the activation.
+      compress_s: seconds for `compress_bytes` at that bandwidth.
+      decompress_s: seconds for `decompress_bytes` at that bandwidth.
     """
 
     section: str
@@ -58,12 +59,12 @@ class Bound:
 
 
 def bytes_moved(function: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes of a function's arguments and of its result.
+    """Returns the bytes of a function's arguments and its result.
 
-    It cannot move fewer if it needs all of the arguments.
+    A function that needs all its arguments cannot move fewer.
 
     Args:
-      function: of arrays; it does not run.
+      function: a function of arrays; it is not run.
       *arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
     leaves = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))
@@ -71,16 +72,16 @@ def bytes_moved(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def encoding(shape: tuple[int, ...], drop: DropIT) -> str:
-    """How the positions in a float32 activation are stored."""
+    """Returns the encoding that a policy chooses for a float32 activation."""
     forced = dataclasses.replace(drop, encoding="index")
-    # `DropIT.encoding`: of two equal ones the index.
+    # Where both encodings have the same size, the policy takes the index.
     is_index = _residual(shape, drop).nbytes == _residual(shape, forced).nbytes
     return "index" if is_index else "bitmap"
 
 
-@functools.cache  # to trace takes longer than all else that is no measurement
+@functools.cache  # tracing takes longer than everything else that is not a measurement
 def _residual(shape: tuple[int, ...], drop: DropIT) -> Residual:
-    """The residual of a float32 activation under a policy; its arrays are abstract."""
+    """Returns the residual of a float32 activation, with abstract arrays."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     return jax.eval_shape(functools.partial(compress, dropit=drop), x)
 
@@ -88,21 +89,20 @@ def _residual(shape: tuple[int, ...], drop: DropIT) -> Residual:
 def bounds(
     elements: int, rate: float, chunk_sizes: Sequence[int] = CHUNK_SIZES
 ) -> list[Bound]:
-    """The shortest times that the bandwidths of GPUs allow.
+    """Returns the bounds of every GPU for every D.
 
     Args:
-      elements: of the activation, a multiple of `ROW`.
-      rate: the share that is dropped.
-      chunk_sizes: every D.
+      elements: elements of the activation, a multiple of `ROW`.
+      rate: the dropping rate.
+      chunk_sizes: the sizes D.
     """
     x = jax.ShapeDtypeStruct((elements // ROW, ROW), jnp.float32)
     found = []
     for chunk_size in chunk_sizes:
         drop = DropIT(rate, chunk_size=chunk_size)
         residual = _residual(x.shape, drop)
-        # The activation is read and the residual written, and the other way round.
-        moved = 4 * elements + residual.nbytes
-        moved_back = bytes_moved(Residual.decompress, residual)
+        compress_bytes = 4 * elements + residual.nbytes
+        decompress_bytes = bytes_moved(Residual.decompress, residual)
         found += [
             Bound(
                 _BOUND,
@@ -112,10 +112,10 @@ def bounds(
                 encoding(x.shape, drop),
                 elements,
                 rate,
-                moved,
-                moved_back,
-                1e-9 * moved / bandwidth,
-                1e-9 * moved_back / bandwidth,
+                compress_bytes,
+                decompress_bytes,
+                1e-9 * compress_bytes / bandwidth,
+                1e-9 * decompress_bytes / bandwidth,
             )
             for target, bandwidth in BANDWIDTHS.items()
         ]
@@ -123,21 +123,24 @@ def bounds(
 
 
 def markdown(every: Sequence[Bound]) -> str:
-    """The bounds as a table, a row for each D."""
+    """Returns the bounds as a Markdown table, with a row for each D."""
     first, targets = every[0], list(dict.fromkeys(each.target for each in every))
     header = ["D", "positions", "compress MB", "decompress MB"]
     header += [f"both on {target}, µs" for target in targets]
     rows = []
     for chunk_size in dict.fromkeys(each.chunk_size for each in every):
-        of_size = [each for each in every if each.chunk_size == chunk_size]
-        here = of_size[0]
+        of_all_targets = [each for each in every if each.chunk_size == chunk_size]
+        bound = of_all_targets[0]
         rows.append(
             [
                 str(chunk_size),
-                here.encoding,
-                f"{1e-6 * here.compress_bytes:,.1f}",
-                f"{1e-6 * here.decompress_bytes:,.1f}",
-                *(f"{1e6 * (b.compress_s + b.decompress_s):,.1f}" for b in of_size),
+                bound.encoding,
+                f"{1e-6 * bound.compress_bytes:,.1f}",
+                f"{1e-6 * bound.decompress_bytes:,.1f}",
+                *(
+                    f"{1e6 * (b.compress_s + b.decompress_s):,.1f}"
+                    for b in of_all_targets
+                ),
             ]
         )
     return command.table(

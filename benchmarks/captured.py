@@ -23,13 +23,13 @@ _Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer at work in a training step.
+    """A layer with its input and cotangent in a training step.
 
     Attributes:
-      name: its path in the model.
-      module: the layer, of plain Flax, on its own.
+      name: the layer's path in the model.
+      module: the layer of plain Flax, unbound.
       params: its parameters.
-      x: what it read, its input activation.
+      x: its input activation.
       cotangent: the gradient of the loss with respect to its output.
     """
 
@@ -40,7 +40,7 @@ class Layer:
     cotangent: Float[Array, "batch *spatial features_out"]
 
     def kernel_gradient(self, x: Array) -> Array:
-        """The gradient of the loss with respect to the kernel, had the layer read x."""
+        """Returns the kernel's gradient for the input `x` in place of the layer's."""
 
         def output(kernel: Array) -> Array:
             params = {**self.params, "kernel": kernel}
@@ -55,12 +55,12 @@ class Layer:
 def capture(
     config: ConfigDict, state: step_lib.State, batch: data.Batch
 ) -> list[Layer]:
-    """The layers of a model with a kernel, in the order in which they are called.
+    """Returns the Dense and Conv layers of a model, in the order of their calls.
 
     Args:
-      config: of the model, of plain Flax.
-      state: its parameters and statistics.
-      batch: what it is trained on; the loss is the cross-entropy of its labels.
+      config: the config of the model, of plain Flax.
+      state: the model's parameters and statistics.
+      batch: images and labels; the loss is the cross-entropy.
 
     Raises:
       ValueError: the model calls a layer more than once.
@@ -75,7 +75,8 @@ def capture(
         def probe(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module, path = context.module, context.module.path
             is_layer = isinstance(module, _KINDS) and context.method_name == "__call__"
-            if not is_layer or path in entered:  # its parent class's, within its own
+            # A path that was entered: the layer's `__call__` calls its parent class's.
+            if not is_layer or path in entered:
                 return next_fun(*args, **kwargs)
             if path in seen:
                 raise ValueError(f"{'/'.join(path)} is called twice in a step.")
@@ -84,7 +85,7 @@ def capture(
             entered.remove(path)
             modules[path] = module.clone(parent=None, name=None)
             seen[path] = (args[0], output)
-            # Its cotangent is that of the output that it is added to.
+            # The cotangent of a zero added to the output is that of the output.
             return output + probes[path] if probes else output
 
         with nn.intercept_methods(probe):

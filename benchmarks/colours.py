@@ -1,4 +1,4 @@
-"""The colours of figures: a variant has the same one in every figure."""
+"""The colours and markers of variants, the same in every figure."""
 
 from train.reports.palette import (
     BLACK,
@@ -11,9 +11,9 @@ from train.reports.palette import (
     VERMILION,
 )
 
-_YELLOW = "#F0E442"  # the last of Okabe and Ito's
+_YELLOW = "#F0E442"  # the last colour of Okabe and Ito's palette
 
-# And markers, told apart in print without colours.
+# Markers tell variants apart in print without colours.
 _STYLES = {
     "flax": (BLUE, "o"),
     "drop exact": (GREY, "<"),

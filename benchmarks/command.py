@@ -1,4 +1,4 @@
-"""Arguments, tables and JSON of the commands."""
+"""The arguments, tables and JSON that the commands have in common."""
 
 import argparse
 import dataclasses
@@ -11,11 +11,11 @@ from train.system import tables
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m benchmarks.NAME`, which has `--json`.
+    """Returns the parser of `python -m benchmarks.NAME`, with the argument `--json`.
 
     Args:
-      name: of the module.
-      doc: its docstring, of which the first line says what it does.
+      name: the name of the module.
+      doc: the docstring of the module; its first line is the description.
     """
     description = (doc or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}", description=description)
@@ -26,12 +26,12 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 def add_models(
     parser: argparse.ArgumentParser, models: Iterable[str], default: str = "all"
 ) -> None:
-    """Adds `--model` to the arguments of a command.
+    """Adds the argument `--model`.
 
     Args:
-      parser: of the command.
-      models: the names that it takes.
-      default: the models that are meant where none is named, in words.
+      parser: the parser of the command.
+      models: the names of the models.
+      default: the default, in words for the help.
     """
     parser.add_argument(
         "--model",
@@ -43,15 +43,15 @@ def add_models(
 
 
 def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The known names that are asked for, in the order in which they are known.
+    """Returns the known names that were asked for, in the order of `known`.
 
     Args:
-      what: what they name.
-      names: those asked for; none: all.
-      known: all that there are.
+      what: the kind of thing that has these names, for the error message.
+      names: the names asked for; all if empty.
+      known: all names.
 
     Raises:
-      ValueError: one is not known.
+      ValueError: a name is not known.
     """
     names, known = list(names), list(known)
     for name in names:
@@ -63,22 +63,22 @@ def chosen(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def machine(device: str) -> str:
-    """The machine as tables name it, given the kind of device."""
+    """Returns the name of the machine in tables, from the kind of its device."""
     return f"cpu ({os.cpu_count()} cores)" if device == "cpu" else device
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown.
+    """Returns a Markdown table.
 
     Args:
-      title: above it; empty: none.
-      header: of the columns.
-      rows: of as many cells each.
+      title: the line above the table; empty for none.
+      header: the names of the columns.
+      rows: the cells of each row.
     """
     lines = tables.to_markdown(header, rows)
     return "\n".join([title, "", *lines] if title else lines)
 
 
 def to_json(results: Iterable[Any]) -> str:
-    """Dataclasses as a list of objects."""
+    """Returns dataclasses as a JSON list of objects."""
     return json.dumps([dataclasses.asdict(result) for result in results], indent=2)

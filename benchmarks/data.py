@@ -1,10 +1,10 @@
-"""How many images a second the input pipeline makes of CIFAR-10.
+"""The throughput of the input pipeline on CIFAR-10, in images a second.
 
 `python -m benchmarks.data [--data_dir=DIR] [--batches=50] [--rounds=5]`
 
 CIFAR-10 has to be prepared (`python -m train.prepare cifar10`), in DIR or where TFDS
-has it. The variants take turns in one run, and the ratio of each to the first is that
-of the same turn: the median of all turns is printed.
+looks by default. In each round all variants take a turn, and the ratio of each to the
+first is taken within the round; the medians over the rounds are printed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from train import data
 
 _DATASET = "cifar10"
 _BATCH, _SEED = 128, 0
-# Augmentation, side of the images, and processes that make batches.
+# Augmentation, side of the images in pixels, and number of worker processes.
 _VARIANTS: tuple[tuple[str, int, int], ...] = (
     ("none", 32, 0),
     ("shift_flip", 32, 0),
@@ -30,10 +30,10 @@ _VARIANTS: tuple[tuple[str, int, int], ...] = (
 
 
 def measure(data_dir: str, batches: int, rounds: int) -> list[list[float]]:
-    """Images a second of each variant, in each round.
+    """Returns the images a second of each variant, in each round.
 
     Raises:
-      DataError: the dataset is not there, or has too few images for a batch.
+      DataError: the dataset is missing, or has too few images for a batch.
     """
     with contextlib.ExitStack() as stack:
         iterators = []
@@ -48,7 +48,7 @@ def measure(data_dir: str, batches: int, rounds: int) -> list[list[float]]:
 
 
 def _rate(iterator: object, batches: int) -> float:
-    """Images a second over the next batches."""
+    """Returns the images a second over the next batches."""
     start, images = time.perf_counter(), 0
     for _ in range(batches):
         images += len(next(iterator)["label"])  # type: ignore[call-overload]
@@ -56,7 +56,7 @@ def _rate(iterator: object, batches: int) -> float:
 
 
 def table(rates: Sequence[Sequence[float]]) -> str:
-    """The medians, and the medians of the ratios to the first, in Markdown."""
+    """Returns a Markdown table of medians, and of medians of ratios to the first."""
     lines = [
         "| augmentation | image | workers | images/s | ratio |",
         "| --- | --- | --- | --- | --- |",
@@ -71,7 +71,7 @@ def table(rates: Sequence[Sequence[float]]) -> str:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the command and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data_dir", default="", help="Where datasets are.")
     parser.add_argument("--batches", type=int, default=50, help="In a turn.")

@@ -1,11 +1,11 @@
-"""How far gradients under `drop` are from the exact ones, and what is stored for them.
+"""The relative error of gradients under `drop`, and the bytes of their residuals.
 
 `python -m benchmarks.drop_error [--model=NAME] [--json]`
 
-The error is that of the whole gradient of a training step's loss, all parameters
-together, and relative: the norm of its difference from what `jax.grad` gives of the
-same function, by the norm of the latter. Nothing in the models is at its first value,
-such as a scale of 1 or a kernel of 0: all parameters have random numbers added.
+The gradient is that of a training step's loss with respect to all parameters together.
+Its error is the norm of its difference from the gradient of `jax.grad`, divided by the
+norm of the latter. Random numbers are added to all parameters, so that none has a
+special initial value, such as a scale of 1 or a kernel of 0.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ MODELS: dict[str, Workload] = {
     "ResNet-18 (width 16)": workloads.resnet18(16, batch=16),
 }
 PRESETS = ("exact", "lean", "leanest")
-# The deviation of what is added to the parameters.
+# The standard deviation of the random numbers added to the parameters.
 _PERTURBATION = 0.02
 
 
@@ -35,14 +35,14 @@ class Result:
     """The bytes that a preset stores, and the error of its gradient.
 
     Attributes:
-      model: its name.
+      model: the model's name.
       image_size: side of the images, in pixels.
       batch: images in the step.
-      dtype: of the computation.
-      preset: of `dropit_jax.drop`.
-      error: of the whole gradient, relative.
-      stored_bytes: what the plan of the function says that it stores.
-      plain_bytes: what it says that the plain function stores.
+      dtype: the type of the computation.
+      preset: the preset of `dropit_jax.drop`.
+      error: the relative error of the whole gradient.
+      stored_bytes: bytes that the function stores, by its plan.
+      plain_bytes: bytes that the plain function stores, by the same plan.
     """
 
     model: str
@@ -56,7 +56,7 @@ class Result:
 
 
 def measure(workload: Workload, presets: Sequence[str] = PRESETS) -> list[Result]:
-    """Differentiates the loss of a workload under each preset."""
+    """Returns the error and the stored bytes of a workload under each preset."""
     loss = workload.loss(VARIANTS["baseline"])
     arguments = _arguments(workload)
     exact = _gradient(loss, arguments)
@@ -80,14 +80,14 @@ def measure(workload: Workload, presets: Sequence[str] = PRESETS) -> list[Result
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """The norm of the difference of two trees of arrays, by that of the second."""
+    """Returns |found - expected| / |expected| of two trees of arrays."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    off = of_expected = 0.0
+    difference = norm = 0.0  # squared
     for a, b in pairs:
         wide = np.asarray(b, np.float64)
-        off += float(np.sum((np.asarray(a, np.float64) - wide) ** 2))
-        of_expected += float(np.sum(wide**2))
-    return (off / of_expected) ** 0.5
+        difference += float(np.sum((np.asarray(a, np.float64) - wide) ** 2))
+        norm += float(np.sum(wide**2))
+    return (difference / norm) ** 0.5
 
 
 def _gradient(loss: Any, arguments: tuple[Any, ...]) -> Any:
@@ -96,7 +96,7 @@ def _gradient(loss: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _arguments(workload: Workload) -> tuple[Any, ...]:
-    """Arguments of the loss, with parameters of which none is at its first value."""
+    """Returns arguments of the loss, with random numbers added to the parameters."""
     variables, _, images, labels = workloads.real_arguments(workload)
     others = {name: each for name, each in variables.items() if name != "params"}
     leaves, structure = jax.tree.flatten(variables["params"])
@@ -112,7 +112,7 @@ def _arguments(workload: Workload) -> tuple[Any, ...]:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The results of a model as a table."""
+    """Returns the results of one model as a Markdown table."""
     first, mib = results[0], 2**-20
     header = ["preset", "error", "stored MiB", "plain MiB", "ratio"]
     rows = [
@@ -130,7 +130,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints what was asked for."""
+    """Runs the command and prints its results."""
     parser = command.parser("drop_error", __doc__)
     command.add_models(parser, MODELS)
     flags = parser.parse_args(arguments)

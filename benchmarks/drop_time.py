@@ -1,10 +1,10 @@
-"""Times of `drop` on a CPU: of steps, compilation and planning.
+"""The times of `drop` on a CPU: of steps, compilation and planning.
 
 `python -m benchmarks.drop_time [--model=NAME] [--rounds=9] [--json]`
 
 Steps with `drop` take turns with plain Flax and with recomputed blocks, as in
-`benchmarks.step_time`. Planning, in seconds of a processor, is measured on a
-transformer whose 24 blocks are written one after the other.
+`benchmarks.step_time`. Planning is timed in processor seconds, on a transformer whose
+24 blocks are not in a loop.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from benchmarks.variants import VARIANTS
 from benchmarks.workloads import Workload
 from dropit_jax import plan
 
-# Models, and how many rounds.
+# The models, and the number of rounds for each.
 MODELS: dict[str, tuple[Workload, int]] = {
     "ViT-S/16": (workloads.vit_s16(batch=8), 9),
     "ResNet-18 (width 64)": (workloads.resnet18(64), 9),
@@ -35,17 +35,17 @@ _TRACE = "trace"
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
-    """Times of planning a function.
+    """Times of planning a loss.
+
+    The medians are of processor seconds, which other programs do not lengthen. Planning
+    and tracing use one core.
 
     Attributes:
-      model: of which the function is the loss.
-      preset: of the plan.
-      trace_s: seconds in which JAX traces the function's gradient, the median.
-      plan_s: seconds of `dropit_jax.plan`, which traces the function, its forward and
-        its backward pass, and plans; the median.
-
-    Both take one processor, and the seconds are its time: what else a machine does is
-    not in them.
+      model: the name of the model whose loss is planned.
+      preset: the preset of the plan.
+      trace_s: median seconds in which JAX traces the loss's gradient.
+      plan_s: median seconds of `dropit_jax.plan`, which traces the loss, its forward
+        and its backward pass, and plans.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Planning:
 
 
 def planning(model: Transformer, rounds: int) -> list[Planning]:
-    """Plans the loss with every preset and traces its gradient, in turns."""
+    """Times planning with every preset, and tracing of the gradient, in turns."""
     loss, arguments = model.loss(VARIANTS["baseline"]), model.arguments()
     gradient = jax.grad(loss, has_aux=True)
     calls: dict[str, Callable[..., Any]] = {
@@ -67,7 +67,7 @@ def planning(model: Transformer, rounds: int) -> list[Planning]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        run()  # imports what it needs
+        run()  # the first call imports modules
     for order in timing.orders(runs, rounds):
         for name in order:
             start = process_time()
@@ -81,12 +81,12 @@ def planning(model: Transformer, rounds: int) -> list[Planning]:
 
 
 def _fresh(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    jax.clear_caches()  # functions that another call has traced
+    jax.clear_caches()  # of functions that earlier calls traced
     return call(*arguments)
 
 
 def markdown(model: Transformer, results: Sequence[Planning]) -> str:
-    """The times of planning as a table."""
+    """Returns the times of planning as a Markdown table."""
     header = ["preset", "gradient traced s", "planned s"]
     rows = [
         [each.preset, f"{each.trace_s:.2f}", f"{each.plan_s:.2f}"] for each in results
@@ -96,7 +96,7 @@ def markdown(model: Transformer, results: Sequence[Planning]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints what was asked for."""
+    """Runs the command and prints its results."""
     parser = command.parser("drop_time", __doc__)
     known = [*MODELS, UNROLLED.name]
     command.add_models(parser, known)
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models = command.chosen("model", flags.model, known)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    # A program from a cache is not compiled.
+    # A program from the cache would not be compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     every: list[Any] = []
     for model in models:

@@ -1,20 +1,20 @@
-"""How far DropIT's weight gradients are from the exact ones, for every policy.
+"""The errors of DropIT's weight gradients, for every policy.
 
 `python -m benchmarks.gradient_error --config=configs/FILE.py --workdir=DIR
 [--output=DIR] [--layers=5]`
 
-A model of plain Flax is trained as the config says, in the workdir: what is trained
-there already is taken. Of some of its layers, from the first that caches to the last
-that every policy suits, one batch gives the activation that they read and the gradient
-that comes back to them. (Not of those that read some positions alone, as a shortcut of
-stride 2 does.) With each policy the activation is compressed and rebuilt; the
-weight gradient of what is rebuilt is held against that of the activation itself:
+The command trains a model of plain Flax by the config in the workdir, or continues or
+loads the training that it finds there. One batch then gives the input activation a and
+the cotangent of some layers, spread from the first that stores its input to the last.
+(Left out are layers that a policy cannot compress, and those that do not read all
+positions, such as a shortcut of stride 2.) Each policy compresses the activation, and
+the weight gradient g of the rebuilt activation â is compared with that of a:
 
     error  = |g(â) - g(a)| / |g(a)|       cosine = g(â) · g(a) / (|g(â)| |g(a)|)
 
-OUTPUT, by default the workdir, then has `gradient_error.csv`, a row for each policy and
-layer, and `gradient_error.md` with the figures: what each costs in bits an element, and
-which are on the front, where less error costs more bits.
+The directory OUTPUT, by default the workdir, then has `gradient_error.csv`, with a row
+for each policy and layer, and `gradient_error.md` with the figures: the bits an element
+of each policy, and the policies on the front, where less error costs more bits.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ _LAYERS = flags.DEFINE_integer(
 CHUNK_SIZES = (8, 16, 32, 64, 256, 2048, 2**14, None)
 RATES = (0.5, 0.75, 0.875, 0.95, 0.99)
 _TYPES = ("bfloat16", "float16", "int8", "int4", "int2")
-_TIMED = 5
-# Bits an element, for which the best policies are named.
+_TIMED = 5  # calls
+# The bits an element up to which the best policies are named.
 _BUDGETS = (0.5, 1, 1.5, 2, 2.5, 3.5, 4.5, 8.5, 16.5, 33)
 
 
@@ -59,14 +59,14 @@ class Error:
     """The error of a layer's weight gradient under a policy.
 
     Attributes:
-      family: of the policy, as the figures have it.
-      policy: its name.
-      layer: the layer's.
-      elements: of the activation.
-      bits: cached, an element of the activation.
-      error: the norm of the difference to the exact gradient, relative to its norm.
-      cosine: of the angle between the two.
-      compress_ns: time to compress, an element, here.
+      family: the policy's family, as the figures name it.
+      policy: the policy's name.
+      layer: the layer's name.
+      elements: the elements of the activation.
+      bits: stored bits for each element of the activation.
+      error: the norm of the difference from the exact gradient, divided by its norm.
+      cosine: the cosine of the angle between the two gradients.
+      compress_ns: nanoseconds to compress an element, on this machine.
     """
 
     family: str
@@ -80,7 +80,7 @@ class Error:
 
 
 def grid() -> dict[str, tuple[str, DropIT]]:
-    """Every policy that is measured, by name, and its family."""
+    """Returns every measured policy and its family, by the policy's name."""
     found: dict[str, tuple[str, DropIT]] = {}
 
     def add(family: str, **fields: object) -> None:
@@ -119,7 +119,7 @@ def _name(policy: DropIT) -> str:
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Trains, measures, and writes what was measured."""
+    """Trains, measures, and writes the results."""
     run(config, workdir, output_path(workdir), grid(), _LAYERS.value, Terminal())
 
 
@@ -131,16 +131,16 @@ def run(
     layers: int,
     terminal: Terminal,
 ) -> None:
-    """`main`, for some policies.
+    """Does what `main` does, for these policies.
 
     Raises:
-      ConfigError: the config cannot be run, or there are not as many layers.
+      ConfigError: the config cannot be run, or the model has too few layers.
     """
     config = config_lib.plain(config)
     loop.run(config, workdir, terminal)
     captured = _captured(config, workdir, terminal)
     suited = [layer for layer in captured if _suits(layer, policies, terminal)]
-    chosen = _chosen(suited, layers)
+    chosen = _spread(suited, layers)
     errors: list[Error] = []
     for number, layer in enumerate(chosen, 1):
         terminal.say(f"Layer {number} of {layers}: {layer.name} {layer.x.shape}")
@@ -156,7 +156,7 @@ def run(
 
 
 def measure(layer: Layer, policies: Mapping[str, tuple[str, DropIT]]) -> list[Error]:
-    """The errors of a layer's weight gradient, one for each policy."""
+    """Returns the errors of a layer's weight gradient, one for each policy."""
     gradient = jax.jit(layer.kernel_gradient)
     exact = gradient(layer.x)
     errors = []
@@ -170,7 +170,7 @@ def measure(layer: Layer, policies: Mapping[str, tuple[str, DropIT]]) -> list[Er
             jax.block_until_ready(keep(layer.x, key))
             seconds.append(time.perf_counter() - start)
         rebuilt = jax.jit(lambda residual: residual.decompress())(residual)
-        error, cosine = _compared(gradient(rebuilt), exact)
+        error, cosine = _error_and_cosine(gradient(rebuilt), exact)
         errors.append(
             Error(
                 family,
@@ -187,7 +187,10 @@ def measure(layer: Layer, policies: Mapping[str, tuple[str, DropIT]]) -> list[Er
 
 
 def averaged(errors: Iterable[Error]) -> list[Error]:
-    """The mean error of each policy over the layers, and its bits over all of them."""
+    """Returns each policy's means over the layers.
+
+    Bits and times are weighted by the elements of a layer; error and cosine are not.
+    """
     by_policy: dict[str, list[Error]] = {}
     for each in errors:
         by_policy.setdefault(each.policy, []).append(each)
@@ -207,7 +210,7 @@ def averaged(errors: Iterable[Error]) -> list[Error]:
 
 
 def front(errors: Iterable[Error]) -> list[Error]:
-    """Those that no other one beats, or equals, in both bits and error."""
+    """Returns the errors of the Pareto front: no other is as good in bits and error."""
     best, least = [], float("inf")
     for each in sorted(errors, key=lambda each: (each.bits, each.error)):
         if each.error < least:
@@ -217,7 +220,7 @@ def front(errors: Iterable[Error]) -> list[Error]:
 
 
 def to_csv(errors: Iterable[Error]) -> str:
-    """A row for each policy and layer."""
+    """Returns CSV, with a row for each policy and layer."""
     columns = [field.name for field in dataclasses.fields(Error)]
     rows = (
         {
@@ -232,7 +235,7 @@ def to_csv(errors: Iterable[Error]) -> str:
 def to_markdown(
     means: Sequence[Error], layers: Sequence[Layer], config: ConfigDict
 ) -> str:
-    """The front, the best of each family within some bits, and every policy."""
+    """Returns the report: the front, each family's best within some bits, and all."""
     header = ("policy", "bits an element", "error", "cosine", "compress ns an element")
     elements = ", ".join(f"`{layer.name}` {layer.x.shape}" for layer in layers)
     return "\n".join(
@@ -242,7 +245,7 @@ def to_markdown(
             "",
             "## The front: less error costs more bits",
             "",
-            command.table("", header, map(_cells, front(means))),
+            command.table("", header, map(_row, front(means))),
             "",
             "![Error against bits](gradient_error.png)",
             "",
@@ -250,17 +253,17 @@ def to_markdown(
             "",
             "## Who wins where: the least error of each family within so many bits",
             "",
-            _contest(means),
+            _best_of_families(means),
             "",
             "## Every policy",
             "",
-            command.table("", header, map(_cells, sorted(means, key=lambda e: e.bits))),
+            command.table("", header, map(_row, sorted(means, key=lambda e: e.bits))),
             "",
         ]
     )
 
 
-def _contest(means: Sequence[Error]) -> str:
+def _best_of_families(means: Sequence[Error]) -> str:
     families = list(dict.fromkeys(each.family for each in means))
     rows = []
     for budget in _BUDGETS:
@@ -283,7 +286,7 @@ def _error(each: Error) -> float:
     return each.error
 
 
-def _cells(each: Error) -> tuple[str, ...]:
+def _row(each: Error) -> tuple[str, ...]:
     return (
         each.policy,
         f"{each.bits:.2f}",
@@ -298,7 +301,7 @@ def _weighted(errors: Sequence[Error], field: str) -> float:
     return sum(getattr(each, field) * each.elements for each in errors) / total
 
 
-def _compared(gradient: jax.Array, exact: jax.Array) -> tuple[float, float]:
+def _error_and_cosine(gradient: jax.Array, exact: jax.Array) -> tuple[float, float]:
     norms = jnp.linalg.norm(gradient), jnp.linalg.norm(exact)
     error = jnp.linalg.norm(gradient - exact) / norms[1]
     cosine = jnp.vdot(gradient, exact) / jnp.maximum(norms[0] * norms[1], 1e-30)
@@ -311,14 +314,14 @@ def _captured(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Lay
     for layer in layers:
         if not reads_all(layer.module):
             terminal.say(f"Left out: {layer.name}, which reads some positions alone.")
-    # The first reads the images, which are there anyway: nothing is cached of it.
+    # The first reads the images, which are in memory anyway: it stores no residual.
     return [layer for layer in layers[1:] if reads_all(layer.module)]
 
 
 def _suits(
     layer: Layer, policies: Mapping[str, tuple[str, DropIT]], terminal: Terminal
 ) -> bool:
-    """Whether every policy can compress what the layer reads."""
+    """Returns whether every policy can compress the layer's input."""
     for _, policy in policies.values():
         try:
             key = jax.random.key(0)
@@ -329,7 +332,7 @@ def _suits(
     return True
 
 
-def _chosen(layers: Sequence[Layer], count: int) -> list[Layer]:
+def _spread(layers: Sequence[Layer], count: int) -> list[Layer]:
     if count > len(layers):
         raise ConfigError(
             f"--layers={count}: the model has {len(layers)} that every policy suits."

@@ -1,4 +1,4 @@
-"""Figures of `benchmarks.gradient_error`."""
+"""The figures of `benchmarks.gradient_error`."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
-matplotlib.use("Agg")  # files, no window
+matplotlib.use("Agg")  # writes files, opens no window
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
@@ -29,7 +29,7 @@ _STYLES = {
 
 
 def front(errors: Sequence["Error"], best: Sequence["Error"], path: Path) -> None:
-    """Draws each policy's error against its bits, and names the front, into a PNG file.
+    """Draws each policy's error against its bits, with the front, into a PNG file.
 
     Raises:
       KeyError: a family has no colour.
@@ -71,12 +71,12 @@ def front(errors: Sequence["Error"], best: Sequence["Error"], path: Path) -> Non
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("cached bits an element")
-    _with_errors(axis)
+    _label_errors(axis)
     png.save(figure, path)
 
 
 def chunks(errors: Sequence["Error"], path: Path) -> None:
-    """Draws error and time of min-k against D, a line a rate, into a PNG file."""
+    """Draws min-k's error and time against D, a line for each rate, into a PNG file."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     lines: dict[str, dict[str, Error]] = {}
     for each in errors:
@@ -84,7 +84,7 @@ def chunks(errors: Sequence["Error"], path: Path) -> None:
             lines.setdefault(found[1], {})[found[2]] = each
     colour_map = matplotlib.colormaps["viridis"]
     for number, (rate, line) in enumerate(lines.items()):
-        # Rates have an order, and the colours of variants belong to variants.
+        # Rates have an order, which the colours of variants do not show.
         colour = colour_map(0.9 * number / max(1, len(lines) - 1))
         for axis, values in (
             (axes[0], [each.error for each in line.values()]),
@@ -93,14 +93,14 @@ def chunks(errors: Sequence["Error"], path: Path) -> None:
             axis.plot(list(line), values, "o-", color=colour, label=f"rate {rate}")
     for axis in axes:
         axis.set_xlabel("D, elements of a chunk")
-    _with_errors(axes[0])
+    _label_errors(axes[0])
     axes[1].set_ylabel("time to compress here, ns an element")
     axes[1].set_ylim(bottom=0)
     axes[1].grid(alpha=0.3)
     png.save(figure, path)
 
 
-def _with_errors(axis: Axes) -> None:
+def _label_errors(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.set_ylabel("relative error of the weight gradient")
     axis.grid(alpha=0.3)

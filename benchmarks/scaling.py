@@ -2,20 +2,20 @@
 
 `python -m benchmarks.scaling [--part=batch] [--output=docs/figures] [--json]`
 
-Times steps of plain Flax and of the presets in turns, and fits lines to them: a cliff
-would be a point far from its line. The axis of each fit is what the work of plain Flax
-grows with:
+Steps of plain Flax and of the presets are timed in turns, and lines are fitted to the
+times: a cliff would be a point far from its line. The axis of each fit is a quantity to
+which the work of plain Flax is proportional:
 
 - batch and depth (hidden layers of an MLP) themselves;
 - the square of the width: a convolution takes width² multiplications for each pixel,
-  while what it caches grows with the width alone.
+  while the size of its residuals grows with the width alone.
 
-What a preset adds to a step, its time less plain Flax's in the same round, is fitted
-against the elements that it compresses, whatever made these more.
+The time that a preset adds to a step, over plain Flax in the same round, is fitted
+against the number of elements that it compresses.
 
 On 1, 2, 4 and 8 simulated devices with the same batch on each, steps are compiled and
-not run: two cores would be timed, not eight devices. Counted are the collectives of a
-step, and the bytes that are cached and allocated on a device.
+not run: they would share the machine's cores. The results are a step's collectives, and
+the stored and the temporary bytes on a device.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Finding: TypeAlias = Point | Fit | OnDevices
 
 
 def markdown(sweep: Sweep, points: Sequence[Point], lines: Sequence[Fit]) -> str:
-    """A sweep's points and lines, as two tables."""
+    """Returns a sweep's points and lines as two Markdown tables."""
     rows = [
         [
             str(point.value),
@@ -78,7 +78,7 @@ def _scaled_slope(line: Fit) -> tuple[str, str]:
 
 
 def devices_markdown(results: Sequence[OnDevices]) -> str:
-    """The costs on each number of devices as a table."""
+    """Returns the results for each number of devices as a Markdown table."""
     rows = [
         [
             str(result.devices),
@@ -109,9 +109,9 @@ def _run_sweep(sweep: Sweep, rounds: int, output: Path | None, quiet: bool) -> A
 
 
 def _in_a_process_with_devices() -> list[OnDevices]:
-    """`sharded.measure_devices` where there are as many, simulated on the CPU.
+    """Runs `sharded.measure_devices` in a process with simulated devices.
 
-    That is set before JAX starts; and steps are timed where nothing is simulated.
+    JAX reads their number once, at its start, and steps are timed without any.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES_FLAG}"
     itself = [sys.executable, "-m", "benchmarks.scaling", "--part=devices"]
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints and draws what was asked for."""
+    """Runs the command, and prints and draws its results."""
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")  # files, no window
+matplotlib.use("Agg")  # writes files, opens no window
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import ScalarFormatter
@@ -63,7 +63,7 @@ def _draw_line(axis: Axes, points: Sequence[Point], line: Fit) -> None:
 
 
 def draw_devices(results: Sequence[OnDevices], path: Path) -> None:
-    """Draws collectives, and bytes on a device, into a PNG file."""
+    """Draws the collectives and the bytes on each device into a PNG file."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     panels: tuple[tuple[str, Callable[[OnDevices], float]], ...] = (
         ("collectives in a step", lambda r: sum(r.collectives.values())),
@@ -73,7 +73,7 @@ def draw_devices(results: Sequence[OnDevices], path: Path) -> None:
     for axis, (label, value) in zip(axes, panels, strict=True):
         for number, variant in enumerate(VARIANTS):
             own = [result for result in results if result.variant == variant]
-            # Larger markers first, so that none is hidden where values are equal.
+            # The largest markers first: where values are equal, all remain visible.
             axis.plot(
                 [result.devices for result in own],
                 [value(result) for result in own],

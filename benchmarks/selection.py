@@ -1,18 +1,18 @@
-"""How fast selection is, and how many bytes it has to move, for every D.
+"""The time of selection and the bytes that it has to move, for every D.
 
 `python -m benchmarks.selection [--elements=4194304] [--rate=0.875] [--json]`
 
-Compresses and decompresses a float32 activation with the methods of `DropIT.selection`,
-on the devices that JAX finds, beside `lax.top_k` and `lax.approx_max_k` (selection
-alone), and a copy of the activation as the limit. All take turns in one run. The bytes
-are a lower bound: each array is read or written once.
+The first part compresses and decompresses a float32 activation with the methods of
+`DropIT.selection` on the device at hand. The peers are `lax.top_k` and
+`lax.approx_max_k`, which only select, and a copy of the activation as the limit. All
+take turns in one run. The bytes are a lower bound: each array is read or written once.
 
-On an NVIDIA GPU "auto" is the kernels and "xla" their twins in plain JAX; elsewhere the
-two are one. There, have an activation that is many times the GPU's cache, and several
-calls in a turn: `--elements=268435456 --calls=10`.
+On an NVIDIA GPU, "auto" is the GPU kernels and "xla" their definitions in plain JAX;
+elsewhere both are the same. On a GPU, use an activation many times larger than the
+cache, and several calls in a turn: `--elements=268435456 --calls=10`.
 
-The second part is arithmetic: the time that those bytes take at the memory bandwidth of
-a GPU. It is a bound, and nobody measured a time.
+The second part is computed, not measured: the least time for those bytes at the memory
+bandwidth of some GPUs.
 """
 
 import argparse
@@ -33,35 +33,37 @@ from dropit_jax import DropIT, Residual, compress
 
 _COPY, _TOP_K, _APPROX = "copy", "lax.top_k", "lax.approx_max_k"
 
-# Of the activation of the second part.
+# The elements of the activation of the second part.
 _BOUND_ELEMENTS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Times of one way of selection on the devices at hand.
+    """Times of one method of selection on the device at hand.
+
+    A peer's own operation counts as compression; it has no decompression.
 
     Attributes:
       section: "measured".
-      method: of `DropIT.selection`, or the name of a peer.
-      chunk_size: D; `None`: the copy has none.
-      encoding: of the positions; `None`: of a peer.
-      device: what it ran on.
-      calls: in a turn.
-      elements: of the activation.
-      rate: the share that is dropped.
-      compress_s: seconds to compress, or for what a peer does; the median.
-      decompress_s: seconds to decompress; `None`: a peer does not.
-      compress_elements_s: elements a second.
-      decompress_elements_s: likewise.
-      round_trip_elements_s: likewise, to compress and decompress.
-      compress_bytes: of the activation and the residual, or of what a peer reads and
-        writes.
-      decompress_bytes: of the residual and the activation.
-      gb_s: all these bytes over the time for both, in 10^9 a second.
-      copy_ratio: of the time for both to the copy's in the same round.
-      top_k_ratio: of the time to compress to that of `lax.top_k` at the largest D in
-        the same round.
+      method: the value of `DropIT.selection`, or the name of a peer.
+      chunk_size: D; `None` for the copy.
+      encoding: the encoding of the positions; `None` for a peer.
+      device: the kind of device.
+      calls: calls in a turn.
+      elements: the elements of the activation.
+      rate: the dropping rate.
+      compress_s: median seconds to compress.
+      decompress_s: median seconds to decompress; `None` for a peer.
+      compress_elements_s: elements compressed in a second.
+      decompress_elements_s: elements decompressed in a second; `None` for a peer.
+      round_trip_elements_s: elements compressed and decompressed in a second.
+      compress_bytes: bytes of the activation and the residual, or of a peer's argument
+        and result.
+      decompress_bytes: bytes of the residual and the activation; `None` for a peer.
+      gb_s: both bytes over the time for both, in 10^9 bytes a second.
+      copy_ratio: the time for both over the copy's in the same round.
+      top_k_ratio: the time to compress over that of `lax.top_k` with D = `ROW` in the
+        same round.
     """
 
     section: str
@@ -86,14 +88,14 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """Something to time.
+    """A timed method of selection, or a peer.
 
     Attributes:
       method: as in `Result`.
       chunk_size: as in `Result`.
       encoding: as in `Result`.
-      compress: of the activation; jitted.
-      decompress: of what that gives; `None`: a peer does not.
+      compress: a jitted function of the activation.
+      decompress: a jitted function of the result of `compress`; `None` for a peer.
     """
 
     method: str
@@ -104,12 +106,12 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Tells it from the others."""
+        """A name that no other operation has."""
         return f"{self.method}, {self.chunk_size}"
 
 
 def methods() -> tuple[str, ...]:
-    """The methods of `DropIT.selection` that differ on the devices at hand."""
+    """Returns the values of `DropIT.selection` that differ on the device at hand."""
     has_kernels = jax.default_backend() == "gpu"
     return ("auto", "xla", "top_k") if has_kernels else ("auto", "top_k")
 
@@ -117,11 +119,17 @@ def methods() -> tuple[str, ...]:
 def operations(
     elements: int, rate: float, chunk_sizes: Sequence[int]
 ) -> list[Operation]:
-    """All that is timed: the copy, `lax`'s methods, and the policies'."""
+    """Returns the operations to time: the peers, and every method for every D.
+
+    Args:
+      elements: elements of the activation, a multiple of `ROW`.
+      rate: the dropping rate.
+      chunk_sizes: the sizes D.
+    """
     shape, kept = (elements // ROW, ROW), DropIT(rate).kept(ROW)
 
     found = [
-        # Every value changes, so that XLA cannot pass its argument on.
+        # Adding 1 changes every value: XLA would return an unchanged argument as it is.
         Operation(_COPY, None, None, jax.jit(lambda x: x + 1)),
         Operation(_TOP_K, ROW, None, jax.jit(lambda x: lax.top_k(jnp.abs(x), kept))),
         Operation(
@@ -153,11 +161,11 @@ def measure(
     """Times all operations in turns.
 
     Args:
-      elements: of the activation, a multiple of `ROW`.
-      rate: the share that is dropped.
-      rounds: how often each has its turn.
-      chunk_sizes: every D.
-      calls: in a turn.
+      elements: elements of the activation, a multiple of `ROW`.
+      rate: the dropping rate.
+      rounds: the number of turns of each operation.
+      chunk_sizes: the sizes D.
+      calls: calls in a turn.
     """
     x = jax.random.normal(jax.random.key(0), (elements // ROW, ROW))
     every = operations(elements, rate, chunk_sizes)
@@ -187,15 +195,23 @@ def _result(
         for peer in every
         if peer.method == name
     )
-    there = seconds[f"compress {each.name}"]
-    back = seconds.get(f"decompress {each.name}")
-    both = there if back is None else [a + b for a, b in zip(there, back, strict=True)]
-    moved, moved_back = bounds.bytes_moved(each.compress, x), None
+    compress_times = seconds[f"compress {each.name}"]
+    decompress_times = seconds.get(f"decompress {each.name}")
+    both = (
+        compress_times
+        if decompress_times is None
+        else [a + b for a, b in zip(compress_times, decompress_times, strict=True)]
+    )
+    compress_bytes, decompress_bytes = bounds.bytes_moved(each.compress, x), None
     if each.decompress is not None:
         residual = jax.eval_shape(each.compress, x)
-        moved_back = bounds.bytes_moved(each.decompress, residual)
-    there_s, both_s = (timing.spread(times).median for times in (there, both))
-    back_s = None if back is None else timing.spread(back).median
+        decompress_bytes = bounds.bytes_moved(each.decompress, residual)
+    compress_s, both_s = (
+        timing.spread(times).median for times in (compress_times, both)
+    )
+    decompress_s = (
+        None if decompress_times is None else timing.spread(decompress_times).median
+    )
     return Result(
         "measured",
         each.method,
@@ -205,21 +221,21 @@ def _result(
         calls,
         x.size,
         rate,
-        compress_s=there_s,
-        decompress_s=back_s,
-        compress_elements_s=x.size / there_s,
-        decompress_elements_s=None if back_s is None else x.size / back_s,
+        compress_s=compress_s,
+        decompress_s=decompress_s,
+        compress_elements_s=x.size / compress_s,
+        decompress_elements_s=None if decompress_s is None else x.size / decompress_s,
         round_trip_elements_s=x.size / both_s,
-        compress_bytes=moved,
-        decompress_bytes=moved_back,
-        gb_s=1e-9 * (moved + (moved_back or 0)) / both_s,
+        compress_bytes=compress_bytes,
+        decompress_bytes=decompress_bytes,
+        gb_s=1e-9 * (compress_bytes + (decompress_bytes or 0)) / both_s,
         copy_ratio=timing.ratio(both, copy),
-        top_k_ratio=timing.ratio(there, top_k),
+        top_k_ratio=timing.ratio(compress_times, top_k),
     )
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The measurements as a table."""
+    """Returns the measurements as a Markdown table."""
     first = results[0]
     header = [
         "method",
@@ -301,7 +317,7 @@ def _check(elements: int, rate: float) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints what was asked for."""
+    """Runs the command and prints its results."""
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:

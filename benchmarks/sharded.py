@@ -1,6 +1,6 @@
-"""Memory and collectives of a training step on devices that share its batch.
+"""The memory and the collectives of a training step whose batch is sharded.
 
-Steps are compiled and not run: the devices may be simulated.
+Steps are compiled and not run, so that the devices may be simulated.
 """
 
 import collections
@@ -31,18 +31,17 @@ _COLLECTIVE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class OnDevices:
-    """Memory and collectives of a step; each device has the same part of the batch.
+    """Memory and collectives of a step on several devices.
 
     Attributes:
       kind: "devices".
-      devices: how many.
-      variant: which way of saving memory.
-      batch_per_device: images on each.
-      collectives: in the compiled step, by kind.
-      cached_bytes: of all arrays that the backward pass is given, on one device; the
-        parameters are among them, constants are not.
-      temp_bytes: that the compiled step allocates on one device beside arguments and
-        results.
+      devices: the number of devices.
+      variant: the variant's name, a way to save memory.
+      batch_per_device: images on each device.
+      collectives: the number of collectives in the compiled step, by kind.
+      cached_bytes: bytes of the residuals on one device, with the parameters among
+        them, but not constants.
+      temp_bytes: temporary bytes of the compiled step on one device.
     """
 
     kind: str
@@ -57,18 +56,18 @@ class OnDevices:
 def on_devices(
     workload: Workload, variant: str, count: int, batch_per_device: int
 ) -> OnDevices:
-    """Compiles a step for a number of devices that share the batch."""
+    """Compiles a step for `count` devices and returns its memory and collectives."""
     mesh = jax.make_mesh(
         (count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count]
     )
-    everywhere, shared = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     how = TIMED_VARIANTS[variant]
     batch = count * batch_per_device
     step, arguments, _ = workload.training_step(how, batch)
     jitted = jax.jit(
         step,
-        in_shardings=(everywhere, everywhere, shared, shared),
-        out_shardings=everywhere,
+        in_shardings=(replicated, replicated, sharded, sharded),
+        out_shardings=replicated,
     )
     compiled = jitted.lower(*arguments).compile()
     variables, _, images, _ = arguments
@@ -79,13 +78,13 @@ def on_devices(
         variant,
         batch_per_device,
         collectives(compiled.as_text() or ""),
-        bytes_a_device(backward, (variables, images), (everywhere, shared)),
+        bytes_a_device(backward, (variables, images), (replicated, sharded)),
         memory.memory_stats(compiled)["temp_bytes"],
     )
 
 
 def _backward(model: Any, variables: Any, images: jax.Array) -> Any:
-    """The backward pass of a model, a function that holds its residuals."""
+    """Returns a model's backward pass, a pytree whose leaves are the residuals."""
 
     def forward(params: Any) -> Any:
         given = variables | {"params": params}
@@ -95,7 +94,7 @@ def _backward(model: Any, variables: Any, images: jax.Array) -> Any:
 
 
 def collectives(program: str) -> dict[str, int]:
-    """How often each kind of collective is in a compiled program."""
+    """Returns the number of collectives in a compiled program, by kind."""
     return dict(sorted(collections.Counter(_COLLECTIVE.findall(program)).items()))
 
 
@@ -104,27 +103,31 @@ def bytes_a_device(
     arguments: Sequence[Any],
     shardings: Sequence[NamedSharding],
 ) -> int:
-    """Bytes on one device of what a function computes, as the compiler shards that.
+    """Returns the bytes of a function's results on one device, as XLA shards them.
 
-    Results that depend on no argument, such as zeros, do not count: where the function
-    is part of a program, nothing holds them.
+    Results that depend on no argument, such as zeros, do not count: within a larger
+    program they are constants, which take no memory.
 
     Args:
-      function: of arrays; it does not run.
+      function: a function of arrays; it is not run.
       arguments: arrays or `jax.ShapeDtypeStruct`s.
-      shardings: of each of these.
+      shardings: the sharding of each argument.
     """
     jitted = jax.jit(function, in_shardings=tuple(shardings))
     results = jax.tree.leaves(jitted.lower(*arguments).compile().out_info)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, counts in zip(results, _depends(function, arguments), strict=True)
+        for leaf, counts in zip(
+            results, _depend_on_arguments(function, arguments), strict=True
+        )
         if counts
     )
 
 
-def _depends(function: Callable[..., Any], arguments: Sequence[Any]) -> list[bool]:
-    """Whether each result depends on any argument."""
+def _depend_on_arguments(
+    function: Callable[..., Any], arguments: Sequence[Any]
+) -> list[bool]:
+    """Returns, for each result, whether it depends on any argument."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     count = len(jaxpr.outvars)
     inputs = (
@@ -139,7 +142,7 @@ def measure_devices(
     counts: Sequence[int] = DEVICES,
     batch_per_device: int = _BATCH_PER_DEVICE,
 ) -> list[OnDevices]:
-    """Compiles every variant of a step for every number of devices."""
+    """Returns the results of every variant on every number of devices."""
     return [
         on_devices(workload, variant, count, batch_per_device)
         for count in counts

@@ -1,4 +1,4 @@
-"""Training steps that differ in one number, their times, and lines through these."""
+"""Training steps that differ in one number, their times, and lines fitted to these."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from benchmarks.variants import TIMED_VARIANTS, Variant
 from benchmarks.workloads import Workload
 from dropit_jax import LayerPreset, memory
 
-# The first is what the others are measured against.
+# The first is the baseline of the others.
 VARIANTS = ("flax", "dropit_16", "lean")
 
 
@@ -21,12 +21,12 @@ class Sweep:
     """Training steps that differ in one number.
 
     Attributes:
-      name: of that number.
-      title: what else they have.
-      axis: what the work of plain Flax grows with.
-      values: of the number.
-      make: the workload of a value.
-      cost: the place of a value on the axis.
+      name: the name of the number.
+      title: the model, and the numbers that do not vary.
+      axis: the name of the fit's axis, to which the work of plain Flax is proportional.
+      values: the values of the number.
+      make: a function of a value that returns its workload.
+      cost: a function of a value that returns its coordinate on the axis.
     """
 
     name: str
@@ -70,17 +70,17 @@ SWEEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Time and memory of one step.
+    """The times of one step.
 
     Attributes:
       kind: "point".
-      sweep: the number that is varied.
-      value: of it.
-      cost: the place of the value on the axis of the fit.
-      variant: which way of saving memory.
-      median_s: seconds a step, the median over the rounds.
-      elements: that the variant compresses in a step.
-      added_s: seconds more than plain Flax's in the same round.
+      sweep: the name of the number that varies.
+      value: the value of that number.
+      cost: the coordinate of the value on the axis of the fit.
+      variant: the variant's name, a way to save memory.
+      median_s: seconds of a step, the median over the rounds.
+      elements: elements that the variant compresses in a step.
+      added_s: seconds that the step takes longer than plain Flax in the same round.
     """
 
     kind: str
@@ -95,18 +95,19 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A line of least squares through the points of a variant in a sweep.
+    """A line fitted by least squares to the points of a variant in a sweep.
 
     Attributes:
       kind: "fit".
-      sweep: the number that is varied.
-      variant: which way of saving memory.
-      of: "step", the time of a step, or "added", what the variant adds to it.
-      against: what is on the axis.
-      slope: seconds for one more of that.
-      intercept: seconds at none of it.
+      sweep: the name of the number that varies.
+      variant: the variant's name, a way to save memory.
+      of: "step" for the time of a step, "added" for the time that the variant adds.
+      against: the name of the axis.
+      slope: seconds for each unit of the axis.
+      intercept: seconds at 0 on the axis.
       r_squared: the share of the variance that the line explains.
-      largest_deviation: of a point from the line, as a share of the largest value.
+      largest_deviation: the largest distance of a point from the line, as a share of
+        the largest value.
     """
 
     kind: str
@@ -121,10 +122,10 @@ class Fit:
 
 
 def compressed_elements(workload: Workload, preset: LayerPreset) -> int:
-    """Elements of all inputs that a preset's layers compress in a step."""
+    """Returns the elements of all inputs that a preset's layers compress in a step."""
     if preset.dropit is None or preset.conv is None:
         return 0
-    # All of them are cached, in two bytes each, where nothing is dropped.
+    # With a rate of 0 the stored bytes count them: 2 bytes for each element.
     whole = {"rate": 0, "value_dtype": "bfloat16"}
     preset = dataclasses.replace(
         preset,
@@ -166,7 +167,7 @@ def measure(sweep: Sweep, rounds: int) -> list[Point]:
 
 
 def fits(sweep: Sweep, points: Sequence[Point]) -> list[Fit]:
-    """The lines through a sweep's points."""
+    """Returns the lines fitted to a sweep's points."""
     found = []
     for name in VARIANTS:
         own = [point for point in points if point.variant == name]

@@ -1,9 +1,9 @@
-"""Times functions in turns, so that a change in the machine's speed meets all of them.
+"""Times functions in turns, so that a change in the machine's speed affects them alike.
 
-A shared machine is faster at one time than at another, and a time alone says little. In
-every round each function runs once, in an order that is random and the same in every
-run. A ratio is the median, over the rounds, of a function's time divided by the
-baseline's time in the same round; its spread is the quartiles of these quotients.
+The speed of a shared machine varies, so that a time alone says little. In every round
+each function runs once, in a random order that is the same in every run. A ratio is the
+median, over the rounds, of a function's time divided by the baseline's time in the same
+round; its spread is the quartiles of these quotients.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# What the figures are, for the commands to print beside them.
+# The definition of the numbers, which the commands print below them.
 DEFINITION = (
     "A time is the median over the rounds; in a round everything runs once, in random "
     "order. A ratio is the median, over the rounds, of the time divided by the "
@@ -26,12 +26,12 @@ DEFINITION = (
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """The middle of some values.
+    """The median and the quartiles of some values, interpolated where between two.
 
     Attributes:
-      median: half of them are no larger.
-      low: a quarter of them are no larger; between two values, interpolated.
-      high: three quarters of them are no larger, likewise.
+      median: the median.
+      low: the lower quartile.
+      high: the upper quartile.
     """
 
     median: float
@@ -44,11 +44,11 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A function's times.
+    """A summary of a function's times.
 
     Attributes:
-      median_s: the median over the rounds, in seconds.
-      ratio: of a time to the baseline's in the same round.
+      median_s: the median time over the rounds, in seconds.
+      ratio: the time over the baseline's in the same round.
     """
 
     median_s: float
@@ -56,7 +56,7 @@ class Summary:
 
 
 def orders(names: Iterable[str], rounds: int, seed: int = 0) -> Iterator[list[str]]:
-    """The names in an order for each round, the same for the same seed."""
+    """Yields the names in a random order for each round, the same for a seed."""
     generator, order = random.Random(seed), list(names)
     for _ in range(rounds):
         generator.shuffle(order)
@@ -69,20 +69,20 @@ def interleaved(
     seed: int = 0,
     calls: int = 1,
 ) -> dict[str, list[float]]:
-    """Runs functions in turns.
+    """Times functions in turns.
 
     Each runs once before the first round, untimed: a first run compiles and allocates.
 
     Args:
-      functions: by name. A run is over when all arrays in the result are computed.
-      rounds: how often each has its turn.
-      seed: of the order.
-      calls: how often a function is called in its turn. A GPU computes one while the
-        next is called, as in training; with one call, what it takes to start a program
-        and to hear of its end is in the time.
+      functions: functions by name. A call ends when all arrays of the result are ready.
+      rounds: the number of turns of each function.
+      seed: the seed of the order.
+      calls: the number of calls in a turn. With several, a GPU computes one while the
+        next is launched, as in training; with one, its time includes the launch and the
+        synchronisation.
 
     Returns:
-      By name, the seconds of a call in each round.
+      The seconds of a call in each round, by name.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -97,29 +97,29 @@ def _seconds(function: Callable[[], Any], calls: int) -> float:
     start = perf_counter()
     results = jax.block_until_ready([function() for _ in range(calls)])
     stop = perf_counter()
-    del results  # after the clock has stopped, as they are freed here
+    del results  # freed after the clock has stopped
     return (stop - start) / calls
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles."""
+    """Returns the median and the quartiles."""
     low, median, high = np.percentile(values, [25, 50, 75])
     return Spread(float(median), float(low), float(high))
 
 
 def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Spread:
-    """Ratios of times to the baseline's in the same rounds."""
+    """Returns the ratios of times to the baseline's in the same rounds."""
     return spread([a / b for a, b in zip(seconds, baseline, strict=True)])
 
 
 def summarise(
     seconds: Mapping[str, Sequence[float]], baseline: str
 ) -> dict[str, Summary]:
-    """Medians and quartiles of the times that `interleaved` returned.
+    """Returns medians and ratios of the times that `interleaved` returned, by name.
 
     Args:
-      seconds: by name, in each round.
-      baseline: the name of what the others are compared with.
+      seconds: the seconds in each round, by name.
+      baseline: the name that the ratios are to.
     """
     return {
         name: Summary(spread(each).median, ratio(each, seconds[baseline]))
@@ -128,10 +128,10 @@ def summarise(
 
 
 def count(text: str) -> int:
-    """A number of rounds or of calls on a command line.
+    """Parses a positive integer on a command line.
 
     Raises:
-      argparse.ArgumentTypeError: it is not one.
+      argparse.ArgumentTypeError: the text is not one.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"takes a positive integer, got {text!r}")

@@ -1,4 +1,4 @@
-"""A transformer in plain JAX, its blocks in a loop of the program or one by one."""
+"""A transformer in plain JAX, with its blocks in `jax.lax.scan` or one by one."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ _Params = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """Pre-norm blocks; the loss is the mean square of what the last one returns.
+    """Pre-norm blocks, with the mean square of the last one's output as the loss.
 
     It has the interface of `benchmarks.workloads.Workload`.
 
     Attributes:
-      layers: how many blocks.
-      width: of the tokens.
-      heads: of the attention.
-      tokens: in a sequence.
+      layers: the number of blocks.
+      width: features of a token.
+      heads: heads of the attention.
+      tokens: tokens in a sequence.
       batch: sequences in a step.
-      dtype: of the computation; parameters are float32.
-      scan: whether the blocks are one, in `jax.lax.scan`, whose parameters are stacked
+      dtype: the type of the computation; parameters are float32.
+      scan: whether the blocks are one `jax.lax.scan`, with their parameters stacked
         along a first axis.
     """
 
@@ -47,27 +47,31 @@ class Transformer:
 
     @property
     def model(self) -> str:
-        """Its name in tables."""
+        """The name in tables."""
         kind = "in lax.scan" if self.scan else "one by one"
         return f"Transformer of {self.layers} blocks {kind}"
 
     @property
     def name(self) -> str:
-        """Its name on a command line."""
+        """The name on a command line."""
         return f"{self.model}, {self.dtype}"
 
     @property
     def variants(self) -> dict[str, Variant]:
-        """Its variants; the first is what the others are held against."""
+        """The variants by name; the first is the baseline."""
         return {name: VARIANTS[name] for name in OF_FUNCTIONS}
 
     @property
     def attention_core_flops(self) -> float:
-        """Operations of the attention's scores of all layers, computed once."""
+        """The FLOPs of computing the attention scores of all layers once."""
         return 2.0 * self.layers * self.batch * self.tokens**2 * self.width
 
     def title(self, where: str) -> str:
-        """Above a table of it."""
+        """Returns the title of a table.
+
+        Args:
+          where: the device, or the target.
+        """
         return (
             f"### {self.model}, width {self.width:,}, {self.heads} heads, "
             f"{self.batch} x {self.tokens:,} tokens, {self.dtype}, {where}"
@@ -76,15 +80,15 @@ class Transformer:
     def training_step(
         self, variant: Variant, batch: int | None = None
     ) -> tuple[Step, tuple[Any, ...], tuple[int, ...]]:
-        """A step of SGD with momentum.
+        """Returns a step of SGD with momentum.
 
         Args:
-          variant: how memory is saved in it.
-          batch: sequences in the step; `None`: the workload's.
+          variant: the way to save memory.
+          batch: sequences in the step; `None` for the workload's own.
 
         Returns:
-          The step, its arguments as `jax.ShapeDtypeStruct`s, and which are to be
-          donated.
+          The step, its arguments as `jax.ShapeDtypeStruct`s, and the numbers of those
+          to donate.
         """
         params, others, x = self.arguments(batch)
         variables = {"params": params} | others
@@ -93,7 +97,7 @@ class Transformer:
         return step, (variables, opt_state, x), steps.DONATED
 
     def loss(self, variant: Variant) -> Callable[..., tuple[Array, Any]]:
-        """The loss, of parameters, other variables (there are none) and tokens."""
+        """Returns the loss, a function of parameters, an empty dict, and tokens."""
         block: Callable[[_Params, _Tokens], _Tokens] = _block
         if variant.layers.remat == "blocks":
             block = jax.checkpoint(_block)
@@ -110,7 +114,7 @@ class Transformer:
         return variant.applied(loss)
 
     def arguments(self, batch: int | None = None) -> tuple[Any, dict[str, Any], Any]:
-        """The arguments of the loss, as `jax.ShapeDtypeStruct`s."""
+        """Returns the arguments of the loss, as `jax.ShapeDtypeStruct`s."""
         shapes = _shapes(self.width, self.heads)
         leading = (self.layers,) if self.scan else ()
         block = {
@@ -139,7 +143,7 @@ def _shapes(width: int, heads: int) -> dict[str, tuple[int, ...]]:
 
 
 def _block(params: _Params, x: _Tokens) -> _Tokens:
-    """Attention and an MLP, each after a norm and beside a shortcut."""
+    """Applies attention and an MLP, each with a norm before it and a shortcut."""
     kernel = functools.partial(_kernel, params, x.dtype)
     y = _norm(x, params["scale1"], params["offset1"])
     q, k, v = (
@@ -158,7 +162,7 @@ def _kernel(params: _Params, dtype: Any, name: str) -> Array:
 
 
 def _norm(x: _Tokens, scale: Array, offset: Array) -> _Tokens:
-    """A layer norm, computed in float32."""
+    """Applies a layer norm, computed in float32."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     deviation = jax.lax.rsqrt(wide.var(-1, keepdims=True) + 1e-6)

@@ -1,20 +1,20 @@
-"""Settings that must be made before JAX is imported; the tests that cannot run here."""
+"""Settings from before the import of JAX, and the skips of tests without a compiler."""
 
 import os
 
 from tests import xla_flags
 
-# The tests are about results, which do not need a GPU; name one to test on it.
+# The tests check results, which need no GPU; set the variable to test on one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices for the tests of meshes; all others use the first.
+# The tests of meshes use eight devices; all others use the first.
 os.environ.setdefault("XLA_FLAGS", xla_flags.devices(8))
 
 import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-# Every call of these has its shapes and dtypes checked against the annotations. (Not
-# `ops`: JAX's transformations call it with array types of their own.)
+# In these modules, shapes and dtypes are checked against the annotations in each call.
+# (Not in `products`: JAX's transformations call it with array types of their own.)
 install_import_hook(
     [f"dropit_jax.{name}" for name in ("chunking", "nn", "packing", "selection")],
     "beartype.beartype",
@@ -29,13 +29,13 @@ _NO_COMPILER = "needs XLA's GPU compiler"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest test first, for which one process would wait at the end."""
+    """Puts the longest tests first, so that no process runs them alone at the end."""
     items.sort(key=lambda item: "test_presets" not in item.nodeid)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Skips a test that asks for the GPU compiler where there is none."""
+    """Reports a test as skipped that fails because there is no GPU compiler."""
     report = yield
     if call.excinfo is not None and _lacks_compiler(call.excinfo.value):
         report.outcome = "skipped"
@@ -45,7 +45,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def _lacks_compiler(error):
-    """Whether that is the error, or what the error is about."""
+    """Returns whether the error, or one that caused it, is `CompilerMissingError`."""
     while error is not None:
         if type(error).__name__ == "CompilerMissingError":
             return True
@@ -54,7 +54,7 @@ def _lacks_compiler(error):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says last, and loudly, how many tests did not run."""
+    """Prints how many tests were skipped, at the end and in red."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = [str(report.longrepr[2]) for report in skipped]
     if count := sum(_NO_COMPILER in reason for reason in reasons):

@@ -1,4 +1,4 @@
-"""What XLA is told in tests; imported before JAX.
+"""XLA's flags in tests, set before JAX is imported.
 
 An unknown flag ends the process, so some depend on the version.
 """
@@ -7,17 +7,17 @@ from importlib import metadata
 
 _IS_OLD = metadata.version("jaxlib").startswith("0.10.")
 
-# Programs are small and run a few times, and three quarters of the tests' time went
-# into compiling them. LLVM need not optimise them, nor the fusions go through MLIR, nor
-# one program use two cores while another test waits for one.
+# The programs of tests are small and run a few times, and compiling them took three
+# quarters of the time. So LLVM does not optimise, fusions do not go through MLIR, and a
+# program is compiled on one core, as another test may need the others.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if _IS_OLD:
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 
-# With it the PTX of kernels is among the compiler's notes.
+# With this flag, XLA's dumps contain the PTX of GPU kernels.
 KEEP_PTX = "" if _IS_OLD else "--xla_dump_emitter_re=.*"
 
 
 def devices(count: int) -> str:
-    """Flags for so many simulated devices."""
+    """Returns the flags for `count` simulated devices."""
     return f"--xla_force_host_platform_device_count={count} {QUICK}"
