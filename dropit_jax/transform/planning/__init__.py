@@ -1,1 +1,1 @@
-"""Chooses the values that are stored, and those that are computed again."""
+"""Chooses which values are stored, and in what form; the others are recomputed."""

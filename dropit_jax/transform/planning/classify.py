@@ -1,4 +1,4 @@
-"""Sorts forward values by the harm that an error in them does to the gradients."""
+"""Classifies forward values by the gradients that an error in them changes."""
 
 import dataclasses
 import enum
@@ -15,18 +15,18 @@ from dropit_jax.transform.tracing.program import Node, Program, Scalar
 
 
 class Kind(enum.Enum):
-    """A class of values.
+    """The class of a forward value.
 
     Attributes:
-      FREE: inputs, which are alive anyway, and what costs next to nothing to compute of
-        them alone.
-      DISCRETE: of no floating point.
-      KERNEL: only gradients of inputs depend on it, each by one product.
-      FLOWING: the gradient of what came before depends on it.
-      SMALL: too small to matter.
-      KEPT: stored exactly: what a plan or a rule of its own has chosen to store,
-        parameters that devices gathered, and values that few bits cannot hold
-        (`fragile`).
+      FREE: inputs, which stay in memory anyway, and values computed from inputs alone
+        at next to no cost, such as casts. Never stored.
+      DISCRETE: boolean, integer and complex values. Stored exactly.
+      KERNEL: values that the backward pass reads only in products whose results are
+        final gradients: an error changes that one gradient.
+      FLOWING: values on which the gradient of earlier operations depends.
+      SMALL: values too small for their bytes to matter. Stored exactly.
+      KEPT: values stored exactly although floating: residuals of another plan or of a
+        DropIT layer, parameters gathered from devices, `fragile` values.
     """
 
     FREE = "free"
@@ -37,34 +37,35 @@ class Kind(enum.Enum):
     KEPT = "kept"
 
 
-# What plans and rules of this library store, they name.
+# The `checkpoint_name` of all residuals that plans and DropIT layers store.
 STORED_NAME = "dropit"
 
-# A value this much smaller than a typical one is small; values of at least the typical
-# size hold this share of all bytes. (The largest is not typical: the logits of a
-# language model are a hundred times as large as its activations.)
+# A value is small if its bytes are at most _SMALL of the typical size. Values of at
+# least the typical size hold _SHARE of all bytes. (The largest value is not typical:
+# the logits of a language model are a hundred times as large as its activations.)
 _SMALL = 1 / 32
 _SHARE = 0.9
 
-# Moves, and casts: of an input they cost next to nothing.
+# Applied to an input, they cost next to nothing.
 _CHEAP = primitives.MOVES | {"convert_element_type", "mul", "neg"}
 
 _SMOOTH = primitives.CONTINUOUS | primitives.MOVES
 
 
 def names_what_is_stored(node: Node) -> bool:
-    """Whether an equation names what another plan, or a DropIT rule, stores."""
+    """Returns whether an equation names a residual of a plan or a DropIT layer."""
     return node.name == compat.NAME and node.params["name"] == STORED_NAME
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """The class of every forward value.
+    """The classes of all forward values.
 
     Attributes:
-      kinds: by value.
-      parameters: values that are, or are made of, one input alone.
-      needed: what the backward pass reads that is not free.
+      kinds: the class of each value, by its number.
+      parameters: values computed from free inputs and constants alone, without a
+        product: parameters of the model, the batch, and casts or sums of them.
+      needed: the values that the backward pass reads and that are not free.
     """
 
     kinds: list[Kind]
@@ -78,16 +79,16 @@ def classify(
     free_inputs: Sequence[bool],
     final: Sequence[bool],
 ) -> Classes:
-    """Sorts the values of the forward pass.
+    """Classifies the values of the forward pass.
 
     Args:
-      halves: of the function.
-      backward: its backward pass.
-      free_inputs: of each input, whether it is alive anyway.
-      final: of each gradient, whether nothing is computed from it.
+      halves: the passes of the function.
+      backward: the backward pass to classify for.
+      free_inputs: for each input, whether it stays in memory anyway.
+      final: for each gradient, whether no other gradient is computed from it.
     """
     forward = halves.forward
-    free, parameters = _inputs_alone(forward, free_inputs)
+    free, parameters = _free_and_parameters(forward, free_inputs)
     reads = _reads(halves, backward, final)
     needed = frozenset(value for value in reads if value not in free)
     flowing = _flowing(forward, reads, free, parameters)
@@ -117,7 +118,7 @@ def classify(
 
 
 def _typical_size(sizes: Sequence[int]) -> int:
-    """The size such that values of at least that size hold most of the bytes."""
+    """Returns the largest size such that values at least as large hold `_SHARE`."""
     total, held = sum(sizes), 0
     for size in sorted(sizes, reverse=True):
         held += size
@@ -126,10 +127,10 @@ def _typical_size(sizes: Sequence[int]) -> int:
     return 0
 
 
-def _inputs_alone(
+def _free_and_parameters(
     forward: Program, free_inputs: Sequence[bool]
 ) -> tuple[set[int], set[int]]:
-    """Values that are free, and those that are made of one input."""
+    """Returns the free values, and `Classes.parameters`."""
     free = {v for v, yes in zip(forward.inputs, free_inputs, strict=True) if yes}
     free |= set(forward.constants)
     parameters = set(free)
@@ -149,7 +150,7 @@ def _inputs_alone(
 def _reads(
     halves: split.Halves, backward: Program, final: Sequence[bool]
 ) -> dict[int, str]:
-    """How the backward pass reads forward values: "kernel", "flowing" or "kept"."""
+    """Returns the role, one of `_ROLES`, of each forward value that is read."""
     inputs = backward.inputs[: len(halves.residuals)]
     how = _roles(backward, set(halves.cotangents), final)
     found: dict[int, str] = {}
@@ -159,7 +160,7 @@ def _reads(
     return found
 
 
-# What a gradient goes through on its way from a product to the result.
+# Primitives between the product that makes a gradient and the backward pass's output.
 _ONWARD = primitives.MOVES | {
     "add_any",
     "convert_element_type",
@@ -168,16 +169,16 @@ _ONWARD = primitives.MOVES | {
     "reshard",
     "sharding_constraint",
 }
-# The weaker role first.
+# How the backward pass reads a value; the role that allows more error comes first.
 _ROLES = ("kernel", "flowing", "kept")
 
 
 def final_values(backward: Program, final: Sequence[bool]) -> set[int]:
-    """The gradients that nothing is computed from, and what only becomes one of them.
+    """Returns the final gradients, and the values that are only used to make them.
 
     Args:
       backward: the backward pass.
-      final: of each gradient, whether nothing is computed from it.
+      final: for each gradient, whether no other gradient is computed from it.
     """
     pairs = [*zip(backward.outputs, final, strict=True)]
     outputs = set(programs.values(backward.outputs))
@@ -201,7 +202,13 @@ def final_values(backward: Program, final: Sequence[bool]) -> set[int]:
 def _roles(
     backward: Program, linear: set[int], final: Sequence[bool]
 ) -> dict[int, str]:
-    """How each value of the backward pass that depends on no cotangent is read."""
+    """Returns the role of each value of the backward pass without cotangents in it.
+
+    Args:
+      backward: the backward pass.
+      linear: the cotangents; values that depend on them are added.
+      final: as in `final_values`.
+    """
     for node in backward.nodes:
         if not linear.isdisjoint(node.operands):
             linear.update(node.outputs)
@@ -216,7 +223,7 @@ def _roles(
 
 
 def _role(node: Node, linear: set[int], last: set[int], roles: dict[int, str]) -> str:
-    """How an equation of the backward pass reads values that are not linear."""
+    """Returns the role that an equation gives to the operands that are not linear."""
     if node.name in primitives.BODIES:
         return "kept"
     if not linear.isdisjoint(node.operands):
@@ -236,7 +243,7 @@ def _stronger(*roles: str) -> str:
 def _flowing(
     forward: Program, reads: dict[int, str], free: set[int], parameters: set[int]
 ) -> set[int]:
-    """Values that the gradient flowing on reads, or is computed again of."""
+    """Returns the values that the flowing gradient reads, or may be recomputed from."""
     flowing = {value for value, how in reads.items() if how != "kernel"}
     for node in reversed(forward.nodes):
         if flowing.isdisjoint(node.outputs) or not is_repeatable(node, parameters):
@@ -246,14 +253,14 @@ def _flowing(
 
 
 def is_repeatable(node: Node, parameters: Set[int]) -> bool:
-    """Whether an equation may be computed again at all.
+    """Returns whether the backward pass may recompute an equation.
 
-    Products with a parameter are not, nor what has effects or draws random numbers, nor
-    primitives that are not known.
+    It may not recompute products with a parameter, convolutions, equations with side
+    effects or random bits, and primitives that `primitives` does not list.
 
     Args:
       node: the equation.
-      parameters: values that are made of one input alone.
+      parameters: as in `Classes`.
     """
     if node.equation.effects or names_what_is_stored(node):
         return False

@@ -1,8 +1,9 @@
-"""Which values are stored: a minimum cut of the forward pass.
+"""A minimum cut of the forward pass chooses the stored values.
 
-Nodes are equations and values. An equation costs its price if it is on the side of the
-backward pass, where it is computed again; a value, if it is there and its equation is
-not: it is stored. Whatever the backward pass reads is on its side.
+The nodes of the graph are equations and values; its sink is the backward pass. Values
+that the backward pass reads are on the sink's side. An equation on that side is
+recomputed, and costs its price. A value on that side whose equation is on the other is
+stored, and costs its bytes.
 """
 
 import math
@@ -16,8 +17,9 @@ from scipy.sparse import csgraph
 from dropit_jax.transform.planning.classify import Classes, Kind
 from dropit_jax.transform.tracing.program import Node, Program
 
-# Capacities are 32-bit integers; beyond them `maximum_flow` returns 0.
-_ENDLESS = 2**31 - 1
+# Capacities are 32-bit integers: where a sum exceeds them, SciPy's `maximum_flow`
+# returns 0 without an error. Finite prices are scaled to _TOTAL in all.
+_INFINITE = 2**31 - 1
 _TOTAL = 2**30
 
 
@@ -27,23 +29,27 @@ def stored_values(
     storing: Callable[[int], float],
     rebuilding: Callable[[Node], float],
 ) -> frozenset[int]:
-    """The values to store, at the least price in total.
+    """Returns the values to store for the least total price.
 
-    Of equal cuts the one nearest to the backward pass is taken: it rebuilds least.
+    Of cuts of equal price, this is the nearest to the backward pass, which recomputes
+    the fewest equations.
 
     Args:
       program: the forward pass.
-      classes: of its values.
-      storing: the price of a stored value.
-      rebuilding: the price of an equation that is computed again; it may be infinite.
+      classes: the classes of its values.
+      storing: returns the price of a stored value, in bytes.
+      rebuilding: returns the price of a recomputed equation, in bytes; it may be
+        infinite.
     """
     graph = _graph(program, classes, storing, rebuilding)
     if graph is None:
         return frozenset()
     edges, values = graph
-    behind = _behind(edges)
+    is_behind = _on_sink_side(edges)
     return frozenset(
-        value for value, (maker, node) in values.items() if behind[node] > behind[maker]
+        value
+        for value, (maker, node) in values.items()
+        if is_behind[node] > is_behind[maker]
     )
 
 
@@ -57,7 +63,12 @@ def _graph(
     storing: Callable[[int], float],
     rebuilding: Callable[[Node], float],
 ) -> tuple[_Edges, dict[int, tuple[int, int]]] | None:
-    """The edges with their capacities; of each value, its maker's node and its own."""
+    """Returns the graph; `None` if the backward pass needs no value.
+
+    Returns:
+      The capacity of each edge `(from, to)`, and for each value the graph nodes of its
+      equation (the source for inputs) and of itself.
+    """
     if not classes.needed:
         return None
     makers = program.makers()
@@ -93,29 +104,30 @@ def _graph(
     return edges, values
 
 
-def _behind(edges: _Edges) -> np.ndarray:
-    """Of each node, whether it is on the side of the sink."""
+def _on_sink_side(edges: _Edges) -> np.ndarray:
+    """Returns for each node of the graph whether it is on the side of the sink."""
     count = 1 + max(max(edge) for edge in edges)
     flow, capacity = _flow(edges, count)
-    left = (capacity - flow).tocsc()  # what could still flow
-    behind = np.zeros(count, bool)
-    behind[_SINK] = True
-    todo = [_SINK]
+    unused = (capacity - flow).tocsc()
+    is_behind = np.zeros(count, bool)
+    is_behind[_SINK] = True
+    todo = [_SINK]  # searched from the sink, the cut is the one nearest to it
     while todo:
         node = todo.pop()
-        column = slice(left.indptr[node], left.indptr[node + 1])
-        before = left.indices[column][left.data[column] > 0]
-        new = before[~behind[before]]
-        behind[new] = True
+        column = slice(unused.indptr[node], unused.indptr[node + 1])
+        before = unused.indices[column][unused.data[column] > 0]
+        new = before[~is_behind[before]]
+        is_behind[new] = True
         todo.extend(new.tolist())
-    return behind
+    return is_behind
 
 
 def _flow(edges: _Edges, count: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Returns a maximum flow and the capacities, as `(count, count)` matrices."""
     finite = sum(price for price in edges.values() if price < math.inf)
     unit = max(finite / _TOTAL, 1e-9)
     sizes = [
-        _ENDLESS if price == math.inf else min(math.ceil(price / unit), _ENDLESS)
+        _INFINITE if price == math.inf else min(math.ceil(price / unit), _INFINITE)
         for price in edges.values()
     ]
     rows, columns = zip(*edges, strict=True)

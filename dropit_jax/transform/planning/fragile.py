@@ -1,4 +1,4 @@
-"""Values that few bits cannot hold: a small error in them is a large one later."""
+"""Finds values in which the small error of a few bits becomes a large one later."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,17 @@ import numpy as np
 from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing.program import Node, Program, Scalar
 
-# A number that only a mask puts into an array.
+# Numbers this large come from masks (such as -1e9 added to scores) alone.
 _MASK = 1e4
 
 
 def values(forward: Program, free: set[int], perturbed: Sequence[bool]) -> set[int]:
-    """The values that are stored exactly, whatever the preset.
+    """Returns the values that every preset stores exactly.
 
     Args:
       forward: the forward pass.
-      free: its values that are never stored.
-      perturbed: of each input, whether it is differentiated.
+      free: the values of the forward pass that are never stored.
+      perturbed: for each input, whether it is differentiated.
     """
     return (
         _masked(forward, free, perturbed)
@@ -30,35 +30,43 @@ def values(forward: Program, free: set[int], perturbed: Sequence[bool]) -> set[i
 
 
 def _masked(forward: Program, free: set[int], perturbed: Sequence[bool]) -> set[int]:
-    """Values that may have a mask's numbers in them, beside which others are nothing.
+    """Returns the values that may contain a mask's large numbers.
 
-    They are made with a constant of that size, or by adding an array that is not
-    differentiated, as a mask that is an argument is; or a softmax is taken of them.
-    Values that they are computed from take as few bytes.
+    Beside such a number, all other elements of a group get the same code. The values
+    are made with a constant of that size; or by adding an array that is not
+    differentiated, as a mask among the arguments; or a softmax is taken of them.
+    Exactness costs little: the values that they are computed from can be stored in few
+    bits instead.
     """
     masked = {v for v, array in forward.constants.items() if _is_mask(array)}
     added: set[int] = set()
-    shifts, still = _of_a_maximum(forward), _still(forward, perturbed)
+    maxima, constant = _maxima(forward), _unperturbed(forward, perturbed)
     for node in forward.nodes:
         operands = set(node.operands)
-        if node.name == "sub" and len(operands) == 2 and node.inputs[1] in shifts:
+        if node.name == "sub" and len(operands) == 2 and node.inputs[1] in maxima:
+            # A softmax: x - max(x).
             masked.update((*node.operands, *node.outputs))
             continue
         puts_in = primitives.SUMS | primitives.MOVES | {"select_n"}
-        if free >= operands or still >= operands:
+        if free >= operands or constant >= operands:
+            # The mask itself is made, as by (1 - mask) * -1e9.
             puts_in |= {"mul"}
         constants = (atom.val for atom in node.inputs if isinstance(atom, Scalar))
         if (node.name in puts_in and any(map(_is_mask, constants))) or (
             node.name in primitives.LINEAR | {"select_n"} and masked & operands
         ):
             masked.update(node.outputs)
-        if node.name in primitives.SUMS and still & operands and not still >= operands:
+        if (
+            node.name in primitives.SUMS
+            and constant & operands
+            and not constant >= operands
+        ):
             added.update(node.outputs)
     return masked | added
 
 
-def _of_a_maximum(forward: Program) -> set[int]:
-    """Maxima along an axis, and what is only moved of them."""
+def _maxima(forward: Program) -> set[int]:
+    """Returns the maxima along an axis, and broadcasts or copies of them."""
     found: set[int] = set()
     for node in forward.nodes:
         if node.name == "reduce_max" or (
@@ -69,21 +77,21 @@ def _of_a_maximum(forward: Program) -> set[int]:
     return found
 
 
-def _still(forward: Program, perturbed: Sequence[bool]) -> set[int]:
-    """Arrays that depend on nothing that is differentiated."""
-    moving = {v for v, yes in zip(forward.inputs, perturbed, strict=True) if yes}
+def _unperturbed(forward: Program, perturbed: Sequence[bool]) -> set[int]:
+    """Returns the arrays, scalars excluded, that depend on no differentiated input."""
+    dependent = {v for v, yes in zip(forward.inputs, perturbed, strict=True) if yes}
     for node in forward.nodes:
-        if not moving.isdisjoint(node.operands):
-            moving.update(node.outputs)
+        if not dependent.isdisjoint(node.operands):
+            dependent.update(node.outputs)
     return {
         value
         for value, aval in enumerate(forward.avals)
-        if value not in moving and hasattr(aval, "shape") and aval.shape
+        if value not in dependent and hasattr(aval, "shape") and aval.shape
     }
 
 
 def _is_mask(constant: Any) -> bool:
-    """Whether numbers are so large that only a mask puts them into an array."""
+    """Returns whether a constant contains numbers that only masks have."""
     if isinstance(constant, jax.core.Tracer) or not np.size(constant):
         return False
     if not jnp.issubdtype(jnp.result_type(constant), jnp.floating):
@@ -92,12 +100,13 @@ def _is_mask(constant: Any) -> bool:
 
 
 def _read_steeply(forward: Program) -> set[int]:
-    """Values of which a steep function is taken, and those that they are computed of.
+    """Returns the operands of steep functions, and the values they are linear in.
 
-    An error that is small beside a group of 64 is large beside its small elements,
-    where a logarithm or a quotient is steepest. After an `exp` it is not: there the
-    error of the result is relative to it. What a quotient gives has the largest range
-    of all, unless all elements of a row have one divisor.
+    The error of a code is small relative to the largest element of its group, but large
+    relative to the small ones, where a logarithm or a quotient is steepest. The search
+    stops at an `exp`: the error of its result is relative to each element. Quotients
+    have the widest range of all: they are returned too, unless all elements of a row
+    share one divisor.
     """
     makers = forward.makers()
     steep: set[int] = set()
@@ -116,7 +125,7 @@ def _read_steeply(forward: Program) -> set[int]:
 
 
 def _steep_operand(node: Node) -> int | None:
-    """The value of which an equation is a steep function."""
+    """Returns the operand in which an equation is steep; `None` if there is none."""
     if node.name not in primitives.STEEP | primitives.QUOTIENTS:
         return None
     if node.name == "integer_pow" and node.params["y"] > 0:
@@ -128,14 +137,14 @@ def _steep_operand(node: Node) -> int | None:
 _ONWARD_TO_STEEP = primitives.LINEAR | {"integer_pow", "select_n", "square"}
 
 
-# What leaves the factors of a matrix as they are, or some of them.
-_PARTS = primitives.MOVES | {"convert_element_type", "mul", "select_n"}
+# Applied to factors of a matrix, they return factors, or parts of these.
+_OF_FACTORS = primitives.MOVES | {"convert_element_type", "mul", "select_n"}
 
 
 def _decomposed(forward: Program) -> set[int]:
-    """Matrices that are solved with or taken apart, their factors, parts of these.
+    """Returns matrices that are factored or solved with, and their factors.
 
-    The derivative of a solution multiplies an error by the condition of the matrix.
+    The derivative of a solution multiplies an error by the condition number.
     """
     matrices: set[int] = set()
     factors: set[int] = set()
@@ -143,6 +152,6 @@ def _decomposed(forward: Program) -> set[int]:
         if node.name in primitives.DECOMPOSITIONS:
             matrices.update(node.operands)
             factors.update(node.outputs)
-        elif node.name in _PARTS and not factors.isdisjoint(node.operands):
+        elif node.name in _OF_FACTORS and not factors.isdisjoint(node.operands):
             factors.update(node.outputs)
     return matrices | factors

@@ -1,4 +1,4 @@
-"""Which preset holds for each value: that of a rule, where one names its place."""
+"""Finds the preset of each value: that of a rule which names its place, if any."""
 
 import dataclasses
 import fnmatch
@@ -14,13 +14,15 @@ from dropit_jax.transform.tracing.program import Node, Program
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """The presets of the values of a program.
+    """The presets of the values of a program; `places[value]` is one.
+
+    A place is a scope, such as "encoder/layer_0/mlp", or a `checkpoint_name`.
 
     Attributes:
-      default: the preset where no rule holds.
-      ruled: by value, the preset of the rule that holds for it.
-      matched: the rules that name a place of the program.
-      known: the places of the program.
+      default: the preset of values that no rule names.
+      ruled: the rule's preset of each other value.
+      matched: the patterns of the rules that name a place of the program.
+      known: the places of the program; empty if the preset has no rules.
     """
 
     default: Preset
@@ -32,14 +34,14 @@ class Places:
         return self.ruled.get(value, self.default)
 
     def may_rebuild(self, node: Node, lossy: set[int]) -> bool:
-        """Whether an equation may be computed again from values that others rule.
+        """Returns whether the rules allow an equation to be recomputed.
 
-        In a place with a rule, values come from stored values of the same rule, so that
-        no error of another place gets in.
+        A value with a rule is recomputed only from exact values and values with the
+        same rule, so that no error of another place reaches it.
 
         Args:
           node: the equation.
-          lossy: its operands that may have an error.
+          lossy: the operands that may have an error.
         """
         rules = {id(self.ruled[v]) for v in node.outputs if v in self.ruled}
         return not rules or all(
@@ -48,12 +50,12 @@ class Places:
 
 
 def find(preset: Preset, program: Program, scope: str) -> Places:
-    """Applies the rules of a preset to a program: the first that matches holds.
+    """Applies the rules of a preset to a program; the first that matches holds.
 
     Args:
       preset: the preset.
       program: the program.
-      scope: the scopes around it.
+      scope: the path of the scopes around the program.
     """
     if not preset.rules:
         return Places(preset, {}, frozenset(), frozenset())
@@ -78,12 +80,15 @@ def _matching(preset: Preset, place: str) -> Iterator[tuple[str, Preset]]:
 
 @functools.lru_cache(maxsize=2**16)
 def matches(pattern: str, place: str) -> bool:
-    """Whether a pattern names a place, or one that the place is in."""
+    """Returns whether a pattern names a place or a scope around it.
+
+    "encoder/*" matches the place "model/encoder/layer_0/mlp".
+    """
     return fnmatch.fnmatchcase(f"/{place}/", f"*/{pattern.strip('/')}/*")
 
 
 def _places(node: Node, around: str) -> Iterator[str]:
-    """The scope of an equation, and the name that it gives."""
+    """Yields the scope of an equation, and the name that a `checkpoint_name` gives."""
     scope = _scope(f"{around}/{node.equation.source_info.name_stack}")
     if scope:
         yield scope

@@ -1,4 +1,4 @@
-"""Chooses what is stored of each program of a function: classes, prices, the cut."""
+"""Chooses the stored values of each program of a function."""
 
 import dataclasses
 import hashlib
@@ -17,27 +17,27 @@ from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing import split
 from dropit_jax.transform.tracing.program import Program
 
-# Of each program by its fingerprint: the stored values, and how.
+# The fingerprint of each program to its stored values and their forms.
 Choices = Mapping[str, Mapping[int, Form]]
 
 
 class PlanError(ValueError):
-    """A plan is of another function, or of arguments of other types."""
+    """A plan belongs to another function, or to arguments of other types."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
-    """The stored values of one program: of the function, or of a body in it.
+    """The stored values of one program: the function, or the body of a loop in it.
 
     Attributes:
-      fingerprint: of the program.
-      halves: its passes.
-      classes: of its values.
-      forms: of each stored value.
-      turns: how often the program runs: the length of the loops around it.
-      is_recomputed: whether the backward pass runs the program again, as the body of a
-        `jax.checkpoint`, so that what it stores does not last until then.
-      scope: the scopes around the program.
+      fingerprint: identifies the program in plans.
+      halves: the passes of the program.
+      classes: the classes of its values.
+      forms: the form of each stored value.
+      turns: how often the program runs: the product of the lengths of the loops around.
+      is_recomputed: whether the program is the body of a `jax.checkpoint`. The backward
+        pass runs it again, so its residuals are not held between the passes.
+      scope: the path of the scopes around the program.
     """
 
     fingerprint: str
@@ -53,11 +53,12 @@ class Planner:
     """Plans the programs of one function.
 
     Attributes:
-      preset: what is stored.
+      preset: the preset, with its rules.
       made: the choices so far, in order.
     """
 
     def __init__(self, preset: Preset, choices: Choices | None = None) -> None:
+        """Takes the preset, and the choices of a plan in place of new ones."""
         self.preset = preset
         self.made: list[Choice] = []
         self._given = choices
@@ -74,15 +75,18 @@ class Planner:
         is_recomputed: bool,
         scope: str,
     ) -> Mapping[int, Form]:
-        """How each stored value of a program is stored.
+        """Returns the form of each stored value of a program; adds to `made`.
 
         Args:
-          halves: of the program.
-          is_free: of each input, whether it is alive anyway.
-          final: of each gradient, whether nothing is computed from it.
-          turns: how often the program runs.
+          halves: the passes of the program.
+          is_free: for each input, whether it stays in memory anyway.
+          final: for each gradient, whether no other gradient is computed from it.
+          turns: as in `Choice`.
           is_recomputed: as in `Choice`.
           scope: as in `Choice`.
+
+        Raises:
+          PlanError: the planner has the choices of a plan, and none for this program.
         """
         classes = classify.classify(halves, halves.backward, is_free, final)
         found = places.find(self.preset, halves.forward, scope)
@@ -95,10 +99,10 @@ class Planner:
         return forms
 
     def check_rules(self) -> None:
-        """Refuses rules that named no place of the programs planned so far.
+        """Checks that each rule names a place of the programs planned so far.
 
         Raises:
-          ValueError: there is one.
+          ValueError: a rule names none.
         """
         for pattern, _ in self.preset.rules:
             if pattern not in self._matched:
@@ -119,30 +123,35 @@ class Planner:
                 )
             return self._given[key]
         case = key, self.preset
-        forms = _known.get(case)
+        forms = _cached_forms.get(case)
         if forms is None:
-            forms = _known[case] = _cut(program, classes, found)
-            if len(_known) > _MOST:
-                del _known[next(iter(_known))]
+            forms = _cached_forms[case] = _stored_forms(program, classes, found)
+            if len(_cached_forms) > _CACHE_SIZE:
+                del _cached_forms[next(iter(_cached_forms))]
         return forms
 
 
-# A function that is not jitted is planned at each call, and cut at the first.
-_known: dict[tuple[str, Preset], Mapping[int, Form]] = {}
-_MOST = 1024
+# A function that is not jitted is planned at each call: the cache saves the cut.
+_cached_forms: dict[tuple[str, Preset], Mapping[int, Form]] = {}
+_CACHE_SIZE = 1024
 
-# Places that an error names.
+# The most places that an error names.
 _SHOWN = 20
 
 
-def _cut(program: Program, classes: Classes, found: Places) -> Mapping[int, Form]:
+def _stored_forms(
+    program: Program, classes: Classes, found: Places
+) -> Mapping[int, Form]:
     prices = Prices(program, classes, found)
     stored = cut.stored_values(program, classes, prices.storing, prices.rebuilding)
     return {value: prices.form(value) for value in sorted(stored)}
 
 
 def _fingerprint(halves: split.Halves, is_free: Sequence[bool], found: Places) -> str:
-    """Equal for programs for which a preset chooses the same, in any process."""
+    """Returns a digest; if two are equal, a preset makes the same choice for both.
+
+    It is the same in every process, as plans are saved.
+    """
     text = hashlib.sha256()
     for program in (halves.forward, halves.backward):
         for line in _lines(program):
@@ -154,6 +163,7 @@ def _fingerprint(halves: split.Halves, is_free: Sequence[bool], found: Places) -
 
 
 def _lines(program: Program) -> Any:
+    """Yields the program as text, one line an equation."""
     yield repr((program.inputs, [_atom(a) for a in program.outputs]))
     for node in program.nodes:
         made = [str(program.avals[value]) for value in node.outputs]
@@ -167,7 +177,7 @@ def _atom(atom: programs.Atom) -> str:
 
 
 def _param(value: Any) -> str:
-    """A parameter without addresses in memory, which differ from process to process."""
+    """Returns a parameter as text without addresses, which differ by process."""
     if isinstance(value, tuple | list):
         return str([_param(each) for each in value])
     if hasattr(compat.open_jaxpr(value), "eqns"):

@@ -1,4 +1,4 @@
-"""Prices of storing a value, and of computing it again: both in bytes."""
+"""Prices, in bytes of memory, of storing a value and of recomputing an equation."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ from dropit_jax.transform.tracing import primitives, split
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Node, Program
 
-# Operations of a product for which a GPU could move a byte. (H100, bfloat16: 1e15
-# operations and 3.4e12 bytes a second.) The price of the time is what the memory for
-# that byte is worth.
+# FLOPs of a product in the time in which a GPU moves a byte. (H100, bfloat16: 1e15
+# FLOPs and 3.4e12 bytes a second.) This much time costs as much as storing one byte.
 _FLOPS_A_BYTE = 300.0
 
+# The price of an equation that must not be recomputed.
 NEVER = math.inf
 
 _EXACT = Exact()
@@ -27,11 +27,11 @@ _EXACT = Exact()
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """The prices in a program.
+    """The prices of the values and equations of a program.
 
     Attributes:
       program: the forward pass.
-      classes: of its values.
+      classes: the classes of its values.
       places: the presets of its values.
     """
 
@@ -40,21 +40,26 @@ class Prices:
     places: Places
 
     def form(self, value: int) -> Form:
-        """How a value is stored, if it is."""
+        """Returns the form of a value, in case it is stored."""
         kind, aval = self.classes.kinds[value], self.program.avals[value]
         return _form(self.places[value], kind, aval)
 
     def storing(self, value: int) -> float:
-        """The bytes that a stored value takes."""
+        """Returns the price of storing a value: the bytes of its form."""
         aval = self.program.avals[value]
         if not hasattr(aval, "shape"):
             return 0.0
         if not programs.nbytes(aval):
-            return 8.0 * math.prod(map(compat.concrete, aval.shape))  # such as keys
+            return 8.0 * math.prod(map(compat.concrete, aval.shape))  # PRNG keys
         return float(self.form(value).nbytes(programs.sized(aval)))
 
     def rebuilding(self, node: Node) -> float:
-        """The price of an equation's second computation."""
+        """Returns the price of recomputing an equation.
+
+        `NEVER` if `is_repeatable` or a rule forbids it, and where a discrete result, or
+        that of a discontinuous function, would be computed from lossy values: there a
+        small error flips elements, such as those of a ReLU's mask.
+        """
         if not is_repeatable(node, self.classes.parameters):
             return NEVER
         lossy = {value for value in node.operands if self._may_be_lossy(value)}
@@ -62,27 +67,29 @@ class Prices:
             return NEVER
         if node.name in primitives.PRODUCTS:
             return self._product(node)
-        makes_steps = node.name in primitives.STEPS or not all(
+        is_discrete = node.name in primitives.STEPS or not all(
             split.is_floating(self.program.avals[v]) for v in node.outputs
         )
-        if makes_steps and lossy:
+        if is_discrete and lossy:
             return NEVER
         return self._price(node) * self._moved(node)
 
     def _may_be_lossy(self, value: int) -> bool:
-        """Whether a value may be computed of others that are stored with an error."""
+        """Returns whether a value may be recomputed from values with an error."""
         kind = self.classes.kinds[value]
         if kind is Kind.FREE or not split.is_floating(self.program.avals[value]):
             return False
         presets = self.places.default.all
-        if kind is Kind.FLOWING:  # all that it is computed of is flowing too
+        if kind is Kind.FLOWING:  # the values that it is computed from are flowing too
             return any(preset.flowing != _EXACT for preset in presets)
         return any({preset.kernel, preset.flowing} != {_EXACT} for preset in presets)
 
     def _price(self, node: Node) -> float:
+        """Returns the price of moving one byte: `Preset.traffic`."""
         return self.places[node.outputs[0]].traffic if node.outputs else 0.0
 
     def _product(self, node: Node) -> float:
+        """Returns the price of a product: that of its FLOPs and of its traffic."""
         (contracted, _), _ = node.params["dimension_numbers"]
         shape = self.program.avals[next(node.operands)].shape
         (output,) = node.outputs
@@ -91,7 +98,7 @@ class Prices:
         return flops / _FLOPS_A_BYTE + self._price(node) * self._moved(node)
 
     def _moved(self, node: Node) -> float:
-        """The bytes that an equation reads and makes."""
+        """Returns the bytes that an equation reads and writes."""
         values = (*set(node.operands), *node.outputs)
         return float(
             sum(programs.nbytes(self.program.avals[value]) for value in values)
@@ -99,7 +106,7 @@ class Prices:
 
 
 def _form(preset: Preset, kind: Kind, aval: Any) -> Form:
-    """How a preset stores a value of a class."""
+    """Returns a preset's form for a class; exact where the form would save nothing."""
     if not getattr(aval, "shape", ()):
         return _EXACT
     chosen: Any = _EXACT
@@ -110,6 +117,6 @@ def _form(preset: Preset, kind: Kind, aval: Any) -> Form:
     elif kind is Kind.FLOWING:
         chosen = preset.flowing
     if not isinstance(aval.shape[-1], int):
-        return _EXACT  # groups are of an axis of known size
+        return _EXACT  # a symbolic size: the last axis cannot be cut into groups
     is_less = chosen.nbytes(programs.sized(aval)) < programs.nbytes(aval)
     return chosen if is_less else _EXACT
