@@ -1,1 +1,1 @@
-"""The forms that values are stored in, and the presets that choose among them."""
+"""The forms in which values are stored, and the presets that choose among them."""

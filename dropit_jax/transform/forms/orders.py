@@ -1,18 +1,22 @@
-"""How stored values lie in a GPU's memory: as the products that read them want it."""
+"""Orders of axes in a GPU's memory, as the products that read a stored value want."""
 
 from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing.program import Program
 
+# The axes of an array, the outermost in memory first.
 Order = tuple[int, ...]
 
-_ALONG = primitives.CONTINUOUS | primitives.STEPS | {"copy", "name", "stop_gradient"}
+_SAME_ORDER = (
+    primitives.CONTINUOUS | primitives.STEPS | {"copy", "name", "stop_gradient"}
+)
 
 
 def orders(forward: Program) -> dict[int, Order]:
-    """Returns how values lie that batched products read: axes, the outermost first.
+    """Returns the orders of values that batched products read: batch axes first.
 
-    The axes of the batch come first, as in attention, whose heads lie beside each other
-    otherwise. What is computed of such a value element by element lies as it does.
+    In attention, products over `(batch, length, heads, depth)` have the batch axes 0
+    and 2, and the order (0, 2, 1, 3): each head is contiguous. Operands of elementwise
+    operations have the order of the result.
     """
     found: dict[int, Order] = {}
     for node in reversed(forward.nodes):
@@ -23,7 +27,7 @@ def orders(forward: Program) -> dict[int, Order]:
                     axes = range(len(forward.avals[value].shape))
                     rest = [axis for axis in axes if axis not in batch]
                     found.setdefault(value, (*batch, *rest))
-        elif node.name in _ALONG and node.outputs[0] in found:
+        elif node.name in _SAME_ORDER and node.outputs[0] in found:
             order = found[node.outputs[0]]
             shape = forward.avals[node.outputs[0]].shape
             for value in node.operands:

@@ -1,4 +1,4 @@
-"""The presets: what becomes of each class of value."""
+"""The presets: the form in which each class of value is stored."""
 
 import dataclasses
 import difflib
@@ -10,32 +10,33 @@ from typing import Any
 from dropit_jax.policy import DropIT
 from dropit_jax.transform.forms.storage import Bits, Codes, Exact, Form, Selected
 
-# How a value is stored: as it is, in unsigned codes of some bits, or by a policy.
+# A form, the word for one ("exact", "int8", "int4", "int2"), or a policy.
 FormLike = str | DropIT | Form
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How values are stored, and at what price they are computed again.
+    """The forms of stored values, and the price of recomputing them.
 
     Attributes:
-      name: of the preset that it was made from.
-      kernel: how a value is stored that only gradients of parameters depend on:
-        "exact", "int8", "int4", "int2" or a `DropIT` policy.
-      flowing: how a value is stored that the gradient of what came before depends on:
-        "exact", "int8", "int4" or "int2".
-      traffic: what a byte costs that is moved to compute a value again, in bytes of
-        memory.
-      rules: presets for named places, `{"head": "exact"}`: by a scope (of a Flax
-        module, or `jax.named_scope`), several separated by "/", or by a
-        `checkpoint_name`; `*` stands for anything. What the place reads is treated like
-        what it computes, and the first rule that names a place holds there. A value is
-        a `Preset`, the name of one, or a form for both classes. Kept as pairs.
+      name: the name of the preset that this one was made from.
+      kernel: the form of values on which only gradients of parameters depend: "exact",
+        "int8", "int4", "int2" or a `DropIT` policy.
+      flowing: the form of values on which gradients of earlier layers depend: "exact",
+        "int8", "int4" or "int2".
+      traffic: the price of moving one byte in order to recompute a value, in bytes of
+        memory. The lower it is, the more values are recomputed.
+      rules: presets for named places, such as `{"head": "exact"}`. A key is a scope (of
+        a Flax module, or `jax.named_scope`), several scopes joined by "/", or a
+        `checkpoint_name`; `*` matches any text. A value is a `Preset` without rules,
+        the name of one, or a form for both classes. A rule holds for the values that
+        its place reads and computes; of rules for the same value the first holds. The
+        attribute is a tuple of pairs.
 
     Raises:
       TypeError: a field has the wrong type.
-      ValueError: there is no such form or preset; `flowing` is a policy; `traffic` is
-        negative.
+      ValueError: a form or preset does not exist, `flowing` is a policy, or `traffic`
+        is negative.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Preset:
         object.__setattr__(self, "rules", tuple(self._rules(self.rules)))
 
     def _rules(self, rules: Any) -> Iterable[tuple[str, "Preset"]]:
+        """Yields the checked rules as (pattern, preset)."""
         try:
             pairs = [*dict(rules).items()]
         except (TypeError, ValueError):
@@ -84,16 +86,16 @@ class Preset:
 
     @property
     def all(self) -> tuple["Preset", ...]:
-        """The preset, and those of its rules."""
+        """The preset itself, and the presets of its rules."""
         return (self, *(treatment for _, treatment in self.rules))
 
     @property
     def needs_key(self) -> bool:
-        """Whether random numbers decide what is stored."""
+        """Whether a policy draws random numbers to select elements."""
         return any(each.kernel.needs_key for each in self.all)  # type: ignore[union-attr]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, forms as their words."""
+        """Returns the fields for JSON, forms as words; `from_dict` reads them."""
         return {
             "name": self.name,
             "kernel": word(self.kernel),
@@ -104,13 +106,13 @@ class Preset:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preset":
-        """The preset whose `to_dict` this is."""
+        """Returns the preset that `to_dict` wrote."""
         words = {name: of_word(fields[name]) for name in ("kernel", "flowing")}
         rules = {place: cls.from_dict(each) for place, each in fields["rules"].items()}
         return cls(**fields | words | {"rules": rules})
 
 
-# By the words that they are given in.
+# The forms that users name.
 _FORMS: dict[str, Form] = {
     "exact": Exact(),
     "int8": Codes(8),
@@ -122,11 +124,15 @@ _POLICY = "DropIT "
 
 
 def form(given: Any, field: str = "form") -> Form:
-    """The form that a word or a policy stands for.
+    """Returns the form for a word, a policy, or a form itself.
+
+    Args:
+      given: the word, policy or form.
+      field: the field of `Preset` that an error names.
 
     Raises:
-      TypeError: it is neither, and no form.
-      ValueError: there is no such form.
+      TypeError: `given` is none of these.
+      ValueError: the word names no form.
     """
     if isinstance(given, DropIT):
         return Selected(given)
@@ -143,21 +149,21 @@ def form(given: Any, field: str = "form") -> Form:
 
 
 def word(form: Any) -> str:
-    """The word that stands for a form in a file."""
+    """Returns a form as text: "int8", "bits", `DropIT {"rate": 0.875, ...}`."""
     if isinstance(form, Selected):
         return _POLICY + json.dumps(dataclasses.asdict(form.policy))
     return _WORDS[form]
 
 
 def of_word(word: str) -> Form:
-    """The form that `word` gave this word for."""
+    """Returns the form that `word` wrote as this text."""
     if word.startswith(_POLICY):
         return Selected(DropIT(**json.loads(word.removeprefix(_POLICY))))
     return {text: form for form, text in _WORDS.items()}[word]
 
 
-# As in the paper, but for the type of the kept values: in half the bytes they lose
-# nothing beside what is dropped.
+# As in the paper, but with kept elements in bfloat16: beside the error of dropping the
+# others, its rounding does not matter, and they take half the bytes.
 _PAPER = DropIT(value_dtype="bfloat16")
 
 _PRESETS = {
@@ -173,16 +179,16 @@ PRESETS = tuple(_PRESETS)
 
 
 def preset(name: str, **fields: Any) -> Preset:
-    """The preset of a name, some of its fields changed.
+    """Returns a preset by its name, with some fields changed.
 
     Args:
-      name: "exact": nothing is lost; "dropit": the paper, the largest elements of
-        kernel values; "lean": 8 bits; "leanest": 4 bits.
-      **fields: of `Preset`, such as `kernel="int4"`.
+      name: "exact" (no error), "dropit" (the paper: the largest elements of kernel
+        values), "lean" (8 bits) or "leanest" (4 bits).
+      **fields: new values of fields of `Preset`, such as `kernel="int4"`.
 
     Raises:
-      TypeError: there is no such field, or it has the wrong type.
-      ValueError: there is no such preset or form.
+      TypeError: a field does not exist, or has the wrong type.
+      ValueError: the preset or a form does not exist.
     """
     if not isinstance(name, str) or name not in _PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=1)

@@ -1,9 +1,8 @@
-"""How a value is stored from the forward to the backward pass.
+"""Forms: how a value is encoded for storage and decoded in the backward pass.
 
-A form says what becomes of a value; the arrays that it becomes are a pytree. Codes are
-those of `storage.quantization`, in another arrangement: groups lie along the last
-axis, and decoding is one expression of arrays of the value's own shape, which XLA
-computes inside of the kernel that reads it.
+The encoded value is a pytree of arrays. `Codes` are those of `storage.quantization`
+with another arrangement: groups lie along the last axis, and every array of the decoder
+has the shape of the value, so that XLA fuses it into the GPU kernel that reads it.
 """
 
 import dataclasses
@@ -28,18 +27,21 @@ _GROUP = 64
 
 
 class Form(Protocol):
-    """How values of one type are stored."""
+    """Encodes and decodes values."""
 
     @property
     def is_lossy(self) -> bool:
-        """Whether a decoded value differs from the one that was encoded."""
+        """Whether a decoded value may differ from the encoded one."""
 
     @property
     def needs_key(self) -> bool:
         """Whether `encode` draws random numbers."""
 
     def nbytes(self, aval: Any) -> float:
-        """The bytes that a value of this type takes; infinite if it cannot be held."""
+        """Returns the bytes of an encoded value of this type.
+
+        Infinite if the form cannot store the type.
+        """
 
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
@@ -48,18 +50,24 @@ class Form(Protocol):
 
         Args:
           x: the value.
-          order: of its axes in a GPU's memory, the outermost first; `None`: as they
-            are, but for those of images.
-          key: for forms that need one.
+          order: the order of its axes in a GPU's memory, the outermost first. `None`:
+            row-major up to three axes; more may be images, and XLA chooses.
+          key: a PRNG key, where `needs_key`.
         """
 
     def decode(self, stored: Any, aval: Any, order: Order | None = None) -> Array:
-        """The value of this type, or what is left of it."""
+        """Returns the value, or its approximation.
+
+        Args:
+          stored: the result of `encode`.
+          aval: the type of the value.
+          order: as in `encode`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The value as it is."""
+    """Stores a value unchanged."""
 
     is_lossy = False
     needs_key = False
@@ -86,7 +94,10 @@ class Exact:
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """Booleans, eight in a byte along the last axis."""
+    """Stores booleans as a bit mask along the last axis.
+
+    `bool[4, 10] -> uint8[4, 2]`: 10 bits and 6 of padding a row, 8 bytes in all.
+    """
 
     is_lossy = False
     needs_key = False
@@ -100,11 +111,11 @@ class Bits:
     ) -> Array:
         """As in `Form`."""
         del key
-        return packing.pack(_laid_out(jnp.atleast_1d(x), order), 1)
+        return packing.pack(_in_layout(jnp.atleast_1d(x), order), 1)
 
     def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
         """As in `Form`."""
-        bits = packing.unpack(_laid_out(stored, order), 1, (aval.shape or (1,))[-1])
+        bits = packing.unpack(_in_layout(stored, order), 1, (aval.shape or (1,))[-1])
         return bits.astype(bool).reshape(aval.shape)
 
     def __str__(self) -> str:
@@ -113,10 +124,14 @@ class Bits:
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """Unsigned codes with a minimum and a scale for every group of the last axis.
+    """Stores unsigned codes, and a minimum and a scale for each group.
+
+    Groups are 64 consecutive elements of the last axis. With 4 bits,
+    `float32[2, 200] -> uint8[2, 100], bfloat16[2, 4], bfloat16[2, 4]`: 200 bytes of
+    codes, 16 of minima and 16 of scales, instead of 1,600.
 
     Attributes:
-      bits: of a code: 2, 4 or 8.
+      bits: bits of a code: 2, 4 or 8.
     """
 
     bits: int
@@ -135,14 +150,15 @@ class Codes:
     ) -> tuple[Array, Array, Array]:
         """As in `Form`."""
         del key
-        x = _laid_out(x, order)
+        x = _in_layout(x, order)
         last, levels = x.shape[-1], 2**self.bits - 1
         size, _ = _groups(last)
-        wide = x.astype(_computed(x.dtype))
+        wide = x.astype(_compute_dtype(x.dtype))
         minimum, scale = quantization.ranges(_grouped(wide), levels)
         above = wide - _spread(minimum, size, last)
+        # Not negative, so that the cast rounds down.
         codes = (above * _spread(1 / scale, size, last) + 0.5).astype(jnp.uint8)
-        packed = _laid_out(packing.pack(codes, self.bits), order)
+        packed = _in_layout(packing.pack(codes, self.bits), order)
         return packed, minimum.astype(jnp.bfloat16), scale.astype(jnp.bfloat16)
 
     def decode(
@@ -152,12 +168,12 @@ class Codes:
         packed, minimum, scale = stored
         last = aval.shape[-1]
         size, _ = _groups(last)
-        compute = _computed(aval.dtype)
-        codes = packing.unpack(_laid_out(packed, order), self.bits, last)
+        compute = _compute_dtype(aval.dtype)
+        codes = packing.unpack(_in_layout(packed, order), self.bits, last)
         low, step = (_spread(x.astype(compute), size, last) for x in (minimum, scale))
         values = codes.astype(compute) * step + low
         if aval.dtype == jnp.float16:
-            # The last code may stand for a little more than the largest of its group.
+            # The highest code may decode to slightly more than the group's maximum.
             largest = float(jnp.finfo(jnp.float16).max)
             values = jnp.clip(values, -largest, largest)
         return values.astype(aval.dtype)
@@ -168,7 +184,7 @@ class Codes:
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """The elements or channels that a policy selects (paper, §3.2)."""
+    """Stores the elements or channels that a policy selects (paper, §3.2)."""
 
     policy: DropIT
 
@@ -205,42 +221,52 @@ def _selected_bytes(policy: DropIT, shape: tuple[int, ...], dtype: Any) -> float
     compress = functools.partial(residual.compress, dropit=policy, key=key)
     try:
         return jax.eval_shape(compress, jax.ShapeDtypeStruct(shape, dtype)).nbytes
-    except (TypeError, ValueError):  # the policy is not for values of this type
+    except (TypeError, ValueError):  # the policy does not take values of this type
         return math.inf
 
 
-def _laid_out(x: Array, order: Order | None) -> Array:
+def _in_layout(x: Array, order: Order | None) -> Array:
     return layouts.of_tokens(x) if order is None else layouts.in_order(x, order)
 
 
 def _groups(last: int) -> tuple[int, int]:
-    """How large groups of an axis are, and how many."""
+    """Returns the size and the number of the groups of an axis of `last` elements.
+
+    200 elements are 4 groups of 64, the last one of 8 elements. 100 are one group.
+    """
     if last <= 2 * _GROUP and last % _GROUP:
         return last, 1
     return _GROUP, -(-last // _GROUP)
 
 
 def _grouped(x: Array) -> Array:
-    """Returns groups, or elements with their extremes: `(*rows, groups, n)`."""
+    """Returns arrays with the extremes of the groups: `(*rows, last) -> (*rows, g, n)`.
+
+    The n elements are the group itself, or minima and maxima of its parts where the
+    last axis is sharded within groups: (1, 256) on 8 devices has 4 groups, each of two
+    parts of 32 elements, and gives (1, 4, 4).
+    """
     *rows, last = x.shape
     size, count = _groups(last)
     shards = shardings.shards(x, -1)
     own = last // shards
     if shards == 1 or own % size == 0:
-        return _cut(x, count, size)
-    # Devices share groups: the extremes of the parts that they have are gathered.
+        return _split_groups(x, count, size)
+    # To gather extremes moves fewer bytes between devices than to gather the elements.
     part = math.gcd(size, own)
     parts = x.reshape(*rows, last // part, part)
     extremes = jnp.stack([parts.min(-1), parts.max(-1)], axis=len(rows))
     whole = shardings.gather(extremes, len(rows))
-    pairs = jnp.moveaxis(_cut(whole, count, size // part), len(rows), len(rows) + 1)
+    pairs = jnp.moveaxis(
+        _split_groups(whole, count, size // part), len(rows), len(rows) + 1
+    )
     return pairs.reshape(*rows, count, -1)
 
 
-def _cut(x: Array, count: int, size: int) -> Array:
-    """Cuts the last axis into groups: `(*rows, last) -> (*rows, count, size)`."""
+def _split_groups(x: Array, count: int, size: int) -> Array:
+    """Splits the last axis into groups: `(*rows, last) -> (*rows, count, size)`."""
     *rows, last = x.shape
-    if count * size > last:  # the last element again changes no extreme
+    if count * size > last:  # padding by the last element changes no extreme
         end = lax.slice_in_dim(x, last - 1, last, axis=-1)
         end = jnp.broadcast_to(end, (*rows, count * size - last))
         x = jnp.concatenate([x, end], axis=-1)
@@ -248,13 +274,16 @@ def _cut(x: Array, count: int, size: int) -> Array:
 
 
 def _packed_size(aval: Any, bits: int) -> int:
-    """Bytes of the codes of a row, of which each shard is packed by itself."""
+    """Returns the bytes of a row of codes, whose shards are packed separately."""
     last, shards = (aval.shape or (1,))[-1], shardings.shards_of(aval, -1)
     return shards * packing.packed_size(last // shards, bits)
 
 
 def _spread(x: Array, size: int, last: int) -> Array:
-    """Repeats what groups have for their elements: `(*rows, n) -> (*rows, last)`."""
+    """Repeats numbers of groups for their elements: `(*rows, groups) -> (*rows, last)`.
+
+    A group has `size` elements, the last one what remains of `last`.
+    """
     *rows, count = x.shape
     if count == 1:
         return lax.broadcast_in_dim(x, (*rows, last), tuple(range(len(rows) + 1)))
@@ -262,6 +291,6 @@ def _spread(x: Array, size: int, last: int) -> Array:
     return each.reshape(*rows, count * size)[..., :last]
 
 
-def _computed(dtype: Any) -> Any:
-    """The type that codes are computed in."""
+def _compute_dtype(dtype: Any) -> Any:
+    """Returns the dtype in which codes of `dtype` are encoded and decoded."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32

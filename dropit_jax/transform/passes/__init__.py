@@ -1,1 +1,1 @@
-"""The two passes as they run: the forward one stores, the backward one rebuilds."""
+"""Runs the two passes: the forward pass stores, the backward pass rebuilds."""

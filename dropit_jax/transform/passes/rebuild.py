@@ -1,4 +1,4 @@
-"""Forward values rebuilt in the backward pass, from what is stored of others."""
+"""Rebuilds forward values in the backward pass: decodes or recomputes them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,18 +13,22 @@ from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Node, Program
 from dropit_jax.xla import barriers
 
-# Computed element by element, inside of the kernel that reads the result.
+# XLA computes them element by element, inside of the GPU kernel that reads the result.
 _CHEAP = primitives.CONTINUOUS | primitives.MOVES | primitives.STEPS
 
-# For the error of a second derivative: that of a decoded value would be zero.
-_WHAT = "A function that dropit_jax.drop made"
-_INSTEAD = (
+# The error of a second derivative names these. (That of a decoded value would silently
+# be zero.)
+_OPERATION = "A function that dropit_jax.drop made"
+_REMEDY = (
     "jax.lax.stop_gradient on its gradient, the preset 'exact', or the plain function"
 )
 
 
 class Rebuilder:
-    """Rebuilds forward values, each once, but for those that it is told to forget."""
+    """Rebuilds forward values: `rebuilder(value)` decodes or recomputes one.
+
+    A value is rebuilt once, unless `forget` is called for it.
+    """
 
     def __init__(
         self,
@@ -34,14 +38,14 @@ class Rebuilder:
         inputs: Mapping[int, Any],
         stored: Mapping[int, Any],
     ) -> None:
-        """The stored values to rebuild from.
+        """Takes the stored values of one forward pass.
 
         Args:
-          forward: the program that made the values.
-          forms: of each stored value, how it is stored.
-          orders: of some of them, how their axes lie in memory.
-          inputs: those of the program that are read.
-          stored: what is stored of each value.
+          forward: the forward pass.
+          forms: the form of each stored value.
+          orders: the order of the axes of some stored values.
+          inputs: the inputs of the forward pass that the backward pass reads.
+          stored: the stored arrays of each stored value.
         """
         self._avals, self._makers = forward.avals, forward.makers()
         self._forms, self._orders, self._stored = forms, orders, dict(stored)
@@ -51,14 +55,16 @@ class Rebuilder:
         self._cheap: set[int] = set()
 
     def open(self, wanted: Iterable[int], after: Array) -> Array:
-        """Has what is stored for these values wait for an array, and that for it.
+        """Puts one barrier around an array and the stored arrays of some values.
+
+        XLA then decodes the values no earlier than it computes the array.
 
         Args:
-          wanted: the values.
+          wanted: the values, which may be recomputed from several stored ones.
           after: the array.
 
         Returns:
-          `after`, to be read instead of it.
+          `after` behind the barrier, to use in its place.
         """
         leaves = self._leaves(wanted) - self._opened
         if not leaves:
@@ -70,7 +76,7 @@ class Rebuilder:
         return after
 
     def __call__(self, value: int) -> Any:
-        """The value."""
+        """Returns the array of a forward value."""
         for node in self._needed(value):
             results = programs.bind(node, *[self._read(atom) for atom in node.inputs])
             for made, x in zip(node.outputs, results, strict=True):
@@ -80,9 +86,9 @@ class Rebuilder:
         return self._read(value)
 
     def forget(self, wanted: Iterable[int]) -> None:
-        """Has values rebuilt again, element by element, where they are read next.
+        """Discards values, if the next reader can rebuild them element by element.
 
-        They, and what they are made of, need not be in memory until then.
+        Neither they nor the values they were recomputed from stay in memory until then.
         """
         todo = list(wanted)
         while todo:
@@ -96,18 +102,19 @@ class Rebuilder:
                 todo.extend(self._makers[value].operands)
 
     def _read(self, atom: Atom) -> Any:
+        """Returns the array of an atom, decoded if it is a stored value."""
         if isinstance(atom, int) and atom not in self._known:
             stored, aval = self._stored[atom], self._avals[atom]
             form = self._forms[atom]
             decoded = form.decode(stored, aval, self._orders.get(atom))
             if form.is_lossy:
-                decoded = derivatives.once(decoded, _WHAT, _INSTEAD)
+                decoded = derivatives.once(decoded, _OPERATION, _REMEDY)
             self._known[atom] = decoded
             self._cheap.add(atom)
         return programs.read(self._known, atom)
 
     def _leaves(self, wanted: Iterable[int]) -> set[int]:
-        """The stored values that these are rebuilt from, if they are not yet known."""
+        """Returns the stored values from which unknown values will be rebuilt."""
         found, seen, todo = set(), set(self._known), list(wanted)
         while todo:
             value = todo.pop()
@@ -121,7 +128,7 @@ class Rebuilder:
         return found
 
     def _needed(self, value: int) -> list[Node]:
-        """The equations to be computed again for a value, in order."""
+        """Returns the equations to recompute for a value, in topological order."""
         found: dict[Node, None] = {}
         todo: list[tuple[int, bool]] = [(value, False)]
         while todo:

@@ -1,8 +1,8 @@
-"""The two passes as they run: the forward one stores, the backward one rebuilds.
+"""Runs the forward pass, which stores values, and the backward pass, which reads them.
 
-A value is encoded right where it is made, and rebuilt right before the first equation
-that reads it, after the cotangent that it meets there: `lax.optimization_barrier` keeps
-XLA from encoding late and from rebuilding early.
+A value is encoded where it is made. It is rebuilt right before the first equation that
+reads it, and after the cotangent that this equation reads with it. Barriers
+(`lax.optimization_barrier`) keep XLA from encoding later and from rebuilding earlier.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from dropit_jax.xla import barriers
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Passes:
-    """A forward and a backward pass, and what is stored between them.
+    """A forward and a backward pass, and the forms of the values between them.
 
     Attributes:
       halves: the passes of the function.
-      forms: of each stored value of the forward pass, how it is stored.
-      final: of each gradient, whether nothing is computed from it.
+      forms: the form of each stored value of the forward pass.
+      final: for each gradient, whether no other gradient is computed from it.
     """
 
     halves: Halves
@@ -40,7 +40,7 @@ class Passes:
 
     @functools.cached_property
     def orders(self) -> Mapping[int, orders.Order]:
-        """How values lie in memory, where it matters."""
+        """The order of the axes of values that batched products read."""
         return orders.orders(self.halves.forward)
 
     @functools.cached_property
@@ -64,11 +64,11 @@ class Passes:
 def run_forward(
     passes: Passes, arguments: Sequence[Any], key: Any = None
 ) -> tuple[list[Any], dict[int, Any]]:
-    """Returns the results, and what is stored of each value.
+    """Returns the results, and the stored arrays of each stored value.
 
     Args:
       passes: the two passes.
-      arguments: of the forward pass.
+      arguments: the inputs of the forward pass.
       key: a PRNG key, where a form needs one.
     """
     stored: dict[int, Any] = {}
@@ -80,7 +80,8 @@ def run_forward(
         if isinstance(form, Exact):
             stored[value] = _named(x)
             return x
-        # A pair, so that neither is computed much later than the other.
+        # One barrier for both: later equations wait for the encoding. XLA would delay
+        # it otherwise, and keep the plain value in memory until then.
         own_key = jax.random.fold_in(key, value) if form.needs_key else None
         encoded = form.encode(x, passes.orders.get(value), own_key)
         x, stored[value] = barriers.barrier((x, encoded))
@@ -101,6 +102,7 @@ def run_forward(
 
 
 def _named(stored: Any) -> Any:
+    """Names arrays, so that other plans store them exactly."""
     return jax.tree.map(lambda x: checkpoint_name(x, classify.STORED_NAME), stored)
 
 
@@ -112,82 +114,83 @@ def run_backward(
     cotangents: Sequence[Any],
     final: Sequence[bool],
 ) -> list[Any]:
-    """The gradients.
+    """Returns the gradients of `backward`.
 
     Args:
       passes: the two passes.
-      backward: `(*residuals, *cotangents) -> gradients`.
-      inputs: the inputs of the forward pass that are read.
-      stored: what is stored of each value.
-      cotangents: of the results.
-      final: of each gradient, whether nothing is computed from it.
+      backward: `(*residuals, *cotangents) -> gradients`, without zero gradients.
+      inputs: the inputs of the forward pass that the backward pass reads.
+      stored: the stored arrays of each stored value.
+      cotangents: the cotangents of the results; `None` for one that is zero.
+      final: as in `Passes`, for the gradients of `backward`.
     """
     halves = passes.halves
     rebuild = Rebuilder(halves.forward, passes.forms, passes.orders, inputs, stored)
     known = dict(zip(halves.cotangents, cotangents, strict=True))
-    known.update(backward.constants)  # in place of cotangents of zero, too
+    known.update(backward.constants)  # among them the cotangents that are zero
     reader = _Reader(backward, halves.residuals, rebuild, known)
     products = _final_products(backward, final)
     program = _products_first(backward, products)
     last = programs.last_uses(program)
-    moving = {v for v in halves.cotangents if v not in backward.constants}
-    repeated: dict[int, tuple[Node, Any]] = {}
+    linear = {v for v in halves.cotangents if v not in backward.constants}
+    broadcasts: dict[int, tuple[Node, Any]] = {}
     for node in program.nodes:
-        met = next((value for value in node.operands if value in moving), None)
-        if met is None and not node.equation.effects:
+        cotangent = next((value for value in node.operands if value in linear), None)
+        if cotangent is None and not node.equation.effects:
             reader.defer(node)
             continue
         wanted = reader.wanted(node)
-        if met is not None:
-            _open(rebuild, wanted, met, known, repeated)
+        if cotangent is not None:
+            _add_barrier(rebuild, wanted, cotangent, known, broadcasts)
         operands = [*map(reader, node.inputs)]
         results = programs.bind(node, *operands)
         if node.name == "broadcast_in_dim" and len(operands) == 1:
-            repeated[node.outputs[0]] = node, operands[0]
-        if met is not None and node in products:
-            # What else reads the cotangent waits for the gradient.
-            results, known[met] = barriers.barrier((results, known[met]))
-            if _is_wider(program, node, met):
+            broadcasts[node.outputs[0]] = node, operands[0]
+        if cotangent is not None and node in products:
+            # Other readers of the cotangent wait for this gradient, so that the
+            # activation rebuilt for it is freed first.
+            results, known[cotangent] = barriers.barrier((results, known[cotangent]))
+            if _is_wider(program, node, cotangent):
                 rebuild.forget(wanted)
         known.update(zip(node.outputs, results, strict=True))
-        moving.update(node.outputs)
+        linear.update(node.outputs)
         for value in last[node]:
             known.pop(value, None)
     return [reader(atom) for atom in program.outputs]
 
 
-def _open(
+def _add_barrier(
     rebuild: Rebuilder,
     wanted: Sequence[int],
-    met: int,
+    cotangent: int,
     known: dict[int, Any],
-    repeated: dict[int, tuple[Node, Any]],
+    broadcasts: dict[int, tuple[Node, Any]],
 ) -> None:
-    """Has a cotangent wait for the stored values that an equation reads with it.
+    """Puts a barrier around a cotangent and the forward values it is read with.
 
-    An array that waits is written to memory: of a cotangent that is a few numbers
-    repeated, as of a mean, the numbers wait.
+    A barrier writes its arrays to memory. Where the cotangent is a broadcast of a small
+    array, as that of a mean, the barrier is around the small array instead.
 
     Args:
-      rebuild: of the stored values.
-      wanted: the values that the equation reads.
-      met: the cotangent.
-      known: the values of the backward pass so far.
-      repeated: of such cotangents, the equation that repeats, and the numbers.
+      rebuild: rebuilds the forward values.
+      wanted: the forward values that the equation reads.
+      cotangent: the cotangent that the equation reads.
+      known: the arrays of the backward pass so far; updated.
+      broadcasts: the equation and the operand of each broadcast; updated.
     """
-    if met not in repeated:
-        known[met] = rebuild.open(wanted, known[met])
+    if cotangent not in broadcasts:
+        known[cotangent] = rebuild.open(wanted, known[cotangent])
         return
-    node, numbers = repeated[met]
+    node, numbers = broadcasts[cotangent]
     numbers = rebuild.open(wanted, numbers)
-    repeated[met] = node, numbers
-    (known[met],) = programs.bind(node, numbers)
+    broadcasts[cotangent] = node, numbers
+    (known[cotangent],) = programs.bind(node, numbers)
 
 
 class _Reader:
-    """Reads what the equations of the backward pass read.
+    """Returns the arrays that equations of the backward pass read: `reader(atom)`.
 
-    What depends on no cotangent is computed when an equation that does reads it.
+    An equation that depends on no cotangent is deferred until its result is read.
     """
 
     def __init__(
@@ -202,11 +205,11 @@ class _Reader:
         self._deferred: dict[int, Node] = {}
 
     def defer(self, node: Node) -> None:
-        """Leaves an equation until what it makes is read."""
+        """Defers an equation until one of its outputs is read."""
         self._deferred.update(dict.fromkeys(node.outputs, node))
 
     def wanted(self, node: Node) -> list[int]:
-        """The forward values that an equation reads, itself or by deferred ones."""
+        """Returns the forward values that an equation reads, directly or deferred."""
         found, todo = [], list(node.operands)
         while todo:
             value = todo.pop()
@@ -228,13 +231,13 @@ class _Reader:
 
 
 def _is_wider(backward: Program, product: Node, cotangent: int) -> bool:
-    """Whether a product reads more of the forward pass than of the cotangent."""
+    """Returns whether a product's largest operand is larger than its cotangent."""
     sizes = {v: programs.nbytes(backward.avals[v]) for v in product.operands}
     return max(sizes.values()) > sizes[cotangent]
 
 
 def _final_products(backward: Program, final: Sequence[bool]) -> set[Node]:
-    """The products that make gradients from which nothing else is computed."""
+    """Returns the products that make final gradients."""
     last = classify.final_values(backward, final)
     return {
         node
@@ -244,9 +247,9 @@ def _final_products(backward: Program, final: Sequence[bool]) -> set[Node]:
 
 
 def _products_first(backward: Program, products: set[Node]) -> Program:
-    """The program with these products before all else that reads their cotangents.
+    """Returns the program with products moved before other readers of their operands.
 
-    So that what was rebuilt for them need not live any longer, nor the cotangent.
+    The rebuilt activations and the cotangents are then freed earlier.
     """
     makers = backward.makers()
     place = {node: i for i, node in enumerate(backward.nodes)}
@@ -259,7 +262,7 @@ def _products_first(backward: Program, products: set[Node]) -> Program:
         ready = max(
             (place[makers[v]] for v in node.operands if v in makers), default=-1
         )
-        wanted = min(first[v] for v in node.operands)
-        order[node] = max(ready, wanted - 1) + 0.5
+        needed = min(first[v] for v in node.operands)
+        order[node] = max(ready, needed - 1) + 0.5
     nodes = sorted(backward.nodes, key=lambda node: (order[node], place[node]))
     return dataclasses.replace(backward, nodes=tuple(nodes))

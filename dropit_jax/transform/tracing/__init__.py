@@ -1,1 +1,1 @@
-"""A function as JAX traces it, taken apart into its forward and its backward pass."""
+"""Traces a function with JAX, and splits it into a forward and a backward pass."""

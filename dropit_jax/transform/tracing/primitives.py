@@ -1,13 +1,13 @@
-"""Primitives by their properties, as names.
+"""Sets of names of JAX primitives with a common property.
 
-A primitive in none of these sets is never computed twice, and what it makes is stored
-if the backward pass reads it.
+A primitive in none of the sets is never recomputed: its results are stored if the
+backward pass reads them.
 """
 
-# Products: linear in each of their two operands.
+# Linear in each of their two operands.
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
-# Each element of the result is some element of the (first) operand, as it is.
+# Each element of the result is an unchanged element of an operand, or a constant.
 MOVES = frozenset(
     {
         "broadcast_in_dim",
@@ -32,7 +32,7 @@ MOVES = frozenset(
     }
 )
 
-# Of neighbouring elements neighbouring elements come: an error stays an error.
+# Continuous elementwise functions: a small error of an operand is one of the result.
 CONTINUOUS = frozenset(
     {
         "abs",
@@ -71,7 +71,7 @@ CONTINUOUS = frozenset(
         "min",
         "mul",
         "neg",
-        "one_minus_square",  # of JAX's own, in the derivative of `tanh`
+        "one_minus_square",  # private to JAX, in the derivative of `tanh`
         "pow",
         "real",
         "reduce_precision",
@@ -87,7 +87,7 @@ CONTINUOUS = frozenset(
     }
 )
 
-# Of neighbouring elements anything may come.
+# Discontinuous elementwise functions: a small error may change the result completely.
 STEPS = frozenset(
     {
         "and",
@@ -118,7 +118,7 @@ STEPS = frozenset(
     }
 )
 
-# Sums and the like along axes; they read more than they make.
+# Reductions and cumulative reductions along axes.
 REDUCTIONS = frozenset(
     {
         "cumlogsumexp",
@@ -135,20 +135,20 @@ REDUCTIONS = frozenset(
     }
 )
 
-# Additions, by which a residual stream goes on.
+# Elementwise additions, by which masks are added too.
 SUMS = frozenset({"add", "add_any", "sub"})
 
-# What passes on the values of a mask that is added or put in.
+# Pass on the large numbers of a mask.
 LINEAR = (
     MOVES
     | SUMS
     | {"convert_element_type", "div", "max", "min", "mul", "neg", "reduce_max"}
 )
 
-# Without bound near zero: `div` of its divisor, `integer_pow` of a negative exponent.
+# Unbounded near zero: `div` in its divisor, `integer_pow` for a negative exponent.
 QUOTIENTS = frozenset({"div", "integer_pow", "pow", "rsqrt"})
 
-# Steep near zero, or at the ends of their range.
+# Of unbounded slope near zero, or at the ends of their domain.
 STEEP = frozenset(
     {
         "acos",
@@ -166,7 +166,7 @@ STEEP = frozenset(
     }
 )
 
-# Factors of matrices, and solutions with them.
+# Factor matrices, or solve linear systems.
 DECOMPOSITIONS = frozenset(
     {
         "cholesky",
@@ -189,5 +189,5 @@ DECOMPOSITIONS = frozenset(
     }
 )
 
-# Those that hold programs, whose residuals were chosen by a plan of their own.
+# Contain programs, whose residuals plans of their own choose.
 BODIES = frozenset({"cond", "scan", "shard_map", "while"})

@@ -1,4 +1,4 @@
-"""Traced programs as flat lists of equations, with calls of `jax.jit` taken apart."""
+"""A traced program as a flat list of equations, with calls of `jax.jit` inlined."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ from dropit_jax.compat import Jaxpr, JaxprEqn, Literal
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scalar:
-    """A scalar in the text of a program."""
+    """A literal scalar in a program."""
 
     val: Any
 
 
-# The number of a value in its program, or a scalar.
+# An operand: the number of a value in its program, or a literal.
 Atom = int | Scalar
 
 
@@ -28,8 +28,8 @@ class Node:
 
     Attributes:
       equation: the primitive, its parameters, source and scope.
-      inputs: its operands.
-      outputs: the values that it makes.
+      inputs: the operands, values and scalars.
+      outputs: the values that the equation makes.
     """
 
     equation: JaxprEqn
@@ -54,14 +54,14 @@ class Node:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A flat program: values are numbers.
+    """A flat program, whose values are numbered from 0.
 
     Attributes:
-      avals: of each value, its type.
-      inputs: the values that it is given.
-      constants: the values that are arrays known when it was traced.
-      nodes: its equations, in order.
-      outputs: what it returns.
+      avals: the type of each value, by its number.
+      inputs: the values of the arguments.
+      constants: the arrays of the values known when the program was traced.
+      nodes: the equations, in order.
+      outputs: the atoms that the program returns.
     """
 
     avals: list[Any]
@@ -71,34 +71,35 @@ class Program:
     outputs: tuple[Atom, ...]
 
     def makers(self) -> dict[int, Node]:
-        """The equation that makes each value."""
+        """Returns the equation that makes each value, inputs and constants excluded."""
         return {value: node for node in self.nodes for value in node.outputs}
 
 
 @dataclasses.dataclass(frozen=True)
 class Zeros:
-    """A constant of zeros, made where it is read."""
+    """A constant of zeros, allocated where it is read."""
 
     aval: Any
 
 
 def values(atoms: Iterable[Atom]) -> Iterator[int]:
-    """Those of the atoms that are values."""
+    """Returns the atoms that are values."""
     return (atom for atom in atoms if isinstance(atom, int))
 
 
 def flatten(
     traced: Any, opaque: frozenset[str] = frozenset(), *, hoisted: bool = False
 ) -> Program:
-    """A program as `jax.make_jaxpr` traced it, without calls and dead equations.
+    """Returns a jaxpr as a flat program, without calls and dead equations.
 
     Args:
-      traced: the program.
-      opaque: primitives that are left whole though they call a program, as what they
-        stand for is still to be differentiated.
-      hoisted: whether the arrays that it closes over are inputs, the first.
+      traced: the jaxpr, as `jax.make_jaxpr` returns it.
+      opaque: names of primitives that stay whole although they call a program. A
+        function with its own derivative must, until it is differentiated.
+      hoisted: whether arrays that the jaxpr closes over become the first inputs, and no
+        constants.
     """
-    flat = _Flat(opaque)
+    flat = _Flattener(opaque)
     jaxpr = compat.open_jaxpr(traced)
     inputs = tuple(flat.value(variable.aval) for variable in jaxpr.invars)
     closed_over = tuple(flat.value(variable.aval) for variable in jaxpr.constvars)
@@ -120,11 +121,11 @@ def flatten(
 
 
 def without_dead(program: Program, more: Iterable[int] = ()) -> Program:
-    """The program without equations that nothing depends on.
+    """Returns the program without equations whose results nobody reads.
 
     Args:
-      program: of which outputs and effects are needed.
-      more: values that are needed too.
+      program: the program; equations with side effects stay.
+      more: values to keep besides the outputs.
     """
     needed = {*values(program.outputs), *more}
     nodes = []
@@ -140,13 +141,13 @@ def run(
     arguments: Sequence[Any],
     evaluate: Callable[..., Sequence[Any]] | None = None,
 ) -> list[Any]:
-    """Runs the program, and returns its outputs.
+    """Runs the program equation by equation, and returns its outputs.
 
     Args:
-      program: to be run, one equation after the other.
-      arguments: one for each of its inputs.
-      evaluate: runs a node in its own way, given its operands; by default the equation
-        is bound.
+      program: the program.
+      arguments: one array for each input.
+      evaluate: returns the results of a node for its operands; `None` binds the
+        equation.
     """
     evaluate = evaluate or bind
     known = dict(program.constants)
@@ -162,7 +163,7 @@ def run(
 
 
 def last_uses(program: Program) -> dict[Node, list[int]]:
-    """The values that no equation after this one, and no output, reads."""
+    """Returns for each equation the values that are not read after it."""
     kept = set(values(program.outputs))
     found = {}
     for node in reversed(program.nodes):
@@ -172,7 +173,7 @@ def last_uses(program: Program) -> dict[Node, list[int]]:
 
 
 def read(known: dict[int, Any], atom: Atom) -> Any:
-    """The array that an atom stands for."""
+    """Returns the array that an atom stands for."""
     if isinstance(atom, Scalar):
         return atom.val
     found = known[atom]
@@ -182,26 +183,26 @@ def read(known: dict[int, Any], atom: Atom) -> Any:
 
 
 def bind(node: Node, *operands: Any) -> Sequence[Any]:
-    """The results of an equation, under its own scope and source line."""
+    """Returns the results of an equation, traced under its scope and source line."""
     return compat.bind_equation(node.equation, operands)
 
 
 def sized(aval: Any) -> Any:
-    """The type of an array, with sizes in place of symbols."""
+    """Returns the type of an array with numbers in place of symbolic sizes."""
     if all(isinstance(size, int) for size in aval.shape):
         return aval
     return jax.ShapeDtypeStruct(tuple(map(compat.concrete, aval.shape)), aval.dtype)
 
 
 def nbytes(aval: Any) -> int:
-    """The size of a value of this type; 0 for what is no array."""
+    """Returns the bytes of an array of this type; 0 for a type that is no array's."""
     if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
         return 0
     return math.prod(map(compat.concrete, aval.shape)) * aval.dtype.itemsize
 
 
-class _Flat:
-    """Collects the equations of a program."""
+class _Flattener:
+    """Collects the equations of a jaxpr and of the jaxprs that it calls."""
 
     def __init__(self, opaque: frozenset[str]) -> None:
         self._opaque = opaque
@@ -210,13 +211,20 @@ class _Flat:
         self.nodes: list[Node] = []
 
     def value(self, aval: Any) -> int:
+        """Returns the number of a new value."""
         self.avals.append(aval)
         return len(self.avals) - 1
 
     def inline(
         self, jaxpr: Jaxpr, atoms: dict[Any, Atom], caller: JaxprEqn | None
     ) -> tuple[Atom, ...]:
-        """Adds the equations of a program, whose inputs stand for these atoms."""
+        """Adds the equations of a jaxpr, and returns its outputs.
+
+        Args:
+          jaxpr: the jaxpr.
+          atoms: the atoms of its inputs and constants; those of others are added.
+          caller: the equation that calls the jaxpr, whose scope is added to the names.
+        """
 
         def atom(each: Any) -> Atom:
             return Scalar(each.val) if isinstance(each, Literal) else atoms[each]
@@ -237,7 +245,7 @@ class _Flat:
         return tuple(map(atom, jaxpr.outvars))
 
     def _operands(self, called: Any, given: Sequence[Atom]) -> dict[Any, Atom]:
-        """The atoms that the inputs of a called program stand for."""
+        """Returns the atoms of the inputs and constants of a called jaxpr."""
         jaxpr = compat.open_jaxpr(called)
         atoms = dict(zip(jaxpr.invars, given, strict=True))
         for variable, array in zip(
@@ -248,7 +256,7 @@ class _Flat:
         return atoms
 
     def _called(self, equation: JaxprEqn) -> Any:
-        """The program that an equation only calls; `None` if it does more."""
+        """Returns the jaxpr that an equation calls; `None` if it must stay."""
         if equation.primitive.name in self._opaque:
             return None
         return compat.called_program(equation)

@@ -1,4 +1,4 @@
-"""A function taken apart into its forward and its backward pass, as two programs."""
+"""Splits a function into two programs, its forward and its backward pass."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ class Halves:
     Attributes:
       forward: `inputs -> (*results, *residuals)`.
       backward: `(*residuals, *cotangents) -> gradients`, with a cotangent for each
-        result of floating point and a gradient for each perturbed input.
-      perturbed: of each input, whether it is differentiated.
-      floating: of each result, whether it has a cotangent.
-      traced: both, as JAX traced them.
+        floating result and a gradient for each perturbed input.
+      perturbed: for each input, whether it is differentiated.
+      floating: for each result, whether it has a cotangent.
+      traced: the jaxprs of both passes.
     """
 
     forward: Program
@@ -38,30 +38,30 @@ class Halves:
 
     @property
     def residuals(self) -> tuple[Atom, ...]:
-        """The residuals: atoms of the forward pass that the backward pass reads."""
+        """The residuals, as atoms of the forward pass."""
         return self.forward.outputs[len(self.floating) :]
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of the residuals that are neither arguments nor constants."""
+        """The bytes of the residuals that are neither arguments nor constants."""
         found = residuals.between(*self.traced, len(self.residuals))
         return found.total_bytes
 
     @property
     def cotangents(self) -> tuple[int, ...]:
-        """The inputs of the backward pass that are cotangents."""
+        """The cotangents, as inputs of the backward pass."""
         return self.backward.inputs[len(self.residuals) :]
 
 
 def split(
     function: Function, avals: Sequence[Any], perturbed: Sequence[bool]
 ) -> Halves:
-    """Traces a function and its pullback: JAX's own rules, nothing derived anew.
+    """Traces a function and its pullback, as `jax.vjp` makes it, to two programs.
 
     Args:
-      function: of arrays; it returns a sequence of arrays.
-      avals: the types of its arguments.
-      perturbed: of each argument, whether it is to be differentiated.
+      function: a function of arrays that returns a sequence of arrays.
+      avals: the types of the arguments.
+      perturbed: for each argument, whether it is differentiated.
     """
     places = [i for i, is_perturbed in enumerate(perturbed) if is_perturbed]
     structure: Any = None
@@ -102,31 +102,31 @@ def split(
 
 
 def is_floating(aval: Any) -> bool:
-    """Whether values of this type have a cotangent of their own type."""
+    """Returns whether values of this type have a cotangent of the same type."""
     if not hasattr(aval, "dtype") or compat.is_reference(aval):
         return False
     return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
 
 
-# Sums, which are the other operand where one is zero.
+# Where one operand is zero, the result is the other operand.
 _SUMS = frozenset({"add", "add_any"})
 
 
 def without_zeros(
     halves: Halves, is_zero: Sequence[bool]
 ) -> tuple[Program, tuple[bool, ...]]:
-    """The backward pass for cotangents some of which are known to be zero.
+    """Returns the backward pass simplified for cotangents that are known to be zero.
 
-    It is linear in the cotangents: an equation all of whose linear operands are zero
-    makes zeros.
+    The pass is linear in the cotangents: if all operands of an equation that depend on
+    cotangents are zero, so are its results.
 
     Args:
-      halves: of the function.
-      is_zero: of each cotangent, whether it is zero.
+      halves: the passes of the function.
+      is_zero: for each cotangent, whether it is zero.
 
     Returns:
-      The program of the gradients that are not zero, in which nothing is computed from
-      zeros alone; and of each gradient, whether it is zero.
+      The program that computes the gradients that are not zero, and for each gradient
+      whether it is zero.
     """
     backward = halves.backward
     linear = set(halves.cotangents)
@@ -135,20 +135,20 @@ def without_zeros(
     same: dict[Atom, Atom] = {}
     for node in backward.nodes:
         inputs = tuple(same.get(atom, atom) for atom in node.inputs)
-        moving = linear.intersection(programs.values(inputs))
-        if moving:
+        of_cotangents = linear.intersection(programs.values(inputs))
+        if of_cotangents:
             linear.update(node.outputs)
-        if moving and moving <= zero:
+        if of_cotangents and of_cotangents <= zero:
             zero.update(node.outputs)
             continue
-        if node.name in _SUMS and moving & zero:
+        if node.name in _SUMS and of_cotangents & zero:
             other = next(v for v in inputs if v not in zero)
-            if other in moving and _shape(backward, other) == _shape(
+            if other in of_cotangents and _shape(backward, other) == _shape(
                 backward, node.outputs[0]
             ):
                 same[node.outputs[0]] = other
                 continue
-        for value in moving & zero:
+        for value in of_cotangents & zero:
             constants[value] = programs.Zeros(backward.avals[value])
         nodes.append(dataclasses.replace(node, inputs=inputs))
     outputs = [same.get(atom, atom) for atom in backward.outputs]
