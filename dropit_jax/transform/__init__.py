@@ -1,13 +1,13 @@
-"""Any JAX function, storing less between its forward and its backward pass.
+"""`drop` makes any JAX function store fewer bytes of residuals.
 
-A folder for each step, which knows the ones before it:
+One folder a step; each folder imports only from the folders above it:
 
-- `tracing`: the function as flat equations, and JAX's own derivative of it in two
-  passes; loops with bodies that are transformed first.
-- `forms`: how values are stored, and how they lie in memory; the presets.
-- `planning`: the class of each value, the prices, the cut.
-- `passes`: the two passes as they run.
+- `tracing` flattens the function into equations, transforms the bodies of loops, and
+  splits JAX's own derivative into a forward and a backward pass.
+- `forms` says how residuals are stored and laid out in memory, and holds the presets.
+- `planning` classifies forward values, prices them, and cuts the graph.
+- `passes` runs the forward and the backward pass.
 
-On top, `differentiate` joins them, `drop` is the function of the user, and `plan` its
-report.
+`differentiate` joins the steps, `drop` is the user's entry point, and `plan` reports
+what is stored.
 """

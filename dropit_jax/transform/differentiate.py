@@ -1,4 +1,4 @@
-"""A function of arrays whose backward pass stores what a plan says."""
+"""A traced function whose derivative follows a plan, as one `jax.custom_vjp`."""
 
 import dataclasses
 import functools
@@ -16,12 +16,16 @@ from dropit_jax.transform.planning.planner import PlanError, Planner
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing import rules, split
 
-# Keys are folded with numbers of values below it, and of bodies from it on.
+# `jax.random.fold_in` takes the number of a value (below this), or this plus the number
+# of a body: no two draws share a key.
 _FIRST_BODY = 2**31
 
 
 class Dropped:
-    """A traced function that is differentiated by a plan."""
+    """A traced function that stores what its planner chooses.
+
+    `key` is the PRNG key of the forms that draw random numbers, or `None`.
+    """
 
     def __init__(
         self,
@@ -35,17 +39,17 @@ class Dropped:
         key: Any = None,
         scope: str = "",
     ) -> None:
-        """A function as `jax.make_jaxpr` traced it.
+        """Wraps a function that `jax.make_jaxpr` traced.
 
         Args:
-          traced: the function.
-          planner: of it and of the bodies in it.
-          is_free: of each input, whether it is alive anyway.
-          turns: how often it runs, as the body of a loop.
+          traced: the closed jaxpr.
+          planner: plans the function and the bodies in it.
+          is_free: for each input, whether it stays in memory anyway.
+          turns: the number of times that the function runs, as the body of a loop.
           is_recomputed: as in `planner.Choice`.
-          is_body: whether it is the body of a loop or the like.
-          key: of the random numbers that forms need.
-          scope: the scopes around it.
+          is_body: whether the function is the body of a loop, conditional or the like.
+          key: a PRNG key for the forms that draw random numbers.
+          scope: the path of the scopes around the function.
         """
         self._traced, self._planner, self._turns = traced, planner, turns
         self._is_recomputed, self._is_body, self.key = is_recomputed, is_body, key
@@ -61,8 +65,8 @@ class Dropped:
         """Returns the results of the function.
 
         Args:
-          *arrays: its inputs.
-          key: in place of its own.
+          *arrays: the inputs.
+          key: a PRNG key; `None` takes the one given at construction.
         """
         keys = [self.key if key is None else key] if self._is_keyed else []
         inputs = (*keys, *self._constants, *arrays)
@@ -70,10 +74,10 @@ class Dropped:
 
     @functools.cached_property
     def has_plan(self) -> bool:
-        """Whether the function is differentiated by a plan.
+        """Whether a plan can replace JAX's derivative of the function.
 
-        JAX's derivative of a loop that writes to a mutable reference cannot be taken
-        apart: it writes to references of its own.
+        It cannot where a loop writes to a mutable reference: JAX's derivative of such a
+        loop writes to further references, and cannot be split into two programs.
         """
         return not any(map(rules.has_reference, self._program.nodes))
 
@@ -82,15 +86,26 @@ class Dropped:
         return programs.flatten(self._traced, rules.DIFFERENTIABLE, hoisted=True)
 
     def plain(self, *arrays: Any) -> Sequence[Any]:
-        """The same, of key, constants and inputs, not to be differentiated."""
+        """Returns the results, computed by the original jaxpr.
+
+        Args:
+          *arrays: the key where the preset needs one, the constants, the inputs.
+        """
         _, inputs = self._without_key(arrays)
         jaxpr, count = compat.open_jaxpr(self._traced), len(self._constants)
         return jax.core.eval_jaxpr(jaxpr, inputs[:count], *inputs[count:])
 
     def plan(self, is_perturbed: Sequence[bool]) -> int:
-        """Makes the planner plan for these inputs to be differentiated.
+        """Has the planner plan the function, and returns the plain function's bytes.
 
-        Returns the bytes that the plain function stores.
+        Args:
+          is_perturbed: for each input, whether it is differentiated.
+
+        Returns:
+          Bytes of the residuals of the plain function.
+
+        Raises:
+          PlanError: `has_plan` is false.
         """
         if not self.has_plan:
             raise PlanError(
@@ -111,7 +126,12 @@ class Dropped:
         return passes.halves.residual_bytes
 
     def passes(self, perturbed: tuple[bool, ...], avals: tuple[Any, ...]) -> Passes:
-        """The passes when these of key, constants and inputs are differentiated."""
+        """Returns the forward and the backward pass, planned once per arguments.
+
+        Args:
+          perturbed: whether each of key, constants and inputs is differentiated.
+          avals: their types.
+        """
         case = perturbed, avals
         if case not in self._planned:
             before = len(self._planner.made)
@@ -126,7 +146,8 @@ class Dropped:
                 is_recomputed=self._is_recomputed,
                 scope=self._scope,
             )
-            # JAX traces a loop again whose carry turns out to be differentiated.
+            # JAX traces a loop's body again when it finds that one more carry is
+            # differentiated: only the choices of the last trace count.
             made = self._planner.made
             tried, self._tried = self._tried, made[before:]
             made[:] = [choice for choice in made if choice not in tried]
@@ -136,7 +157,7 @@ class Dropped:
         return self._planned[case]
 
     def forward(self, passes: Passes, arrays: Sequence[Any]) -> tuple[Any, Any]:
-        """The results, and what is stored."""
+        """Returns the results, and the stored arrays by forward value."""
         key, _ = self._without_key(arrays)
         return rewrite.run_forward(passes, arrays, key)
 
@@ -219,10 +240,10 @@ def _backward(dropped: Dropped, saved: "_Saved", cotangents: Sequence[Any]) -> A
 
 
 def _run(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function; where JAX looks for NaNs, as one operation.
+    """Calls a function, under `jax.jit` where `jax_debug_nans` or `_infs` is set.
 
-    Operations of JAX, such as a variance, have NaNs in them that they do not return.
-    Run one after the other, they would be reported.
+    Some operations of JAX, such as a variance, have NaNs inside that they do not
+    return. Equations that run one by one would have these reported.
     """
     if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
         function = jax.jit(function)
@@ -243,12 +264,12 @@ _call.defvjp(_forward, _backward, symbolic_zeros=True)
 )
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """The inputs of the backward pass.
+    """The residuals of the `jax.custom_vjp`.
 
     Attributes:
-      passes: how it runs.
-      inputs: the inputs that it reads, by value.
-      stored: what is stored of other values.
+      passes: the passes, which are static.
+      inputs: the inputs that the backward pass reads, by forward value.
+      stored: the stored arrays of other forward values.
     """
 
     passes: Passes

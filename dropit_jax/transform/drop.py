@@ -1,4 +1,4 @@
-"""`drop`: a function that stores less between its forward and its backward pass."""
+"""`drop` and `plan`: the transformation as users call it, and its report."""
 
 import dataclasses
 import functools
@@ -25,25 +25,28 @@ def drop(
     key: str | None = None,
     static_argnums: int | Sequence[int] = (),
 ) -> Callable[..., Any]:
-    """A function that returns what `fun` does, and stores less for its gradient.
+    """Returns a function with the results of `fun` that stores fewer residual bytes.
 
-    Not differentiated, it is `fun`. Like `jax.checkpoint` it is differentiated in
-    reverse mode, once; values that `fun` closes over may be differentiated too.
+    Where it is not differentiated, the returned function is `fun`. It can be
+    differentiated once, in reverse mode, also by values that `fun` closes over.
 
     Args:
-      fun: a function of pytrees. Leaves that are no arrays are given to it as they are.
-      preset: how values are stored: "exact", "dropit", "lean", "leanest", one of
-        `preset(...)`, or a plan that `plan` made of the same function.
-      rules: presets for named places, as in `Preset`, in place of those of the preset.
-      key: for policies that draw random numbers: the name of the argument that brings
-        a PRNG key, another one in every step.
-      static_argnums: arguments that are given to `fun` as they are, arrays in them too.
+      fun: a function of pytrees. Leaves that are no arrays reach it unchanged.
+      preset: how residuals are stored: "exact", "dropit", "lean", "leanest", a result
+        of `preset(...)`, or a plan that `plan` made of the same function.
+      rules: presets for named places, as in `Preset`; they replace the preset's own.
+      key: the name of the argument that holds a PRNG key, for policies that draw random
+        numbers. The caller passes a new key in every step.
+      static_argnums: positions of arguments that reach `fun` unchanged, also the arrays
+        in them.
 
     Raises:
-      TypeError: there is no such preset, or `rules` has the wrong type.
-      ValueError: there is no such preset; a policy needs a key. When called: there is
-        no such argument; `key` names no key; a rule names no place of the function.
-      PlanError: when called; the plan is of another function, or of other arguments.
+      TypeError: `preset` or `rules` has the wrong type.
+      ValueError: the preset does not exist, or its policy needs a key. When called: an
+        argument does not exist, `key` names no PRNG key, or a rule names no place of
+        the function.
+      PlanError: when called, if the plan belongs to another function or to arguments of
+        other types.
     """
     own = Settings.of(fun, preset, rules, key, static_argnums)
 
@@ -67,22 +70,22 @@ def plan(
     rules: Mapping[str, Any] | None = None,
     key: str | None = None,
 ) -> Callable[..., Plan]:
-    """A function of the arguments of `fun` that returns what is stored, and how.
+    """Returns a function of the arguments of `fun` that returns its `Plan`.
 
-    Nothing is computed and nothing is allocated.
+    The returned function only traces: it computes and allocates nothing.
 
     Args:
-      fun: a function, as `drop` takes it, or one that `drop` returned.
-      preset: as of `drop`; `None`: that of a dropped function, else "lean".
-      argnums: the arguments that are differentiated.
-      rules: as of `drop`; `None`: those of the preset.
-      key: as of `drop`; `None`: that of a dropped function.
+      fun: a function that `drop` takes, or one that `drop` returned.
+      preset: as in `drop`; `None` takes the preset of a dropped function, else "lean".
+      argnums: positions of the arguments that are differentiated.
+      rules: as in `drop`; `None` takes the rules of the preset.
+      key: as in `drop`; `None` takes the key of a dropped function.
 
     Returns:
       A function of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-      As `drop`; when called, ValueError: there is no such argument.
+      As `drop`; when called, ValueError if an argument does not exist.
     """
     of = getattr(fun, "dropit_settings", None) or Settings.of(fun, "lean")
     own = dataclasses.replace(
@@ -108,19 +111,19 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The arguments of `drop`, checked; every dropped function has them.
+    """The checked arguments of `drop`, an attribute of every dropped function.
 
     Attributes:
       fun: the plain function.
-      given: the plan that was given, else the preset with its rules.
-      preset: the preset.
-      choices: those of a plan.
-      key: the name of an argument.
-      static: the places of arguments.
-      differentiable: of a tree of arguments, which leaves may be differentiated, as a
-        tree of booleans; `None`: all.
-      lift: makes a function of the arguments of `fun` one of the user's arguments;
-        `None`: they are the same.
+      given: the plan that the user passed, or else the preset with its rules.
+      preset: the preset with its rules, also where the user passed a plan.
+      choices: the stored values of the plan; `None` without a plan.
+      key: the name of the argument that holds the PRNG key.
+      static: the positions of the static arguments.
+      differentiable: maps a tree of arguments to a tree of booleans: whether a leaf may
+        be differentiated. `None`: all leaves may.
+      lift: converts a function of the arguments of `fun` to a function of the user's
+        arguments; `None`: they are the same.
     """
 
     fun: Callable[..., Any]
@@ -141,7 +144,11 @@ class Settings:
         key: str | None = None,
         static: int | Sequence[int] = (),
     ) -> "Settings":
-        """Checks the arguments of `drop`."""
+        """Returns the settings of a call of `drop`.
+
+        Raises:
+          As `drop`, before it is called.
+        """
         if not callable(fun):
             raise TypeError(f"drop takes a function, got {fun!r}.")
         chosen, choices = given, None
@@ -168,7 +175,7 @@ class Settings:
         return cls(fun, kept, chosen, choices, key, places)
 
     def planner(self) -> Planner:
-        """A planner of the function."""
+        """Returns a new planner, for one trace of the function."""
         return Planner(self.preset, self.choices)
 
 
@@ -182,15 +189,15 @@ def _check_places(field: str, places: Sequence[int], count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call of a function, traced.
+    """A traced call of a function.
 
     Attributes:
-      traced: the function of the arrays alone.
-      arrays: the leaves of the arguments that are arrays.
-      argument: of each array, the position of its argument; -1: a keyword, or an array
-        that may not be differentiated.
-      results: the structure of what the function returns.
-      key: the PRNG key among the arguments, if a policy needs one.
+      traced: the function of `arrays` alone.
+      arrays: the array leaves of the arguments that are not static.
+      argument: for each array, the position of its argument; -1 for a keyword argument
+        and for an array that may not be differentiated.
+      results: the tree structure of the function's result.
+      key: the PRNG key among the arguments; `None` where no policy needs it.
     """
 
     traced: Any
@@ -203,7 +210,7 @@ class _Call:
     def of(
         cls, own: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> "_Call":
-        """Traces a function for these arguments."""
+        """Traces the function for these arguments."""
         fun = own.fun
         _check_places("static_argnums", own.static, len(args))
         kept = {place % len(args) for place in own.static}
@@ -238,22 +245,26 @@ class _Call:
 
 
 def _key(own: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The PRNG key that an argument brings."""
+    """Returns the PRNG key that the argument `own.key` holds.
+
+    Raises:
+      ValueError: there is no such argument, or it is no PRNG key.
+    """
     bound = inspect.signature(own.fun).bind(*args, **kwargs)
     given = dict(bound.arguments) | bound.kwargs
     found: Any = given.get(str(own.key))
     if _is_key(found):
         return found
     names = ", ".join(map(repr, given)) or "none"
-    is_what = "of another type" if str(own.key) in given else "not there"
+    problem = "of another type" if str(own.key) in given else "not there"
     raise ValueError(
         f"key={own.key!r} has to name an argument that is a PRNG key, and this one is "
-        f"{is_what}; the arguments are {names}."
+        f"{problem}; the arguments are {names}."
     )
 
 
 def _is_key(x: Any) -> bool:
-    """Whether an argument is one PRNG key, of either kind."""
+    """Returns whether `x` is one PRNG key: typed, or a legacy `uint32[2]`."""
     if not _is_array(x):
         return False
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -1,4 +1,4 @@
-"""A plan: what a function stores between its two passes, how, and why."""
+"""A plan: the residuals of a dropped function, their bytes, forms and origins."""
 
 import collections
 import dataclasses
@@ -20,19 +20,19 @@ from dropit_jax.transform.tracing.program import Node
 
 @dataclasses.dataclass(frozen=True)
 class StoredValue:
-    """A value that is stored, in all turns of the loops that it is in.
+    """A stored forward value, counted over all iterations of the loops around it.
 
     Attributes:
-      shape: of the value, in one turn.
-      dtype: of the value.
-      kind: its class: "kernel", "flowing", "discrete", "small" or "kept".
-      form: how it is stored: "exact", "1 bit", "8 bits", ...
-      turns: how often.
-      plain_bytes: the size of the value, in all turns.
-      nbytes: the size of what is stored of it, in all turns.
-      layer: the path of the Flax module, or of the scopes, that make it; else the
-        source line; "" for inputs.
-      operation: the primitive that makes it; "input" if none does.
+      shape: the shape in one iteration.
+      dtype: the dtype of the value.
+      kind: the class: "kernel", "flowing", "discrete", "small" or "kept".
+      form: the stored form: "exact", "1 bit", "8 bits", ...
+      turns: the number of iterations; 1 outside loops.
+      plain_bytes: the size of the value in bytes, over all iterations.
+      nbytes: the size of its stored form in bytes, over all iterations.
+      layer: the path of the Flax module or of the scopes around the operation, or else
+        its source line; "" for inputs.
+      operation: the primitive that makes the value; "input" for inputs.
     """
 
     shape: tuple[int, ...]
@@ -50,14 +50,14 @@ class StoredValue:
 class Plan:
     """The values that a function stores for its backward pass.
 
-    Printed, it is a table. `drop(fun, plan)` uses it again.
+    `print(plan)` shows a table; `drop(fun, plan)` applies the plan.
 
     Attributes:
-      preset: that it was made with.
-      choices: of each program, by its fingerprint, the stored values and their forms.
-      values: what is stored, largest first.
-      recomputed: by primitive, how many equations are computed again.
-      plain_bytes: what the plain function stores.
+      preset: the preset that made the plan.
+      choices: (fingerprint, ((value, form), ...)) of each program: its stored values.
+      values: the stored values, largest first.
+      recomputed: (primitive, number of recomputed equations), the most common first.
+      plain_bytes: bytes of the residuals of the plain function.
     """
 
     preset: Preset
@@ -68,29 +68,29 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the function stores."""
+        """Bytes of the residuals that the dropped function stores."""
         return sum(value.nbytes for value in self.values)
 
     @functools.cached_property
     def forms(self) -> Choices:
-        """The choices as the planner takes them."""
+        """The choices as nested mappings: fingerprint to value to form."""
         return {
             key: {value: presets.of_word(word) for value, word in chosen}
             for key, chosen in self.choices
         }
 
     def to_json(self) -> str:
-        """The plan as text, for `from_json`."""
+        """Returns the plan as text that `from_json` reads."""
         fields = dataclasses.asdict(self)
         fields["preset"] = self.preset.to_dict()
         return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan that `to_json` wrote.
+        """Returns the plan that `to_json` wrote.
 
         Raises:
-          ValueError: the text is no such plan.
+          ValueError: `to_json` did not write the text.
         """
         try:
             fields = json.loads(text)
@@ -119,12 +119,12 @@ def _as_tuples(value: Any) -> Any:
 
 
 def of_choices(preset: Preset, made: list[Choice], plain_bytes: int) -> Plan:
-    """The plan that a planner made.
+    """Returns the plan of a planner's choices.
 
     Args:
-      preset: that it was made with.
-      made: the choices.
-      plain_bytes: what the plain function stores.
+      preset: the preset of the planner.
+      made: the choices of all programs of the function.
+      plain_bytes: bytes of the residuals of the plain function.
     """
     values: list[StoredValue] = []
     recomputed: collections.Counter[str] = collections.Counter()
@@ -151,11 +151,11 @@ def of_choices(preset: Preset, made: list[Choice], plain_bytes: int) -> Plan:
 def _stored(choice: Choice) -> list[StoredValue]:
     program = choice.halves.forward
     makers = program.makers()
-    elsewhere = _of_bodies(choice)  # in the choices for these bodies
+    by_bodies = _stored_by_bodies(choice)  # the choices of the bodies count them
     found = []
     for value, form in choice.forms.items():
         aval, node = program.avals[value], makers.get(value)
-        if value in elsewhere:
+        if value in by_bodies:
             continue
         found.append(
             StoredValue(
@@ -178,8 +178,12 @@ def _layer(choice: Choice, node: Node) -> str:
     return scopes.layer(scope) or compat.source_line(node.equation)
 
 
-def _of_bodies(choice: Choice) -> set[int]:
-    """The values that bodies store: the backward pass gives them to bodies alone."""
+def _stored_by_bodies(choice: Choice) -> set[int]:
+    """Returns the residuals that bodies of loops and the like stored for themselves.
+
+    An equation with a body makes them, and the backward pass reads them only in
+    equations with bodies.
+    """
     backward, residuals = choice.halves.backward, choice.halves.residuals
     places = dict(zip(backward.inputs, residuals, strict=False))
     makers = choice.halves.forward.makers()
@@ -195,7 +199,7 @@ def _of_bodies(choice: Choice) -> set[int]:
 
 
 def _recomputed(choice: Choice) -> Mapping[str, int]:
-    """The equations that are computed again, by primitive."""
+    """Returns how many equations of each primitive the backward pass recomputes."""
     makers = choice.halves.forward.makers()
     counted: dict[Any, str] = {}
     todo = list(programs.values(choice.halves.residuals))

@@ -1,4 +1,4 @@
-"""A plan as a table."""
+"""Prints a plan as a table."""
 
 import sys
 from collections.abc import Iterable
@@ -15,7 +15,11 @@ _HEADER = ("bytes", "plain", "type", "class", "stored as", "operation", "made by
 
 
 def rows(plan: "Plan") -> Iterable[tuple[str, ...]]:
-    """A row for all values that are alike, largest first."""
+    """Yields one row for all values that differ in nothing but their bytes.
+
+    A row holds the cells of `_HEADER`: bytes summed over the values, then, for example,
+    `("2,176", "8,192", "float32[32,64]", "flowing", "8 bits", "mul", "block/mlp")`.
+    """
     alike: dict[tuple[str, ...], list[int]] = {}
     for value in plan.values:
         shape = ",".join(map(str, value.shape))
@@ -35,7 +39,7 @@ def rows(plan: "Plan") -> Iterable[tuple[str, ...]]:
 
 
 def total(plan: "Plan") -> str:
-    """The bytes of the whole function, and the operations computed again."""
+    """Returns the caption: bytes of all residuals, and recomputed operations."""
     ratio = f", {plan.nbytes / plan.plain_bytes:.3f} of it" if plan.plain_bytes else ""
     again = ", ".join(f"{count} {name}" for name, count in plan.recomputed)
     return (
@@ -45,7 +49,7 @@ def total(plan: "Plan") -> str:
 
 
 def rich(plan: "Plan") -> Table:
-    """The table as `rich` prints it."""
+    """Returns the table for `rich` to print."""
     table = Table(box=box.SIMPLE_HEAD, caption=total(plan), caption_justify="left")
     for place, name in enumerate(_HEADER):
         table.add_column(
@@ -57,7 +61,10 @@ def rich(plan: "Plan") -> Table:
 
 
 def text(plan: "Plan") -> str:
-    """The table as text: as wide as the terminal, or as it takes elsewhere."""
+    """Returns the table as text.
+
+    It fits the width of the terminal; where stdout is no terminal, no cell is folded.
+    """
     width = None if sys.stdout.isatty() else _WIDEST
     console = Console(color_system=None, width=width)
     with console.capture() as captured:
