@@ -1,8 +1,8 @@
-"""Primitives that are bound in another way before the function is differentiated.
+"""Rules that replace equations before JAX differentiates the function.
 
-Loops, conditionals and the like are bound by JAX's public functions, with bodies that
-are differentiated by plans of their own: a loop then stacks what its body stores.
-Max-pooling stores places.
+Loops, conditionals, `jax.shard_map` and `jax.checkpoint` are bound again with bodies
+that have plans of their own: a loop then stacks the residuals that its body stores.
+Max-pooling stores the place of each maximum in its window.
 """
 
 import math
@@ -18,17 +18,23 @@ from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Node, Program
 
-# Makes a function of a body that stores less (`differentiate.Dropped`). Given are the
-# body, of each of its inputs whether it is alive anyway, how many turns it takes, and
-# whether the backward pass runs it again.
+# Makes a `differentiate.Dropped` of a body. Its arguments are the jaxpr, whether each
+# input stays in memory anyway, `turns` (the number of iterations) and `is_recomputed`
+# (whether the backward pass runs the body again).
 DropBody = Callable[..., Any]
 
-# Left whole by `programs.flatten`: their derivatives are still to be taken.
+# `programs.flatten` must not inline these: they have derivatives of their own.
 DIFFERENTIABLE = frozenset({"custom_jvp_call", compat.CUSTOM_VJP})
 
 
 def run(program: Program, arguments: Sequence[Any], drop_body: DropBody) -> list[Any]:
-    """Returns what the program does, bound by these rules."""
+    """Returns the outputs of a program whose equations are bound by these rules.
+
+    Args:
+      program: the program.
+      arguments: one array for each input.
+      drop_body: makes a function that stores less of the body of a loop or the like.
+    """
 
     def evaluate(node: Node, *operands: Any) -> Sequence[Any]:
         rule = _rule(node)
@@ -41,7 +47,7 @@ def run(program: Program, arguments: Sequence[Any], drop_body: DropBody) -> list
 
 
 def has_any(program: Program) -> bool:
-    """Whether one of these rules changes how the program is bound."""
+    """Returns whether one of these rules applies to an equation of the program."""
     return any(_rule(node) is not None for node in program.nodes)
 
 
@@ -49,7 +55,7 @@ def _scan(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[
     consts, carried = compat.scan_counts(node.equation)
     params, end = node.params, consts + carried
     xs = operands[end:]
-    # What a loop carries is made anew in every turn; the others are alive outside.
+    # Carries are new in every iteration; the other inputs stay in memory outside.
     is_free = [True] * consts + [False] * carried + [True] * len(xs)
     body = drop_body(params["jaxpr"], is_free, turns=params["length"])
 
@@ -99,14 +105,14 @@ def _remat(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence
     return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(*operands)
 
 
-# Places in a window that 16 bits can tell apart.
+# A place in a window takes 16 bits at most.
 _MOST_PLACES = 2**16
 
 
 def _largest_of_windows(
     node: Node, operands: Sequence[Any], drop_body: DropBody
 ) -> Sequence[Any]:
-    """Max-pooling, whose derivative would read all that it pools."""
+    """Pools by maxima; JAX's derivative of it would store the whole operand."""
     del drop_body
     (x,), params = operands, node.params
     dilation = {*params["base_dilation"], *params["window_dilation"]}
@@ -123,7 +129,7 @@ def _largest_of_windows(
 
 
 def has_reference(node: Node) -> bool:
-    """Whether an equation is of a body to which a mutable reference is given."""
+    """Returns whether an equation gives a mutable reference to a body."""
     has_body = _rule(node) is not None or node.name in primitives.BODIES
     return has_body and any(
         compat.is_reference(variable.aval) for variable in node.equation.invars
@@ -131,7 +137,7 @@ def has_reference(node: Node) -> bool:
 
 
 def _rule(node: Node) -> Callable[..., Sequence[Any]] | None:
-    """The rule for an equation; `None`: it is bound as it is."""
+    """Returns the rule for an equation; `None` if it is bound unchanged."""
     if compat.remat(node.equation) is not None:
         return _remat
     return _RULES.get(node.name)
