@@ -1,1 +1,1 @@
-"""Arrays stored in fewer bytes: chunks, selection, encodings, codes of few bits."""
+"""Compressed arrays: chunks, selection of elements, encodings, and packed codes."""

@@ -1,4 +1,4 @@
-"""How a tensor is cut into the chunks that select on their own."""
+"""Cuts tensors into chunks, the elements that compete in one selection."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from dropit_jax.xla import shardings
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
-    """A tensor seen as rows, and each row as whole chunks and perhaps a shorter one.
+    """A tensor as rows, each of them `count` whole chunks and perhaps a shorter one.
 
     Attributes:
-      rows: the leading axes, which are left alone.
+      rows: sizes of the leading axes, which are not cut.
       count: whole chunks in a row.
       size: elements of a whole chunk.
-      tail: elements of the shorter chunk at the end of a row; 0 where there is none.
+      tail: elements of the shorter chunk at the end of a row; 0 if there is none.
     """
 
     rows: Shape
@@ -34,7 +34,10 @@ class Chunking:
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
-        """The (number, size) of the chunks of a row: whole ones, then the shorter."""
+        """(number, size) of the whole chunks of a row, then of the shorter one, if any.
+
+        For rows of 300 elements in chunks of 16: `((18, 16), (1, 12))`.
+        """
         whole = ((self.count, self.size),)
         return (*whole, (1, self.tail)) if self.tail else whole
 
@@ -44,10 +47,12 @@ def cut(shape: Shape, chunk_size: int | None) -> Chunking:
 
     A sample is a slice along the leading axis, flattened in row-major order; a tensor
     of rank 0 or 1 is one sample. With `chunk_size=None` the whole tensor is one chunk.
+    In chunks of 16, `(8, 4, 32)` has rows `(8, 4)` of 2 chunks, and `(8, 5, 7)` has
+    rows `(8,)` of 2 chunks and a tail of 3 elements.
 
-    Where chunks line up with the last axis, that axis alone is cut: the chunks are the
-    same, but no axis is merged with another, and merging axes is what makes XLA gather
-    a sharded tensor on every device.
+    If `chunk_size` divides the last axis, only that axis is cut: the chunks are the
+    same, but no axes are merged. Merging axes makes XLA gather a sharded tensor on
+    every device.
     """
     size = math.prod(shape)
     if chunk_size is None:
@@ -64,9 +69,10 @@ def cut(shape: Shape, chunk_size: int | None) -> Chunking:
 
 
 def as_rows(x: jax.Array, chunks: Chunking) -> jax.Array:
-    """A tensor of the shape that was cut, as (*rows, row size).
+    """Reshapes a tensor of the cut shape: `(*shape) -> (*rows, row_size)`.
 
-    An explicit sharding is kept where no chunk crosses it, and undone elsewhere.
+    An explicit sharding of the last axis is kept if only that axis is cut and every
+    shard holds whole chunks; otherwise all axes but `chunks.rows` are gathered.
     """
     lead = len(chunks.rows)
     cut_last_axis = lead == x.ndim - 1 and not chunks.tail
@@ -76,9 +82,10 @@ def as_rows(x: jax.Array, chunks: Chunking) -> jax.Array:
 
 
 def whole(rows: jax.Array, chunks: Chunking) -> jax.Array:
-    """Rows whose chunks cannot be shared out evenly, each on one device.
+    """Keeps each row on one device if it is a single chunk or has a shorter one.
 
-    XLA would come to that by itself, but by many small moves.
+    Such rows cannot be sharded evenly into chunks. XLA would arrive at the same
+    sharding by itself, but by many small moves.
     """
     if chunks.count > 1 and not chunks.tail:
         return rows
@@ -86,7 +93,11 @@ def whole(rows: jax.Array, chunks: Chunking) -> jax.Array:
 
 
 def split(x: jax.Array, sizes: tuple[tuple[int, int], ...]) -> list[jax.Array]:
-    """Cuts the last axis into segments: (..., Σ count·size) to [(..., count, size)]."""
+    """Cuts the last axis into segments of chunks.
+
+    `(*rows, n) -> [(*rows, count, size), ...]`, where n is the sum of count · size.
+    For sizes `((18, 16), (1, 12))`: `(8, 300) -> [(8, 18, 16), (8, 1, 12)]`.
+    """
     segments, start = [], 0
     for count, size in sizes:
         stop = start + count * size
@@ -97,11 +108,11 @@ def split(x: jax.Array, sizes: tuple[tuple[int, int], ...]) -> list[jax.Array]:
 
 
 def join(segments: list[jax.Array]) -> jax.Array:
-    """The inverse of `split`: [(..., count, size)] to (..., Σ count·size)."""
+    """Inverts `split`: `[(*rows, count, size), ...] -> (*rows, n)`."""
     flat = [s.reshape(*s.shape[:-2], s.shape[-2] * s.shape[-1]) for s in segments]
     return concatenate(flat)
 
 
 def concatenate(parts: Sequence[jax.Array]) -> jax.Array:
-    """Parts of rows, along the last axis."""
+    """Concatenates along the last axis; a single part is returned as it is."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)

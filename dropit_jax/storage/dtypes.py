@@ -1,4 +1,4 @@
-"""Types to compute in, whatever `jax_numpy_dtype_promotion` allows of operations."""
+"""Dtypes to compute in, the same under every setting of `jax_numpy_dtype_promotion`."""
 
 import functools
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 def common(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """The type that holds the values of all of these, by JAX's standard rules."""
+    """Returns the dtype that holds values of all `dtypes`, by standard promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 def wide(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """The common type of these and float32, to compute in."""
+    """Returns the common dtype of `dtypes` and float32, to compute in."""
     return common(jnp.float32, *dtypes)

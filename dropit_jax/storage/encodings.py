@@ -1,8 +1,8 @@
-"""Where kept elements belong: as indices in their chunks, or as a bitmap.
+"""Stores the positions of kept elements, as indices in their chunks or as a bit mask.
 
-`encode` gives the kept values of a tensor in rows, chunk after chunk, and their
-positions; `decode` puts values back. Whole chunks go by `kernels`, which is plain JAX
-too where there is no GPU; all others here.
+`encode` returns the kept values of a tensor in rows, chunk after chunk, and their
+positions; `decode` puts the values back. `kernels` encodes the chunks that it supports,
+by GPU kernels on an NVIDIA GPU and by plain JAX elsewhere; this module all others.
 """
 
 import functools
@@ -22,9 +22,9 @@ from dropit_jax.xla.platforms import by_platform
 
 
 def choose(chunks: Chunking, dropit: DropIT) -> Literal["index", "bitmap"]:
-    """`"index"` or `"bitmap"`: how positions are stored.
+    """Returns how positions are stored: one index per kept element, or a bit mask.
 
-    `"auto"` takes the one of fewer bytes, and of two equal ones the index.
+    With `"auto"`, the encoding of fewer bytes; the index if both take the same.
     """
     if dropit.encoding != "auto":
         return dropit.encoding
@@ -40,26 +40,26 @@ def encode(
     scores: Array | None,
     value_dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array]:
-    """The kept values and their positions.
+    """Returns the kept values and their positions.
 
     Args:
-      x: shape (*rows, row size).
+      x: shape `(*rows, row_size)`.
       chunks: how a row is cut.
-      dropit: what to keep.
-      scores: what to rank elements by; `None`: their magnitude.
-      value_dtype: a floating type, that of the kept values.
+      dropit: the policy.
+      scores: not negative, to rank elements by; `None`: their magnitude.
+      value_dtype: the floating dtype of the kept values.
     """
-    by_kernel = _plan(chunks, dropit, value_dtype)
+    kernel_plan = _kernel_plan(chunks, dropit, value_dtype)
     shards = shardings.shards(x, -1) if x.ndim else 1
     if (
-        by_kernel is not None
+        kernel_plan is not None
         and scores is None
-        and plan.supported(x.dtype, by_kernel)
-        and chunks.count // by_kernel.unit % shards == 0
+        and plan.supported(x.dtype, kernel_plan)
+        and chunks.count // kernel_plan.unit % shards == 0
     ):
-        units = _in_units(x, chunks.count // by_kernel.unit)
-        values, positions = dispatch.compress(units, by_kernel)
-        return _out_of_units(values), _out_of_units(positions)
+        units = _split_units(x, chunks.count // kernel_plan.unit)
+        values, positions = dispatch.compress(units, kernel_plan)
+        return _merge_units(values), _merge_units(positions)
     return _encode_any(x, scores, chunks, dropit, jnp.dtype(value_dtype))
 
 
@@ -71,60 +71,63 @@ def decode(
     dtype: jax.typing.DTypeLike,
     after: Array | None = None,
 ) -> Array:
-    """Kept values in their places, and zero elsewhere.
+    """Returns an array with the kept values at their positions and zero elsewhere.
 
     Args:
-      values: shape (*rows, kept of a row).
-      positions: of these values.
+      values: kept values, shape `(*rows, kept)`.
+      positions: positions of these values, as `encode` returns them.
       chunks: how a row is cut.
-      dropit: what was kept.
-      dtype: the result's.
+      dropit: the policy that `encode` was given.
+      dtype: dtype of the result.
       after: as in `Residual.decompress`.
 
     Returns:
-      The tensor, of shape (*rows, row size).
+      The rows, of shape `(*rows, row_size)`.
     """
-    by_kernel = _plan(chunks, dropit, values.dtype)
-    if by_kernel is not None and plan.supported(dtype, by_kernel):
-        count = chunks.count // by_kernel.unit
+    kernel_plan = _kernel_plan(chunks, dropit, values.dtype)
+    if kernel_plan is not None and plan.supported(dtype, kernel_plan):
+        count = chunks.count // kernel_plan.unit
         if all(count % shardings.shards(x, -1) == 0 for x in (values, positions)):
-            units = _in_units(values, count), _in_units(positions, count)
-            whole = dispatch.decompress(*units, by_kernel, dtype, after)
-            return chunking.whole(_out_of_units(whole), chunks)
-    decoded = functools.partial(
+            units = _split_units(values, count), _split_units(positions, count)
+            whole = dispatch.decompress(*units, kernel_plan, dtype, after)
+            return chunking.whole(_merge_units(whole), chunks)
+    decode_rows = functools.partial(
         _decode_any, chunks=chunks, dropit=dropit, dtype=jnp.dtype(dtype)
     )
-    rows = barriers.computed_after(after, decoded, values, positions)
+    rows = barriers.computed_after(after, decode_rows, values, positions)
     return chunking.whole(rows, chunks)
 
 
-def _plan(
+def _kernel_plan(
     chunks: Chunking, dropit: DropIT, value_dtype: jax.typing.DTypeLike
 ) -> plan.Plan | None:
-    """What to ask a kernel for; `None` where it takes more than whole chunks."""
+    """Returns the task of a GPU kernel, or `None` if no kernel supports these chunks.
+
+    Kernels take whole chunks, in units whose positions fill whole bytes.
+    """
     if dropit.selection != "auto" or chunks.tail or not chunks.count:
         return None
-    asked = plan.Plan(
+    candidate = plan.Plan(
         size=chunks.size,
         kept=dropit.kept(chunks.size),
         encoding=choose(chunks, dropit),
         value_dtype=jnp.dtype(value_dtype).name,
     )
-    whole = plan.supported("float32", asked) and chunks.count % asked.unit == 0
-    return asked if whole else None
+    whole = plan.supported("float32", candidate) and chunks.count % candidate.unit == 0
+    return candidate if whole else None
 
 
-def _in_units(x: Array, units: int) -> Array:
-    """Cuts the last axis into units."""
+def _split_units(x: Array, units: int) -> Array:
+    """Reshapes `(*rows, n) -> (*rows, units, n // units)`."""
     return x.reshape(*x.shape[:-1], units, x.shape[-1] // units)
 
 
-def _out_of_units(x: Array) -> Array:
-    """The inverse of `_in_units`."""
+def _merge_units(x: Array) -> Array:
+    """Inverts `_split_units`."""
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-# JAX keeps what it has traced: layers of one shape are traced once, not each.
+# `jax.jit` caches its trace: layers of one shape are traced once.
 @functools.partial(
     jax.jit, static_argnames=("chunks", "dropit", "value_dtype"), inline=True
 )
@@ -135,17 +138,17 @@ def _encode_any(
     dropit: DropIT,
     value_dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
-    """`encode` for chunks of any kind."""
-    encoded = functools.partial(
-        _encoded, chunks=chunks, dropit=dropit, value_dtype=value_dtype
+    """Is `encode` for chunks of any kind, without GPU kernels."""
+    encode_plain = functools.partial(
+        _encode_plain, chunks=chunks, dropit=dropit, value_dtype=value_dtype
     )
     operands = (x,) if scores is None else (x, scores)
     results: tuple[Array, Array]
-    results = by_platform(encoded, cpu=calls.not_inlined(encoded))(*operands)
+    results = by_platform(encode_plain, cpu=calls.not_inlined(encode_plain))(*operands)
     return results
 
 
-def _encoded(
+def _encode_plain(
     x: Array,
     scores: Array | None = None,
     *,
@@ -153,9 +156,9 @@ def _encoded(
     dropit: DropIT,
     value_dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
-    """`_encode_any`, in plain operations."""
-    to_positions = _to_bitmap if choose(chunks, dropit) == "bitmap" else _to_indices
-    values, positions = to_positions(x, scores, chunks, dropit)
+    """Is `_encode_any`, the same on every platform."""
+    encoder = _encode_bitmap if choose(chunks, dropit) == "bitmap" else _encode_indices
+    values, positions = encoder(x, scores, chunks, dropit)
     return values.astype(value_dtype), positions
 
 
@@ -167,54 +170,55 @@ def _decode_any(
     dropit: DropIT,
     dtype: jnp.dtype,
 ) -> Array:
-    """`decode` for chunks of any kind, in rows."""
-    place = _from_bitmap if choose(chunks, dropit) == "bitmap" else _from_indices
+    """Is `decode` for chunks of any kind, without GPU kernels."""
+    place = _decode_bitmap if choose(chunks, dropit) == "bitmap" else _decode_indices
     return place(values.astype(dtype), positions, chunks, dropit)
 
 
 def _kept(chunks: Chunking, dropit: DropIT) -> int:
-    """Elements kept of a row."""
+    """Returns the number of kept elements of a row."""
     return sum(count * size for count, size in _kept_segments(chunks, dropit))
 
 
 def _kept_segments(chunks: Chunking, dropit: DropIT) -> tuple[tuple[int, int], ...]:
+    """Returns (number of chunks, kept elements of each) for each segment."""
     return tuple((count, dropit.kept(size)) for count, size in chunks.segments)
 
 
 def _index_bits(chunk_size: int) -> int:
-    """Bits of the smallest index type that addresses a chunk."""
+    """Returns the bits of the smallest index type that addresses a chunk."""
     for bits in (4, 8, 16):
         if chunk_size <= 2**bits:
             return bits
     return 32
 
 
-def _ranked_segments(
+def _split_with_scores(
     x: Array, scores: Array | None, chunks: Chunking
 ) -> list[tuple[Array, Array | None]]:
-    """The segments of rows, each with the scores of its elements."""
+    """Splits rows into segments, each with the scores of its elements."""
     segments = chunking.split(x, chunks.segments)
     if scores is None:
         return [(segment, None) for segment in segments]
     return list(zip(segments, chunking.split(scores, chunks.segments), strict=True))
 
 
-def _to_indices(
+def _encode_indices(
     x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, Array]:
-    picked = [
+    selected = [
         elements.top_k(s, dropit.kept(s.shape[-1]), dropit.selection, ranked)
-        for s, ranked in _ranked_segments(x, scores, chunks)
+        for s, ranked in _split_with_scores(x, scores, chunks)
     ]
-    values = chunking.join([values for values, _ in picked])
-    indices = chunking.join([indices for _, indices in picked])
+    values = chunking.join([values for values, _ in selected])
+    indices = chunking.join([indices for _, indices in selected])
     bits = _index_bits(chunks.size)
     if bits == 4:
         return values, packing.pack(indices, bits)
     return values, indices.astype(jnp.int32 if bits == 32 else f"uint{bits}")
 
 
-def _from_indices(
+def _decode_indices(
     values: Array, positions: Array, chunks: Chunking, dropit: DropIT
 ) -> Array:
     if _index_bits(chunks.size) == 4:
@@ -233,19 +237,19 @@ def _from_indices(
     )
 
 
-def _to_bitmap(
+def _encode_bitmap(
     x: Array, scores: Array | None, chunks: Chunking, dropit: DropIT
 ) -> tuple[Array, UInt8[Array, "*rows bytes"]]:
-    if dropit.selection == "auto" and _are_large(chunks):
+    if dropit.selection == "auto" and _has_large_chunks(chunks):
         kept = [k for _, k in _kept_segments(chunks, dropit)]
         return elements.top_k_bitmap(x, chunks.segments, kept, scores)
     mask = chunking.join(
         [
             elements.top_k_mask(s, dropit.kept(s.shape[-1]), dropit.selection, ranked)
-            for s, ranked in _ranked_segments(x, scores, chunks)
+            for s, ranked in _split_with_scores(x, scores, chunks)
         ]
     )
-    segments, kept_segments = _compacted(chunks, dropit)
+    segments, kept_segments = _compaction_segments(chunks, dropit)
     values = [
         elements.compact(segment, under, k)
         for segment, under, (_, k) in zip(
@@ -258,10 +262,10 @@ def _to_bitmap(
     return chunking.join(values), packing.pack(mask, 1)
 
 
-def _from_bitmap(
+def _decode_bitmap(
     values: Array, positions: Array, chunks: Chunking, dropit: DropIT
 ) -> Array:
-    if _are_large(chunks):
+    if _has_large_chunks(chunks):
         return elements.from_bitmap(values, positions, chunks.segments)
     mask = packing.unpack(positions, 1, chunks.row_size).astype(bool)
     return chunking.join(
@@ -276,19 +280,20 @@ def _from_bitmap(
     )
 
 
-def _compacted(
+def _compaction_segments(
     chunks: Chunking, dropit: DropIT
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """What is compacted by itself: segments of chunks, and (number, kept) of each.
+    """Returns the segments to compact, and (number, kept elements of one) for each.
 
     The kept elements of a row are in the order of their indices, chunk after chunk. So
-    large chunks, whose compaction does not grow with their size, may be one a row.
+    large chunks, whose compaction costs the same at any size, are compacted as one per
+    row.
     """
-    if _are_large(chunks):
+    if _has_large_chunks(chunks):
         return ((1, chunks.row_size),), ((1, _kept(chunks, dropit)),)
     return chunks.segments, _kept_segments(chunks, dropit)
 
 
-def _are_large(chunks: Chunking) -> bool:
-    """Whether there are chunks, and they are searched by `large_chunks`."""
+def _has_large_chunks(chunks: Chunking) -> bool:
+    """Returns whether there are chunks that `large_chunks` selects from."""
     return chunks.count > 0 and chunks.size > elements.MAX_SMALL

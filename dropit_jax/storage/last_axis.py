@@ -1,4 +1,8 @@
-"""The last axis in blocks, which may have several axes, and what is alike in all."""
+"""Splits the last axis into blocks of one or more axes, and broadcasts to blocks.
+
+Blocks of several axes let reductions over them be short along each axis, which XLA's
+CPU compiler vectorises.
+"""
 
 import math
 
@@ -12,7 +16,10 @@ from dropit_jax.xla import shardings
 def split(
     x: Shaped[Array, "*rows n"], *sizes: int, fill: int = 0
 ) -> Shaped[Array, "..."]:
-    """The last axis as several, filled up: (*rows, n) to (*rows, blocks, *sizes)."""
+    """Splits the last axis into blocks: `(*rows, n) -> (*rows, blocks, *sizes)`.
+
+    The last block is padded with `fill`. With sizes 2, 2: `(3, 5) -> (3, 2, 2, 2)`.
+    """
     *rows, n = x.shape
     block = math.prod(sizes)
     count = -(-n // block)
@@ -22,14 +29,17 @@ def split(
 def merge(
     x: Shaped[Array, "..."], ndim: int, count: int | None = None
 ) -> Shaped[Array, "..."]:
-    """The inverse of `split`: an array of so many axes, or its first elements."""
+    """Inverts `split`: merges the last axes so that `ndim` axes remain.
+
+    With `count`, returns only the first `count` elements of the merged axis.
+    """
     rows, size = x.shape[: ndim - 1], math.prod(x.shape[ndim - 1 :])
     flat = x.reshape(*rows, size)
     return flat if count is None else lax.slice_in_dim(flat, 0, count, axis=ndim - 1)
 
 
 def pad(x: Shaped[Array, "*rows n"], size: int, value: int = 0) -> Array:
-    """Rows filled up to a size at their end."""
+    """Pads the end of each row with `value`: `(*rows, n) -> (*rows, size)`."""
     *rows, n = x.shape
     if n == size:
         return x
@@ -38,11 +48,14 @@ def pad(x: Shaped[Array, "*rows n"], size: int, value: int = 0) -> Array:
 
 
 def spread(x: Shaped[Array, "*shape"], *sizes: int) -> Shaped[Array, "..."]:
-    """Each element in a block: (*shape) to (*shape, *sizes)."""
+    """Repeats each element in a block: `(*shape) -> (*shape, *sizes)`."""
     return lax.broadcast_in_dim(x, (*x.shape, *sizes), range(x.ndim))
 
 
 def along(x: Shaped[np.ndarray, "..."], like: Array) -> Array:
-    """An array in each block of another: (*sizes) to (*rows, *sizes)."""
+    """Broadcasts a constant to the shape and sharding of an array.
+
+    `(*sizes) -> (*rows, *sizes)`: each row of the result is `x`.
+    """
     axes = range(like.ndim - x.ndim, like.ndim)
     return shardings.like(lax.broadcast_in_dim(x, like.shape, axes), like)

@@ -1,13 +1,16 @@
-"""Values in few bits: unsigned codes with a minimum and a scale for every group.
+"""Quantises arrays: codes of few bits, with a minimum and a scale for each group.
 
-Of a group x, with codes of b bits,
+For a group x and codes of b bits:
 
     minimum = ⌊min(x)⌋     scale = ⌈(max(x) - minimum) / (2ᵇ - 1)⌉
     code    = round((x - minimum) / scale)
     x̂       = minimum + code · scale,    |x̂ - x| ≤ scale / 2 (stochastic: ≤ scale)
 
-where ⌊·⌋ and ⌈·⌉ round to bfloat16, down and up, so that the codes cover the group; a
-scale is no smaller than the smallest normal number of bfloat16.
+⌊·⌋ and ⌈·⌉ round to bfloat16, down and up, so that the codes cover the group. A scale
+is at least the smallest normal number of bfloat16.
+
+In 2 bits, the group `[-1, 0, 1, 2]` has minimum -1, scale 1 and codes `[0, 1, 2, 3]`,
+packed into the byte `0b11100100`: 5 bytes in place of 16 in float32.
 """
 
 import dataclasses
@@ -24,11 +27,11 @@ from dropit_jax.storage.shapes import Shape
 from dropit_jax.xla import barriers, calls, shardings
 from dropit_jax.xla.platforms import by_platform
 
-# More than a rounding to bfloat16 changes a number by, relative to it.
+# An upper bound of the relative error of rounding to bfloat16.
 _MARGIN = 2.0**-8
 
-# Of a group of zeros it is this, which, unlike 0, divides them.
-_SMALLEST_SCALE = float(jnp.finfo(jnp.bfloat16).tiny)
+# The scale of a group of zeros, which is divided by, so that it must not be 0.
+_MIN_SCALE = float(jnp.finfo(jnp.bfloat16).tiny)
 
 
 @functools.partial(
@@ -38,15 +41,15 @@ _SMALLEST_SCALE = float(jnp.finfo(jnp.bfloat16).tiny)
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
-    """An array in few bits.
+    """A quantised array.
 
     Attributes:
-      codes: packed, group after group.
-      minimum: of each group.
-      scale: of each group, what a step of the code stands for.
-      shape: the array's shape.
-      bits: of a code.
-      group_size: elements that share a minimum and a scale.
+      codes: packed codes, group after group.
+      minimum: minimum of each group.
+      scale: scale of each group: the step from one code to the next.
+      shape: shape of the array.
+      bits: bits of a code.
+      group_size: elements of a group.
     """
 
     codes: UInt8[Array, "*rows bytes"]
@@ -62,14 +65,14 @@ class Quantized:
         dtype: jax.typing.DTypeLike,
         after: Shaped[Array, "..."] | None = None,
     ) -> Float[Array, "*shape"]:
-        """The array that the codes stand for.
+        """Returns the array x̂ that the codes represent.
 
-        A group with NaN, infinity or a range that float32 does not hold is NaN.
+        A group is NaN if it had NaN, infinity or a range beyond float32.
 
         Args:
-          dtype: the result's.
-          after: an array; on a CPU the result is not computed before it is. `None`: as
-            part of what the result is used for, if XLA likes.
+          dtype: dtype of the result.
+          after: an array; on a CPU the result is not computed before `after` is.
+            `None`: XLA may fuse the computation into the operations that read it.
         """
         rows = functools.partial(
             _dequantized_rows,
@@ -79,12 +82,12 @@ class Quantized:
             dtype=dtype,
         )
         groups = chunking.cut(self.shape, self.group_size)
-        ranges = (_without_groups(x, groups) for x in (self.minimum, self.scale))
+        ranges = (_squeeze_groups(x, groups) for x in (self.minimum, self.scale))
         values = barriers.computed_after(after, rows, self.codes, *ranges)
         return values.reshape(self.shape)
 
 
-# Traced once, whatever it is to wait for.
+# Jitted apart from `dequantize`, so that every shape of `after` shares one trace.
 @functools.partial(
     jax.jit, static_argnames=("shape", "bits", "group_size", "dtype"), inline=True
 )
@@ -98,32 +101,35 @@ def _dequantized_rows(
     group_size: int,
     dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "*rows elements"]:
-    """The dequantised values, in the rows that groups are cut from."""
+    """Returns x̂ as `(*rows, row_size)`, the rows that groups are cut from."""
     groups = chunking.cut(shape, group_size)
     codes = packing.unpack(codes, bits, groups.row_size)
     compute = dtypes.wide(dtype)
     segments = [
         low + code.astype(compute) * step
         for code, low, step in zip(
-            _in_groups(codes, groups),
-            _of_each(minimum.astype(compute), groups),
-            _of_each(scale.astype(compute), groups),
+            _split_groups(codes, groups),
+            _spread_to_elements(minimum.astype(compute), groups),
+            _spread_to_elements(scale.astype(compute), groups),
             strict=True,
         )
     ]
-    values = _in_rows(segments, groups)
+    values = _join_groups(segments, groups)
     if compute == dtype:
         return values
-    # The last code may stand for a little more than the largest of its group, and
-    # that for more than the type holds.
+    # The last code may represent a value a little above the largest of its group,
+    # beyond the range of `dtype`.
     largest = jnp.finfo(dtype).max.astype(compute)
     clipped = jnp.clip(values, -largest, largest)
     values = jnp.where(jnp.isinf(values), values, clipped)
     return values.astype(dtype)
 
 
-def _of_each(x: Array, groups: chunking.Chunking) -> list[Array]:
-    """Repeats numbers of groups for their elements, for every segment."""
+def _spread_to_elements(x: Array, groups: chunking.Chunking) -> list[Array]:
+    """Repeats a number per group for each element of the group, in each segment.
+
+    For groups of 64 elements: `(*rows, 3) -> [(*rows, 3, 64)]`.
+    """
     if _rows_are_groups(groups):
         return [last_axis.spread(x, groups.size)]
     counts, sizes = zip(*groups.segments, strict=True)
@@ -132,105 +138,113 @@ def _of_each(x: Array, groups: chunking.Chunking) -> list[Array]:
 
 
 def _rows_are_groups(groups: chunking.Chunking) -> bool:
-    """Whether there is one group in a row, which then needs no axis of groups.
+    """Returns whether each row is one group; arrays then have no axis of groups.
 
-    Without it heads, each a row of one group, take the same loops on a CPU as the
-    groups of a row of all heads, and these are compiled once.
+    Without that axis, attention heads (each a row of one group) take the same loops on
+    a CPU as the groups of rows of all heads, and XLA compiles these loops once.
     """
     return groups.count == 1 and not groups.tail
 
 
-def _without_groups(x: Array, groups: chunking.Chunking) -> Array:
-    """What groups have, without their axis where it has one element."""
+def _squeeze_groups(x: Array, groups: chunking.Chunking) -> Array:
+    """Removes the axis of groups if each row is one group.
+
+    `(*rows, 1) -> (*rows,)`; otherwise `(*rows, groups)` is returned as it is.
+    """
     return lax.squeeze(x, (x.ndim - 1,)) if _rows_are_groups(groups) else x
 
 
-def _in_groups(rows: Array, groups: chunking.Chunking) -> list[Array]:
-    """The groups of rows, in segments."""
+def _split_groups(rows: Array, groups: chunking.Chunking) -> list[Array]:
+    """Splits rows into segments of groups; a row of one group stays as it is."""
     return [rows] if _rows_are_groups(groups) else chunking.split(rows, groups.segments)
 
 
-def _in_rows(segments: list[Array], groups: chunking.Chunking) -> Array:
-    """The inverse of `_in_groups`."""
+def _join_groups(segments: list[Array], groups: chunking.Chunking) -> Array:
+    """Inverts `_split_groups`."""
     return segments[0] if _rows_are_groups(groups) else chunking.join(segments)
 
 
-# As `dequantize`, traced once for all layers of one shape.
+# Jitted, as `dequantize` is, so that all layers of one shape share one trace.
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"), inline=True)
 def quantize(
     x: Float[Array, "*shape"], bits: int, group_size: int, key: Array | None = None
 ) -> Quantized:
-    """Stores an array in codes of 2, 4 or 8 bits.
+    """Quantises an array to codes of 2, 4 or 8 bits.
 
     Args:
       x: an array; groups are consecutive elements of a slice along its leading axis.
-      bits: of a code.
+      bits: bits of a code.
       group_size: elements that share a minimum and a scale.
-      key: rounds stochastically, without bias; `None` rounds to nearest.
+      key: a PRNG key, to round stochastically, without bias; `None` rounds to nearest.
     """
-    stored = functools.partial(_stored, bits=bits, group_size=group_size)
+    quantize_rows = functools.partial(_quantize_rows, bits=bits, group_size=group_size)
     operands = (x,) if key is None else (x, key)
-    operation = by_platform(stored, cpu=calls.not_inlined(stored))
+    operation = by_platform(quantize_rows, cpu=calls.not_inlined(quantize_rows))
     codes, minimum, scale = operation(*operands)
     if _rows_are_groups(chunking.cut(x.shape, group_size)):
         minimum, scale = (lax.expand_dims(x, (x.ndim,)) for x in (minimum, scale))
     return Quantized(codes, minimum, scale, x.shape, bits, group_size)
 
 
-def _stored(
+def _quantize_rows(
     x: Float[Array, "*shape"], key: Array | None = None, *, bits: int, group_size: int
 ) -> tuple[Array, Array, Array]:
-    """Codes, minimum and scale, these `_without_groups`."""
+    """Returns packed codes, and minimum and scale as `_squeeze_groups` has them."""
     groups = chunking.cut(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
     rows = rows.astype(dtypes.wide(x.dtype))
-    segments = _in_groups(rows, groups)
-    noise = _noise(key, rows, groups)
-    found = [ranges(values, levels) for values in segments]
+    segments = _split_groups(rows, groups)
+    offsets = _offsets(key, rows, groups)
+    group_ranges = [ranges(values, levels) for values in segments]
     codes = [
-        _codes(values, *of_group, offset, levels)
-        for values, of_group, offset in zip(segments, found, noise, strict=True)
+        _codes(values, *group_range, offset, levels)
+        for values, group_range, offset in zip(
+            segments, group_ranges, offsets, strict=True
+        )
     ]
     minimum, scale = (
-        chunking.concatenate(of_groups).astype(jnp.bfloat16)
-        for of_groups in zip(*found, strict=True)
+        chunking.concatenate(segments_values).astype(jnp.bfloat16)
+        for segments_values in zip(*group_ranges, strict=True)
     )
-    return packing.pack(_in_rows(codes, groups), bits), minimum, scale
+    return packing.pack(_join_groups(codes, groups), bits), minimum, scale
 
 
-def _noise(
+def _offsets(
     key: Array | None, rows: Array, groups: chunking.Chunking
 ) -> list[Array | None]:
-    """What is added before a code is cut off, of every segment; `None`: a half."""
+    """Returns the offset added before a code is truncated, for each segment.
+
+    `None` stands for the constant 0.5, which rounds to nearest.
+    """
     if key is None:
         return [None] * len(groups.segments)
     uniform = jax.random.uniform(key, rows.shape, rows.dtype)
-    return [*_in_groups(shardings.like(uniform, rows), groups)]
+    return [*_split_groups(shardings.like(uniform, rows), groups)]
 
 
 def _codes(
-    values: Array, minimum: Array, scale: Array, noise: Array | None, levels: int
+    values: Array, minimum: Array, scale: Array, offsets: Array | None, levels: int
 ) -> Array:
-    """The codes of the elements of groups."""
+    """Returns the codes, not packed, of groups along the last axis."""
     size = values.shape[-1]
-    above = values - last_axis.spread(minimum, size)
-    steps = above * last_axis.spread(1 / scale, size)
-    # Not negative, so that the cast, which cuts off the fraction, rounds down. They are
-    # `levels` at most, but for a rounding of float32: with a half more they stay below
-    # the next number, which with noise they may reach.
-    steps = steps + 0.5 if noise is None else jnp.minimum(steps + noise, levels)
+    shifted = values - last_axis.spread(minimum, size)
+    steps = shifted * last_axis.spread(1 / scale, size)
+    # Steps are not negative, so the cast, which truncates, rounds down. They exceed
+    # `levels` at most by a rounding error of float32: with 0.5 added they stay below
+    # `levels + 1`, but with a random offset they may reach it.
+    steps = steps + 0.5 if offsets is None else jnp.minimum(steps + offsets, levels)
     return steps.astype(jnp.uint8)
 
 
 def ranges(values: Array, levels: int) -> tuple[Array, Array]:
-    """Minimum and scale along the last axis, as numbers that bfloat16 has exactly."""
+    """Returns minimum and scale along the last axis, as float32 exact in bfloat16."""
     smallest, largest = values.min(axis=-1), values.max(axis=-1)
-    minimum = _bfloat16(smallest - _MARGIN * jnp.abs(smallest))
-    scale = _bfloat16((largest - minimum) * ((1 + _MARGIN) / levels))
-    return minimum, jnp.maximum(scale, _SMALLEST_SCALE)
+    minimum = _round_to_bfloat16(smallest - _MARGIN * jnp.abs(smallest))
+    scale = _round_to_bfloat16((largest - minimum) * ((1 + _MARGIN) / levels))
+    return minimum, jnp.maximum(scale, _MIN_SCALE)
 
 
-def _bfloat16(x: Array) -> Array:
-    # Not a cast and back, which XLA may take for nothing.
+def _round_to_bfloat16(x: Array) -> Array:
+    # XLA may remove a cast to bfloat16 and back.
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

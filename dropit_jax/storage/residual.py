@@ -1,4 +1,4 @@
-"""The cached form of a layer's input: what is kept of it, and where that belongs."""
+"""Compresses a layer's input to a residual: its kept values and their positions."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ from dropit_jax.storage.selection import channels, elements
 from dropit_jax.storage.shapes import Shape
 from dropit_jax.xla import barriers, shardings
 
-# Below so many elements a sample and channel, `fill="mean"` is refused: the means
-# would take more than this share of the bytes that DropIT is there to save.
+# With fewer elements per sample and channel, `fill="mean"` is refused: the means would
+# take more than 1/8 of the activation's elements, which DropIT is there to save.
 _MIN_ELEMENTS_PER_MEAN = 8
 
 
@@ -28,21 +28,20 @@ _MIN_ELEMENTS_PER_MEAN = 8
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Residual:
-    """A compressed activation.
+    """A compressed activation, as the backward pass keeps it.
 
-    A pytree whose leaves are the arrays that are really stored. It is equal to itself
-    alone.
+    A pytree whose leaves are the stored arrays. A residual is equal only to itself.
 
     Attributes:
-      values: what is kept, chunk after chunk along the last axis, or the kept channels.
-      positions: where that belongs: of elements, in the encoding that
-        `encoding(shape, dropit)` names; of channels, their indices. `None` if
+      values: kept elements, chunk after chunk along the last axis, or kept channels.
+      positions: positions of kept elements, in the encoding that
+        `encoding(shape, dropit)` names, or indices of kept channels; `None` if
         everything is kept.
-      means: of the dropped elements of each sample and channel; `None` without
+      means: means of the dropped elements of each sample and channel; `None` unless
         `fill="mean"`.
-      shape: the activation's shape.
-      dtype: the activation's dtype.
-      dropit: the policy that made it.
+      shape: shape of the activation.
+      dtype: dtype of the activation.
+      dropit: the policy.
     """
 
     values: Shaped[Array, "*rows kept"] | Quantized
@@ -63,22 +62,23 @@ class Residual:
     def decompress(
         self, after: Shaped[Array, "..."] | None = None
     ) -> Float[Array, "*shape"]:
-        """The activation â: what was kept in its place, and the fill elsewhere.
+        """Returns the activation â: kept values at their positions, the fill elsewhere.
 
-        Which positions are stored is taken on trust: twice the same, or one that the
-        activation does not have, gives any value there.
+        Positions are not checked: the values at a repeated position, or for one outside
+        the activation, are unspecified.
 
         Args:
-          after: an array; on a CPU what takes a pass over the whole activation is not
-            computed before it is. XLA heeds barriers elsewhere, and not there.
+          after: an array; on a CPU, passes over the whole activation are not computed
+            before `after` is. XLA's CPU compiler ignores the barriers that do this
+            elsewhere.
 
         Raises:
           ValueError: the arrays are not those that `compress` makes of an activation
             of this shape and dtype.
         """
-        found = _types(self)
+        found = _array_types(self)
         try:
-            wanted = _parts(self.shape, self.dtype, self.dropit)
+            wanted = _expected_arrays(self.shape, self.dtype, self.dropit)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"There is no residual of {self.dtype}{self.shape} by {self.dropit}: "
@@ -108,21 +108,21 @@ class Residual:
 def compress(
     x: Float[Array, "*shape"], dropit: DropIT, key: Array | None = None
 ) -> Residual:
-    """Keeps what the policy selects of `x` (paper §3.2, Figure 2).
+    """Compresses `x` to the elements that the policy keeps (paper §3.2, Figure 2).
 
     Args:
       x: an activation; its leading axis is the batch, its last the channels. Any real
         floating dtype of 16 bits or more.
-      dropit: what to keep.
-      key: a PRNG key, for policies that need one; the same key keeps the same.
+      dropit: the policy.
+      key: a PRNG key, for policies that need one; the same key keeps the same elements.
 
     Returns:
-      What is kept, and its positions. Everything is kept, without positions, where
-      nothing is dropped: at `rate=0`.
+      The kept values and their positions. At `rate=0` everything is kept, without
+      positions.
 
     Raises:
       TypeError: `x` is not a real floating-point array, or `dropit` not a policy.
-      ValueError: the key is missing, or `x` has too few elements a sample and channel
+      ValueError: the key is missing, or `x` has too few elements per sample and channel
         for `fill="mean"`.
     """
     check_policy(dropit)
@@ -145,24 +145,24 @@ def compress(
 
 
 @functools.lru_cache
-def _parts(shape: Shape, dtype: jnp.dtype, dropit: DropIT) -> dict[str, str]:
-    """The arrays of a residual."""
+def _expected_arrays(shape: Shape, dtype: jnp.dtype, dropit: DropIT) -> dict[str, str]:
+    """Returns name and type of each array that `compress` would store."""
     x, key = jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(jax.random.key, 0)
-    return _types(jax.eval_shape(lambda x, key: compress(x, dropit, key), x, key))
+    return _array_types(jax.eval_shape(lambda x, key: compress(x, dropit, key), x, key))
 
 
-def _types(residual: Residual) -> dict[str, str]:
-    """Names, dtypes and shapes of a residual's arrays."""
+def _array_types(residual: Residual) -> dict[str, str]:
+    """Returns name and type, such as `float32(8, 4)`, of each array of a residual."""
     flat, _ = jax.tree_util.tree_flatten_with_path(residual)
-    return {jax.tree_util.keystr(path): _type(x) for path, x in flat}
+    return {jax.tree_util.keystr(path): _type_name(x) for path, x in flat}
 
 
-def _type(x: Any) -> str:
+def _type_name(x: Any) -> str:
     return f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else type(x).__name__
 
 
 def encoding(shape: Shape, dropit: DropIT) -> str:
-    """`"index"` or `"bitmap"`: how positions in a tensor of this shape are stored."""
+    """Returns how positions in a tensor are stored: `"index"` or `"bitmap"`."""
     return encodings.choose(chunking.cut(shape, dropit.chunk_size), dropit)
 
 
@@ -189,7 +189,7 @@ def _check(x: Array, dropit: DropIT, key: Array | None) -> None:
 
 
 def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array | None]:
-    """Returns the kept values and their positions; `None`: every value is kept."""
+    """Returns the kept values and their positions; `None` if every value is kept."""
     random_key = key if dropit.strategy == "random" else None
     if dropit.granularity == "channel":
         count = x.shape[-1] if x.ndim else 1
@@ -214,7 +214,7 @@ def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array |
 
 
 def _index_dtype(count: int) -> jax.typing.DTypeLike:
-    """The smallest type of an index below `count`."""
+    """Returns the smallest dtype of indices below `count`."""
     for bits in (8, 16):
         if count <= 2**bits:
             return f"uint{bits}"
@@ -229,7 +229,7 @@ def _place(
     dtype: jax.typing.DTypeLike,
     after: Array | None = None,
 ) -> Array:
-    """Kept values in their places, and zero elsewhere."""
+    """Returns an array with kept values at their positions and zero elsewhere."""
     if dropit.granularity == "channel":
         place = functools.partial(channels.place, count=shape[-1])
         return barriers.computed_after(after, place, values.astype(dtype), positions)
@@ -239,6 +239,7 @@ def _place(
 
 
 def _kept_mask(positions: Array, values: Array, shape: Shape, dropit: DropIT) -> Array:
+    """Returns whether each element of the activation is kept."""
     ones = jnp.ones(values.shape, jnp.uint8)
     return _place(ones, positions, shape, dropit, ones.dtype).astype(bool)
 
@@ -246,7 +247,7 @@ def _kept_mask(positions: Array, values: Array, shape: Shape, dropit: DropIT) ->
 def _dropped_means(
     x: Float[Array, "batch *positions channels"], kept: Array
 ) -> Float[Array, "batch channels"]:
-    """The mean of the dropped elements of each sample and channel; 0 for none."""
+    """Returns the mean of each sample and channel's dropped elements; 0 if none are."""
     positions = tuple(range(1, x.ndim - 1))
     wide = jnp.where(kept, 0, x).astype(dtypes.wide(x.dtype))
     dropped = jnp.maximum(jnp.sum(~kept, axis=positions), 1)
@@ -254,12 +255,12 @@ def _dropped_means(
 
 
 def _kept_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:
-    """The float type of kept values; codes are made of the activation's own."""
+    """Returns the dtype of selected values; codes are made of the activation's own."""
     return x.dtype if dropit.code_bits else _float_dtype(x, dropit)
 
 
 def _float_dtype(x: Array, dropit: DropIT) -> jax.typing.DTypeLike:
-    """The float type that the policy stores."""
+    """Returns the floating dtype in which the policy stores values and means."""
     if dropit.value_dtype is None:
         return x.dtype
     return jnp.bfloat16 if dropit.code_bits else jnp.dtype(dropit.value_dtype)

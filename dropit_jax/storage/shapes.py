@@ -1,4 +1,4 @@
-"""Shapes of arrays, in which `jax.export` has symbols for sizes that are not known."""
+"""The type of array shapes, whose sizes `jax.export` may represent by symbols."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Choice of the elements and channels of an array that are kept."""
+"""Selects the elements or channels of an array that are kept."""

@@ -1,4 +1,4 @@
-"""Whole channels, the slices along the last axis, as what is kept (paper §3.3)."""
+"""Selects whole channels, which are slices along the last axis (paper §3.3)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +9,27 @@ from dropit_jax.storage import dtypes
 
 
 def largest(x: Float[Array, "*batch channels"], k: int) -> Int[Array, "{k}"]:
-    """The k channels of largest L2 norm, in the order of their indices.
+    """Returns the k channels of largest L2 norm, in the order of their indices.
 
     Ties go to the lower index; a channel with NaN or infinity counts as largest.
     """
     wide = x.astype(dtypes.wide(x.dtype))
     energy = jnp.sum(jnp.square(wide), axis=tuple(range(x.ndim - 1)))
-    # The top of a NaN with a sign, such as 0 / 0 on x86, would be the bottom.
+    # `lax.top_k` ranks a NaN with a sign, such as 0 / 0 on x86, lowest.
     energy = jnp.where(jnp.isnan(energy), jnp.nan, energy)
     return jnp.sort(lax.top_k(energy, k)[1])
 
 
 def random(key: Array, count: int, k: int) -> Int[Array, "{k}"]:
-    """A uniform sample of k of `count` channels, in the order of their indices."""
+    """Returns a uniform sample of k of `count` channels, in ascending order."""
     return jnp.sort(jax.random.choice(key, count, (k,), replace=False))
 
 
 def take(
     x: Shaped[Array, "*batch channels"], indices: Integer[Array, "k"]
 ) -> Shaped[Array, "*batch k"]:
-    """The channels of these indices."""
-    if indices.size == 1:  # a slice will do
+    """Returns the channels at these indices: `(*batch, channels) -> (*batch, k)`."""
+    if indices.size == 1:  # a slice is cheaper than a gather
         return lax.dynamic_slice_in_dim(x, indices[0], 1, axis=-1)
     return x.at[..., indices].get(mode="promise_in_bounds", indices_are_sorted=True)
 
@@ -37,10 +37,10 @@ def take(
 def place(
     values: Shaped[Array, "*batch k"], indices: Integer[Array, "k"], count: int
 ) -> Shaped[Array, "*batch {count}"]:
-    """Puts channels back where they came from, and zero elsewhere."""
+    """Returns an array with channels at their indices and zero in all others."""
     kept = jnp.zeros(count, bool).at[indices].set(True, unique_indices=True)
     if indices.size == 1:
         return jnp.where(kept, values, 0)
-    # Each channel reads its source; a scatter would write them one after the other.
+    # A gather: a scatter would write the channels one after the other.
     source = jnp.clip(jnp.cumsum(kept) - 1, 0)
     return jnp.where(kept, take(values, source), 0)

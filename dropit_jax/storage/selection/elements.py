@@ -1,13 +1,13 @@
-"""Which elements of a chunk stay: exact top-k along the last axis.
+"""Selects the kept elements of a chunk by exact top-k along the last axis.
 
-Every method keeps what `lax.top_k(abs(x), k)` does: the largest magnitudes, ties to the
-lower index, NaN above infinity. They differ in how XLA compiles them, and on large
-chunks in the order in which they give what they found. A random sample is the top-k of
-random scores.
+Every method keeps the elements of `lax.top_k(abs(x), k)`: the largest magnitudes, ties
+to the lower index, NaN above infinity. Methods differ in how XLA compiles them and, on
+large chunks, in the order of the kept elements. A random sample is the top-k of random
+scores.
 
-Chunks of at most `MAX_SMALL` elements select by comparisons that fuse (`small_chunks`);
-larger ones by bisection (`large_chunks`). Both stay where the data is on a sharded
-mesh; `lax.top_k` makes XLA gather the chunks on every device.
+Chunks of at most `MAX_SMALL` elements are selected by comparisons that fuse
+(`small_chunks`), larger ones by bisection (`large_chunks`). Both leave sharded data on
+its devices; `lax.top_k` makes XLA gather the chunks on every device.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from dropit_jax.storage import last_axis
 from dropit_jax.storage.selection import bit_vectors, large_chunks, small_chunks
 from dropit_jax.storage.shapes import Shape
 
-# The largest chunk that selects by comparisons. Beyond, they cost more than bisection.
+# The largest chunk selected by comparisons; in larger ones bisection costs less.
 MAX_SMALL = 64
 
 
@@ -33,18 +33,20 @@ def top_k(
     selection: Selection = "auto",
     scores: Int[Array, "*rows size"] | None = None,
 ) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
-    """The k elements of largest magnitude along the last axis.
+    """Returns the k elements of largest magnitude of each chunk, and their indices.
+
+    `(*rows, size) -> (*rows, k)`.
 
     Args:
       x: chunks.
-      k: how many elements of each chunk to take.
-      selection: `"top_k"` forces `lax.top_k`; `"auto"` takes the method for this size.
-      scores: what to rank the elements by in place of their magnitude, not negative.
+      k: how many elements of each chunk to keep.
+      selection: `"top_k"` forces `lax.top_k`; all others take the method for this size.
+      scores: not negative, to rank the elements by in place of their magnitude.
 
     Returns:
-      The elements (with their sign) and their indices: largest first, as `lax.top_k`
-      gives them; by `"auto"`, in chunks of more than `MAX_SMALL` elements, in the order
-      of the indices, which takes no sorting.
+      The elements (with their sign) and their indices, as by `lax.top_k` largest
+      first. Unless that is forced, chunks of more than `MAX_SMALL` elements have them
+      in the order of the indices, which needs no sorting.
     """
     if selection == "top_k":
         indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
@@ -54,8 +56,8 @@ def top_k(
         indices = large_chunks.select(large_chunks.largest(ranked, k), k)
         return large_chunks.take(x, indices), indices
     if scores is None:
-        values, apart = small_chunks.top_k_of_magnitudes(x, k)
-        return values, small_chunks.stack(apart).astype(jnp.int32)
+        values, indices_by_rank = small_chunks.top_k_of_magnitudes(x, k)
+        return values, small_chunks.stack(indices_by_rank).astype(jnp.int32)
     return small_chunks.top_k(x, scores, k)
 
 
@@ -65,9 +67,9 @@ def top_k_mask(
     selection: Selection = "auto",
     scores: Int[Array, "*rows size"] | None = None,
 ) -> Bool[Array, "*rows size"]:
-    """Where the k elements of largest magnitude are, along the last axis.
+    """Returns whether each element is one of the k of largest magnitude.
 
-    The arguments and the elements chosen are those of `top_k`.
+    The arguments and the selected elements are those of `top_k`.
     """
     if selection == "top_k":
         indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]
@@ -85,22 +87,23 @@ def top_k_bitmap(
     kept: Sequence[int],
     scores: Int[Array, "*rows size"] | None = None,
 ) -> tuple[Shaped[Array, "*rows kept"], UInt8[Array, "*rows bytes"]]:
-    """The largest of large chunks and perhaps a shorter one, in one search for a row.
+    """Returns the top-k of large chunks and perhaps a shorter one, by one search a row.
 
     Args:
       x: rows of chunks.
-      segments: (number, size) of its chunks, as `Chunking.segments`.
-      kept: how many elements of a chunk to take, for each segment.
+      segments: (number, size) of the chunks of a row, as `Chunking.segments`.
+      kept: how many elements of a chunk to keep, for each segment.
       scores: as in `top_k`.
 
     Returns:
-      The elements, in the order of their indices, and a bit for each element of a row.
+      The elements, in the order of their indices, and a bit for each element of a row:
+      `(*rows, 200) -> (*rows, kept), (*rows, 25)`.
     """
     ranked = magnitude(x) if scores is None else scores
     *rows, row_size = x.shape
     counts, sizes = zip(*segments, strict=True)
     count, size = sum(counts), sizes[0]
-    # Zeros at the end come after all else: they are not among the largest.
+    # Zeros at the end lose every tie, so that no padding is among the largest.
     ranked = last_axis.pad(ranked, count * size)
     chunks = ranked.reshape(*rows, count, size)
     words = large_chunks.largest(chunks, np.repeat(kept, counts))
@@ -116,20 +119,19 @@ def from_bitmap(
     bitmap: UInt8[Array, "*rows bytes"],
     segments: Sequence[tuple[int, int]],
 ) -> Shaped[Array, "*rows size"]:
-    """The inverse of `top_k_bitmap`: rows of elements in their places, else zeros."""
+    """Inverts `top_k_bitmap`: rows with elements at their positions, else zero."""
     counts, sizes = zip(*segments, strict=True)
     row_size = sum(count * size for count, size in segments)
-    # As many words as `top_k_bitmap` counts in.
+    # As many words as in `top_k_bitmap`.
     number = bit_vectors.word_count(sum(counts) * sizes[0])
     words = bit_vectors.from_bytes(bitmap, number)
     return large_chunks.expand(values, words, row_size)
 
 
 def random_scores(key: Array, shape: Shape) -> Int[Array, "*shape"]:
-    """Scores whose top-k is a uniform sample.
+    """Returns scores whose top-k is a uniform sample.
 
-    Two of them are equal, and the choice between them not random, with a probability
-    of 2**-31.
+    Two scores are equal with a probability of 2**-31; ties are not broken at random.
     """
     return (jax.random.bits(key, shape, jnp.uint32) >> 1).astype(jnp.int32)
 
@@ -137,7 +139,7 @@ def random_scores(key: Array, shape: Shape) -> Int[Array, "*shape"]:
 def place(
     values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """Puts values back where they came from, and zero elsewhere.
+    """Returns chunks with values at their indices and zero elsewhere.
 
     Args:
       values: kept elements of each chunk.
@@ -153,7 +155,10 @@ def place(
 def compact(
     x: Shaped[Array, "*rows size"], mask: Bool[Array, "*rows size"], k: int
 ) -> Shaped[Array, "*rows {k}"]:
-    """The k elements under the mask, in the order of their indices."""
+    """Returns the k elements under the mask, in the order of their indices.
+
+    For `[1, -5, 2, 4]` under `[0, 1, 0, 1]`: `[-5, 4]`.
+    """
     if x.shape[-1] > MAX_SMALL:
         indices = large_chunks.select(bit_vectors.to_words(mask), k)
         return large_chunks.take(x, indices)
@@ -163,7 +168,7 @@ def compact(
 def expand(
     values: Shaped[Array, "*rows k"], mask: Bool[Array, "*rows size"]
 ) -> Shaped[Array, "*rows size"]:
-    """The inverse of `compact`: values under the mask, zero elsewhere."""
+    """Inverts `compact`: values under the mask, zero elsewhere."""
     size = mask.shape[-1]
     if size > MAX_SMALL:
         return large_chunks.expand(values, bit_vectors.to_words(mask), size)
@@ -171,10 +176,10 @@ def expand(
 
 
 def magnitude(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """|x| as an integer of the same order.
+    """Returns |x| as an integer of the same order.
 
-    The bits of a non-negative float order like the float, with NaN above infinity,
-    and unlike floats they compare exactly where denormal numbers are flushed to zero.
+    The bits of a non-negative float order like the float, with NaN above infinity.
+    Unlike floats they compare exactly where denormal numbers are flushed to zero.
     """
     signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
     return signed & jnp.iinfo(signed.dtype).max

@@ -1,11 +1,11 @@
-"""Exact selection in chunks of any size, without sorting.
+"""Selects exactly in chunks of any size, without sorting.
 
-The k-th largest score is found by bisection on its bits. Where the kept elements are is
-then a bit vector, and what has to be known of it are ranks: how many bits are set
-before each, and where the j-th set one is.
+The k-th largest score is found by bisection on its bits. The kept elements are then a
+bit vector, of which two queries are needed: how many bits are set before each bit, and
+where the j-th set bit is.
 
-XLA's CPU compiler takes as long for a loop of one operation as for one of many, and
-goes through all operations of each layer: there are few of both here.
+XLA's CPU compiler takes as long for a loop of one operation as for a loop of many, and
+processes all operations of each layer again: this module has few loops and operations.
 """
 
 import math
@@ -20,43 +20,45 @@ from dropit_jax.storage import last_axis
 from dropit_jax.storage.selection import bit_vectors
 from dropit_jax.xla import shardings
 
-# Of a sum over more elements along one axis XLA's CPU compiler makes two loops.
+# The longest axis that XLA's CPU compiler sums in one loop, not two.
 _LONGEST = 32
 
 
 def largest(
     scores: Int[Array, "*rows size"], k: int | Int[np.ndarray, "chunks"]
 ) -> UInt32[Array, "*rows words"]:
-    """Where the k largest of each chunk are, ties to the lower index.
+    """Returns the bits of the k largest scores of each chunk, ties to the lower index.
+
+    `(*rows, size) -> (*rows, ceil(size / 32))`, as `bit_vectors.to_words` packs them.
 
     Args:
       scores: not negative.
-      k: how many of each chunk, or of each chunk of a row.
+      k: how many of each chunk, or for each chunk of a row.
     """
     size, lead = scores.shape[-1], scores.ndim - 1
     axes = list(bit_vectors.BITS.shape)
     while -(-size // math.prod(axes)) > _LONGEST:
         axes.insert(0, _LONGEST)
     each = last_axis.split(scores, *axes, fill=-1)  # -1 is never among the largest
-    kth, missing = _kth_largest(each, lead, np.asarray(k, np.int32))
+    kth, ties = _kth_largest(each, lead, np.asarray(k, np.int32))
     kth = last_axis.spread(kth, *each.shape[lead:])
     tied = each == kth
     words = bit_vectors.join(tied)
     before = bit_vectors.set_before(last_axis.merge(words, lead + 1)).reshape(
         words.shape
     )
-    first = bit_vectors.rank(words, before) < last_axis.spread(
-        missing, *each.shape[lead:]
-    )
+    first = bit_vectors.rank(words, before) < last_axis.spread(ties, *each.shape[lead:])
     kept = bit_vectors.join((each > kth) | (tied & first))
     return last_axis.merge(kept, lead + 1, bit_vectors.word_count(size))
 
 
 def select(words: UInt32[Array, "*rows words"], k: int) -> Int[Array, "*rows {k}"]:
-    """The indices of the first k set bits, in their order.
+    """Returns the indices of the first k set bits, in ascending order.
+
+    For the words `[0b101, 0b10]` and k = 3: `[0, 2, 33]`.
 
     Args:
-      words: of at least k set bits in each chunk.
+      words: words with at least k set bits in each chunk.
       k: how many.
     """
     before = bit_vectors.set_before(words)
@@ -68,7 +70,7 @@ def select(words: UInt32[Array, "*rows words"], k: int) -> Int[Array, "*rows {k}
 def take(
     x: Shaped[Array, "*rows size"], indices: Int[Array, "*rows k"]
 ) -> Shaped[Array, "*rows k"]:
-    """The elements of each chunk at its indices."""
+    """Returns each chunk's elements at its indices: `(*rows, size) -> (*rows, k)`."""
     rows = tuple(range(x.ndim - 1))
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(),
@@ -89,7 +91,7 @@ def take(
 def expand(
     values: Shaped[Array, "*rows k"], words: UInt32[Array, "*rows words"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """Values, in the order of the set bits, where these are, and zero elsewhere."""
+    """Returns chunks with values at the set bits, in order, and zero elsewhere."""
     places = jnp.minimum(
         bit_vectors.rank(words, bit_vectors.set_before(words)), values.shape[-1] - 1
     )
@@ -100,14 +102,14 @@ def expand(
 def scatter(
     values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """Chunks of zeros with values at these indices."""
+    """Returns chunks with values at their indices and zero elsewhere."""
 
     def row(values: Array, indices: Array) -> Array:
         zeros = jnp.zeros(size, values.dtype)
         return zeros.at[indices].set(values, mode="promise_in_bounds")
 
-    # `jax.vmap` marks the leading axes as a batch for XLA, which then leaves them on
-    # their devices; `jnp.put_along_axis` does not.
+    # `jax.vmap`, unlike `jnp.put_along_axis`, marks the leading axes as batch axes,
+    # which XLA leaves on their devices.
     for _ in values.shape[:-1]:
         row = jax.vmap(row)
     return row(values, indices)
@@ -116,21 +118,22 @@ def scatter(
 def _kth_largest(
     scores: Int[Array, "..."], lead: int, k: Int[np.ndarray, "*#chunks"]
 ) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
-    """The k-th largest score of each chunk, and which number it has among its equals.
+    """Returns each chunk's k-th largest score, and how many equal to it are kept.
 
-    Bit by bit from the highest: one belongs to it if at least k scores are no less with
-    the bit set. The last candidate of which there are fewer is the next above it.
+    The score is built from its highest bit down: a bit is set if at least k scores are
+    then no less. The last rejected candidate is the score plus 1, so its count is the
+    number of scores above the k-th largest.
 
     Args:
-      scores: in chunks of several axes.
-      lead: how many axes are before those of a chunk.
-      k: of each chunk, or of each of a row.
+      scores: chunks of several axes, `(*rows, *chunk)`.
+      lead: number of axes before those of a chunk.
+      k: how many of each chunk, or for each chunk of a row.
     """
     none = lax.full_like(scores, 0, shape=scores.shape[:lead])
     none = shardings.to(none, shardings.spec(scores)[:lead])
     axes = tuple(range(lead, scores.ndim))
 
-    def wanted() -> Array:  # made where it is needed: no operand of the loop
+    def k_of_each() -> Array:  # made inside the loop: it is no operand of it
         return last_axis.along(
             np.broadcast_to(k, none.shape[-1:]), none.astype(jnp.int32)
         )
@@ -140,18 +143,18 @@ def _kth_largest(
         candidate = kth | bit
         counted = scores >= last_axis.spread(candidate, *scores.shape[lead:])
         count = jnp.sum(counted, axis=axes, dtype=jnp.int32)
-        enough = count >= wanted()
+        enough = count >= k_of_each()
         kth = lax.select(enough, candidate, kth)
         return bit >> 1, kth, lax.select(enough, above, count)
 
     highest = scores.dtype.type(1 << (8 * scores.dtype.itemsize - 2))
     state = (jnp.asarray(highest), none, none.astype(jnp.int32))
     _, kth, above = lax.while_loop(lambda state: state[0] > 0, next_bit, state)
-    return kth, wanted() - above
+    return kth, k_of_each() - above
 
 
 def _word_of_each(before: Int[Array, "*rows words"], k: int) -> Int[Array, "*rows {k}"]:
-    """The number of the word in which each of the first k set bits is, by bisection.
+    """Returns the word of each of the first k set bits, found by bisection.
 
     Args:
       before: how many bits are set before each word.
@@ -172,6 +175,6 @@ def _word_of_each(before: Int[Array, "*rows words"], k: int) -> Int[Array, "*row
 
 
 def _iota(like: Shaped[Array, "*rows n"]) -> Int[Array, "*rows n"]:
-    """0, 1, 2, ... in each row."""
+    """Returns 0, 1, 2, ... in each row, in the shape and sharding of an array."""
     numbers = lax.broadcasted_iota(jnp.int32, like.shape, like.ndim - 1)
     return shardings.like(numbers, like)

@@ -1,8 +1,8 @@
-"""Exact selection in chunks of a few elements, by comparisons alone.
+"""Selects exactly in chunks of a few elements, by comparisons alone.
 
 Nothing is sorted, gathered or scattered: comparisons, reductions along the chunk and
-chains of selections fuse into a few loops, and need no temporaries of the size of a
-sort's. What these cost grows with the size of the chunk, or with its square.
+chains of selects fuse into a few loops, without a sort's temporaries. The cost grows
+with the size of the chunk, or with its square.
 """
 
 import functools
@@ -18,35 +18,36 @@ from dropit_jax.storage import last_axis
 from dropit_jax.xla import shardings
 from dropit_jax.xla.platforms import by_platform
 
-# Up to so many kept elements a chunk, taking the maximum that many times is faster and
-# needs less memory than ranking every element against every other.
+# Up to so many kept elements per chunk, taking the maximum once for each of them is
+# faster and needs less memory than ranking every element against every other.
 _MAX_PASSES = 8
 
-# XLA's CPU compiler makes vector instructions of a reduction of up to so many elements;
-# of more in two steps, the second over so many parts: three to four times as fast.
+# XLA's CPU compiler vectorises a reduction of up to `_VECTOR` elements. A longer one is
+# three to four times as fast in two steps, the second over `_PARTS` partial results.
 _VECTOR = 16
 _PARTS = 8
 
 _WORD = 32
 
-# The tag of what has none, which comes after all others.
+# The tag of no element; it loses every tie.
 _NO_SLOT = 255
 
-# What `top_2_of_magnitudes` takes for the byte of those before the first. It looks for
-# an index by the byte of that and a 1, which this is not, and makes such a byte of it.
+# The byte that `top_2_of_magnitudes` takes in its first pass. A pass skips the element
+# i for which that byte is `i << 4 | 1` (here none), and gives a byte of the index that
+# it finds, in the upper half, and the upper half of the byte taken (here 1).
 BEFORE_FIRST = 0x10
 
-# Numbers and their tags.
+# Integers and their tags.
 _Pair = tuple[Array, Array]
 
 
 def top_k(
     x: Float[Array, "*rows size"], scores: Int[Array, "*rows size"], k: int
 ) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
-    """The elements of the k largest scores, largest first, and their indices."""
+    """Returns elements of the k largest scores, largest first, and their indices."""
     indices = _largest_first(scores, k)
-    here = indices[..., :, None] == _counted(x.shape[-1], x.ndim + 1)
-    # By their bits: exact for -0.0 and NaN.
+    here = indices[..., :, None] == _iota(x.shape[-1], x.ndim + 1)
+    # On the bits, which keeps -0.0 and NaN exact.
     taken = jnp.where(here, _bits(x)[..., None, :], 0).max(axis=-1)
     return _from_bits(taken, x), indices
 
@@ -54,21 +55,24 @@ def top_k(
 def top_k_of_magnitudes(
     x: Float[Array, "*rows size"], k: int, halves: bool = False
 ) -> tuple[Float[Array, "*rows {k}"], list[UInt8[Array, "*rows"]]]:
-    """`top_k`, where the scores are the elements' magnitudes.
+    """Is `top_k` with the elements' magnitudes as scores.
+
+    For `[1, -5, 2, 4]` and k = 2: elements `[-5, 4]` and indices `[1], [3]`; with
+    `halves`, the byte `[0x31]`.
 
     Args:
       x: chunks.
-      k: how many elements of each to take.
-      halves: a byte has two indices, which are below 16, the first in its lower half;
-        k is even.
+      k: how many elements of each chunk to keep.
+      halves: whether to pack two indices, which are below 16, into a byte, the first
+        in its lower half; k is even.
 
     Returns:
-      The elements, largest first, and their indices, an array for each place, or for
-      each two.
+      The elements, largest first, and their indices: an array for each rank, or with
+      `halves` for each two.
     """
     signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
     if k <= _MAX_PASSES:
-        found = _passes(signed, k, halves)
+        found = _take_largest(signed, k, halves)
         values = _from_bits(stack([bits for bits, _ in found]), x)
         return values, [tag for _, tag in (found[1::2] if halves else found)]
     values, indices = top_k(x, signed & np.iinfo(signed.dtype).max, k)
@@ -81,12 +85,12 @@ def top_k_of_magnitudes(
 def top_2_of_magnitudes(
     x: Float[Array, "*rows size"], before: UInt8[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows 2"], UInt8[Array, "*rows"]]:
-    """`top_k_of_magnitudes` for two, with `halves`, both found in the same way.
+    """Is `top_k_of_magnitudes` for k = 2 with `halves`, in two passes of the same code.
 
     Args:
       x: chunks.
-      before: `BEFORE_FIRST` for each. It is an operand so that XLA does not know what
-        it is: on a CPU one loop for both is compiled, in place of two.
+      before: `BEFORE_FIRST` for each chunk. As an operand it is unknown to XLA, which
+        on a CPU then compiles one loop for both passes, not two.
 
     Returns:
       The elements, the larger first, and the byte of their indices.
@@ -101,19 +105,19 @@ def top_2_of_magnitudes(
         at = last_axis.spread(tag, size)
         other = marks != at
         tags = upper | at >> np.uint8(4)
-        left = lax.select(other, signed, none), lax.select(other, tags, no_slot)
-        bits, tag = _first(*left)
+        remaining = lax.select(other, signed, none), lax.select(other, tags, no_slot)
+        bits, tag = _max_and_tag(*remaining)
         found.append(bits)
     return _from_bits(stack(found), x), tag
 
 
 def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
-    """Where the k largest scores of each chunk are, ties to the lower index."""
+    """Returns whether each score is one of its chunk's k largest, as by `top_k`."""
     if k > _MAX_PASSES:
         return _ranks(scores) < k
-    score, slot = _passes(scores, k)[-1]
+    score, slot = _take_largest(scores, k)[-1]
     last, at = score[..., None], slot[..., None]
-    slots = _indices(scores, np.uint8)
+    slots = _chunk_iota(scores, np.uint8)
     return (scores > last) | ((scores == last) & (slots <= at))
 
 
@@ -122,11 +126,14 @@ def place(
     indices: Sequence[Integer[Array, "*rows 1"]],
     size: int,
 ) -> Shaped[Array, "*rows {size}"]:
-    """Chunks of zeros with values at these indices, an array for each value."""
-    # A chain of selections, not a sum: it fuses with whatever reads the result.
-    spread = [_spread(values, i, size) for i in range(len(indices))]
+    """Returns chunks with values at their indices and zero elsewhere.
+
+    `indices` has an array for each value of a chunk.
+    """
+    # A chain of selects, unlike a sum, fuses with the operations that read the result.
+    spread = [_spread_nth(values, i, size) for i in range(len(indices))]
     placed = lax.full_like(spread[0], 0)
-    slots = _indices(placed, indices[0].dtype)
+    slots = _chunk_iota(placed, indices[0].dtype)
     for index, value in zip(indices, spread, strict=True):
         placed = _select(index == slots, value, placed)
     return placed
@@ -135,7 +142,7 @@ def place(
 def place_at_halves(
     values: Shaped[Array, "*rows k"], packed: UInt8[Array, "*rows bytes"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """`place`, where a byte has two indices, the first in its lower half."""
+    """Is `place` with two indices in a byte, the first in its lower half."""
     columns = [packed[..., i : i + 1] for i in range(packed.shape[-1])]
     indices = [i for byte in columns for i in (byte & 15, byte >> 4)]
     return place(values, indices, size)
@@ -147,14 +154,14 @@ def place_by_reduction(
     size: int,
     halves: bool,
 ) -> Shaped[Array, "*rows {size}"]:
-    """`place`, or `place_at_halves`, by as few operations for any number of values.
+    """Is `place` or `place_at_halves`, in the same few operations for any k.
 
-    It is for a CPU, where XLA makes vector instructions of it for chunks of any size.
-    There is no gradient, and what reads the result does not fuse with it.
+    It is for a CPU, where XLA vectorises it for chunks of any size. There is no
+    gradient, and operations that read the result do not fuse with it.
 
     Args:
-      values: of each chunk.
-      positions: their indices, or with `halves` bytes of two.
+      values: values of each chunk.
+      positions: their indices, or with `halves` bytes of two indices.
       size: elements of a chunk.
       halves: as in `top_k_of_magnitudes`.
     """
@@ -178,32 +185,32 @@ def place_by_reduction(
 def compact(
     x: Shaped[Array, "*rows size"], mask: Bool[Array, "*rows size"], k: int
 ) -> Shaped[Array, "*rows {k}"]:
-    """The k elements under the mask, in the order of their indices."""
-    slots, order = _slots(mask), _counted(k, mask.ndim)
+    """Returns the k elements under the mask, in the order of their indices."""
+    slots, order = _ranks_under_mask(mask), _iota(k, mask.ndim)
     bits = _bits(x)
-    taken = lax.full_like(_spread(bits, 0, k), 0)
+    taken = lax.full_like(_spread_nth(bits, 0, k), 0)
     for i in range(x.shape[-1]):
         here = mask[..., i : i + 1] & (slots[..., i : i + 1] == order)
-        taken = _select(here, _spread(bits, i, k), taken)
+        taken = _select(here, _spread_nth(bits, i, k), taken)
     return _from_bits(taken, x)
 
 
 def expand(
     values: Shaped[Array, "*rows k"], mask: Bool[Array, "*rows size"]
 ) -> Shaped[Array, "*rows size"]:
-    """The inverse of `compact`: values under the mask, zero elsewhere."""
-    slots = _slots(mask)
-    placed = lax.full_like(_spread(values, 0, mask.shape[-1]), 0)
+    """Inverts `compact`: values under the mask, zero elsewhere."""
+    slots = _ranks_under_mask(mask)
+    placed = lax.full_like(_spread_nth(values, 0, mask.shape[-1]), 0)
     for i in range(values.shape[-1]):
         here = mask & (slots == i)
-        placed = _select(here, _spread(values, i, mask.shape[-1]), placed)
+        placed = _select(here, _spread_nth(values, i, mask.shape[-1]), placed)
     return placed
 
 
 def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
-    """`jnp.stack` on a new last axis.
+    """Stacks arrays on a new last axis, as `jnp.stack` does.
 
-    By selections: XLA's CPU compiler makes a loop of branches out of a concatenation,
+    It uses selects: XLA's CPU compiler makes a loop of branches of a concatenation,
     which takes longer to compile and to run.
     """
     spread = [last_axis.spread(part, len(parts)) for part in parts]
@@ -214,70 +221,72 @@ def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
 
 
 def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
-    """Indices of the k largest, largest first, ties to the lower index."""
+    """Returns the indices of the k largest scores; ties go to the lower index."""
     if k <= _MAX_PASSES:
-        slots = [slot for _, slot in _passes(scores, k)]
+        slots = [slot for _, slot in _take_largest(scores, k)]
         return stack(slots).astype(jnp.int32)
-    order = _ranks(scores)[..., None, :] == _counted(k, scores.ndim)[..., None]
-    return jnp.where(order, _indices(scores)[..., None, :], 0).max(axis=-1)
+    order = _ranks(scores)[..., None, :] == _iota(k, scores.ndim)[..., None]
+    return jnp.where(order, _chunk_iota(scores)[..., None, :], 0).max(axis=-1)
 
 
-def _passes(
+def _take_largest(
     signed: Int[Array, "*rows size"], k: int, halves: bool = False
 ) -> list[tuple[Int[Array, "*rows"], UInt8[Array, "*rows"]]]:
-    """The k elements of largest magnitude, ties to the lower index, one by one.
+    """Finds the k elements of largest magnitude one by one, ties to the lower index.
 
     Args:
-      signed: numbers, or the bits of floats; the sign is no part of the magnitude.
+      signed: integers, or the bits of floats; the sign bit is not compared.
       k: how many.
       halves: as in `top_k_of_magnitudes`.
 
     Returns:
-      Elements and their indices; with `halves` of each second the byte of two.
+      Elements and their indices. With `halves`, each second index is the byte of two.
     """
     size, ones = signed.shape[-1], np.iinfo(signed.dtype).max
     magnitudes = signed & ones
     slots = last_axis.along(np.arange(size, dtype=np.uint8), signed)
     none, no_slot = lax.full_like(signed, 0), lax.full_like(slots, _NO_SLOT)
-    found = [_first(signed, slots)]
+    found = [_max_and_tag(signed, slots)]
     at = last_axis.spread(found[0][1], size)
     for i in range(1, k):
         if i == 1:
-            after = slots != at  # all but the one
+            after = slots != at
         else:
-            # After the last that was found: no need to know the others. Below it, or
-            # equal and of a higher index, with one operation less.
+            # Elements after the last found one: smaller, or equal and of a higher
+            # index (with one operation less). The earlier ones need not be known.
             last = last_axis.spread(found[-1][0] & ones, size)
             after = magnitudes - (slots > at).astype(signed.dtype) < last
-        # Two in a byte are in the order of its upper half.
+        # The lower half of these tags is the same in a chunk: it changes no order.
         second = halves and i % 2 == 1
         tags = slots << np.uint8(4) | at if second else slots
-        left = lax.select(after, signed, none), lax.select(after, tags, no_slot)
-        bits, tag = _first(*left)
+        remaining = lax.select(after, signed, none), lax.select(after, tags, no_slot)
+        bits, tag = _max_and_tag(*remaining)
         found.append((bits, tag))
         at = last_axis.spread(tag >> np.uint8(4) if second else tag, size)
     return found
 
 
-# Traced once for all passes.
+# Jitted, so that all passes share one trace.
 @functools.partial(jax.jit, inline=True)
-def _first(signed: Int[Array, "*rows size"], tags: UInt8[Array, "*rows size"]) -> _Pair:
-    """The largest magnitude of each chunk, ties to the lower tag, and its tag."""
+def _max_and_tag(
+    signed: Int[Array, "*rows size"], tags: UInt8[Array, "*rows size"]
+) -> _Pair:
+    """Returns each chunk's largest magnitude and its tag, ties to the lower tag."""
     size = signed.shape[-1]
     if size <= _VECTOR or size % _PARTS:
-        return _reduced(signed, tags)
+        return _reduce_max(signed, tags)
 
     def by_parts(signed: Array, tags: Array) -> _Pair:
         parts = (*signed.shape[:-1], _PARTS, size // _PARTS)
-        return _reduced(*_reduced(signed.reshape(parts), tags.reshape(parts)))
+        return _reduce_max(*_reduce_max(signed.reshape(parts), tags.reshape(parts)))
 
-    return by_platform(_reduced, cpu=by_parts)(signed, tags)
+    return by_platform(_reduce_max, cpu=by_parts)(signed, tags)
 
 
-def _reduced(
+def _reduce_max(
     signed: Int[Array, "*rows size"], tags: UInt8[Array, "*rows size"]
 ) -> _Pair:
-    """`_first`, as one reduction."""
+    """Is `_max_and_tag`, as one reduction."""
     ones = np.iinfo(signed.dtype).max
 
     def larger(one: _Pair, other: _Pair) -> _Pair:
@@ -290,47 +299,50 @@ def _reduced(
     return tuple(lax.reduce((signed, tags), none, larger, (signed.ndim - 1,)))
 
 
-def _indices(
+def _chunk_iota(
     x: Shaped[Array, "*rows size"], dtype: jax.typing.DTypeLike = np.int32
 ) -> Int[np.ndarray, "*ones size"]:
-    """Each element's index in its chunk; of the same rank, which takes no broadcast."""
-    return _counted(x.shape[-1], x.ndim, dtype)
+    """Returns indices in a chunk, in x's rank to avoid a broadcast: `(*ones, size)`."""
+    return _iota(x.shape[-1], x.ndim, dtype)
 
 
-def _counted(
+def _iota(
     count: int, ndim: int, dtype: jax.typing.DTypeLike = np.int32
 ) -> Int[np.ndarray, "*ones count"]:
-    """The numbers from 0, along the last of so many axes."""
+    """Returns 0, 1, 2, ... along the last of `ndim` axes."""
     return np.arange(count, dtype=dtype).reshape(*[1] * (ndim - 1), -1)
 
 
-def _spread(
+def _spread_nth(
     x: Shaped[Array, "*rows count"], i: int, size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """The i-th element of each row, `size` times."""
+    """Repeats the i-th element of each row: `(*rows, count) -> (*rows, size)`."""
     return last_axis.spread(lax.index_in_dim(x, i, x.ndim - 1, keepdims=False), size)
 
 
 def _select(
     here: Bool[Array, "*shape"], x: Shaped[Array, "*shape"], y: Shaped[Array, "*shape"]
 ) -> Shaped[Array, "*shape"]:
-    """`jnp.where`, without the call that it is to XLA's passes."""
+    """Is `jnp.where` without a jitted call, which XLA's passes would have to inline."""
     return lax.select(here, shardings.like(x, here), shardings.like(y, here))
 
 
 def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
-    """How many elements of the chunk come before each: larger, or equal and earlier."""
+    """Returns how many elements of the chunk are larger, or equal and earlier."""
     slots = last_axis.along(np.arange(scores.shape[-1]), scores)
     ranks = jnp.zeros(scores.shape, jnp.int32)
-    # One comparison after the other: a sum over pairs would be a pass of its own.
+    # Comparisons in a chain: a sum over pairs would be a loop of its own.
     for i in range(scores.shape[-1]):
         least = scores - (i < slots).astype(scores.dtype)  # so that equal ones count
         ranks += (scores[..., i : i + 1] > least).astype(jnp.int32)
     return ranks
 
 
-def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
-    """The place of each masked element among the masked elements of its chunk."""
+def _ranks_under_mask(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
+    """Returns how many elements of the chunk are under the mask before each.
+
+    For `[1, 0, 1, 1]`: `[0, 1, 1, 2]`.
+    """
     size = mask.shape[-1]
     slots = jnp.zeros(mask.shape, jnp.int32)
     for start in range(0, size, _WORD):
@@ -339,8 +351,8 @@ def _slots(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size"]:
         part = part << last_axis.along(places, part)
         word = jnp.sum(part, axis=-1, keepdims=True, dtype=jnp.uint32)
         before = np.clip(np.arange(size) - start, 0, _WORD)
-        these = ((1 << before) - 1).astype(np.uint32)
-        earlier = word & last_axis.along(these, mask)
+        earlier_bits = ((1 << before) - 1).astype(np.uint32)
+        earlier = word & last_axis.along(earlier_bits, mask)
         slots += lax.population_count(earlier).astype(jnp.int32)
     return slots
 
