@@ -1,1 +1,1 @@
-"""XLA's compiler, told what it does not see by itself: README.md says why."""
+"""Tells XLA's compilers what costs memory otherwise: README.md has the reasons."""

@@ -1,4 +1,4 @@
-"""What is not to be computed too early: what is rebuilt for the gradient."""
+"""Keeps XLA from recomputing arrays for the backward pass before it needs them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def barrier(operands: T) -> T:
-    """A pytree of arrays after `lax.optimization_barrier`; on a CPU, as it is.
+    """Returns a pytree of arrays after `lax.optimization_barrier`; on a CPU, unchanged.
 
-    XLA's CPU compiler takes barriers out too late to see that a reshape before one and
-    a reshape after it are none, and too early for any other effect. There it takes
+    XLA's CPU compiler removes a barrier too late to cancel a reshape before it with its
+    inverse after it, and too early to order anything by it. On a CPU use
     `computed_after`.
     """
     leaves, structure = jax.tree.flatten(operands)
@@ -28,10 +28,11 @@ def barrier(operands: T) -> T:
 
 
 def read_after(after: Array, operands: T) -> T:
-    """A pytree of arrays, which are not read before `after` is computed.
+    """Returns a pytree of arrays that are not read before `after` is computed.
 
-    On a GPU the array itself need not be in memory for that, as it has to be for
-    `barrier`: what is computed from it and from the operands can be one kernel with it.
+    On an NVIDIA GPU, unlike with `barrier`, `after` need not be written to memory for
+    that: one GPU kernel can compute it and everything that reads it and the operands.
+    On a CPU it has no effect.
     """
     leaves, structure = jax.tree.flatten(operands)
     if not leaves or not after.size:
@@ -39,7 +40,7 @@ def read_after(after: Array, operands: T) -> T:
     return jax.tree.unflatten(structure, _read_after(after, leaves))
 
 
-# Traced once for all arrays of one shape.
+# Jitted, so that all arrays of one shape share one trace.
 @functools.partial(jax.jit, inline=True)
 def _read_after(after: Array, operands: list[Array]) -> list[Array]:
     def wait_for_all(*operands: Array) -> Sequence[Array]:
@@ -48,21 +49,21 @@ def _read_after(after: Array, operands: list[Array]) -> list[Array]:
     def wait_for_one(*operands: Array) -> Sequence[Array]:
         return wait_for_all(*operands[:-1], any_element(operands[-1]))
 
-    def as_they_are(*operands: Array) -> Sequence[Array]:
+    def unchanged(*operands: Array) -> Sequence[Array]:
         return operands[:-1]
 
-    operation = by_platform(wait_for_all, cpu=as_they_are, cuda=wait_for_one)
+    operation = by_platform(wait_for_all, cpu=unchanged, cuda=wait_for_one)
     return list(operation(*operands, lax.stop_gradient(after)))
 
 
 def computed_after(
     after: Array | None, function: Callable[..., Array], *operands: Array
 ) -> Array:
-    """`function(*operands)`; on a CPU it is not computed before `after` is.
+    """Returns `function(*operands)`; on a CPU it is not computed before `after` is.
 
     Args:
-      after: an array; `None`: it is computed when XLA likes.
-      function: of arrays.
+      after: an array; `None`: XLA chooses when to compute the result.
+      function: a function of arrays.
       *operands: its arguments.
     """
     if after is None:
@@ -95,7 +96,7 @@ def _barred(*operands: Array) -> tuple[Array, ...]:
     return lax.optimization_barrier(operands)
 
 
-def _as_they_are(_: Any, *operands: Any) -> tuple[Any, ...]:
+def _unchanged(_: Any, *operands: Any) -> tuple[Any, ...]:
     return operands
 
 
@@ -103,4 +104,4 @@ ad.primitive_jvps[_barrier_p] = _derivative
 ad.primitive_transposes[_barrier_p] = _transposed
 batching.primitive_batchers[_barrier_p] = _batched
 mlir.register_lowering(_barrier_p, mlir.lower_fun(_barred, multiple_results=True))
-mlir.register_lowering(_barrier_p, _as_they_are, platform="cpu")
+mlir.register_lowering(_barrier_p, _unchanged, platform="cpu")

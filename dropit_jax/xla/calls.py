@@ -1,7 +1,8 @@
-"""Functions that XLA's CPU compiler leaves as calls.
+"""Makes functions into calls that XLA's CPU compiler does not inline.
 
-It heeds no barriers: it takes them out before it decides what is computed when, and
-what twice. A call it can neither look into nor move before its operands.
+That compiler removes barriers before it decides when to compute an operation, and which
+operations to compute twice. It can neither look into a call nor move it before its
+operands.
 """
 
 from collections.abc import Callable
@@ -14,38 +15,37 @@ from dropit_jax.compat import set_xla_metadata
 
 
 def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as a call that XLA may not inline.
+    """Returns a function that XLA may not inline, for `by_platform(..., cpu=...)`.
 
-    What keeps an activation reads it several times: for every pass of a selection, for
-    minimum, maximum and codes. XLA's CPU compiler, where it can, computes the
-    activation anew for each: it takes a normalisation and a rectifier for cheap. It
-    cannot look out of a call. Nor can it mix what is inside with what is around it,
-    which differs from layer to layer: loops that are the same it compiles once. For
-    `platforms.by_platform(..., cpu=...)`.
+    Compression reads an activation several times: in every pass of a selection, and
+    for the minimum, the maximum and the codes. Where it can, XLA's CPU compiler
+    recomputes the activation for each of them, as it takes a normalisation and a ReLU
+    for cheap. From within a call it cannot. Nor can it fuse the function with the code
+    around it, which differs from layer to layer: equal loops are compiled once.
     """
 
     def call(*operands: Any) -> Any:
-        # A context would mark loops within, too: what XLA calls in them.
+        # As a context it would also mark the loops within, whose bodies are calls.
         return set_xla_metadata(jax.jit(function)(*operands), inlineable="false")
 
     return call
 
 
 def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`not_inlined(function)`, called no sooner than one more operand is computed.
+    """Returns `not_inlined(function)` with a first operand that the call waits for.
 
-    What is rebuilt from a residual for the gradient is else rebuilt when XLA likes, and
-    it likes to at once: in the forward pass, to keep it till the gradient.
+    Without it, XLA chooses when to decompress a residual for the backward pass, and may
+    do so in the forward pass, and keep the activation until the backward pass.
 
     Args:
-      function: of arrays.
+      function: a function of arrays.
 
     Returns:
-      A function of the array to wait for and of those of `function`.
+      A function of the array to wait for and of the arguments of `function`.
     """
 
     def late(after: Array, *operands: Array) -> Any:
-        del after  # an operand of the call all the same
+        del after  # it remains an operand of the call
         return function(*operands)
 
     return not_inlined(late)

@@ -1,8 +1,8 @@
-"""How arrays lie in a GPU's memory.
+"""Sets the order of an array's axes in the memory of an NVIDIA GPU.
 
-XLA chooses the layout of each array by what the products around it like, and badly for
-what is compressed between them: an axis that is not cut into groups comes to lie
-innermost, and every pass over the groups is then a transposition.
+XLA chooses each layout for the matrix products around an array. For an array compressed
+between them it can put an axis innermost that is not cut into groups, so that every
+pass over the groups is a transposition.
 """
 
 import functools
@@ -16,14 +16,14 @@ from dropit_jax.xla.platforms import by_platform
 
 
 def row_major(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """`x`; on an NVIDIA GPU it lies in memory in the order of its axes."""
+    """Returns `x`; on an NVIDIA GPU it lies in memory in the order of its axes."""
     return _laid_out(x, tuple(range(x.ndim)))
 
 
 def of_tokens(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """`row_major(x)`, unless it may be of images.
+    """Returns `row_major(x)` if `x` has at most 3 axes, else `x`, which may be images.
 
-    How images lie in memory convolutions choose, on some GPUs channels first.
+    Convolutions choose the layout of images, on some GPUs channels first.
     """
     return row_major(x) if x.ndim <= 3 else x
 
@@ -31,12 +31,12 @@ def of_tokens(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 def of_heads(
     x: Shaped[Array, "*batch length heads depth"],
 ) -> Shaped[Array, "*batch length heads depth"]:
-    """`x`; on an NVIDIA GPU it lies in memory as (*batch, heads, length, depth).
+    """Returns `x`; on an NVIDIA GPU in memory as `(*batch, heads, length, depth)`.
 
-    So the products of attention read it. In row-major order XLA would add the bias of a
-    projection within its product, from a copy of the bias for each token, which it
-    makes for all layers in advance. An array of less than three axes is left as it is:
-    attention has an error for it.
+    The products of attention read this layout. In row-major order XLA would add the
+    bias of a projection within its product, from a copy of the bias for each token, and
+    make these copies for all layers in advance. An array of fewer than 3 axes is
+    returned as it is, for attention to reject.
     """
     if x.ndim < 3:
         return x
@@ -45,25 +45,28 @@ def of_heads(
 
 
 def in_order(x: Shaped[Array, "*shape"], order: tuple[int, ...]) -> Array:
-    """`x`; on an NVIDIA GPU its axes lie in this order, the outermost first."""
+    """Returns `x`; on an NVIDIA GPU its axes lie in this order, the outermost first."""
     return _laid_out(x, order)
 
 
-# Traced once for all arrays of one shape.
+# Jitted, so that all arrays of one shape share one trace.
 @functools.partial(jax.jit, static_argnames="order", inline=True)
 def _laid_out(x: Array, order: tuple[int, ...]) -> Array:
     constrained = functools.partial(_constrained, order=order)
-    # XLA would gather what is to be laid out, where several devices share it.
-    everywhere = on_every_device(constrained, results=1, elementwise=True)
-    return by_platform(_as_it_is, cuda=everywhere)(x)
+    # XLA would gather a sharded operand of a layout constraint on every device.
+    sharded = on_every_device(constrained, results=1, elementwise=True)
+    return by_platform(_unchanged, cuda=sharded)(x)
 
 
-def _as_it_is(x: Array) -> Array:
+def _unchanged(x: Array) -> Array:
     return x
 
 
 def _constrained(x: Array, order: tuple[int, ...]) -> Array:
-    """The array, its axes in this order, the outermost first, after any more axes."""
-    mapped = x.ndim - len(order)
-    order = (*range(mapped), *(mapped + axis for axis in order))
+    """Returns the array with its axes in this order, the outermost first.
+
+    Axes that `jax.vmap` added come before them.
+    """
+    batch_axes = x.ndim - len(order)
+    order = (*range(batch_axes), *(batch_axes + axis for axis in order))
     return with_layout_constraint(x, Layout(order))

@@ -1,7 +1,7 @@
-"""Functions that XLA cannot look into, shared out among devices.
+"""Runs functions that XLA cannot look into on each device's own part of sharded arrays.
 
-XLA would gather whatever they read on every device; here it is told which axes may be
-shared out. No function sees more than its device's part.
+XLA would gather their operands on every device. Here it is told which axes may be
+sharded.
 """
 
 import itertools
@@ -17,35 +17,35 @@ from jaxtyping import Array
 
 from dropit_jax.compat import custom_partitioning
 
-# On arrays of the same leading axes; the results have them too.
+# A function of arrays with the same leading axes, which its results have too.
 _Operation = Callable[..., Any]
 
 
 def on_every_device(
     kernel: _Operation, results: int, *, elementwise: bool = False
 ) -> _Operation:
-    """A kernel, each device running it on the part of its operands that it holds.
+    """Returns a kernel that each device runs on its own part of the operands.
 
     Args:
-      kernel: takes arrays of the same rank and leading axes, and gives such arrays. It
-        works along the last axis.
-      results: how many it gives.
-      elementwise: whether the last axis may be shared out too; all arrays have one
-        shape then.
+      kernel: takes arrays of the same rank and leading axes, and returns such arrays.
+        It works along the last axis.
+      results: how many arrays it returns.
+      elementwise: whether the last axis may be sharded too; all arrays then have the
+        same shape.
     """
-    whole = 0 if elementwise else 1
+    unsharded = 0 if elementwise else 1
 
     @custom_vmap
     def mapped(*operands: Array) -> Any:
-        return _shared_out(kernel, results, whole, operands)
+        return _run_sharded(kernel, results, unsharded, operands)
 
     @mapped.def_vmap
     def _(size: int, batched: Sequence[bool], *operands: Array) -> Any:
-        alike = [
+        batched_operands = [
             x if has else jnp.broadcast_to(x, (size, *x.shape))
             for x, has in zip(operands, batched, strict=True)
         ]
-        given = mapped(*alike)
+        given = mapped(*batched_operands)
         return given, jax.tree.map(lambda _: True, given)
 
     return mapped
@@ -53,9 +53,9 @@ def on_every_device(
 
 @custom_vmap
 def any_element(x: Array) -> Array:
-    """An element of an array, each device taking one of its own part of it.
+    """Returns an element of an array; each device takes one of its own part.
 
-    Where there is more than one, the result is not the same on all of them.
+    The results on several devices may differ.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in mesh.axis_types:
@@ -91,49 +91,50 @@ def _replicated(mesh: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _shared_out(
-    kernel: _Operation, results: int, whole: int, operands: tuple[Array, ...]
+def _run_sharded(
+    kernel: _Operation, results: int, unsharded: int, operands: tuple[Array, ...]
 ) -> Any:
-    """The results, where the last `whole` axes are not shared out."""
+    """Runs the kernel with the last `unsharded` axes whole on each device."""
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in mesh.axis_types:
         return kernel(*operands)
     if AxisType.Explicit in mesh.axis_types:
         given = jax.typeof(operands[0]).sharding.spec
-        spec = PartitionSpec(*given[: len(given) - whole], *[None] * whole)
-        # The kernel computes each element from its own chunk, so nothing is said to be
-        # alike on several devices that is not.
+        spec = PartitionSpec(*given[: len(given) - unsharded], *[None] * unsharded)
+        # Unchecked: the kernel computes each element from its own chunk, so that no
+        # result is wrongly said to be equal on several devices.
         return jax.shard_map(kernel, in_specs=spec, out_specs=spec, check_vma=False)(
             *operands
         )
-    return _partitioned(kernel, results, whole, operands)(*operands)
+    return _partitioned(kernel, results, unsharded, operands)(*operands)
 
 
 def _partitioned(
-    kernel: _Operation, results: int, whole: int, operands: tuple[Array, ...]
+    kernel: _Operation, results: int, unsharded: int, operands: tuple[Array, ...]
 ) -> _Operation:
-    """The kernel, and how XLA may share it out among devices."""
-    lead = operands[0].ndim - whole
+    """Returns the kernel with rules for XLA on how to shard its arrays."""
+    lead = operands[0].ndim - unsharded
 
-    def along_lead(mesh: Any, shapes: Any) -> NamedSharding:
+    def leading_sharding(mesh: Any, shapes: Any) -> NamedSharding:
         spec = [*shapes[0].sharding.spec, *[None] * lead][:lead]
-        return NamedSharding(mesh, PartitionSpec(*spec, *[None] * whole))
+        return NamedSharding(mesh, PartitionSpec(*spec, *[None] * unsharded))
 
     def infer(mesh: Any, shapes: Any, result: Any) -> Any:
-        return jax.tree.map(lambda _: along_lead(mesh, shapes), result)
+        return jax.tree.map(lambda _: leading_sharding(mesh, shapes), result)
 
     def partition(mesh: Any, shapes: Any, result: Any) -> Any:
-        sharding = along_lead(mesh, shapes)
+        sharding = leading_sharding(mesh, shapes)
         of_results = jax.tree.map(lambda _: sharding, result)
         return mesh, kernel, of_results, (sharding,) * len(operands)
 
     names = (f"i{number}" for number in itertools.count())
     shared = " ".join(itertools.islice(names, lead))
     arrays = len(operands) + results
-    last = list(itertools.islice(names, whole * arrays))
-    axes = [f"{shared} {name}" for name in last] if whole else [shared] * arrays
+    last = list(itertools.islice(names, unsharded * arrays))
+    axes = [f"{shared} {name}" for name in last] if unsharded else [shared] * arrays
 
-    def positional(*operands: Array) -> Any:  # it takes no function with keywords
+    # `custom_partitioning` takes no function with keyword arguments.
+    def positional(*operands: Array) -> Any:
         return kernel(*operands)
 
     partitioned = custom_partitioning(positional)

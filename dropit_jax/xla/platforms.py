@@ -1,7 +1,7 @@
-"""Functions that are computed in another way on some platforms.
+"""Selects an implementation of a function for the platform that it is lowered for.
 
-As `jax.lax.platform_dependent`, which is a choice between branches that XLA has to take
-apart in every layer anew. This one is what the platform has, in its place.
+`jax.lax.platform_dependent` does the same by a branch, which XLA has to remove in every
+layer anew. Here only the platform's implementation is in the program.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from dropit_jax.compat import (
 _Operation = Callable[..., Any]
 
 
-# Whether an exported program may be run by other versions of JAX, to which kernels and
-# layouts promise nothing.
+# Whether an exported program may be run by other versions of JAX, with which our GPU
+# kernels and layouts may not work.
 _is_for_others = contextvars.ContextVar("is_for_others", default=True)
 
 
 @contextlib.contextmanager
 def exporting_for_this_version() -> Iterator[None]:
-    """Exports programs as they run here, not by their plain definitions."""
+    """Exports programs as they run here, not by the default implementations."""
     token = _is_for_others.set(False)
     try:
         yield
@@ -52,44 +52,45 @@ def by_platform(
     one_cpu: _Operation | None = None,
     cuda: _Operation | None = None,
 ) -> _Operation:
-    """A function of arrays, which on some platforms is another of the same results.
+    """Returns a function of arrays that has other implementations on some platforms.
 
-    All that is traced goes in as an argument.
+    Traced arrays must be arguments: an implementation may not close over them.
 
     Args:
-      default: what it is by definition, and where no other is given; a derivative is
-        this one's.
-      cpu: what it is on a CPU.
-      one_cpu: what it is there in a program for one device, where it need not keep to
-        what arrays may be shared out by.
-      cuda: what it is on an NVIDIA GPU.
+      default: defines the results; it is used on all other platforms, and for
+        derivatives.
+      cpu: implementation on a CPU.
+      one_cpu: implementation in a CPU program for one device, where it need not keep
+        shardings.
+      cuda: implementation on an NVIDIA GPU.
 
     Returns:
-      A function of the arrays, and of one that it comes `after`: on a CPU the first
-      operand of `cpu`, and nothing elsewhere, where there are barriers.
+      A function of the arrays, with a keyword `after`: an array that is the first
+      operand of `cpu`, which so waits for it. Other platforms, which have barriers,
+      ignore it.
     """
 
     def operation(*operands: Array, after: Array | None = None) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
         waited_for = () if after is None else (after,)
         avals = tuple(map(jax.typeof, operands))
-        general = _Branch(default, avals, mesh)
+        default_branch = _Branch(default, avals, mesh)
         on_cpu, on_one_cpu = (
             given and _Branch(given, (*map(jax.typeof, waited_for), *avals), mesh)
             for given in (cpu, one_cpu)
         )
-        on_cuda = cuda and _Branch(cuda, *_on_a_gpu(avals, mesh))
-        # What will not run here is traced when it is asked for.
+        on_cuda = cuda and _Branch(cuda, *_gpu_types(avals, mesh))
+        # Trace only the implementation of this platform; the others when lowered.
         here = None
         if jax.default_backend() == "cpu":
-            alone = jax.device_count() == 1
-            here = on_one_cpu if alone and on_one_cpu else on_cpu
-        jaxpr, shapes = (here or general).traced
+            one_device = jax.device_count() == 1
+            here = on_one_cpu if one_device and on_one_cpu else on_cpu
+        jaxpr, shapes = (here or default_branch).traced
         results = _operation_p.bind(
             *waited_for,
             *operands,
             waits=len(waited_for),
-            default=general,
+            default=default_branch,
             cpu=on_cpu,
             one_cpu=on_one_cpu,
             cuda=on_cuda,
@@ -101,15 +102,15 @@ def by_platform(
     return operation
 
 
-# Compared by identity: two functions that are equal may be traced differently.
+# Compared by identity: equal functions may be traced differently.
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Branch:
-    """A function that is traced when it is needed.
+    """An implementation, which is traced when it is needed.
 
     Attributes:
-      function: of arrays.
-      avals: the types of its arguments.
-      mesh: that is in force.
+      function: a function of arrays.
+      avals: types of its arguments.
+      mesh: the mesh in force.
     """
 
     function: _Operation
@@ -118,21 +119,21 @@ class _Branch:
 
     @functools.cached_property
     def traced(self) -> tuple[Any, Any]:
-        """The function traced, and its results' types."""
+        """The jaxpr of the function and the types of its results."""
         with jax.sharding.use_abstract_mesh(self.mesh):
             return jax.make_jaxpr(self.function, return_shape=True)(*self.avals)
 
     @property
     def flat(self) -> _Operation:
-        """The function of arrays that gives a list of arrays."""
+        """The function, with its results as a list of arrays."""
         return jaxpr_as_fun(self.traced[0])
 
 
-def _on_a_gpu(avals: tuple[Any, ...], mesh: Any) -> tuple[tuple[Any, ...], Any]:
-    """The types and the mesh, of some GPU where they are of none.
+def _gpu_types(avals: tuple[Any, ...], mesh: Any) -> tuple[tuple[Any, ...], Any]:
+    """Returns the types and the mesh, moved to some GPU if they are on none.
 
-    From version 0.11 on JAX asks which GPU a kernel is lowered for. Ours are the same
-    for all.
+    From version 0.11 on JAX asks which GPU a kernel is lowered for. Our kernels are the
+    same for all.
     """
     device = mesh.abstract_device
     if device.platform == "gpu" if device else jax.default_backend() == "gpu":
@@ -150,10 +151,10 @@ def _on_a_gpu(avals: tuple[Any, ...], mesh: Any) -> tuple[tuple[Any, ...], Any]:
 
 @functools.cache
 def _custom_partitioning() -> Any:
-    """A program that is never run, of an operation with its own way of partitioning.
+    """Returns a jaxpr that is never run, of an operation with custom partitioning.
 
-    Where JAX finds one, it lowers a step for the devices that it knows. Those of a
-    GPU's branch are traced too late for it to find.
+    If JAX finds such an operation, it lowers a step for the devices that it knows. It
+    looks before the GPU's implementation is traced, and finds this one in its place.
     """
 
     def unused(x: Any, *_: Any) -> Any:
@@ -165,7 +166,7 @@ def _custom_partitioning() -> Any:
 
 
 def _run(*operands: Array, **params: Any) -> list[Array]:
-    if jax.config.jax_disable_jit:  # then `jax.jit` would come back here
+    if jax.config.jax_disable_jit:  # `jax.jit` would call `_run` again
         results: list[Array] = params["default"].flat(*operands[params["waits"] :])
         return results
     return jax.jit(lambda *operands: _operation_p.bind(*operands, **params))(*operands)
@@ -184,6 +185,7 @@ def _lowered(platform: str) -> Callable[..., Any]:
         jaxpr = compat.open_jaxpr(given.traced[0])
         by_variable: dict[Any, Any]
         by_variable = dict(zip(jaxpr.invars, operands, strict=True))
+        # An identity adds no operation to the program.
         if all(isinstance(v, Var) and v in by_variable for v in jaxpr.outvars):
             return [by_variable[variable] for variable in jaxpr.outvars]
         run = functools.partial(_run_branch, given)
@@ -205,8 +207,8 @@ def _lowered_on_cpu(
     one_cpu: _Branch | None,
     **params: Any,
 ) -> Any:
-    alone = compat.num_devices(context) == 1
-    given = one_cpu if one_cpu and alone else cpu
+    one_device = compat.num_devices(context) == 1
+    given = one_cpu if one_cpu and one_device else cpu
     return _lowered("cpu")(context, *operands, cpu=given, one_cpu=None, **params)
 
 
@@ -214,16 +216,16 @@ def _derivative(
     primals: Any, tangents: Any, *, waits: int, default: _Branch, **_: Any
 ) -> tuple[list[Array], list[Any]]:
     primals, tangents = list(primals[waits:]), list(tangents[waits:])
-    moving = [i for i, each in enumerate(tangents) if not isinstance(each, ad.Zero)]
+    nonzero = [i for i, each in enumerate(tangents) if not isinstance(each, ad.Zero)]
 
-    def of_moving(*values: Array) -> list[Array]:
-        operands = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
+    def of_nonzero(*values: Array) -> list[Array]:
+        operands = dict(enumerate(primals)) | dict(zip(nonzero, values, strict=True))
         given: list[Array] = default.flat(*operands.values())
         return given
 
     # With tangents of zero for the others, JAX 0.12 cannot transpose a barrier.
     results, derivatives = jax.jvp(
-        of_moving, [primals[i] for i in moving], [tangents[i] for i in moving]
+        of_nonzero, [primals[i] for i in nonzero], [tangents[i] for i in nonzero]
     )
     return results, [
         ad.Zero(jax.typeof(result).to_tangent_aval())
@@ -245,7 +247,7 @@ def _batched(
     **params: Any,
 ) -> tuple[list[Array], list[Any]]:
     if all(axis is None for axis in axes[waits:]):
-        # One result for the whole batch, and of what is only waited for, one element.
+        # One result for the batch; to wait for one element of `after` is enough.
         first = (lax.index_in_dim(x, 0, axes[0], False) for x in operands[:waits])
         results = _operation_p.bind(
             *first,
@@ -261,7 +263,8 @@ def _batched(
 
     def mapped(branch: _Branch, axes: Any) -> _Operation:
         def function(*operands: Array) -> list[Array]:
-            flat = jax.vmap(branch.flat, axes)  # traced no earlier
+            # `branch.flat` traces: not before this function is traced itself.
+            flat = jax.vmap(branch.flat, axes)
             return flat(*operands)
 
         return function

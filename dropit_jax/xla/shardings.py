@@ -1,9 +1,9 @@
-"""Shardings, where they matter to us.
+"""Reads and sets explicit shardings, and constrains the shardings that XLA chooses.
 
-Explicit ones (`jax.sharding.AxisType.Explicit`) are known while tracing; `spec`,
-`shards`, `gather`, `like` and `to` are about these, and elsewhere do nothing. All
-others XLA resolves; `join` tells it which arrays to shard alike, and `whole_rows` what
-not to.
+Explicit shardings (`jax.sharding.AxisType.Explicit`) are known while tracing. `spec`,
+`shards`, `gather`, `like` and `to` are for these, and do nothing to others. XLA chooses
+all others: `join` tells it which arrays to shard alike, and `whole_rows` which axis not
+to shard.
 """
 
 import itertools
@@ -22,17 +22,17 @@ Spec = tuple[str | tuple[str, ...] | None, ...]
 
 
 def spec(x: Array) -> Spec:
-    """The mesh axes over which each axis of `x` is explicitly sharded."""
+    """Returns the mesh axes over which each axis of `x` is explicitly sharded."""
     return tuple(jax.typeof(x).sharding.spec)
 
 
 def shards(x: Array, axis: int) -> int:
-    """Over how many shards an axis of `x` is explicitly sharded."""
+    """Returns over how many shards an axis of `x` is explicitly sharded."""
     return shards_of(jax.typeof(x), axis)
 
 
 def shards_of(aval: Any, axis: int) -> int:
-    """Over how many shards an axis of arrays of a type is explicitly sharded."""
+    """Returns over how many shards an axis of a type is explicitly sharded."""
     sharding = getattr(aval, "sharding", None)
     if sharding is None or not aval.shape:
         return 1
@@ -44,29 +44,30 @@ def shards_of(aval: Any, axis: int) -> int:
 
 
 def gather(x: Array, keep: int) -> Array:
-    """`x` with all axes but the first `keep` on every device."""
+    """Returns `x` with all axes but the first `keep` whole on every device."""
     return to(x, (*spec(x)[:keep], *[None] * (x.ndim - keep)))
 
 
 def like(x: Array, template: Array) -> Array:
-    """`x` sharded like an array of the same shape."""
+    """Returns `x` sharded like an array of the same shape."""
     return to(x, spec(template))
 
 
 def to(x: Array, wanted: Spec) -> Array:
-    """`x` with an explicit sharding."""
+    """Returns `x` with an explicit sharding."""
     if spec(x) == wanted:
         return x
     return jax.sharding.reshard(x, PartitionSpec(*wanted))
 
 
 def varying_alike(arrays: Any, like: Any) -> Any:
-    """Arrays, as what differs from device to device wherever others do.
+    """Returns arrays that vary over every mesh axis over which one in `like` varies.
 
-    Within `jax.shard_map`: what a backward rule gives for them does then, too.
+    It is for `jax.shard_map`: the cotangents that a backward rule returns for the
+    arrays then vary over these axes, too.
 
     Args:
-      arrays: a pytree; what is no floating-point array in it stays as it is.
+      arrays: a pytree; leaves that are no floating-point arrays stay as they are.
       like: a pytree.
     """
     axes: frozenset[str] = frozenset().union(*map(_varying_axes, jax.tree.leaves(like)))
@@ -81,6 +82,7 @@ def varying_alike(arrays: Any, like: Any) -> Any:
 
 
 def _varying_axes(x: Any) -> frozenset[str]:
+    """Returns the manual mesh axes over which `x` may differ from device to device."""
     aval = jax.typeof(x)
     return (
         aval.manual_axis_type.varying
@@ -90,9 +92,9 @@ def _varying_axes(x: Any) -> frozenset[str]:
 
 
 def whole_rows(x: Array) -> Array:
-    """`x` with its last axis on every device, where XLA would choose how to shard it.
+    """Returns `x`, with a constraint that XLA does not shard its last axis.
 
-    It takes a mesh that is set (`jax.set_mesh`); elsewhere it is `x`.
+    It takes a mesh that is set (`jax.set_mesh`); without one it returns `x` as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Auto not in mesh.axis_types:
@@ -105,21 +107,21 @@ _groups = itertools.count()
 
 
 def new_group() -> int:
-    """A group of arrays that are sharded alike."""
+    """Returns a new group of arrays to shard alike."""
     return next(_groups)
 
 
 def join(x: Array, group: int) -> Array:
-    """`x`, as a member of a group; in the compiled program it is `x` itself.
+    """Returns `x` as a member of a group; it adds no operation to the compiled program.
 
-    XLA shards what it is free to shard by what comes before and after. Between an
-    activation and its residual the one may not reach as far as the other, and what is
-    rebuilt from the residual would be sharded by the gradient, not by the activation:
-    moved from device to device, and all that is multiplied with it.
+    XLA chooses shardings by propagation from the operations before and after. This may
+    not reach from an activation to its residual. Then XLA shards the array decompressed
+    from the residual like the gradient, not like the activation, and moves it and its
+    other factor from device to device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or AxisType.Auto in mesh.axis_types):
-        return x  # nothing is for XLA to choose
+        return x  # XLA chooses no sharding
     joined: Array = _join_p.bind(x, group=group)
     return joined
 
@@ -131,27 +133,27 @@ ad.deflinear2(_join_p, lambda cotangent, *_, **__: [cotangent])
 
 
 def _batched(operands: Any, axes: Any, *, group: int) -> tuple[Array, int]:
-    # All members must agree on where the batch is.
+    # All members must have the batch axis in the same place.
     return join(jnp.moveaxis(operands[0], axes[0], 0), group), 0
 
 
-class _Numbers(dict[int, int]):
-    """The numbers that the groups of a module have in it.
+class _GroupNumbers(dict[int, int]):
+    """The numbers of the groups in one module.
 
-    They are counted in each module anew, so that its text is the same whatever was
-    traced before.
+    They are counted from the start in each module, so that its text is the same
+    whatever was traced before.
     """
 
 
-# Far from the numbers that JAX gives the groups of `jax.experimental.shard_alike`.
-_FIRST = 1 << 40
+# Far from the numbers of the groups of `jax.experimental.shard_alike`.
+_FIRST_NUMBER = 1 << 40
 
 
 def _lowered(context: Any, x: Any, *, group: int) -> list[Any]:
-    # On one device XLA would take the groups out again, in passes of their own.
+    # On one device XLA would only remove the groups again, in additional passes.
     if compat.num_devices(context) != 1:
-        numbers = compat.of_module(context, _Numbers)
-        sdy.sharding_group(x, numbers.setdefault(group, _FIRST + len(numbers)))
+        numbers = compat.of_module(context, _GroupNumbers)
+        sdy.sharding_group(x, numbers.setdefault(group, _FIRST_NUMBER + len(numbers)))
     return [x]
 
 
