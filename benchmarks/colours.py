@@ -11,15 +11,13 @@ from train.reports.palette import (
     VERMILION,
 )
 
-_YELLOW = "#F0E442"  # the last colour of Okabe and Ito's palette
 
 # Markers tell variants apart in print without colours.
 _STYLES = {
     "flax": (BLUE, "o"),
-    "drop exact": (GREY, "<"),
-    "drop lean": (_YELLOW, ">"),
-    "dropit_16": (VERMILION, "s"),
+    "exact": (GREY, "<"),
     "lean": (GREEN, "^"),
+    "dropit_16": (VERMILION, "s"),
     "dropit_32": (ORANGE, "D"),
     "dropit_16384": (PURPLE, "v"),
     "remat_blocks": (SKY, "P"),

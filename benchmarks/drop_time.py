@@ -27,7 +27,7 @@ MODELS: dict[str, tuple[Workload, int]] = {
     "ViT-S/16": (workloads.vit_s16(batch=8), 9),
     "ResNet-18 (width 64)": (workloads.resnet18(64), 9),
 }
-_NAMES = ("flax", "drop exact", "drop lean", "remat_blocks")
+_NAMES = ("flax", "exact", "lean", "remat_blocks")
 _COMPILE_ROUNDS = 3
 _PLANNED = ("exact", "lean", "leanest")
 _TRACE = "trace"

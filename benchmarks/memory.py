@@ -27,11 +27,9 @@ MODELS: dict[str, Workload] = {
 _MAX_BATCH_TARGETS = ("a5000", "h100")
 _MAX_BATCH_VARIANTS = (
     "baseline",
-    "drop lean",
-    "drop lean+remat_blocks",
-    "dropit",
     "lean",
     "lean+remat_blocks",
+    "dropit_layers",
     "remat_blocks",
 )
 # Batches are multiples of this.

@@ -3,30 +3,28 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dropit_jax import LayerPreset, layer_preset
-from dropit_jax.linen import toolbox
+from train.models.layers import FLAX, Layers, Remat
 
 
 class HiddenLayer(nn.Module):
-    """A dense layer and a ReLU: what `remat` takes as a block.
+    """A dense layer and a ReLU, the block of an `MLP`.
 
     Attributes:
       features: of the output.
-      reads_image: whether the input is the image itself, which is there anyway and is
-        left as it is (DropIT paper, §3.4).
-      memory: what the layer caches.
+      reads_image: whether the input is the image itself. Its layer is Flax's (DropIT
+        paper, §3.4).
+      layers: the layers that the block is built of.
     """
 
     features: int
     reads_image: bool = False
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch in"]) -> Float[Array, "batch features"]:
-        """The layer's output."""
-        tools = toolbox(self.memory)
-        dense = nn.Dense if self.reads_image else tools.Dense
-        return tools.relu(dense(self.features, name="dense")(x))
+        """Returns the layer's output."""
+        dense = nn.Dense if self.reads_image else self.layers.dense
+        return self.layers.relu(dense(self.features, name="dense")(x))
 
 
 class MLP(nn.Module):
@@ -34,27 +32,28 @@ class MLP(nn.Module):
 
     Attributes:
       num_classes: size of the output.
-      layers: hidden layers.
+      depth: hidden layers.
       width: features of each of them.
-      memory: what the model caches.
+      layers: the layers that the model is built of.
+      remat: "blocks": the hidden layers are recomputed; "none" and "dots": nothing is.
     """
 
     num_classes: int
-    layers: int = 4
+    depth: int = 4
     width: int = 1024
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
-        """The logits of a batch of images; `train` makes no difference."""
+        """Returns the logits of a batch of images; `train` makes no difference."""
         del train
-        tools = toolbox(self.memory)
-        layer = tools.remat(HiddenLayer)
+        block = nn.remat(HiddenLayer) if self.remat == "blocks" else HiddenLayer
         x = x.reshape(x.shape[0], -1)
-        for number in range(self.layers):
-            x = layer(
-                self.width, number == 0, memory=self.memory, name=f"hidden{number + 1}"
+        for number in range(self.depth):
+            x = block(
+                self.width, number == 0, layers=self.layers, name=f"hidden{number + 1}"
             )(x)
-        return tools.Dense(self.num_classes, name="head")(x)
+        return self.layers.head(self.num_classes, name="head")(x)

@@ -1,6 +1,6 @@
 """The largest buffers of a training step at the peak of its memory on a GPU.
 
-`python -m benchmarks.peak [--model=NAME] [--variants='drop lean'] [--top=8] [--json]`
+`python -m benchmarks.peak [--model=NAME] [--variants='lean'] [--top=8] [--json]`
 
 Says what holds a figure of `benchmarks.memory`. A row has the buffers of one type that
 one operation makes, in whatever layers.
@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_models(parser, MODELS)
     parser.add_argument(
         "--variants",
-        default="drop lean",
-        help=f"some of {','.join(VARIANTS)}; default: drop lean",
+        default="lean",
+        help=f"some of {','.join(VARIANTS)}; default: lean",
     )
     parser.add_argument("--top", type=int, default=8, help="rows of each table")
     return parser

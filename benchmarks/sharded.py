@@ -70,25 +70,27 @@ def on_devices(
         out_shardings=replicated,
     )
     compiled = jitted.lower(*arguments).compile()
-    variables, _, images, _ = arguments
-    backward = functools.partial(_backward, workload.make(how.layers))
+    variables, _, images, labels = arguments
+    backward = functools.partial(_backward, workload.loss(how))
     return OnDevices(
         "devices",
         count,
         variant,
         batch_per_device,
         collectives(compiled.as_text() or ""),
-        bytes_a_device(backward, (variables, images), (replicated, sharded)),
+        bytes_a_device(
+            backward, (variables, images, labels), (replicated, sharded, sharded)
+        ),
         memory.memory_stats(compiled)["temp_bytes"],
     )
 
 
-def _backward(model: Any, variables: Any, images: jax.Array) -> Any:
-    """Returns a model's backward pass, a pytree whose leaves are the residuals."""
+def _backward(loss: Any, variables: Any, images: jax.Array, labels: jax.Array) -> Any:
+    """Returns a loss's backward pass, a pytree whose leaves are the residuals."""
+    others = {name: each for name, each in variables.items() if name != "params"}
 
     def forward(params: Any) -> Any:
-        given = variables | {"params": params}
-        return model.apply(given, images, True, mutable=["batch_stats"])
+        return loss(params, others, images, labels)[0]
 
     return jax.vjp(forward, variables["params"])[1]
 

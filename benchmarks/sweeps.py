@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
+import dropit_jax
 from benchmarks import timing, workloads
 from benchmarks.variants import TIMED_VARIANTS, Variant
 from benchmarks.workloads import Workload
-from dropit_jax import LayerPreset, memory
+from dropit_jax import memory
 
 # The first is the baseline of the others.
 VARIANTS = ("flax", "dropit_16", "lean")
@@ -62,7 +64,7 @@ SWEEPS = {
             "hidden layers",
             (2, 4, 8, 16),
             workloads.mlp,
-            lambda layers: layers,
+            lambda depth: depth,
         ),
     )
 }
@@ -121,19 +123,28 @@ class Fit:
     largest_deviation: float
 
 
-def compressed_elements(workload: Workload, preset: LayerPreset) -> int:
-    """Returns the elements of all inputs that a preset's layers compress in a step."""
-    if preset.dropit is None or preset.conv is None:
+def compressed_elements(workload: Workload, variant: Variant) -> int:
+    """Returns the elements of all arrays that a variant compresses in a step.
+
+    They are the inputs of DropIT layers, or the values that a preset stores in few
+    bits.
+    """
+    if variant.policy is not None:
+        # With a rate of 0 the stored bytes count them: 2 bytes for each element.
+        policy = dataclasses.replace(variant.policy, rate=0, value_dtype="bfloat16")
+        whole = dataclasses.replace(variant, policy=policy)
+        step, arguments, _ = workload.training_step(whole)
+        return memory.cached_bytes(step, *arguments) // 2
+    if not variant.preset:
         return 0
-    # With a rate of 0 the stored bytes count them: 2 bytes for each element.
-    whole = {"rate": 0, "value_dtype": "bfloat16"}
-    preset = dataclasses.replace(
-        preset,
-        dropit=dataclasses.replace(preset.dropit, **whole),  # type: ignore[arg-type]
-        conv=dataclasses.replace(preset.conv, **whole),  # type: ignore[arg-type]
+    _, (variables, _, images, labels), _ = workload.training_step(variant)
+    others = {name: each for name, each in variables.items() if name != "params"}
+    loss = workload.loss(Variant())
+    plan = dropit_jax.plan(lambda *args: loss(*args)[0], variant.preset)
+    values = plan(variables["params"], others, images, labels).values
+    return sum(
+        each.turns * math.prod(each.shape) for each in values if each.form != "exact"
     )
-    step, arguments, _ = workload.training_step(Variant(preset))
-    return memory.cached_bytes(step, *arguments) // 2
 
 
 def measure(sweep: Sweep, rounds: int) -> list[Point]:
@@ -150,7 +161,7 @@ def measure(sweep: Sweep, rounds: int) -> list[Point]:
     for value in sweep.values:
         plain = seconds[f"{VARIANTS[0]}, {value}"]
         for name in VARIANTS:
-            own, layers = seconds[f"{name}, {value}"], TIMED_VARIANTS[name].layers
+            own, variant = seconds[f"{name}, {value}"], TIMED_VARIANTS[name]
             points.append(
                 Point(
                     "point",
@@ -159,7 +170,7 @@ def measure(sweep: Sweep, rounds: int) -> list[Point]:
                     sweep.cost(value),
                     name,
                     timing.spread(own).median,
-                    compressed_elements(sweep.make(value), layers),
+                    compressed_elements(sweep.make(value), variant),
                     timing.spread([a - b for a, b in zip(own, plain, strict=True)]),
                 )
             )

@@ -99,7 +99,7 @@ class Transformer:
     def loss(self, variant: Variant) -> Callable[..., tuple[Array, Any]]:
         """Returns the loss, a function of parameters, an empty dict, and tokens."""
         block: Callable[[_Params, _Tokens], _Tokens] = _block
-        if variant.layers.remat == "blocks":
+        if variant.remat == "blocks":
             block = jax.checkpoint(_block)
 
         def loss(

@@ -15,7 +15,6 @@ from benchmarks import steps
 from benchmarks.models import MLP
 from benchmarks.steps import Step
 from benchmarks.variants import VARIANTS, Variant
-from dropit_jax import LayerPreset
 from train.models.resnet import ResNet
 from train.models.vit import ViT
 
@@ -29,7 +28,7 @@ class Workload:
       image_size: side of the images, in pixels.
       batch: images in a step.
       dtype: of the computation; parameters are float32.
-      make: the model with a preset.
+      make: makes the model, with the fields `layers` and `remat`.
       attention: layers, tokens and width of the attention; `None`: there is none.
       paper_mb: memory of the baseline and of DropIT in the paper (Table 3), in MB.
       channels: of the images.
@@ -39,7 +38,7 @@ class Workload:
     image_size: int
     batch: int
     dtype: str
-    make: Callable[[LayerPreset], nn.Module]
+    make: Callable[..., nn.Module]
     attention: tuple[int, int, int] | None
     paper_mb: tuple[int, int] | None
     channels: int = 3
@@ -56,7 +55,7 @@ class Workload:
         if self.attention is None:
             without.add("remat_dots")  # of a convolution that policy keeps nothing
         if self.dtype != "float32":
-            without.add("dropit_float32")
+            without.add("dropit_layers_float32")
         return {name: each for name, each in VARIANTS.items() if name not in without}
 
     @property
@@ -91,7 +90,7 @@ class Workload:
         images = jax.ShapeDtypeStruct(
             (batch or self.batch, size, size, self.channels), jnp.float32
         )
-        variables = _variables(self, variant.layers)
+        variables = _variables(self, variant)
         opt_state = jax.eval_shape(steps.OPTIMIZER.init, variables["params"])
         labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32)
         step = steps.training_step(self.loss(variant))
@@ -102,7 +101,7 @@ class Workload:
 
         Beside it, the function returns the other variables after the step.
         """
-        model = self.make(variant.layers)
+        model = variant.model(self.make)
 
         def loss(
             params: Any, others: dict[str, Any], images: Array, labels: Array
@@ -116,18 +115,10 @@ class Workload:
         return variant.applied(loss)
 
 
-def _vit(dtype: str) -> Callable[[LayerPreset], nn.Module]:
-    def make(memory: LayerPreset) -> nn.Module:
-        compute = None if dtype == "float32" else jnp.dtype(dtype)
-        return ViT(num_classes=100, dtype=compute, memory=memory)
-
-    return make
-
-
 @functools.cache
-def _variables(workload: Workload, layers: LayerPreset) -> Any:
+def _variables(workload: Workload, variant: Variant) -> Any:
     """The variables of a model, as `jax.ShapeDtypeStruct`s."""
-    model, size = workload.make(layers), workload.image_size
+    model, size = variant.model(workload.make), workload.image_size
     image = jax.ShapeDtypeStruct((1, size, size, workload.channels), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image)
 
@@ -140,7 +131,7 @@ WORKLOADS = (
         image_size=32,
         batch=128,
         dtype="float32",
-        make=lambda memory: ResNet(100, stem="cifar", memory=memory),
+        make=functools.partial(ResNet, 100, stem="cifar"),
         attention=None,
         paper_mb=(648, 598),
     ),
@@ -149,7 +140,7 @@ WORKLOADS = (
         image_size=224,
         batch=256,
         dtype="float32",
-        make=lambda memory: ResNet(1000, stem="imagenet", memory=memory),
+        make=functools.partial(ResNet, 1000, stem="imagenet"),
         attention=None,
         paper_mb=(2826, 2600),
     ),
@@ -158,7 +149,7 @@ WORKLOADS = (
         image_size=224,
         batch=128,
         dtype="float32",
-        make=_vit("float32"),
+        make=functools.partial(ViT, 100),
         attention=(12, _TOKENS, 768),
         paper_mb=(20290, 16052),
     ),
@@ -167,21 +158,21 @@ WORKLOADS = (
         image_size=224,
         batch=128,
         dtype="bfloat16",
-        make=_vit("bfloat16"),
+        make=functools.partial(ViT, 100, dtype=jnp.dtype("bfloat16")),
         attention=(12, _TOKENS, 768),
         paper_mb=None,
     ),
 )
 
 
-def mlp(layers: int = 4, batch: int = 256) -> Workload:
+def mlp(depth: int = 4, batch: int = 256) -> Workload:
     """Hidden layers of 1024 features on grey images of 28² pixels."""
     return Workload(
         "MLP",
         image_size=28,
         batch=batch,
         dtype="float32",
-        make=lambda memory: MLP(10, layers=layers, memory=memory),
+        make=functools.partial(MLP, 10, depth=depth),
         attention=None,
         paper_mb=None,
         channels=1,
@@ -195,7 +186,7 @@ def resnet18(width: int, batch: int = 32) -> Workload:
         image_size=32,
         batch=batch,
         dtype="float32",
-        make=lambda memory: ResNet(10, width=width, stem="cifar", memory=memory),
+        make=functools.partial(ResNet, 10, width=width, stem="cifar"),
         attention=None,
         paper_mb=None,
     )
@@ -208,7 +199,7 @@ def vit_s16(batch: int = 4) -> Workload:
         image_size=224,
         batch=batch,
         dtype="float32",
-        make=lambda memory: ViT(num_classes=10, width=384, num_heads=6, memory=memory),
+        make=functools.partial(ViT, num_classes=10, width=384, num_heads=6),
         attention=(12, _TOKENS, 384),
         paper_mb=None,
     )
@@ -238,7 +229,7 @@ def real_arguments(workload: Workload) -> tuple[Any, ...]:
     _, (_, opt_state, images, labels), _ = workload.training_step(plain)
     keys = jax.random.split(jax.random.key(0), 3)
     images = jax.random.normal(keys[0], images.shape, images.dtype)
-    model = workload.make(plain.layers)
+    model = plain.model(workload.make)
     init = jax.jit(lambda key, x: model.init_with_output(key, x, False))
     logits, variables = init(keys[1], images[:1])
     classes = logits.shape[-1]

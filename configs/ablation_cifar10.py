@@ -29,36 +29,41 @@ def get_config() -> ConfigDict:
 
 
 def _variants() -> dict[str, ConfigDict]:
-    """Each variant's `memory`, `dropit` and `seeds`; all else is as in `base`."""
+    """Returns each variant's fields; all other fields are those of `base`."""
     variants = {"baseline": _variant("baseline", _SEEDS)}
     for rate in (0.5, 0.8, 0.9, 0.99):
         for chunk_size in (16, _PAPER_CHUNK):
-            variants[f"min_k_{rate:.0%}_d{chunk_size}".replace("%", "")] = _variant(
-                "dropit",
+            variants[f"min_k_{rate:.0%}_d{chunk_size}".replace("%", "")] = _layers(
                 _SEEDS if rate == 0.8 else _SEEDS[:1],
                 rate=rate,
                 chunk_size=chunk_size,
                 value_dtype=None,
             )
     return variants | {
-        "random_80": _variant("dropit", strategy="random", rate=0.8, value_dtype=None),
-        "channels_80": _variant(
-            "dropit", granularity="channel", rate=0.8, value_dtype=None
-        ),
-        "default": _variant("dropit", _SEEDS),
-        "min_k_50_int4": _variant("dropit", _SEEDS, rate=0.5, value_dtype="int4"),
-        "min_k_75_int4_mean": _variant(
-            "dropit", rate=0.75, value_dtype="int4", fill="mean"
-        ),
-        "plain_int4": _variant("dropit", _SEEDS, rate=0.0, value_dtype="int4"),
-        "plain_int2": _variant("dropit", rate=0.0, value_dtype="int2"),
+        "random_80": _layers(strategy="random", rate=0.8, value_dtype=None),
+        "channels_80": _layers(granularity="channel", rate=0.8, value_dtype=None),
+        "default": _layers(_SEEDS),
+        "min_k_50_int4": _layers(_SEEDS, rate=0.5, value_dtype="int4"),
+        "min_k_75_int4_mean": _layers(rate=0.75, value_dtype="int4", fill="mean"),
+        "plain_int4": _layers(_SEEDS, rate=0.0, value_dtype="int4"),
+        "plain_int2": _layers(rate=0.0, value_dtype="int2"),
+        "dropit": _variant("dropit", _SEEDS),
         "lean": _variant("lean", _SEEDS),
     }
 
 
-def _variant(
-    memory: str, seeds: tuple[int, ...] = _SEEDS[:1], **policy: Any
-) -> ConfigDict:
+def _variant(memory: str, seeds: tuple[int, ...]) -> ConfigDict:
+    """Returns plain Flax layers, the loss dropped with a preset."""
+    return ConfigDict({"memory": memory, "dropit": dropit_section(), "seeds": seeds})
+
+
+def _layers(seeds: tuple[int, ...] = _SEEDS[:1], **policy: Any) -> ConfigDict:
+    """Returns DropIT layers with a policy."""
     return ConfigDict(
-        {"memory": memory, "dropit": dropit_section(**policy), "seeds": seeds}
+        {
+            "memory": "baseline",
+            "layers": "dropit",
+            "dropit": dropit_section(**policy),
+            "seeds": seeds,
+        }
     )

@@ -1,4 +1,4 @@
-"""Training under `dropit_jax.drop`: plain Flax and each preset, three seeds.
+"""Training under `dropit_jax.drop`: the plain loss and each preset, three seeds.
 
 `--config=configs/ablation_drop.py:digits_vit` trains the small vision transformer on
 digits, `:digits_resnet18` the ResNet, and `:cifar10` a ResNet-18 of width 8 on a part
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import digits_resnet18, digits_vit, resnet18_cifar10
 from train.config.config import dropit_section
 
-_PRESETS = ("exact", "lean", "leanest")
+_PRESETS = ("baseline", "exact", "lean", "leanest")
 _SEEDS = (42, 1, 2)
 
 
@@ -21,19 +21,12 @@ def get_config(model: str = "digits_vit") -> ConfigDict:
       ValueError: there is no such model.
     """
     base = _base(model)
-    base.memory = "baseline"
-    variants = {"baseline": ""} | {preset: preset for preset in _PRESETS}
     config = ConfigDict()
     config.base = base
     config.variants = ConfigDict(
         {
-            name: {
-                "memory": "baseline",
-                "dropit": dropit_section(),
-                "drop": preset,
-                "seeds": _SEEDS,
-            }
-            for name, preset in variants.items()
+            preset: {"memory": preset, "dropit": dropit_section(), "seeds": _SEEDS}
+            for preset in _PRESETS
         }
     )
     return config

@@ -20,8 +20,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 42  # as in the paper, §4.1
 
     config.model = model_section("vit_mu", patch_size=2, pool="gap")
-    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
-    config.dropit = dropit_section()  # what is not as in the preset: rate=0.9
+    config.memory = "dropit"  # or "baseline", "exact", "lean", "leanest"
+    config.dropit = dropit_section()  # other fields than the preset's: rate=0.9
 
     config.optimizer.learning_rate = 0.2
     config.optimizer.clip_norm = 1.0

@@ -18,8 +18,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 42  # §4.1
 
     config.model = model_section("resnet18", width=64, stem="cifar")
-    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
-    config.dropit = dropit_section()  # what is not as in the preset: rate=0.9
+    config.memory = "dropit"  # or "baseline", "exact", "lean", "leanest"
+    config.dropit = dropit_section()  # other fields than the preset's: rate=0.9
 
     # Not in the paper; Zagoruyko and Komodakis, 2016, §3, whose epochs and steps of the
     # learning rate these are. The decay is of kernels alone, theirs of all parameters.

@@ -19,8 +19,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 42  # §4.1
 
     config.model = model_section("resnet18", width=64, stem="imagenet")
-    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
-    config.dropit = dropit_section()  # what is not as in the preset: rate=0.9
+    config.memory = "dropit"  # or "baseline", "exact", "lean", "leanest"
+    config.dropit = dropit_section()  # other fields than the preset's: rate=0.9
 
     config.optimizer.learning_rate = 0.1  # §4.1
     # Not in the paper; He et al., 2016, §3.4. Here of kernels alone.

@@ -25,8 +25,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = model_section("vit_b", patch_size=16)
     config.init_from = "ViT-B_16.npz"
-    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
-    config.dropit = dropit_section()  # what is not as in the preset: rate=0.9
+    config.memory = "dropit"  # or "baseline", "exact", "lean", "leanest"
+    config.dropit = dropit_section()  # other fields than the preset's: rate=0.9
 
     config.optimizer.learning_rate = 0.01  # §4.1
     # Not in the paper; Dosovitskiy et al., 2021, App. B.1.1 and their code.

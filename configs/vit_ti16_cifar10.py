@@ -24,8 +24,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = model_section(
         "vit_ti", patch_size=16, pool="gap", positions="sincos", drop_path=0.1
     )
-    config.memory = "dropit"  # or "baseline", plain Flax, or "lean"
-    config.dropit = dropit_section()  # what is not as in the preset: rate=0.9
+    config.memory = "dropit"  # or "baseline", "exact", "lean", "leanest"
+    config.dropit = dropit_section()  # other fields than the preset's: rate=0.9
 
     config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 1e-4

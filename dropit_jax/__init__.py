@@ -3,7 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dropit_jax.layer_presets import LAYER_PRESETS, LayerPreset, layer_preset
 from dropit_jax.policy import DropIT
 from dropit_jax.products.operations import conv_general_dilated, dot_general, einsum
 from dropit_jax.storage.residual import Residual, compress
@@ -18,10 +17,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "LAYER_PRESETS",
     "PRESETS",
     "DropIT",
-    "LayerPreset",
     "Plan",
     "PlanError",
     "Preset",
@@ -31,7 +28,6 @@ __all__ = [
     "dot_general",
     "drop",
     "einsum",
-    "layer_preset",
     "linen",
     "memory",
     "nn",

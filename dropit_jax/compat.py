@@ -30,10 +30,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 # `jax.extend` is where JAX wants extensions to take these from, and promises little:
 # traced programs, which `memory` reads and `platforms` holds (`jaxprs_in_params` gives
-# open ones, whatever a version of JAX keeps in the parameters of an equation); the
-# state that tells two traces apart, so that no array leaks; and primitives, as
-# `jax.lax.platform_dependent` leaves a choice in the program that XLA takes apart in
-# every layer anew. `jax.experimental.hijax` may take the place of primitives.
+# open ones, whatever a version of JAX keeps in the parameters of an equation); and
+# primitives, as `jax.lax.platform_dependent` leaves a choice in the program that XLA
+# takes apart in every layer anew. `jax.experimental.hijax` may take their place.
 from jax.extend import source_info_util
 from jax.extend.core import (
     Jaxpr,
@@ -41,7 +40,6 @@ from jax.extend.core import (
     Literal,
     Primitive,
     Var,
-    get_opaque_trace_state,
     jaxpr_as_fun,
     jaxprs_in_params,
 )
@@ -71,9 +69,7 @@ __all__ = [
     "Primitive",
     "Var",
     "ad",
-    "are_of_one_trace",
     "batching",
-    "beneath",
     "bind_equation",
     "called_program",
     "concrete",
@@ -81,17 +77,12 @@ __all__ = [
     "current_scope",
     "custom_partitioning",
     "dce_jaxpr",
-    "flax_counters",
     "flax_function",
-    "flax_jit_proxies",
     "flax_modules",
-    "flax_stream",
-    "get_opaque_trace_state",
     "has_triton",
     "hush_triton",
     "in_scope",
     "is_export",
-    "is_mapping",
     "is_reference",
     "jaxpr_as_fun",
     "jaxprs_in_params",
@@ -102,14 +93,12 @@ __all__ = [
     "remat",
     "scan_counts",
     "sdy",
-    "set_flax_counters",
     "set_xla_metadata",
     "shard_map_arguments",
     "source_line",
     "under",
     "with_layout_constraint",
     "without_flax_wrapper",
-    "wrap_flax_statistics",
 ]
 
 # Modules that take long to import, or may be gone: attributes of this module all the
@@ -276,38 +265,6 @@ def is_reference(aval: Any) -> bool:
     return hasattr(aval, "inner_aval")
 
 
-def beneath(value: Any) -> Iterator[Any]:
-    """A value, and the arrays that JAX's tracers of derivatives and batches hold of it.
-
-    One of them is what a forward rule gets, unless that is traced on its own.
-    """
-    yield value
-    while isinstance(value, jax.core.Tracer):
-        held = "val" if hasattr(value, "batch_dim") else "primal"
-        if not hasattr(value, held):
-            return
-        value = getattr(value, held)
-        yield value
-
-
-def is_mapping() -> bool:
-    """Whether operations are traced by `jax.vmap`, and not within what it maps over.
-
-    Its operands need not show it: it may map over others alone.
-    """
-    return hasattr(get_opaque_trace_state()._trace_ref(), "axis_data")
-
-
-def are_of_one_trace(values: Sequence[Any]) -> bool:
-    """Whether all are tracers, of the same trace.
-
-    Operations of a function that `jax.vmap` maps over other arrays are not traced by it
-    but by the trace around it.
-    """
-    traces = {id(getattr(value, "_trace", None)) for value in values}
-    return len(traces) == 1 and isinstance(values[0], jax.core.Tracer)
-
-
 def num_devices(context: mlir.LoweringRuleContext) -> int:
     """For how many devices a program is lowered; 0 if that is not known yet.
 
@@ -395,9 +352,7 @@ def hush_triton() -> None:
     )
 
 
-# The parts of Flax below are reached for by `nnx.drop`, and by `intercept` and
-# `nnx.apply`, which change models from outside: `linen.intercept_methods` alone is
-# public.
+# The layers and `intercept` of linen, and `nnx.drop`, use the parts of Flax below.
 
 
 def flax_function(context: Any) -> Callable[..., Any]:
@@ -435,43 +390,6 @@ def _flax_wrapper() -> Any:
     return vars(_Module)["__call__"].__code__
 
 
-def flax_jit_proxies() -> Any:
-    """The class by whose instances `flax.linen.jit` tells modules apart.
-
-    It keeps a trace for all modules that are alike, and a trace holds what was decided
-    for the path that it was made with.
-    """
-    from flax.linen import transforms  # noqa: PLC0415  # not all users have Flax models
-
-    return transforms._HashableProxy
-
-
-def wrap_flax_statistics(
-    normalization: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Wraps the function that computes the statistics of Flax's norm layers.
-
-    Computed a second time they would be the same numbers, but on a mesh of devices XLA
-    would also move them a second time. Does nothing where a version has no such
-    function.
-
-    Args:
-      normalization: the module of linen or of nnx.
-      wrap: takes the function, and gives what is to be in its place.
-    """
-    compute = getattr(normalization, "_compute_stats", None)
-    if compute is not None:
-        normalization._compute_stats = wrap(compute)
-
-
-def flax_stream(scope: Any, name: str) -> Any:
-    """The key that a scope of linen draws the numbers of an RNG stream from.
-
-    It is one array for all layers, by which they are known to share a stream.
-    """
-    return scope.rngs[name].rng
-
-
 def flax_modules(tree: Any) -> Any:
     """A tree with `None` for all leaves but modules and variables of nnx.
 
@@ -481,16 +399,3 @@ def flax_modules(tree: Any) -> Any:
     from flax import nnx  # noqa: PLC0415  # not all users have Flax models
 
     return nnx.extract.clear_non_graph_nodes(tree)
-
-
-def flax_counters(scope: Any) -> dict[Any, Any]:
-    """How many random numbers a scope of linen has drawn from each stream.
-
-    A block that runs again, in a scope of its own, has to go on from there.
-    """
-    return scope.rng_counters
-
-
-def set_flax_counters(scope: Any, counters: dict[Any, Any]) -> None:
-    """Sets what `flax_counters` gives."""
-    scope.rng_counters = counters

@@ -16,7 +16,12 @@ from jaxtyping import install_import_hook
 # In these modules, shapes and dtypes are checked against the annotations in each call.
 # (Not in `products`: JAX's transformations call it with array types of their own.)
 install_import_hook(
-    [f"dropit_jax.{name}" for name in ("chunking", "nn", "packing", "selection")],
+    [
+        "dropit_jax.nn",
+        "dropit_jax.storage.chunking",
+        "dropit_jax.storage.packing",
+        "dropit_jax.storage.selection.elements",
+    ],
     "beartype.beartype",
 )
 

@@ -37,7 +37,7 @@ _VARIANTS = flags.DEFINE_list(
 
 _SECTIONS = ("base", "variants")
 _FIELDS = ("memory", "dropit", "seeds")
-_OPTIONAL = ("drop",)
+_OPTIONAL = ("layers",)
 # What a row says of the last evaluation.
 _REACHED = (
     "step",
@@ -120,9 +120,8 @@ def runs(config: ConfigDict) -> list[Run]:
     """Every variant of a grid with each of its seeds: first the first seed of each.
 
     Args:
-      config: `base`, the config that all have in common, and `variants`: for each, its
-        `memory`, its `dropit` and its `seeds`, and its `drop` if that is not as in
-        `base`.
+      config: `base`, the config that all runs share, and `variants`: for each its
+        `memory`, `dropit` and `seeds`, and its `layers` if not those of `base`.
 
     Raises:
       ConfigError: a section or field is missing, unknown or of the wrong type.
@@ -144,7 +143,7 @@ def runs(config: ConfigDict) -> list[Run]:
             try:
                 one.memory, one.dropit = variant.memory, copy.deepcopy(variant.dropit)
                 one.seed = seed
-                one.drop = variant.get("drop", one.drop)
+                one.layers = variant.get("layers", one.layers)
             except TypeError as error:
                 raise ConfigError(f"config.variants.{name}: {error}") from error
             found.append((place, Run(name, one)))
@@ -157,7 +156,7 @@ def table(grid: list[Run], workdir: Path) -> str:
     A run whose loss became infinite or NaN has a row that says so.
     """
     columns = (
-        *("variant", "seed", "memory", "drop", *summary.POLICY),
+        *("variant", "seed", "memory", "layers", *summary.POLICY),
         *("status", *_REACHED),
     )
     rows = []
@@ -176,7 +175,7 @@ def _row(run: Run) -> dict[str, Any]:
         "variant": run.variant,
         "seed": run.config.seed,
         "memory": run.config.memory,
-        "drop": run.config.drop,
+        "layers": run.config.layers,
         **summary.policy(run.config),
     }
 

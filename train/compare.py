@@ -29,20 +29,19 @@ _FLAX, _DROPIT = "flax", "dropit"
 
 @dataclasses.dataclass(frozen=True)
 class Measurements:
-    """What one variant costs and reaches.
+    """The cost and the accuracy of a variant.
 
     Attributes:
       test_accuracy: after training, in [0, 1].
-      cached_bytes: what the DropIT layers cache in a step; of plain Flax, the inputs
-        of the same layers.
-      temp_bytes: what a step allocates beside arguments and results on the target.
-      step_seconds: median time of a step here.
+      stored_bytes: the bytes that a step stores between forward and backward pass.
+      temp_bytes: the temporary bytes of a step on the target.
+      step_seconds: the median time of a step here.
 
-    What could not be measured is `None`.
+    A field that could not be measured is `None`.
     """
 
     test_accuracy: float
-    cached_bytes: int | None
+    stored_bytes: int | None
     temp_bytes: int | None
     step_seconds: float | None
 
@@ -82,8 +81,8 @@ def _measured(
       For each field of `Measurements`, the value of each variant.
     """
 
-    def cached() -> dict[str, int | None]:
-        return {n: measurements.cached_bytes(each) for n, each in variants.items()}
+    def stored() -> dict[str, int | None]:
+        return {n: measurements.stored_bytes(each) for n, each in variants.items()}
 
     def temporary() -> dict[str, int]:
         return {
@@ -97,7 +96,7 @@ def _measured(
 
     found: dict[str, dict[str, Any]] = {}
     for measure, field, label in (
-        (cached, "cached_bytes", "What layers cache"),
+        (stored, "stored_bytes", "What a step stores"),
         (temporary, "temp_bytes", f"The memory of a step on {target}"),
         (seconds, "step_seconds", "The time of a step"),
     ):
@@ -110,15 +109,15 @@ def _measured(
 
 
 def _reason(error: Exception) -> str:
-    """An error in a line: of several, the last says why."""
+    """Returns the last line of an error's text, which says why."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
 
 
 def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
-    """The measurements of each variant, with their ratio to plain Flax.
+    """Returns a table of the measurements of each variant and their ratios.
 
-    There is no row for what could not be measured.
+    Measurements that failed have no row.
     """
     flax, dropit = results[_FLAX], results[_DROPIT]
     shown = rich.table.Table("", "Flax", "DropIT", "DropIT / Flax")
@@ -131,16 +130,16 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
         shown.add_row(label, *texts, f"{values[1] / values[0]:.2f}")
 
     add("test accuracy", "test_accuracy", 1, ".3f")
-    add("cached by Conv and Dense, MiB", "cached_bytes", 2**-20, ".1f")
+    add("stored for the backward pass, MiB", "stored_bytes", 2**-20, ".1f")
     add(f"temp bytes of a step on {target}, MiB", "temp_bytes", 2**-20, ".1f")
     add("time of a step here, ms", "step_seconds", 1e3, ".0f")
     return shown
 
 
 def _compact(config: ConfigDict) -> ConfigDict:
-    """The config itself, or with DropIT if it has neither that nor `drop`."""
+    """Returns the config; a plain one with the preset "dropit"."""
     variant = copy.deepcopy(config)
-    if variant.memory == "baseline" and not variant.drop:
+    if variant.memory == config_lib.BASELINE and variant.layers == "flax":
         variant.memory = "dropit"
     return variant
 

@@ -48,10 +48,10 @@ def main(config: ConfigDict, _: Path) -> None:
 
 
 def name_of(config: ConfigDict) -> str:
-    """The preset of a config, what it recomputes, and the preset of its `drop`."""
+    """Returns the preset of a config, with its layers and the recomputed parts."""
     remat = "" if config.remat == "none" else f"+remat_{config.remat}"
-    drop = f"+drop_{config.drop}" if config.drop else ""
-    return f"{config.memory}{remat}{drop}"
+    layers = "" if config.layers == "flax" else f"+{config.layers}_layers"
+    return f"{config.memory}{layers}{remat}"
 
 
 def plan(config: ConfigDict, target: str) -> memory.BatchPlan | None:

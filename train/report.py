@@ -67,16 +67,18 @@ def main(directories: list[Path]) -> None:
     rows = {name: [run.rows for run in each] for name, each in variants.items()}
     for metric in ("accuracy", "loss"):
         plots.against_baseline(rows, baseline, metric, output / f"{metric}.png")
-    costs, axis = _costs(summaries, target)
     plots.tradeoff(
         {
             each.variant: (
-                cost / 2**20,
+                each.stored_bytes / 2**20,
                 Mean(100 * each.gain.mean, 100 * each.gain.error),
             )
-            for each, cost in zip(summaries, costs, strict=True)
+            for each in summaries
         },
-        (axis, f"test accuracy over that of {baseline}, points"),
+        (
+            "stored for the backward pass, MiB",
+            f"test accuracy over that of {baseline}, points",
+        ),
         output / "tradeoff.png",
     )
     write_atomically(output / "summary.csv", summary.to_csv(summaries))
@@ -143,6 +145,7 @@ def _summaries(
         Summary(
             variant=name,
             memory=configs[name].memory,
+            layers=configs[name].layers,
             policy=summary.policy(configs[name]),
             dropped=measurements.dropped(configs[name]),
             seeds=len(each),
@@ -155,28 +158,15 @@ def _summaries(
                 ]
             ),
             train_loss=Mean.of([run.rows[-1]["train_loss"] for run in each]),
-            cached_bytes=measurements.cached_bytes(configs[name]),
+            stored_bytes=measurements.stored_bytes(configs[name]),
             temp_bytes=temp_bytes[name],
             step_ratio=statistics.median(
                 own / other
                 for own, other in zip(seconds[name], seconds[baseline], strict=True)
             ),
-            drop=configs[name].drop,
         )
         for name, each in variants.items()
     ]
-
-
-def _costs(summaries: list[Summary], target: str) -> tuple[list[int], str]:
-    """What variants cost in bytes, and which bytes these are.
-
-    What layers cache, where that is known of all; else what a step allocates.
-    """
-    cached = [each.cached_bytes for each in summaries if each.cached_bytes is not None]
-    if len(cached) == len(summaries):
-        return cached, "cached by Conv and Dense in a step, MiB"
-    allocated = [each.temp_bytes for each in summaries]
-    return allocated, f"allocated in a step on {target}, MiB"
 
 
 def _accuracy(run: SavedRun) -> float:

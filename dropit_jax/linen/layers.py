@@ -1,8 +1,8 @@
 """`flax.linen` layers that cache their input compressed.
 
-Each is a thin subclass of Flax's layer of the same name: the same arguments, the same
-parameters, the same code. A checkpoint of the Flax layer loads unchanged. Policies that
-need a PRNG key take it from the RNG stream `"dropit"`.
+Each is a subclass of Flax's layer of the same name: the same arguments, parameters and
+code. A checkpoint of the Flax layer loads unchanged. Policies that need a PRNG key take
+it from the RNG stream `"dropit"`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from dropit_jax import compat
-from dropit_jax.linen import calls
+from dropit_jax.linen import caching
 from dropit_jax.policy import DropIT
 
 
@@ -19,135 +19,136 @@ class Dense(nn.Dense):
     """`flax.linen.Dense` that caches its input compressed.
 
     Attributes:
-      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+      dropit: the policy for the input; `None`: the plain Flax layer. All other
         attributes are those of `flax.linen.Dense`.
     """
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.Dense)
+    @caching.runs_next_call
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Applies the layer along the last axis."""
         call = compat.without_flax_wrapper(super().__call__)
-        return calls.cached(self, call, self.dropit, inputs)
+        return caching.cached(self, call, self.dropit, inputs)
 
 
 class DenseGeneral(nn.DenseGeneral):
     """`flax.linen.DenseGeneral` that caches its input compressed.
 
     Attributes:
-      dropit: what to keep of the input; the axes that are summed over are its channels.
-        `None`: the plain Flax layer. All other attributes are those of
+      dropit: the policy for the input, whose channels are the contracted axes; `None`:
+        the plain Flax layer. All other attributes are those of
         `flax.linen.DenseGeneral`.
     """
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.DenseGeneral)
+    @caching.runs_next_call
     @nn.compact
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies the layer along the axes in `axis`."""
         call = compat.without_flax_wrapper(super().__call__)
-        return calls.cached(self, call, self.dropit, inputs)
+        return caching.cached(self, call, self.dropit, inputs)
 
 
 class Einsum(nn.Einsum):
     """`flax.linen.Einsum` that caches its input compressed.
 
     Attributes:
-      dropit: what to keep of the input; the axes that are summed over with the kernel
-        are its channels. `None`: the plain Flax layer. All other attributes are those
-        of `flax.linen.Einsum`.
+      dropit: the policy for the input, whose channels are the axes contracted with the
+        kernel; `None`: the plain Flax layer. All other attributes are those of
+        `flax.linen.Einsum`.
     """
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.Einsum)
+    @caching.runs_next_call
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "..."], einsum_str: str | None = None
     ) -> Float[Array, "..."]:
         """Applies the equation, given here or as an attribute."""
         call = compat.without_flax_wrapper(super().__call__)
-        return calls.cached(self, call, self.dropit, inputs, einsum_str=einsum_str)
+        return caching.cached(self, call, self.dropit, inputs, einsum_str=einsum_str)
 
 
 class Conv(nn.Conv):
     """`flax.linen.Conv` that caches its input compressed.
 
     Attributes:
-      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+      dropit: the policy for the input; `None`: the plain Flax layer. All other
         attributes are those of `flax.linen.Conv`.
     """
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.Conv)
+    @caching.runs_next_call
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the convolution over the spatial axes, channels last."""
         call = compat.without_flax_wrapper(super().__call__)
-        return calls.cached(self, call, self.dropit, inputs)
+        return caching.cached(self, call, self.dropit, inputs)
 
 
 class ConvLocal(nn.ConvLocal):
     """`flax.linen.ConvLocal` that caches its input compressed.
 
-    What is cached is the input, not its patches.
+    The input is cached, not its patches.
 
     Attributes:
-      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+      dropit: the policy for the input; `None`: the plain Flax layer. All other
         attributes are those of `flax.linen.ConvLocal`.
     """
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.ConvLocal)
+    @caching.runs_next_call
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the unshared convolution over the spatial axes, channels last."""
         call = compat.without_flax_wrapper(super().__call__)
-        return calls.cached(self, call, self.dropit, inputs)
+        return caching.cached(self, call, self.dropit, inputs)
 
 
 class ConvTranspose(nn.ConvTranspose):
     """`flax.linen.ConvTranspose` that caches its input compressed.
 
     Attributes:
-      dropit: what to keep of the input; `None`: the plain Flax layer. All other
+      dropit: the policy for the input; `None`: the plain Flax layer. All other
         attributes are those of `flax.linen.ConvTranspose`.
     """
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.ConvTranspose)
+    @caching.runs_next_call
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
         """Applies the transposed convolution over the spatial axes, channels last."""
         call = compat.without_flax_wrapper(super().__call__)
-        return calls.cached(self, call, self.dropit, inputs)
+        return caching.cached(self, call, self.dropit, inputs)
 
 
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     """`flax.linen.MultiHeadDotProductAttention` whose projections cache compressed.
 
-    Query, key and value that are projected from the same input cache it once.
+    Query, key and value of the same input have equal residuals, of which XLA stores one
+    under `jax.jit`.
 
     Attributes:
-      dropit: what the four projections keep of their input; `None`: the plain Flax
+      dropit: the policy for the inputs of the four projections; `None`: the plain Flax
         layer. All other attributes are those of Flax's layer.
     """
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.MultiHeadDotProductAttention)
+    @caching.runs_next_call
     @nn.compact
     def __call__(
         self,
@@ -158,7 +159,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
     ) -> Float[Array, "*batch length out"]:
         """Applies attention; the arguments are those of Flax's layer."""
         call = compat.without_flax_wrapper(super().__call__)
-        with calls.cached_children(self, self.dropit):
+        with caching.cached_children(self, self.dropit):
             return call(inputs_q, inputs_k, inputs_v, **kwargs)
 
 
@@ -175,7 +176,7 @@ class SelfAttention(nn.SelfAttention):
 
     dropit: DropIT | None = None
 
-    @calls.runs(nn.SelfAttention)
+    @caching.runs_next_call
     @nn.compact
     def __call__(
         self,
@@ -185,5 +186,5 @@ class SelfAttention(nn.SelfAttention):
     ) -> Float[Array, "*batch length out"]:
         """Applies attention; the arguments are those of Flax's layer."""
         call = compat.without_flax_wrapper(super().__call__)
-        with calls.cached_children(self, self.dropit):
+        with caching.cached_children(self, self.dropit):
             return call(inputs_q, *args, **kwargs)

@@ -19,9 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from dropit_jax import derivatives
-from dropit_jax.nn import element_codes
-from dropit_jax.nn.element_codes import Codes
-from dropit_jax.storage import dtypes
+from dropit_jax.storage import dtypes, element_codes
+from dropit_jax.storage.element_codes import Codes
 
 _Activation = Callable[[Array], Array]
 

@@ -1,4 +1,4 @@
-"""`flax.nnx` layers whose residuals are compact, and any model made of them."""
+"""`flax.nnx` layers that cache their input compressed, `apply`, and `drop` for nnx."""
 
 from dropit_jax.nnx.conversion import Change, apply
 from dropit_jax.nnx.dropping import drop
@@ -10,29 +10,15 @@ from dropit_jax.nnx.layers import (
     LinearGeneral,
     MultiHeadAttention,
 )
-from dropit_jax.nnx.norms import (
-    BatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-)
-from dropit_jax.nnx.stochastic import Dropout
 
 __all__ = [
-    "BatchNorm",
     "Change",
     "Conv",
     "ConvTranspose",
-    "Dropout",
     "Einsum",
-    "GroupNorm",
-    "InstanceNorm",
-    "LayerNorm",
     "Linear",
     "LinearGeneral",
     "MultiHeadAttention",
-    "RMSNorm",
     "apply",
     "drop",
 ]

@@ -1,10 +1,9 @@
 """`flax.nnx` layers that cache their input compressed.
 
-Each is a thin subclass of Flax's layer of the same name, with two more attributes:
-`dropit`, what to keep of the input (`None`: the plain Flax layer), and `dropit_rngs`,
-the stream of keys for policies that need them. Parameters, arguments and code are
-Flax's. Streams are forked from the stream `"dropit"` of the `rngs` that a layer is
-made with.
+Each is a subclass of Flax's layer of the same name, with two more attributes: `dropit`,
+the policy for the input (`None`: the plain Flax layer), and `dropit_rngs`, the stream
+of keys for policies that need them. Parameters, arguments and code are Flax's. Streams
+are forked from the stream `"dropit"` of the `rngs` that a layer is made with.
 """
 
 import functools
@@ -15,14 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dropit_jax import hooks, sharing
 from dropit_jax.nnx import subclasses
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.products import operations, rule
-from dropit_jax.products.operand import Axes
+from dropit_jax.products.operand import Axes, flatten_batch, unflatten_batch
 
-# The layers that hold the product in a field, and what takes its place.
-_HOOKED: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
+# The layers that hold the product in a field, and the product that caches.
+_WITH_FIELD: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
     (nnx.Linear, "dot_general", operations.dot_general),
     (nnx.LinearGeneral, "dot_general", operations.dot_general),
     (nnx.Einsum, "einsum_op", operations.einsum),
@@ -31,7 +29,7 @@ _HOOKED: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
 
 
 class _Caching(nnx.Module):
-    """The fields and the call that our layers add to Flax's."""
+    """The attributes and the call that our layers add to Flax's."""
 
     dropit: DropIT | None
     dropit_rngs: nnx.RngStream | None
@@ -47,15 +45,15 @@ class _Caching(nnx.Module):
     def __call__(
         self, inputs: Float[Array, "..."], *args: Any, **kwargs: Any
     ) -> Float[Array, "..."]:
-        """The call of Flax's layer."""
+        """Calls Flax's layer."""
         method: Any = super().__call__
         if self.dropit is None:
             return method(inputs, *args, **kwargs)
-        key = _key(self, inputs)
-        for layer, hook, operation in _HOOKED:
+        key = None if self.dropit_rngs is None else self.dropit_rngs()
+        for layer, field, product in _WITH_FIELD:
             if isinstance(self, layer):
-                caching = functools.partial(operation, dropit=self.dropit, key=key)
-                other = _with_operation(self, hook, caching)
+                caching = functools.partial(product, dropit=self.dropit, key=key)
+                other = _with_product(self, field, caching)
                 return method.__func__(other, inputs, *args, **kwargs)
         return _conv_transpose(self, key, inputs)
 
@@ -67,14 +65,14 @@ class Linear(_Caching, nnx.Linear):
 class LinearGeneral(_Caching, nnx.LinearGeneral):
     """`flax.nnx.LinearGeneral` that caches its input compressed.
 
-    The axes that are summed over are the channels.
+    The contracted axes are the channels.
     """
 
 
 class Einsum(_Caching, nnx.Einsum):
     """`flax.nnx.Einsum` that caches its input compressed.
 
-    The axes that are summed over with the kernel are the channels.
+    The axes contracted with the kernel are the channels.
     """
 
 
@@ -89,7 +87,8 @@ class ConvTranspose(_Caching, nnx.ConvTranspose):
 class MultiHeadAttention(nnx.MultiHeadAttention):
     """`flax.nnx.MultiHeadAttention` whose four projections cache compressed.
 
-    Query, key and value that are projected from the same input cache it once.
+    Query, key and value of the same input have equal residuals, of which XLA stores one
+    under `jax.jit`.
     """
 
     def __init__(
@@ -116,8 +115,8 @@ def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> No
 
     Args:
       layer: one of `FLAX_LAYERS`.
-      dropit: what to keep of its input.
-      keys: for a policy that needs some, shaped as `stacked_axes(layer)`.
+      dropit: the policy.
+      keys: the stream of a policy that needs one, shaped as `stacked_axes(layer)`.
     """
     if not isinstance(layer, _Caching):
         layer.__class__ = subclasses.with_ours(type(layer), LAYERS)
@@ -128,7 +127,7 @@ def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> No
 
 
 def stacked_axes(layer: Any) -> tuple[int, ...]:
-    """The sizes of the axes that `nnx.vmap` put among those of a layer's kernel.
+    """Returns the sizes of the axes that `nnx.vmap` added to a layer's kernel.
 
     Args:
       layer: one of `FLAX_LAYERS`.
@@ -143,7 +142,7 @@ def stacked_axes(layer: Any) -> tuple[int, ...]:
 
 
 def _kernel_shape(layer: Any) -> tuple[int, ...]:
-    """The shape of the kernel of one layer, in some order."""
+    """Returns the sizes of the axes of one layer's kernel, in some order."""
     if isinstance(layer, nnx.LinearGeneral):
         batch = tuple(layer.batch_axis.values())
         return (*batch, *layer.in_features, *layer.out_features)
@@ -160,11 +159,11 @@ def _kernel_shape(layer: Any) -> tuple[int, ...]:
 
 
 def new_stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
-    """The keys of a policy that needs them.
+    """Returns the stream of keys of a policy; `None` if the policy needs none.
 
     Raises:
-      TypeError: it is no policy.
-      ValueError: it needs keys, and there is no stream for them.
+      TypeError: `dropit` is not a policy.
+      ValueError: the policy needs keys, and `rngs` has no stream for them.
     """
     if dropit is None:
         return None
@@ -180,63 +179,48 @@ def new_stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | 
         ) from None
 
 
-def _key(layer: Any, inputs: Any) -> Array | None:
-    """A key, where one is needed.
+def _with_fields(layer: Any, **fields: Any) -> Any:
+    """Returns a layer of the same parameters with other values in some fields.
 
-    Layers with one stream that read the same inputs get the same key, so that they can
-    share what is cached of them.
+    Threads share modules: the layer itself must not change.
     """
-    stream = layer.dropit_rngs
-    if stream is None:
-        return None
-    return sharing.once(stream, (inputs, stream), "a layer's key")
+    other = object.__new__(type(layer))
+    vars(other).update(vars(layer) | fields)
+    return other
 
 
-def _with_operation(layer: Any, hook: str, operation: Callable[..., Array]) -> Any:
-    """The layer with a caching operation in its hook.
+def _with_product(layer: Any, field: str, caching: Callable[..., Array]) -> Any:
+    """Returns the layer with a caching product in its field.
 
-    The operation that the layer would have used itself, be it the user's own, is what
-    computes the product.
+    The product that the layer would have used, be it the user's own, computes the
+    values.
     """
     fields: dict[str, Any] = {}
-    own = getattr(layer, hook)
-    if getattr(layer, f"{hook}_cls", None) is not None:
-        own, fields = getattr(layer, f"{hook}_cls")(), {f"{hook}_cls": None}
+    own = getattr(layer, field)
+    if getattr(layer, f"{field}_cls", None) is not None:
+        own, fields = getattr(layer, f"{field}_cls")(), {f"{field}_cls": None}
     if own is not None:
-        operation = functools.partial(operation, operation=own)
-    promote = _promoting_once(layer.promote_dtype)
-    fields |= {hook: operation, "promote_dtype": promote}
-    return hooks.changed(layer, **fields)
-
-
-def _promoting_once(promote: Callable[..., Any]) -> Callable[..., Any]:
-    """`promote_dtype` that gives layers which read the same inputs the same cast."""
-
-    def promoted(arrays: tuple[Any, ...], **kwargs: Any) -> tuple[Any, ...]:
-        cast, *rest = promote(arrays, **kwargs)
-        return hooks.cast_once(arrays[0], cast, promote), *rest
-
-    return promoted
+        caching = functools.partial(caching, operation=own)
+    return _with_fields(layer, **fields | {field: caching})
 
 
 def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
-    """A layer without a hook, as one product of its inputs and its kernel."""
+    """Returns a layer's output, the layer being one product of inputs and kernel."""
     offset = () if layer.bias is None else (layer.bias[...],)
     kernel, mask = layer.kernel[...], layer.mask
     if mask is not None and mask.shape == kernel.shape:
-        # Not in the product, which keeps no arrays but its operands.
+        # The product may close over no array: its rule would not know of it.
         kernel, mask = kernel * mask, None
 
     def product(inputs: Array, kernel: Array, *bias: Array) -> Array:
         used: dict[str, Any] = {"kernel": nnx.Param(kernel), "mask": mask}
         if bias:
             used["bias"] = nnx.Param(bias[0])
-        return nnx.ConvTranspose.__call__(hooks.changed(layer, **used), inputs)
+        return nnx.ConvTranspose.__call__(_with_fields(layer, **used), inputs)
 
-    promote = _promoting_once(layer.promote_dtype)
-    flat, batch = hooks.as_batch(jnp.asarray(inputs), len(layer.kernel_size))
+    flat, batch = flatten_batch(jnp.asarray(inputs), len(layer.kernel_size))
     bias = offset[0] if offset else None
-    flat, *_ = promote((flat, kernel, bias), dtype=layer.dtype)
+    flat, *_ = layer.promote_dtype((flat, kernel, bias), dtype=layer.dtype)
     out = rule.cached_product(
         product,
         flat,
@@ -246,4 +230,4 @@ def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
         axes=Axes(tuple(range(flat.ndim))),
         key=key,
     )
-    return hooks.unbatch(out, batch)
+    return unflatten_batch(out, batch)

@@ -13,7 +13,7 @@ _made: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
 def with_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any]:
-    """A class of layers, with our code where it would have called Flax's.
+    """Returns a class of layers that runs our code in place of Flax's.
 
     Args:
       cls: a class of Flax's, or a subclass of one.
@@ -28,13 +28,6 @@ def with_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any]:
         made = _metaclass(type(cls))(cls.__name__, (cls, layer), names)
         _made[cls, layer] = made
     return _made[cls, layer]
-
-
-def without_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any] | None:
-    """The inverse; `None` for a class that somebody made of ours."""
-    if cls in ours:
-        return cls.__bases__[-1]
-    return next((theirs for (theirs, _), made in _made.items() if made is cls), None)
 
 
 _metaclasses: dict[Any, Any] = {}

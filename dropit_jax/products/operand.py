@@ -1,4 +1,4 @@
-"""The first operand of a product as it is cached: arranged, compressed, rebuilt."""
+"""The first operand of a product: arranged, compressed, rebuilt."""
 
 import dataclasses
 import functools
@@ -11,7 +11,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from dropit_jax import sharing
 from dropit_jax.policy import DropIT
 from dropit_jax.storage.residual import Residual, compress
 from dropit_jax.storage.shapes import Shape
@@ -24,13 +23,13 @@ RESIDUAL_NAME = "dropit"
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """How an operand's axes are to be read: as (batch, *positions, channels).
+    """The order of an operand's axes, as (batch, *positions, *channels).
 
     Attributes:
-      order: its axes, those of the samples first, those of the channels last.
-      channel_axes: how many of the last are the channels.
-      row_major: whether what is compressed, and the cotangent, lie in a GPU's memory in
-        the order of their axes; else XLA lays them out as convolutions like.
+      order: the operand's axes; the samples' first, the channels' last.
+      channel_axes: the number of channel axes.
+      row_major: whether the compressed operand and the cotangent lie in a GPU's memory
+        in the order of their axes; else XLA lays them out as convolutions prefer.
     """
 
     order: tuple[int, ...]
@@ -38,7 +37,7 @@ class Axes:
     row_major: bool = False
 
     def laid_out(self, x: Array) -> Array:
-        """An array as it is to lie in memory."""
+        """Returns an array with its layout in memory."""
         return layouts.row_major(x) if self.row_major else x
 
 
@@ -49,13 +48,13 @@ class Axes:
 )
 @dataclasses.dataclass(frozen=True)
 class CachedOperand:
-    """A compressed operand.
+    """The residual of an operand.
 
     Attributes:
-      residual: the compressed array, arranged.
+      residual: the compressed operand, its axes in the order of `Axes`.
       shape: the operand's shape.
       spec: the operand's explicit sharding.
-      group: the number of the arrays that are sharded like the operand.
+      group: the number of the sharding group of the operand.
     """
 
     residual: Residual
@@ -64,7 +63,7 @@ class CachedOperand:
     group: int
 
     def restored(self, axes: Axes, cotangent: Array) -> Array:
-        """The decompressed operand, computed after a cotangent."""
+        """Returns the decompressed operand, computed after a cotangent."""
         # Without the barrier XLA may decompress early, which keeps the dense operand
         # alive through the whole forward pass.
         residual, cotangent = barrier((self.residual, cotangent))
@@ -72,34 +71,22 @@ class CachedOperand:
         return shardings.join(shardings.to(restored, self.spec), self.group)
 
 
-# Static: `sharing.once` gives the same to all who ask for the same.
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """A function that compresses an operand; equal ones do the same.
+    """A function that compresses an operand.
 
     Attributes:
       dropit: the policy.
-      axes: how the operand is arranged.
-      group: the number of the arrays that are sharded like the operand.
+      axes: the order of the operand's axes.
+      group: the number of the sharding group of the operand.
     """
 
     dropit: DropIT
     axes: Axes
     group: int
 
-    @classmethod
-    def of(
-        cls, operand: Array, dropit: DropIT, axes: Axes, key: Array | None
-    ) -> "Compression":
-        """Returns the same for all products that read the same operand alike."""
-        operands = (operand,) if key is None else (operand, key)
-        return sharing.once(
-            lambda: cls(dropit, axes, shardings.new_group()), operands, (dropit, axes)
-        )
-
     def __call__(self, operand: Array, key: Array | None = None) -> CachedOperand:
-        """Compresses the operand."""
+        """Returns the residual of the operand."""
         operand = lax.stop_gradient(operand)
         joined = shardings.join(operand, self.group)
         residual = _residual(joined, self.dropit, self.axes, key)
@@ -108,7 +95,7 @@ class Compression:
 
 
 def bytes_cached(operand: Array, dropit: DropIT, axes: Axes) -> int | None:
-    """The size of the residual; `None` where the operand does not suit the policy."""
+    """Returns the size of the residual; `None` if the policy refuses the operand."""
 
     def compressed(a: Array, key: Array) -> Residual:
         return compress(_arrange(a, dropit, axes), dropit, key)
@@ -116,7 +103,7 @@ def bytes_cached(operand: Array, dropit: DropIT, axes: Axes) -> int | None:
     try:
         return jax.eval_shape(compressed, operand, jax.random.key(0)).nbytes
     except (TypeError, ValueError):
-        return None  # which the forward rule says, if a gradient is asked for
+        return None  # the forward rule raises it, if a gradient is asked for
 
 
 @functools.partial(jax.jit, static_argnames=("dropit", "axes"), inline=True)
@@ -125,7 +112,7 @@ def _residual(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> Residu
 
 
 def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
-    """The operand as (batch, *positions, channels)."""
+    """Returns the operand as (batch, *positions, channels)."""
     ordered = axes.laid_out(jnp.transpose(a, axes.order))
     if axes.channel_axes == 1:
         return ordered
@@ -133,13 +120,30 @@ def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
     if dropit.per_channel:
         ordered = shardings.gather(ordered, keep=lead)
     elif any(shardings.spec(ordered)):
-        return ordered  # chunks are the same, and no axis need be gathered
-    # What is compressed alike is compiled once: heads as the features of other layers.
+        return ordered  # the chunks are the same, and no axis need be gathered
+    # Equal selections are compiled once: those of heads and of other layers' features.
     return ordered.reshape(*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "axes"), inline=True)
 def _restored(residual: Residual, after: Array, shape: Shape, axes: Axes) -> Array:
-    """The decompressed â, as `a` was, computed after something else."""
+    """Returns â with the axes of `a`, computed after another array."""
     ordered = residual.decompress(after).reshape([shape[axis] for axis in axes.order])
     return jnp.transpose(axes.laid_out(ordered), tuple(np.argsort(axes.order)))
+
+
+def flatten_batch(inputs: Array, spatial: int) -> tuple[Array, tuple[int, ...]]:
+    """Returns the inputs of a convolution with one batch axis, and their batch shape.
+
+    `(*batch, *positions, channels) -> (size, *positions, channels)`, as in Flax; a
+    single sample becomes a batch of one.
+    """
+    batch = inputs.shape[: inputs.ndim - spatial - 1]
+    if len(batch) == 1:
+        return inputs, batch
+    return inputs.reshape(-1, *inputs.shape[len(batch) :]), batch
+
+
+def unflatten_batch(out: Array, batch: tuple[int, ...]) -> Array:
+    """Inverts `flatten_batch` for the outputs."""
+    return out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])

@@ -1,8 +1,8 @@
-"""The rule of a product that caches a compressed first operand.
+"""The derivative of a product that caches its first operand compressed.
 
 For a product `z = op(a, θ)`, linear in each operand:
 
-    forward    z = op(a, θ)                  cached: compress(a), θ
+    forward    z = op(a, θ)                  residuals: compress(a), θ
     backward   ∇a = opᵀ(·, θ)(∇z)            exact
                ∇θ = opᵀ(â, ·)(∇z)            â = decompress(compress(a))
 
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dropit_jax import deferral, derivatives, sharing
+from dropit_jax import derivatives
 from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.products.operand import Axes, CachedOperand, Compression, bytes_cached
+from dropit_jax.xla import shardings
 from dropit_jax.xla.barriers import barrier
 
 
@@ -33,10 +34,10 @@ class Operation:
     """A product as an operation and its settings: equal ones are traced once.
 
     Attributes:
-      function: of what comes before the operands, the operands, and what comes after.
-      first: its first arguments.
-      last: its last arguments.
-      settings: its keyword arguments, as pairs.
+      function: takes `(*first, lhs, rhs, *last, **settings)`.
+      first: the arguments before the operands.
+      last: the arguments after the operands.
+      settings: the keyword arguments, as pairs.
     """
 
     function: Callable[..., Array]
@@ -52,16 +53,16 @@ class Operation:
         first: tuple[Any, ...] = (),
         **settings: Any,
     ) -> "Operation":
-        """An operation, with lists in its arguments as tuples."""
+        """Returns an operation, with lists in its arguments as tuples."""
         pairs = ((name, _as_tuples(value)) for name, value in settings.items())
         return cls(function, first, _as_tuples(last), tuple(pairs))
 
     def __call__(self, lhs: Array, rhs: Array) -> Array:
-        """The product."""
+        """Returns the product."""
         return self.function(*self.first, lhs, rhs, *self.last, **dict(self.settings))
 
 
-_Observe = Callable[[Array, Axes, int], None]
+_Observe = Callable[[Array, int], None]
 _observer: contextvars.ContextVar[_Observe | None]
 _observer = contextvars.ContextVar("observer", default=None)
 
@@ -76,7 +77,7 @@ def cached_product(
     axes: Axes,
     key: Array | None = None,
 ) -> Array:
-    """`product(lhs, rhs, *offset)`, caching `lhs` compressed.
+    """Returns `product(lhs, rhs, *offset)`; `lhs` is cached compressed.
 
     Args:
       product: a function, linear in each of `lhs` and `rhs`, to whose result the
@@ -84,8 +85,8 @@ def cached_product(
       lhs: the activation.
       rhs: the kernel.
       offset: a tuple of arrays, whose gradient is exact.
-      dropit: what of `lhs` to keep for the gradient of `rhs`.
-      axes: which of `lhs` are the samples and the channels.
+      dropit: the policy for `lhs`, which the gradient of `rhs` is computed from.
+      axes: the axes of the samples and of the channels of `lhs`.
       key: a PRNG key, for policies that need one.
 
     Raises:
@@ -95,16 +96,15 @@ def cached_product(
     observe = _observer.get()
     nbytes = None if observe is None else bytes_cached(lhs, dropit, axes)
     if observe is not None and nbytes is not None:
-        observe(lhs, axes, nbytes)
-    compression = Compression.of(lhs, dropit, axes, key)
-    call = _Call(compression, sharing.run_of(lhs), deferral.Origin(lhs))
+        observe(lhs, nbytes)
+    compression = Compression(dropit, axes, shardings.new_group())
     with _forward_mode_explained():
-        return _cached_product(product, call, lhs, rhs, offset, key)
+        return _cached_product(product, compression, lhs, rhs, offset, key)
 
 
 @contextlib.contextmanager
 def observed(observe: _Observe) -> Iterator[None]:
-    """Tells of every caching operation: its `lhs`, its axes, the bytes it caches."""
+    """Calls `observe(lhs, bytes of its residual)` for every caching product."""
     token = _observer.set(observe)
     try:
         yield
@@ -112,35 +112,20 @@ def observed(observe: _Observe) -> Iterator[None]:
         _observer.reset(token)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Call:
-    """One call of a caching product, without its arrays.
-
-    Attributes:
-      compression: compresses the first operand.
-      run: the number of the calls that come one after the other with that operand.
-      origin: where that operand comes from.
-    """
-
-    compression: Compression
-    run: int
-    origin: deferral.Origin
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cached_product(
     product: Callable[..., Array],
-    call: _Call,
+    compression: Compression,
     lhs: Array,
     rhs: Array,
     offset: tuple[Array, ...],
     key: Array | None,
 ) -> Array:
-    del call, key
+    del compression, key
     return product(lhs, rhs, *offset)
 
 
-# What is cached of `a`, θ, offset; and opᵀ(·, θ) instead of the first, if θ is frozen.
+# The residual of `a`, θ, the offset; if θ is frozen, opᵀ(·, θ) in place of the first.
 _Saved = tuple[
     CachedOperand | None,
     Array,
@@ -151,7 +136,7 @@ _Saved = tuple[
 
 def _forward(
     product: Callable[..., Array],
-    call: _Call,
+    compression: Compression,
     lhs: Any,
     rhs: Any,
     offset: Any,
@@ -165,8 +150,7 @@ def _forward(
     if not rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
         z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
         return z, (None, kernel, added, pullback_a)
-    operands = (a,) if key is None else (a, key)
-    cached = deferral.computed(call.compression, call.origin, *operands)
+    cached = compression(a, key)
     once = derivatives.once(a, "DropIT")
     # Without the barrier XLA may compress late, which keeps `a` alive till then.
     a, _ = barrier((once, cached.residual))
@@ -174,9 +158,11 @@ def _forward(
 
 
 def _backward(
-    product: Callable[..., Array], call: _Call, saved: _Saved, cotangent: Array
+    product: Callable[..., Array],
+    compression: Compression,
+    saved: _Saved,
+    cotangent: Array,
 ) -> tuple[Array, Array | None, Any, None]:
-    axes, run = call.compression.axes, call.run
     cached, kernel, offset, pullback_a = saved
     if cached is None:
         assert pullback_a is not None
@@ -186,13 +172,8 @@ def _backward(
         zeros = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
         to_offset = jax.vjp(functools.partial(product, zeros, kernel), *offset)[1]
         return to_a, None, to_offset(cotangent), None
-    cotangent = axes.laid_out(cotangent)
-    # After the first cotangent of a run; the last to use it ends its life.
-    a_hat = sharing.once(
-        lambda: cached.restored(axes, cotangent),
-        tuple(jax.tree.leaves(cached)),
-        (jax.tree.structure(cached), axes, run),
-    )
+    cotangent = compression.axes.laid_out(cotangent)
+    a_hat = cached.restored(compression.axes, cotangent)
     # Without the barrier XLA may decompress for many layers in one kernel, late, which
     # keeps all their â and cotangents alive until then.
     a_hat, cotangent = barrier((a_hat, cotangent))
@@ -208,7 +189,7 @@ _cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
 def _gradients(
     product: Callable[..., Array], cotangent: Array, *operands: Array
 ) -> tuple[Array, ...]:
-    """The gradients of all operands."""
+    """Returns the gradients of all operands."""
     _, pullback = jax.vjp(product, *operands)
     return pullback(cotangent)
 
@@ -218,7 +199,7 @@ _gradients_traced_once = jax.jit(_gradients, static_argnums=0, inline=True)
 
 
 def _is_of_jax(product: Callable[..., Array]) -> bool:
-    """Whether it is an operation of JAX, which means the same wherever it is equal.
+    """Returns whether equal products are the same function: those of JAX are.
 
     Another may be a Flax module, which equals one of other parameters.
     """
@@ -232,7 +213,7 @@ def _is_of_jax(product: Callable[..., Array]) -> bool:
 
 
 def _as_tuples(value: Any) -> Any:
-    """The value, with tuples for all lists in it."""
+    """Returns the value with tuples for all lists in it."""
     if not isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
         return value
     return tuple(map(_as_tuples, value))

@@ -28,22 +28,6 @@ def of_tokens(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     return row_major(x) if x.ndim <= 3 else x
 
 
-def of_heads(
-    x: Shaped[Array, "*batch length heads depth"],
-) -> Shaped[Array, "*batch length heads depth"]:
-    """Returns `x`; on an NVIDIA GPU in memory as `(*batch, heads, length, depth)`.
-
-    The products of attention read this layout. In row-major order XLA would add the
-    bias of a projection within its product, from a copy of the bias for each token, and
-    make these copies for all layers in advance. An array of fewer than 3 axes is
-    returned as it is, for attention to reject.
-    """
-    if x.ndim < 3:
-        return x
-    *batch, length, heads, depth = range(x.ndim)
-    return _laid_out(x, (*batch, heads, length, depth))
-
-
 def in_order(x: Shaped[Array, "*shape"], order: tuple[int, ...]) -> Array:
     """Returns `x`; on an NVIDIA GPU its axes lie in this order, the outermost first."""
     return _laid_out(x, order)

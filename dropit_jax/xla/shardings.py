@@ -60,37 +60,6 @@ def to(x: Array, wanted: Spec) -> Array:
     return jax.sharding.reshard(x, PartitionSpec(*wanted))
 
 
-def varying_alike(arrays: Any, like: Any) -> Any:
-    """Returns arrays that vary over every mesh axis over which one in `like` varies.
-
-    It is for `jax.shard_map`: the cotangents that a backward rule returns for the
-    arrays then vary over these axes, too.
-
-    Args:
-      arrays: a pytree; leaves that are no floating-point arrays stay as they are.
-      like: a pytree.
-    """
-    axes: frozenset[str] = frozenset().union(*map(_varying_axes, jax.tree.leaves(like)))
-
-    def vary(x: Any) -> Any:
-        more = axes - _varying_axes(x)
-        if not more or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            return x
-        return jax.lax.pcast(x, tuple(more), to="varying")
-
-    return jax.tree.map(vary, arrays)
-
-
-def _varying_axes(x: Any) -> frozenset[str]:
-    """Returns the manual mesh axes over which `x` may differ from device to device."""
-    aval = jax.typeof(x)
-    return (
-        aval.manual_axis_type.varying
-        if hasattr(aval, "manual_axis_type")
-        else frozenset()
-    )
-
-
 def whole_rows(x: Array) -> Array:
     """Returns `x`, with a constraint that XLA does not shard its last axis.
 

@@ -8,7 +8,6 @@ import flax.linen as flax_nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 import dropit_jax
@@ -24,7 +23,7 @@ class Operation:
 
     Attributes:
       own: ours.
-      plain: JAX's, Flax's or Optax's.
+      plain: JAX's or Flax's.
       shapes: of the arrays.
     """
 
@@ -83,30 +82,9 @@ def _products():
         )
 
 
-def _losses():
-    labels = np.arange(8) % 4
-    shares = np.full((8, 64), 1 / 64)
-    for name, given in (
-        ("softmax_cross_entropy_with_integer_labels", lambda x: jnp.asarray(labels)),
-        ("softmax_cross_entropy", lambda x: jnp.asarray(shares, x.dtype)),
-    ):
-        own, plain = (_labelled(getattr(module, name), given) for module in (nn, optax))
-        yield name, Operation(own, plain, ((8, 64),))
-
-
-def _labelled(loss, given):
-    return lambda x: loss(x, given(x))
-
-
 def _layers():
     x = (4, 6, 32)
     for name, shape, fields, own in (
-        ("LayerNorm", x, {}, {}),
-        ("RMSNorm", x, {}, {}),
-        ("GroupNorm", x, {"num_groups": 4}, {}),
-        ("InstanceNorm", x, {}, {}),
-        ("BatchNorm", x, {"use_running_average": False}, {}),
-        ("Dropout", x, {"rate": 0.5, "deterministic": False}, {}),
         ("Dense", x, {"features": 16}, {"dropit": DropIT(0.5)}),
         (
             "ConvTranspose",
@@ -114,7 +92,12 @@ def _layers():
             {"features": 8, "kernel_size": (3, 3)},
             {"dropit": DropIT(0.5, "random")},
         ),
-        ("MultiHeadDotProductAttention", x, {"num_heads": 2}, {}),
+        (
+            "MultiHeadDotProductAttention",
+            x,
+            {"num_heads": 2},
+            {"dropit": DropIT(0.5)},
+        ),
     ):
         plain = getattr(flax_nn, name)(**fields)
         layer = getattr(linen, name)(**fields, **own)
@@ -128,36 +111,13 @@ def _layers():
 def _applied(module, variables):
     def apply(x):
         given = jax.tree.map(lambda array: array.astype(x.dtype), variables)
-        rngs = {"dropout": jax.random.key(1)}
-        return module.apply(given, x, mutable=["batch_stats"], rngs=rngs)[0]
+        return module.apply(given, x, rngs={"dropit": jax.random.key(1)})
 
     return apply
 
 
-def _others():
-    def pooled(pool, x):
-        return pool(x, (2, 2), (2, 2))
-
-    yield (
-        "max_pool",
-        Operation(
-            functools.partial(pooled, nn.max_pool),
-            functools.partial(pooled, flax_nn.max_pool),
-            ((2, 8, 8, 16),),
-        ),
-    )
-    yield (
-        "dot_product_attention",
-        Operation(
-            nn.dot_product_attention,
-            flax_nn.dot_product_attention,
-            ((2, 8, 2, 32),) * 3,
-        ),
-    )
-
-
 OPERATIONS = {
     name: operation
-    for make in (_activations, _products, _losses, _layers, _others)
+    for make in (_activations, _products, _layers)
     for name, operation in make()
 }

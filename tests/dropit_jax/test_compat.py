@@ -288,34 +288,6 @@ class ThereTest(parameterized.TestCase):
         jax.export.export(jax.jit(primitive.bind))(x)
         self.assertEqual(seen, [False, True])
 
-    def test_what_is_beneath_a_tracer(self):
-        x = jnp.ones(3)
-        seen = []
-
-        def look(x):
-            seen.append([*compat.beneath(x)])
-            return x.sum()
-
-        jax.grad(look)(x)
-        self.assertLen(seen[-1], 2, "`primal` of a tracer is gone")
-        self.assertIs(seen[-1][1], x)
-        jax.grad(lambda x: jax.vmap(look)(x[None]).sum())(x)
-        self.assertLen(seen[-1], 3, "`val` of a mapped tracer is gone")
-        jax.eval_shape(look, x)
-        self.assertLen(seen[-1], 1)
-
-    def test_tracers_of_one_trace(self):
-        found = []
-
-        def inner(x, y):
-            found.append(compat.are_of_one_trace([x, y]))
-            found.append(compat.are_of_one_trace([y, jnp.sin(y)]))
-            return x * y
-
-        jax.eval_shape(jax.vmap(inner, (0, None)), *jnp.ones((2, 3)))
-        self.assertEqual(found, [False, True], "`_trace` of a tracer is gone")
-        self.assertFalse(compat.are_of_one_trace([jnp.ones(3), jnp.ones(3)]))
-
     def test_flaxs_wrapper_of_a_method_can_be_left_out(self):
         def wrapped(method):
             @functools.wraps(method)
@@ -330,21 +302,6 @@ class ThereTest(parameterized.TestCase):
         with mock.patch.object(nn.Dense, "__call__", wrapped(nn.Dense.__call__)):
             patched = nn.Dense(3).__call__
             self.assertEqual(compat.without_flax_wrapper(patched), patched)
-
-    def test_whether_vmap_maps(self):
-        found = []
-
-        def look(x):
-            found.append(compat.is_mapping())
-            return x.sum()
-
-        look(jnp.ones(3))
-        jax.vmap(look)(jnp.ones((2, 3)))
-        jax.vmap(lambda _: look(jnp.ones(3)))(jnp.ones((2, 3)))
-        jax.grad(look)(jnp.ones(3))
-        jax.vmap(jax.jit(look))(jnp.ones((2, 3)))
-        expected = [False, True, True, False, False]
-        self.assertEqual(found, expected, "`axis_data` of a trace of vmap is gone")
 
     def test_rules_of_a_module_share_an_object(self):
         look = functools.partial(compat.of_module, kind=collections.Counter)
@@ -392,50 +349,6 @@ class ThereTest(parameterized.TestCase):
         with nn.intercept_methods(interceptor):
             nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
         self.assertIn(nn.Dense.__call__.__wrapped__, seen, f"Flax {flax.__version__}")
-
-    def test_flax_tells_modules_apart_by_proxies(self):
-        proxies = compat.flax_jit_proxies()
-        proxy = proxies.from_module(nn.Dense(2, parent=None))
-        self.assertTrue(hasattr(proxy, "hash_key"), f"Flax {flax.__version__}")
-
-    def test_flax_computes_statistics_in_one_function(self):
-        for name, layer in (
-            ("flax.linen.normalization", nn.LayerNorm()),
-            ("flax.nnx.nn.normalization", nnx.LayerNorm(3, rngs=nnx.Rngs(0))),
-        ):
-            module, calls = importlib.import_module(name), []
-
-            def counted(compute, calls=calls):
-                def compute_and_count(*args, **kwargs):
-                    calls.append(1)
-                    return compute(*args, **kwargs)
-
-                return compute_and_count
-
-            with mock.patch.object(module, "_compute_stats", module._compute_stats):
-                compat.wrap_flax_statistics(module, counted)
-                if isinstance(layer, nn.Module):
-                    layer.init(jax.random.key(0), jnp.ones((2, 3)))
-                else:
-                    layer(jnp.ones((2, 3)))
-            self.assertEqual(calls, [1], f"{name} of Flax {flax.__version__}")
-
-    def test_flax_counts_the_random_numbers_of_a_scope(self):
-        test = self
-
-        class Drawing(nn.Module):
-            @nn.compact
-            def __call__(self):
-                before = dict(compat.flax_counters(self.scope))
-                key = compat.flax_stream(self.scope, "numbers")
-                test.assertEqual(jax.random.key_data(key).shape, (2,))
-                first = self.make_rng("numbers")
-                test.assertNotEqual(compat.flax_counters(self.scope), before)
-                compat.set_flax_counters(self.scope, before)
-                return first, self.make_rng("numbers")
-
-        first, again = Drawing().apply({}, rngs={"numbers": jax.random.key(1)})
-        self.assertEqual(*map(str, map(jax.random.key_data, (first, again))))
 
 
 def _lowered_for_a_gpu(size):

@@ -57,9 +57,9 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from dropit_jax.kernels.compress import compress
-from dropit_jax.kernels.decompress import decompress
-from dropit_jax.kernels.plan import Plan
+from dropit_jax.storage.kernels.compress import compress
+from dropit_jax.storage.kernels.decompress import decompress
+from dropit_jax.storage.kernels.plan import Plan
 
 cases, *targets = json.loads(sys.argv[1])
 plans, shapes = [], []

@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dropit_jax
-from dropit_jax import linen as dn
 from dropit_jax.memory.compiled import hlo
 from dropit_jax.xla import layouts
 from dropit_jax.xla.partitioning import on_every_device
@@ -128,24 +127,22 @@ _TOKENS, _WIDTH = 97, 128
 class _Block(nn.Module):
     """Attention and a dense layer, as in a transformer."""
 
-    preset: str
-
     @nn.compact
     def __call__(self, x):
-        tools = dn.toolbox(dropit_jax.layer_preset(self.preset))
-        y = tools.LayerNorm(dtype=x.dtype)(x)
-        x = x + tools.MultiHeadDotProductAttention(2, dtype=x.dtype)(y)
-        y = tools.LayerNorm(dtype=x.dtype)(x)
-        y = tools.gelu(tools.Dense(4 * _WIDTH, dtype=x.dtype)(y))
-        return x + tools.Dense(_WIDTH, dtype=x.dtype)(y)
+        y = nn.LayerNorm(dtype=x.dtype)(x)
+        x = x + nn.MultiHeadDotProductAttention(2, dtype=x.dtype)(y)
+        y = nn.LayerNorm(dtype=x.dtype)(x)
+        y = nn.gelu(nn.Dense(4 * _WIDTH, dtype=x.dtype)(y))
+        return x + nn.Dense(_WIDTH, dtype=x.dtype)(y)
 
 
 def _program(preset):
-    block = _Block(preset)
+    block = _Block()
     x = jax.ShapeDtypeStruct((32, _TOKENS, _WIDTH), jnp.bfloat16)
     params = jax.eval_shape(block.init, jax.random.key(0), x)
 
     def step(params, x):
+        @functools.partial(dropit_jax.drop, preset=preset)
         def loss(params, x):
             return (block.apply(params, x).astype(jnp.float32) ** 2).sum()
 

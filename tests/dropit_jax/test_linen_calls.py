@@ -46,9 +46,9 @@ def _input(shape):
 
 class CallTest(parameterized.TestCase):
     @parameterized.product(
-        layer=["Dense", "Conv", "Einsum", "ConvTranspose"], preset=[None, "dropit"]
+        layer=["Dense", "Conv", "Einsum", "ConvTranspose"], intercepted=[False, True]
     )
-    def test_a_class_between_ours_and_flaxs_is_called(self, layer, preset):
+    def test_a_class_between_ours_and_flaxs_is_called(self, layer, intercepted):
         arguments, shape = _LAYERS[layer]
 
         def tripled(method):
@@ -69,18 +69,18 @@ class CallTest(parameterized.TestCase):
         x = _input(shape)
         plain, own = getattr(nn, layer)(**arguments), Own(**arguments)
         variables = plain.init(jax.random.key(0), x)
-        intercept = functools.partial(dn.intercept, preset, skip_first=False)
-        with intercept() if preset else contextlib.nullcontext():
+        intercept = functools.partial(dn.intercept, _POLICY, skip_first=False)
+        with intercept() if intercepted else contextlib.nullcontext():
             out = own.apply(variables, x)
         reference.assert_same_bits(out, 3 * plain.apply(variables, x))
 
     @parameterized.product(
         name=list(_LAYERS),
         has_policy=[True, False],
-        preset=[None, "lean"],
+        intercepted=[False, True],
     )
     @pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
-    def test_intermediates_are_captured_once(self, name, has_policy, preset):
+    def test_intermediates_are_captured_once(self, name, has_policy, intercepted):
         arguments, shape = _LAYERS[name]
         x = _input(shape)
         policy = {"dropit": _POLICY} if has_policy and _takes_policy(name) else {}
@@ -95,8 +95,8 @@ class CallTest(parameterized.TestCase):
             options = {"mutable": True, "capture_intermediates": True}
             return layer.init(keys, x, **options)["intermediates"]
 
-        intercept = functools.partial(dn.intercept, preset, skip_first=False)
-        with intercept() if preset else contextlib.nullcontext():
+        intercept = functools.partial(dn.intercept, _POLICY, skip_first=False)
+        with intercept() if intercepted else contextlib.nullcontext():
             theirs, ours = (
                 jax.eval_shape(lambda layer=layer: intermediates(layer))
                 for layer in layers

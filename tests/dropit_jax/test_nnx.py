@@ -232,15 +232,15 @@ class AttentionTest(parameterized.TestCase):
     @parameterized.product(
         policy=(_POLICY, _RANDOM), dtype=(None, jnp.bfloat16), inputs=(1, 2, 3)
     )
-    def test_an_input_is_cached_once(self, policy, dtype, inputs):
+    def test_each_projection_caches_its_input(self, policy, dtype, inputs):
         layer = dn.MultiHeadAttention(
             2, 16, dtype=dtype, decode=False, dropit=policy, rngs=nnx.Rngs(0)
         )
         shape = (2, 5, 16)
         x = [runs.numbers(*shape) + i for i in range(inputs)]
         itemsize = 4 if dtype is None else 2
-        # Those that are given, and the heads, which `out` reads.
-        expected = inputs * runs.residual_bytes(shape, itemsize)
+        # Of query, key and value, and of the heads, which `out` reads.
+        expected = 3 * runs.residual_bytes(shape, itemsize)
         expected += runs.residual_bytes((2, 5, 2, 8), itemsize)
         self.assertEqual(runs.cached_bytes(layer, *x), expected)
 

@@ -13,7 +13,7 @@ from dropit_jax import nn
 from tests.dropit_jax.operations import OPERATIONS
 
 # Of the switches that act on mixed types.
-_FEW = ("gelu", "relu", "dot_general_indices", "LayerNorm", "softmax_cross_entropy")
+_FEW = ("gelu", "relu", "dot_general_indices", "Dense")
 # Of which each operation is compiled by itself, for long.
 _ALIKE = ("dot_general_bitmap", "dot_general_int4", "swish", "relu6")
 _DTYPES = {

@@ -19,7 +19,7 @@ from train.runs import lock
 _HOLD = """
 import sys
 from pathlib import Path
-from train import lock
+from train.runs import lock
 with lock.held(Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()

@@ -1,4 +1,4 @@
-"""What a config says: its sections, what they mean, and its text."""
+"""The sections of a config, their meaning, and the config in JSON."""
 
 import copy
 import dataclasses
@@ -7,12 +7,15 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from dropit_jax import DropIT, LayerPreset, layer_preset
+import dropit_jax
+from dropit_jax import DropIT, Preset
 from train import data, models
+from train.models import layers
+from train.models.layers import Layers
 from train.system.text import literal, shown
 
-# What changes the result of a run by no more than rounding, and may change when it is
-# resumed: on other devices, for one, where the state is sharded anew.
+# Fields that change the result of a run by rounding at most. They may change when the
+# run is resumed, for instance on other devices.
 _FREE = (
     "checkpoint_steps",
     "data_dir",
@@ -23,19 +26,25 @@ _FREE = (
 )
 
 
+# The value of `config.memory` without a preset.
+BASELINE = "baseline"
+LAYERS = ("flax", "dropit")
+
+
 class ConfigError(ValueError):
     """A config that cannot be run, and why."""
 
 
-# The value of a field of `config.dropit` that is left to `config.memory`.
+# The value of a field of `config.dropit` that is that of the preset "dropit".
 _OF_PRESET = "preset"
 
 
 def dropit_section(**fields: Any) -> ConfigDict:
-    """The `dropit` section: the fields of the policy in which it is not the preset's.
+    """Returns the `dropit` section: the fields of the policy.
 
-    Those that are not given have the value "preset". Each may be overridden on the
-    command line, with `None` as well (`--config.dropit.chunk_size=None`).
+    Fields that are not given have the value "preset": they are those of the preset
+    "dropit". Each may be overridden on the command line, also with `None`
+    (`--config.dropit.chunk_size=None`).
 
     Raises:
       TypeError: there is no such field.
@@ -53,9 +62,9 @@ def dropit_section(**fields: Any) -> ConfigDict:
 
 
 def model_section(name: str, **fields: Any) -> ConfigDict:
-    """The `model` section: all that a config says of a model.
+    """Returns the `model` section.
 
-    Fields that are not given have the value that is the model's own.
+    Fields that are not given have the model's own values.
 
     Raises:
       ValueError: there is no such model.
@@ -71,8 +80,8 @@ def model_section(name: str, **fields: Any) -> ConfigDict:
     return ConfigDict({"name": name} | values | fields)
 
 
-def memory(config: ConfigDict) -> LayerPreset:
-    """What the model caches, as the config describes it.
+def policy(config: ConfigDict) -> DropIT:
+    """Returns the policy of the preset "dropit" and of the DropIT layers.
 
     Raises:
       ConfigError: there is no such policy.
@@ -82,24 +91,52 @@ def memory(config: ConfigDict) -> LayerPreset:
         for name, value in config.dropit.items()
         if not (isinstance(value, str) and value == _OF_PRESET)
     }
+    kernel: Any = dropit_jax.preset("dropit").kernel
     try:
-        return layer_preset(config.memory, remat=config.remat, **changed)
+        return dataclasses.replace(kernel.policy, **changed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.dropit: {error}") from error
 
 
+def preset(config: ConfigDict) -> Preset | None:
+    """Returns the preset that the loss is dropped with; `None`: the plain loss.
+
+    Raises:
+      ConfigError: there is no such policy.
+    """
+    if config.memory == BASELINE:
+        return None
+    if config.memory != "dropit":
+        return dropit_jax.preset(config.memory)
+    return dropit_jax.preset("dropit", kernel=policy(config))
+
+
+def model_layers(config: ConfigDict) -> Layers:
+    """Returns the layers that the model is built of.
+
+    Raises:
+      ConfigError: there is no such policy.
+    """
+    return layers.FLAX if config.layers == "flax" else layers.dropit(policy(config))
+
+
+def uses_policy(config: ConfigDict) -> bool:
+    """Returns whether `config.dropit` says anything about the run."""
+    return "dropit" in (config.memory, config.layers)
+
+
 def plain(config: ConfigDict) -> ConfigDict:
-    """The config with plain Flax layers, nothing recomputed, and nothing dropped."""
+    """Returns the config with plain Flax: nothing dropped, nothing recomputed."""
     variant = copy.deepcopy(config)
-    variant.memory, variant.remat, variant.drop = "baseline", "none", ""
+    variant.memory, variant.layers, variant.remat = BASELINE, "flax", "none"
     variant.dropit = dropit_section()
     return variant
 
 
 def without_unused_epochs(config: ConfigDict) -> ConfigDict:
-    """The config without `num_epochs` where `num_steps` says how long to train.
+    """Returns the config without `num_epochs` if it has `num_steps`, which counts.
 
-    Or two runs would differ by what does not matter.
+    Runs that differ in `num_epochs` alone are the same then.
     """
     if config.get("num_steps") is None or config.get("num_epochs") is None:
         return config
@@ -109,7 +146,7 @@ def without_unused_epochs(config: ConfigDict) -> ConfigDict:
 
 
 def steps(config: ConfigDict) -> tuple[int, int]:
-    """Steps in an epoch, and in the whole run."""
+    """Returns the numbers of steps in an epoch and in the whole run."""
     examples = data.info(config.dataset, config.data_dir).train_examples
     steps_per_epoch = examples // config.batch_size
     if config.get("num_steps") is not None:
@@ -118,12 +155,12 @@ def steps(config: ConfigDict) -> tuple[int, int]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config with all its fields resolved."""
+    """Returns the config in JSON, all its fields resolved."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote.
+    """Returns the config that `to_json` wrote.
 
     Raises:
       ConfigError: the text is no JSON object, or one that no config can be.
@@ -141,9 +178,9 @@ def from_json(text: str) -> ConfigDict:
 
 
 def differences(old: str, new: str) -> list[str]:
-    """The fields that differ between two configs in JSON, a line each.
+    """Returns a line for each field that differs between two configs in JSON.
 
-    Those that change nothing in the result of a run are left out.
+    Fields that do not change the result of a run are left out.
     """
     before, after = (flat(json.loads(text)) for text in (old, new))
     pairs = {
@@ -159,14 +196,14 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def _with_tuples(value: Any) -> Any:
-    """JSON has lists alone; a config, which does not change, has tuples."""
+    """Returns the value with tuples for lists: JSON has no tuples, configs no lists."""
     if isinstance(value, dict):
         return {name: _with_tuples(item) for name, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field of a config, or of a dict like one, as "section.field"."""
+    """Returns every field of a config, or of a dict like one, as "section.field"."""
     fields: dict[str, Any] = {}
     for name, value in section.items():
         if isinstance(value, ConfigDict | dict):

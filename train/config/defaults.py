@@ -1,4 +1,4 @@
-"""What a config says unless its file says otherwise."""
+"""The default values of the fields of a config."""
 
 from ml_collections import ConfigDict, config_dict
 
@@ -29,11 +29,12 @@ def get_defaults() -> ConfigDict:
     config.dtype = (
         "float32"  # of the computation, or "bfloat16"; parameters are float32
     )
-    config.memory = "baseline"  # plain Flax, or "dropit", or "lean"
-    config.remat = "none"  # or "blocks", or "dots"
-    # How the gradient is stored: by dropit_jax.drop, with one of its presets; or "".
-    config.drop = ""
-    config.dropit = dropit_section()  # where the policy is not that of config.memory
+    # The preset of dropit_jax.drop around the loss: "exact", "dropit", "lean",
+    # "leanest"; "baseline": the plain loss.
+    config.memory = "baseline"
+    config.layers = "flax"  # or "dropit": those of dropit_jax.linen
+    config.dropit = dropit_section()  # the policy of the preset and the layers "dropit"
+    config.remat = "none"  # or "blocks", or "dots": recomputed by jax.checkpoint
     config.accumulate_steps = 1  # parts of a batch that are computed one by one
     config.mesh = ConfigDict(
         {

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dropit_jax import LAYER_PRESETS, PRESETS, DropIT
-from dropit_jax.layer_presets import REMATS
+from dropit_jax import PRESETS, DropIT
 from train import data, models
 from train.config import config as config_lib
 from train.config.config import ConfigError
@@ -130,9 +129,9 @@ _FIELDS = {
     "model.scan": _FLAG,
     "init_from": _TEXT,
     "dtype": _choice("float32", "bfloat16"),
-    "memory": _choice(*LAYER_PRESETS),
-    "remat": _choice(*REMATS),
-    "drop": _choice("", *PRESETS),
+    "memory": _choice(config_lib.BASELINE, *PRESETS),
+    "layers": _choice(*config_lib.LAYERS),
+    "remat": _choice(*models.REMATS),
     **{f"dropit.{field.name}": _Field() for field in dataclasses.fields(DropIT)},
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.momentum": _FRACTION,
@@ -185,7 +184,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _check_model(values)
     _check_decay(values)
     _check_profile(values["profile_steps"])
-    config_lib.memory(config)
+    config_lib.policy(config)
     _check_mesh(values, num_devices)
     _check_batch(values, num_devices)
 

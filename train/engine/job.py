@@ -50,9 +50,7 @@ def check(config: ConfigDict) -> None:
       ConfigError: the config cannot be run.
     """
     validation.validate(config, jax.device_count())
-    preset = config_lib.memory(config)
-    fills = {policy.fill for policy in (preset.dropit, preset.conv) if policy}
-    if "mean" not in fills:
+    if config.layers != "dropit" or config_lib.policy(config).fill != "mean":
         return
     # Whether there are enough positions for a mean depends on every layer's input.
     step, args = step_lib.abstract(config)

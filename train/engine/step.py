@@ -69,8 +69,10 @@ class Sums(flax.struct.PyTreeNode):
     count: Float[Array, ""]
 
 
-# Of the loss with respect to the parameters; with it, the sums of the batch and the
-# batch norms' statistics. It takes parameters, statistics, batch and random key.
+# Of parameters, batch statistics, a batch and a PRNG key; beside the loss, the sums of
+# the batch and the new batch statistics.
+LossFn = Callable[[Any, Any, data.Batch, Array], tuple[Array, tuple[Sums, Any]]]
+# The gradient with respect to the parameters, in place of the loss.
 GradientFn = Callable[[Any, Any, data.Batch, Array], tuple[Any, tuple[Sums, Any]]]
 TrainStep = Callable[[State, data.Batch], tuple[State, Sums]]
 EvaluationStep = Callable[[State, data.Batch], Sums]
@@ -82,8 +84,9 @@ def create_model(config: ConfigDict) -> nn.Module:
     return models.create(
         name,
         data.info(config.dataset).num_classes,
-        config_lib.memory(config),
         config.dtype,
+        layers=config_lib.model_layers(config),
+        remat=config.remat,
         **{field: config.model[field] for field in models.fields(name)},
     )
 
@@ -130,8 +133,8 @@ def initialise(config: ConfigDict, shardings: Any = None) -> State:
     return init()
 
 
-def gradient(config: ConfigDict) -> GradientFn:
-    """The gradient that a training step takes."""
+def loss(config: ConfigDict) -> LossFn:
+    """Returns the loss that a training step minimises, with its auxiliary results."""
     model, normalise = create_model(config), pixels.normaliser(config)
 
     def loss_fn(
@@ -152,8 +155,15 @@ def gradient(config: ConfigDict) -> GradientFn:
         sums = _sums(logits, batch, config.label_smoothing, weight)
         return sums.loss / sums.count, (sums, updates.get("batch_stats", {}))
 
-    loss = drop(loss_fn, config.drop) if config.drop else loss_fn
-    gradient_fn = jax.grad(loss, has_aux=True)
+    preset = config_lib.preset(config)
+    if preset is None:
+        return loss_fn
+    return drop(loss_fn, preset, key="rng" if preset.needs_key else None)
+
+
+def gradient(config: ConfigDict) -> GradientFn:
+    """Returns the gradient that a training step takes."""
+    gradient_fn = jax.grad(loss(config), has_aux=True)
     if config.accumulate_steps > 1:
         gradient_fn = accumulate(gradient_fn, config.accumulate_steps)
     return gradient_fn

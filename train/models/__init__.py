@@ -6,13 +6,22 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dropit_jax import LayerPreset
 from train.models.checks import check_choice
+from train.models.layers import FLAX, REMATS, Layers, Remat
 from train.models.positions import POSITIONS
 from train.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
 from train.models.vit import POOLS, ViT
 
-__all__ = ["MODELS", "POOLS", "POSITIONS", "STEMS", "create", "defaults", "fields"]
+__all__ = [
+    "MODELS",
+    "POOLS",
+    "POSITIONS",
+    "REMATS",
+    "STEMS",
+    "create",
+    "defaults",
+    "fields",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +90,10 @@ def defaults(name: str) -> dict[str, Any]:
 def create(
     name: str,
     num_classes: int,
-    memory: LayerPreset,
     dtype: str | None = None,
+    *,
+    layers: Layers = FLAX,
+    remat: Remat = "none",
     **values: Any,
 ) -> nn.Module:
     """The model of that name, one of `MODELS`.
@@ -92,9 +103,10 @@ def create(
     Args:
       name: the model's.
       num_classes: size of its output.
-      memory: what it caches.
       dtype: of the computation, such as `"bfloat16"`; `None` is `"float32"`, which
         parameters, batch statistics and logits always are.
+      layers: the layers that it is built of.
+      remat: the blocks that are recomputed: as in `layers.remat`.
       **values: of its `fields`; those that are not given are its class's own.
 
     Raises:
@@ -109,8 +121,9 @@ def create(
             )
     return model.make(
         num_classes=num_classes,
-        memory=memory,
         dtype=_computation(dtype),
+        layers=layers,
+        remat=remat,
         **model.sizes,
         **values,
     )

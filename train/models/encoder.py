@@ -10,9 +10,8 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from dropit_jax import LayerPreset, layer_preset
-from dropit_jax.linen import toolbox
 from train.models.drop_path import DropPath, linear_rates
+from train.models.layers import FLAX, Layers, Remat, remat
 from train.models.positions import AddPositionEmbeddings, Positions
 
 _Tokens = Float[Array, "batch length width"]
@@ -25,28 +24,25 @@ class MlpBlock(nn.Module):
       features: of the hidden layer.
       dropout: rate, after each of the layers.
       dtype: of the computation.
-      memory: what the block caches.
+      layers: the layers that the block is built of.
     """
 
     features: int
     dropout: float = 0.0
     dtype: Any = None
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
 
     @nn.compact
     def __call__(self, x: _Tokens, train: bool) -> _Tokens:
         """The block's output, as wide as its input."""
-        tools = toolbox(self.memory)
         dense = functools.partial(
-            tools.Dense,
+            self.layers.dense,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(1e-6),
         )
-        dropout = functools.partial(
-            tools.Dropout, self.dropout, deterministic=not train
-        )
-        hidden = dropout()(tools.gelu(dense(self.features, name="Dense_0")(x)))
+        dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
+        hidden = dropout()(nn.gelu(dense(self.features, name="Dense_0")(x)))
         return dropout()(dense(x.shape[-1], name="Dense_1")(hidden))
 
 
@@ -58,14 +54,14 @@ class EncoderBlock(nn.Module):
       mlp_features: of the MLP's hidden layer.
       dropout: rate, after the attention and in the MLP.
       dtype: of the computation.
-      memory: what the block caches.
+      layers: the layers that the block is built of.
     """
 
     num_heads: int
     mlp_features: int
     dropout: float = 0.0
     dtype: Any = None
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
 
     @nn.compact
     def __call__(
@@ -78,21 +74,20 @@ class EncoderBlock(nn.Module):
           train: whether anything is random.
           drop_path: rate at which each of the two branches is dropped.
         """
-        tools = toolbox(self.memory)
-        norm = functools.partial(tools.LayerNorm, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
-        y = tools.MultiHeadDotProductAttention(
+        y = self.layers.attention(
             num_heads=self.num_heads,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             deterministic=True,
             name="MultiHeadDotProductAttention_1",
         )(y)
-        y = tools.Dropout(self.dropout, deterministic=not train)(y)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
         x = x + DropPath()(y, drop_path, train)
         y = norm(name="LayerNorm_2")(x)
         y = MlpBlock(
-            self.mlp_features, self.dropout, self.dtype, self.memory, name="MlpBlock_3"
+            self.mlp_features, self.dropout, self.dtype, self.layers, name="MlpBlock_3"
         )(y, train)
         return x + DropPath()(y, drop_path, train)
 
@@ -112,7 +107,8 @@ class Encoder(nn.Module):
       scan: whether the blocks are one, `encoderblock`, in a loop of the compiled
         program. Their parameters are stacked along a first axis.
       dtype: of the computation.
-      memory: what the encoder caches.
+      layers: the layers that the encoder is built of.
+      remat: the blocks that are recomputed: as in `layers.remat`.
     """
 
     num_layers: int
@@ -124,16 +120,16 @@ class Encoder(nn.Module):
     drop_path: float = 0.0
     scan: bool = False
     dtype: Any = None
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x: _Tokens, train: bool) -> _Tokens:
         """The encoded tokens."""
-        tools = toolbox(self.memory)
         x = AddPositionEmbeddings(self.grid, self.positions, name="posembed_input")(x)
-        x = tools.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = self._scanned(x, train) if self.scan else self._looped(x, train)
-        return tools.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
+        return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
     def _looped(self, x: _Tokens, train: bool) -> _Tokens:
         rates = self._rates()
@@ -161,12 +157,11 @@ class Encoder(nn.Module):
         return linear_rates(self.drop_path, self.num_layers)
 
     def _block(self, name: str) -> nn.Module:
-        block = toolbox(self.memory).remat(EncoderBlock, static_argnums=(2,))
-        return block(
+        return remat(EncoderBlock, self.remat)(
             num_heads=self.num_heads,
             mlp_features=self.mlp_features,
             dropout=self.dropout,
             dtype=self.dtype,
-            memory=self.memory,
+            layers=self.layers,
             name=name,
         )

@@ -9,9 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dropit_jax import LayerPreset, layer_preset
-from dropit_jax.linen import toolbox
 from train.models.checks import check_choice
+from train.models.layers import FLAX, Layers, Remat, remat
 
 Stem = Literal["cifar", "imagenet"]
 STEMS: tuple[Stem, ...] = get_args(Stem)
@@ -27,19 +26,19 @@ class ResidualBlock(nn.Module):
       strides: stride of the first of them; the shortcut follows it with a 1x1
         convolution where the shape changes.
       dtype: of the computation.
-      memory: what the block caches.
+      layers: the layers that the block is built of.
     """
 
     features: int
     strides: int = 1
     dtype: Any = None
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
 
     # Channels of the output, in those of the 3x3 convolutions.
     expansion: ClassVar[int] = 1
 
     def _conv(self, features: int, size: int, name: str, strides: int = 1) -> nn.Module:
-        return toolbox(self.memory).Conv(
+        return self.layers.conv(
             features,
             (size, size),
             strides,
@@ -51,7 +50,7 @@ class ResidualBlock(nn.Module):
         )
 
     def _norm(self, name: str, train: bool) -> nn.Module:
-        return _batch_norm(self.memory, self.dtype, name, train)
+        return _batch_norm(self.dtype, name, train)
 
     def _shortcut(self, x: Array, train: bool) -> Array:
         features = self.expansion * self.features
@@ -73,7 +72,7 @@ class BasicBlock(ResidualBlock):
         self, x: Float[Array, "batch height width in"], train: bool
     ) -> Float[Array, "batch height_out width_out out"]:
         """The block's output; `train` normalises by the batch's own statistics."""
-        relu = toolbox(self.memory).relu
+        relu = self.layers.relu
         shortcut = self._shortcut(x, train)
         y = self._conv(self.features, 3, "conv1", self.strides)(x)
         y = relu(self._norm("norm1", train)(y))
@@ -99,7 +98,7 @@ class BottleneckBlock(ResidualBlock):
         self, x: Float[Array, "batch height width in"], train: bool
     ) -> Float[Array, "batch height_out width_out out"]:
         """The block's output; `train` normalises by the batch's own statistics."""
-        relu = toolbox(self.memory).relu
+        relu = self.layers.relu
         shortcut = self._shortcut(x, train)
         y = self._conv(self.features, 1, "conv1")(x)
         y = relu(self._norm("norm1", train)(y))
@@ -122,8 +121,9 @@ class ResNet(nn.Module):
       block: `BasicBlock` or `BottleneckBlock`.
       dtype: of the computation; `None`: that of image and parameters. Parameters,
         running statistics and logits are float32.
-      memory: what the model caches. The first convolution is left as it is: its input
-        is the image itself (DropIT paper, §3.4).
+      layers: the layers that the model is built of. The first convolution is Flax's:
+        its input is the image itself (DropIT paper, §3.4).
+      remat: the blocks, and the stem, that are recomputed: as in `layers.remat`.
     """
 
     num_classes: int
@@ -132,7 +132,8 @@ class ResNet(nn.Module):
     stem: Stem = "cifar"
     block: type[ResidualBlock] = BasicBlock
     dtype: Any = None
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -144,26 +145,22 @@ class ResNet(nn.Module):
           ValueError: there is no such stem.
         """
         check_choice("ResNet.stem", self.stem, STEMS)
-        tools, stem = toolbox(self.memory), ResNet._stem
-        if self.memory.remat == "blocks":
-            stem = nn.remat(stem, static_argnums=(2,))
+        stem = remat(ResNet._stem, "blocks" if self.remat == "blocks" else "none")
         x = stem(self, x, train)
-        block = tools.remat(self.block, static_argnums=(2,))
+        block = remat(self.block, self.remat)
         for stage, blocks in enumerate(self.stage_sizes):
             for number in range(blocks):
                 x = block(
                     features=self.width * 2**stage,
                     strides=2 if stage > 0 and number == 0 else 1,
                     dtype=self.dtype,
-                    memory=self.memory,
+                    layers=self.layers,
                     name=f"stage{stage + 1}_block{number + 1}",
                 )(x, train)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        head = toolbox(self.memory.for_vectors).Dense(self.num_classes, name="head")
-        return head(x)
+        return self.layers.head(self.num_classes, name="head")(x)
 
     def _stem(self, x: Array, train: bool) -> Array:
-        tools = toolbox(self.memory)
         size, strides = {"cifar": (3, 1), "imagenet": (7, 2)}[self.stem]
         x = nn.Conv(
             self.width,
@@ -175,14 +172,14 @@ class ResNet(nn.Module):
             kernel_init=_kernel_init,
             name="stem_conv",
         )(x)
-        x = tools.relu(_batch_norm(self.memory, self.dtype, "stem_norm", train)(x))
+        x = self.layers.relu(_batch_norm(self.dtype, "stem_norm", train)(x))
         if self.stem == "cifar":
             return x
-        return tools.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-def _batch_norm(memory: LayerPreset, dtype: Any, name: str, train: bool) -> nn.Module:
-    return toolbox(memory).BatchNorm(
+def _batch_norm(dtype: Any, name: str, train: bool) -> nn.Module:
+    return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,

@@ -9,10 +9,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dropit_jax import LayerPreset, layer_preset
-from dropit_jax.linen import toolbox
 from train.models.checks import check_choice, check_rate
 from train.models.encoder import Encoder
+from train.models.layers import FLAX, Layers, Remat
 from train.models.positions import POSITIONS, Positions
 
 Pool = Literal["cls", "gap"]
@@ -41,10 +40,11 @@ class ViT(nn.Module):
       scan: whether the blocks are one in a loop of the compiled program, which then
         takes as long to compile for any depth. Their parameters are stacked along a
         first axis. So is all that a block caches, of which XLA then recomputes nothing
-        by itself: it is meant to go with `memory.remat="blocks"`.
+        by itself: it is meant to go with `remat="blocks"`.
       dtype: of the computation; `None`: that of image and parameters.
-      memory: what the model caches. The embedding of the patches is left as it is: its
-        input is the image itself (DropIT paper, §3.4).
+      layers: the layers that the model is built of. The embedding of the patches is
+        Flax's: its input is the image itself (DropIT paper, §3.4).
+      remat: the blocks that are recomputed: as in `layers.remat`.
     """
 
     num_classes: int
@@ -58,7 +58,8 @@ class ViT(nn.Module):
     drop_path: float = 0.0
     scan: bool = False
     dtype: Any = None
-    memory: LayerPreset = layer_preset("baseline")
+    layers: Layers = FLAX
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -88,11 +89,12 @@ class ViT(nn.Module):
             drop_path=self.drop_path,
             scan=self.scan,
             dtype=self.dtype,
-            memory=self.memory,
+            layers=self.layers,
+            remat=self.remat,
             name="Transformer",
         )(x, train)
         x = x[:, 0] if self.pool == "cls" else jnp.mean(x, axis=1, dtype=jnp.float32)
-        head = toolbox(self.memory.for_vectors).Dense(
+        head = self.layers.head(
             self.num_classes, kernel_init=nn.initializers.zeros, name="head"
         )
         return head(x.astype(jnp.float32))

@@ -1,16 +1,13 @@
-"""What a config costs: bytes cached, bytes allocated on a GPU, time of a step here."""
+"""The cost of a config: stored bytes, bytes allocated on a GPU, time of a step here."""
 
-import copy
-import dataclasses
-import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dropit_jax import DropIT, LayerPreset, compress, linen, memory
+from dropit_jax import memory
 from train import data
 from train.config import config as config_lib
 from train.engine import job as job_lib
@@ -21,77 +18,43 @@ _TIMED_STEPS = 8
 
 
 def allocated(config: ConfigDict, target: str) -> memory.CompileReport:
-    """What a step of a config takes on the target."""
+    """Returns the report on a step of a config, compiled for the target."""
     step, args = step_lib.abstract(config)
     return memory.compile_report(step, *args, target=target, donate=0)
 
 
-def cached_bytes(config: ConfigDict) -> int | None:
-    """What DropIT layers cache in a step; of plain Flax, the same layers' inputs.
+def stored_bytes(config: ConfigDict) -> int:
+    """Returns the bytes that a step stores between its forward and backward pass."""
+    _, (state, batch) = step_lib.abstract(config)
 
-    `None` of a loss under `drop`, which decides by itself what becomes of these.
-    """
-    if config.drop:
-        return None
-    if config.memory == "baseline":
-        # With nothing dropped, a DropIT layer caches what the Flax layer does.
-        config = copy.deepcopy(config)
-        config.memory = "dropit"
-        config.dropit = config_lib.dropit_section(rate=0.0, value_dtype=None)
-    step, args = step_lib.abstract(config)
-    return memory.cached_bytes(step, *args)
+    def loss(params: Any, *others: Any) -> jax.Array:
+        # As in a step, nothing but the parameters is differentiated.
+        batch_stats, batch, rng = jax.lax.stop_gradient(others)
+        key = jax.random.wrap_key_data(rng)
+        return step_lib.loss(config)(params, batch_stats, batch, key)[0]
+
+    args = state.params, state.batch_stats, batch, state.rng
+    return memory.saved_residuals(loss, *args).total_bytes
 
 
 def dropped(config: ConfigDict) -> float:
-    """The share of elements that a step drops, of all that its layers cache.
+    """Returns the share of the elements of a chunk that a step drops.
 
-    It is more than the rate where rounding down, or a chunk of few elements, makes it
-    so: of 16 elements one is kept at any rate from 0.875 on.
+    It exceeds the rate where rounding down makes it so: of 16 elements one is kept at
+    any rate from 0.9375 on.
     """
-    preset = config_lib.memory(config)
-    if preset.dropit is None or preset.conv is None:
+    if not config_lib.uses_policy(config):
         return 0.0
-    plain = config_lib.plain(config)
-    if "scan" in plain.model:
-        plain.model.scan = False  # or one block would stand for all
-    model, state = step_lib.create_model(plain), step_lib.abstract_state(plain)
-    images = step_lib.abstract_images(config, config.batch_size)
-    # What is filled in does not matter here, and would not suit the head.
-    layers = LayerPreset("", preset.dropit, preset.conv).for_vectors
-    with linen.intercept(layers) as found:
-        jax.eval_shape(
-            lambda variables, images: model.apply(variables, images, train=False),
-            state.variables,
-            images,
-        )
-    kept = every = 0
-    for layer in found.layers:
-        if layer.shared_with is None:
-            is_convolution = layer.kind.startswith("Conv")
-            policy = preset.conv if is_convolution else preset.dropit
-            kept += kept_elements(layer.shape, policy)
-            every += math.prod(layer.shape)
-    return 1 - kept / every
-
-
-def kept_elements(shape: tuple[int, ...], policy: DropIT) -> int:
-    """How many elements a policy keeps of an activation of this shape."""
-    # What is stored of a float is the float.
-    policy = dataclasses.replace(
-        policy, value_dtype=None, rounding="nearest", fill="zero"
-    )
-    residual = jax.eval_shape(
-        lambda x, key: compress(x, policy, key),
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-        jax.random.key(0),
-    )
-    return math.prod(residual.values.shape)
+    policy = config_lib.policy(config)
+    if policy.granularity == "channel" or policy.chunk_size is None:
+        return policy.rate
+    return 1 - policy.kept(policy.chunk_size) / policy.chunk_size
 
 
 def step_seconds(
     variants: Mapping[str, ConfigDict], rounds: int = _TIMED_STEPS
 ) -> dict[str, list[float]]:
-    """Times of a training step of each variant, taken in turns."""
+    """Returns times of a training step of each variant, in seconds, taken in turns."""
     jobs = {name: job_lib.prepare(config) for name, config in variants.items()}
     states, steps, batches = {}, {}, {}
     for name, job in jobs.items():

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 from ml_collections import ConfigDict
 
-from dropit_jax import DropIT
 from train import data
 from train.config import config as config_lib
 from train.runs import records
@@ -40,55 +39,41 @@ class Summary:
 
     Attributes:
       variant: name of the variant.
-      memory: preset of the layers.
-      policy: fields of the layers' policy, by name; empty for plain Flax.
-      dropped: share of the layers' elements that are dropped.
+      memory: preset that the loss is dropped with, or "baseline".
+      layers: "flax", or "dropit" for DropIT layers.
+      policy: fields of the policy, by name; empty where none is used.
+      dropped: share of the elements of a chunk that are dropped.
       seeds: number of runs of the variant.
       test_accuracy: accuracy in the last evaluation.
       gain: test accuracy minus that of the baseline's run of the same seed.
       train_loss: loss of the last epoch, in nats.
-      cached_bytes: bytes that Conv and Dense store in a step; `None` under `drop`,
-        which decides by itself.
+      stored_bytes: bytes that a step stores between forward and backward pass.
       temp_bytes: temporary bytes of a step on a target, without arguments and results.
       step_ratio: median ratio of a step's time on this machine to the baseline's,
         timed in turns.
-      drop: preset of `dropit_jax.drop`; empty if the loss is not under `drop`.
     """
 
     variant: str
     memory: str
+    layers: str
     policy: Mapping[str, Any]
     dropped: float
     seeds: int
     test_accuracy: Mean
     gain: Mean
     train_loss: Mean
-    cached_bytes: int | None
+    stored_bytes: int
     temp_bytes: int
     step_ratio: float
-    drop: str = ""
 
 
 def policy(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields of the layers' policy, empty for plain Flax.
-
-    A field in which Conv and Dense differ has a text with both values.
-    """
-    preset = config_lib.memory(config)
-    if preset.conv is None or preset.dropit is None:
+    """Returns the fields of the policy that a config uses; empty if it uses none."""
+    if not config_lib.uses_policy(config):
         return {}
-    conv, dense = _fields(preset.conv), _fields(preset.dropit)
-    return {
-        name: value
-        if value == dense[name]
-        else f"Conv: {value or 'all'}, Dense: {dense[name] or 'all'}"
-        for name, value in conv.items()
-    }
-
-
-def _fields(dropit: DropIT) -> dict[str, Any]:
-    fields = {name: getattr(dropit, name) for name in POLICY}
-    if dropit.granularity == "channel":
+    used = config_lib.policy(config)
+    fields = {name: getattr(used, name) for name in POLICY}
+    if used.granularity == "channel":
         fields["chunk_size"] = None  # whole channels are selected, without chunks
     return fields
 
@@ -96,10 +81,10 @@ def _fields(dropit: DropIT) -> dict[str, Any]:
 def to_csv(summaries: Iterable[Summary]) -> str:
     """Returns a CSV table with a row for each variant."""
     columns = (
-        *("variant", "memory", "drop", *POLICY, "dropped", "seeds"),
+        *("variant", "memory", "layers", *POLICY, "dropped", "seeds"),
         *("test_accuracy", "test_accuracy_error", "gain", "gain_error"),
         *("train_loss", "train_loss_error"),
-        *("cached_bytes", "temp_bytes", "step_ratio"),
+        *("stored_bytes", "temp_bytes", "step_ratio"),
     )
     return tables.to_csv(
         columns,
@@ -107,14 +92,14 @@ def to_csv(summaries: Iterable[Summary]) -> str:
             {
                 "variant": each.variant,
                 "memory": each.memory,
-                "drop": each.drop,
+                "layers": each.layers,
                 **each.policy,
                 "dropped": each.dropped,
                 "seeds": each.seeds,
                 **_columns("test_accuracy", each.test_accuracy),
                 **_columns("gain", each.gain),
                 **_columns("train_loss", each.train_loss),
-                "cached_bytes": each.cached_bytes,
+                "stored_bytes": each.stored_bytes,
                 "temp_bytes": each.temp_bytes,
                 "step_ratio": each.step_ratio,
             }
@@ -155,12 +140,12 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
             "",
             *table(summaries, target),
             "",
-            "Dropped is the share of the elements that layers cache: rounding, and the "
-            "one that every chunk keeps, make it another than the rate. Gain is in "
+            "Dropped is the share of a chunk that is dropped: rounding, and the "
+            "element that every chunk keeps, make it another than the rate. Gain is in "
             f"points, over the runs of `{baseline}` of the same seeds. Times are a "
             f"step's on this machine, divided by that of `{baseline}`.",
             "",
-            "![What is cached, and what is reached](tradeoff.png)",
+            "![Stored bytes and accuracy](tradeoff.png)",
             "",
             "![Accuracy](accuracy.png)",
             "",
@@ -175,7 +160,7 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
 def _rate_table(summaries: Sequence[Summary]) -> list[str]:
     """Returns the paper's Table 2, accuracy by selection and rate, in Markdown.
 
-    Has only the variants of the preset "dropit" whose values are not quantised and
+    Has only the variants of DropIT layers whose values are not quantised and
     whose rate is not 0. Empty if there is no such variant.
     """
     cells: dict[str, dict[float, list[str]]] = {}
@@ -183,7 +168,7 @@ def _rate_table(summaries: Sequence[Summary]) -> list[str]:
         p = each.policy
         if not p or p["value_dtype"] in ("int2", "int4", "int8") or not p["rate"]:
             continue
-        if each.memory != "dropit":
+        if each.layers != "dropit":
             continue
         cell, rate = _percent(each.test_accuracy), f"{p['rate']:.1%}"
         if (share := f"{each.dropped:.1%}") != rate:
@@ -231,8 +216,8 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
             _percent(each.test_accuracy),
             "-" if each is baseline else _percent(each.gain, sign="+"),
             f"{each.train_loss.mean:.3f}",
-            _ratio(each.cached_bytes, 2**20),
-            _ratio(each.cached_bytes, baseline.cached_bytes),
+            f"{each.stored_bytes / 2**20:.2f}",
+            f"{each.stored_bytes / baseline.stored_bytes:.2f}",
             f"{each.temp_bytes / 2**20:.2f}",
             f"{each.temp_bytes / baseline.temp_bytes:.2f}",
             f"{each.step_ratio:.2f}",
@@ -246,14 +231,10 @@ def table(summaries: Sequence[Summary], target: str) -> list[str]:
         "accuracy",
         "gain",
         "train loss",
-        "cached MiB",
+        "stored MiB",
         "ratio",
     ]
     return tables.to_markdown([*header, f"temp MiB on {target}", "ratio", "time"], rows)
-
-
-def _ratio(size: int | None, whole: int | None) -> str:
-    return "-" if size is None or whole is None else f"{size / whole:.2f}"
 
 
 def _percent(accuracy: Mean, sign: str = "") -> str:

@@ -13,7 +13,7 @@ from train.runs import failure, records, workdir
 from train.runs.records import Row
 
 # Fields of the config that may differ between compared runs.
-_VARIANT_FIELDS = ("memory", "remat", "drop", "dropit", "seed")
+_VARIANT_FIELDS = ("memory", "layers", "remat", "dropit", "seed")
 
 
 @dataclasses.dataclass(frozen=True)

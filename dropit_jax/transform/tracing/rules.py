@@ -13,8 +13,7 @@ import jax
 from jax import lax
 
 from dropit_jax import compat
-from dropit_jax.nn import pooling
-from dropit_jax.transform.tracing import primitives
+from dropit_jax.transform.tracing import max_pooling, primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Node, Program
 
@@ -119,7 +118,7 @@ def _largest_of_windows(
     if dilation != {1} or math.prod(params["window_dimensions"]) > _MOST_PLACES:
         return programs.bind(node, *operands)
     return [
-        pooling.largest_of_windows(
+        max_pooling.largest_of_windows(
             x,
             params["window_dimensions"],
             params["window_strides"],

@@ -1,4 +1,7 @@
-"""Max pooling that caches which element of each window is the largest."""
+"""Max pooling whose residual is the place of each window's largest element.
+
+JAX's own rule keeps the whole input.
+"""
 
 import dataclasses
 import functools
@@ -14,45 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped, UInt
 
-from dropit_jax.nn import element_codes
-from dropit_jax.nn.element_codes import Codes
+from dropit_jax.storage import element_codes
+from dropit_jax.storage.element_codes import Codes
 from dropit_jax.storage.shapes import Shape
 from dropit_jax.xla import barriers
-
-
-def max_pool(
-    inputs: Shaped[Array, "*batch_spatial channels"],
-    window_shape: Sequence[int],
-    strides: Sequence[int] | None = None,
-    padding: str | Sequence[tuple[int, int]] = "VALID",
-) -> Shaped[Array, "*batch_spatial_out channels"]:
-    """The largest element of each window; caches its place in the window.
-
-    The place takes 4 bits for each element of the result where a window has up to 16
-    elements, 8 bits up to 256, and 16 bits beyond. Autodiff of `flax.linen.max_pool`
-    keeps the inputs.
-
-    The value is `flax.linen.max_pool`'s to the last bit. So is the gradient, on a CPU
-    and for windows of more than one element: of equal elements the first has it,
-    padding included; in a window with NaN, the largest after the last NaN, or that NaN;
-    and where windows overlap, what they add to an element is added in row-major order.
-
-    Args:
-      inputs: of any real dtype, with as many spatial axes before the last as the window
-        has, and any number of others before these. Integers have no gradient.
-      window_shape: the size of a window along each spatial axis.
-      strides: from window to window; `None`: 1 along each axis.
-      padding: `"VALID"`, `"SAME"`, `"SAME_LOWER"`, or what to add before and after each
-        spatial axis.
-
-    Raises:
-      ValueError: the lengths of these do not agree, a size or a stride is not positive,
-        or a window has more than 65,536 elements.
-    """
-    windows = _windows(inputs.shape, window_shape, strides, padding)
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        return windows.largest(inputs)
-    return _pool(windows, inputs)
 
 
 def largest_of_windows(
@@ -61,7 +29,21 @@ def largest_of_windows(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> Shaped[Array, "*out"]:
-    """`max_pool` with a window, a stride and a padding for each axis of the array."""
+    """Returns the largest element of each window, `(*shape) -> (*out)`.
+
+    The residual takes 4 bits for each element of the result where a window has up to 16
+    elements, 8 bits up to 256, and 16 bits beyond. The value is `lax.reduce_window`'s
+    to the last bit. So is the gradient, on a CPU and for windows of more than one
+    element: of equal elements the first has it, padding included; in a window with NaN,
+    the largest after the last NaN, or that NaN; and where windows overlap, their
+    cotangents are added to an element in row-major order.
+
+    Args:
+      x: of a real floating-point dtype.
+      shape: the size of a window along each axis.
+      strides: from window to window, along each axis.
+      padding: elements before and after, along each axis.
+    """
     return _pool(_Windows(x.shape, tuple(shape), tuple(strides), tuple(padding)), x)
 
 
@@ -83,7 +65,7 @@ class _Windows:
 
     @property
     def widths(self) -> list[Any]:
-        """Elements from the first element of the first window to that of the last."""
+        """Elements from the first window's first element to the last window's."""
         padded = (
             n + sum(pad) for n, pad in zip(self.inputs, self.padding, strict=True)
         )
@@ -95,19 +77,19 @@ class _Windows:
 
     @property
     def bits(self) -> int:
-        """The bits that hold a place in a window."""
+        """Bits that hold a place in a window."""
         size = math.prod(self.shape)
         return 4 if size <= 2**4 else 8 if size <= 2**8 else 16
 
     def largest(self, x: Array) -> Array:
-        """The largest element of each window."""
+        """Returns the largest element of each window."""
         lowest = -jnp.inf
         return lax.reduce_window(
             x, lowest, lax.max, self.shape, self.strides, self.padding
         )
 
     def slices(self, x: Array) -> Iterator[Array]:
-        """The first elements of all windows, and so on, in row-major order."""
+        """Yields the elements at each place of all windows, in row-major order."""
         pads = [(*pad, 0) for pad in self.padding]
         padded = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), pads)
         for place in itertools.product(*map(range, self.shape)):
@@ -126,7 +108,7 @@ class _Windows:
         """
         # -0 would stay where nothing is added to it, and XLA takes a sum with 0 out.
         cotangent = jnp.where(cotangent == 0, 0, cotangent)
-        # Padded in memory, or a GPU looks at each element whether it is of the padding.
+        # Padded in memory, or a GPU checks for each element whether it is padding.
         index, cotangent = barriers.barrier(
             (self._surrounded(index), self._surrounded(cotangent))
         )
@@ -138,14 +120,14 @@ class _Windows:
 
     @property
     def _overlaps(self) -> list[int]:
-        """The most windows over an element, along each axis."""
+        """The largest number of windows over an element, along each axis."""
         sizes = zip(self.shape, self.strides, strict=True)
         return [-(-size // stride) for size, stride in sizes]
 
     def _places(self, back: tuple[int, ...]) -> np.ndarray:
-        """Elements' places in the window so far back; broadcasts to a share.
+        """Returns elements' places in the window `back` steps before theirs.
 
-        Where it has no such place, that is the number of its places.
+        It broadcasts to a share. The number of a window's places stands for no place.
         """
         place, exists = np.asarray(0), np.asarray(True)
         for size, stride, windows in zip(self.shape, self.strides, back, strict=True):
@@ -156,7 +138,7 @@ class _Windows:
         return np.where(exists, place, count).astype(np.min_scalar_type(count))
 
     def _surrounded(self, of_windows: Array) -> Array:
-        """Zeros around what windows have, for those that there are none of."""
+        """Pads an array of one number a window with zeros for the windows outside."""
         pads = [
             (overlap - 1, steps - count, 0)
             for overlap, steps, count in zip(
@@ -166,7 +148,7 @@ class _Windows:
         return lax.pad(of_windows, jnp.zeros((), of_windows.dtype), pads)
 
     def _over_elements(self, surrounded: Array, back: tuple[int, ...]) -> Array:
-        """The numbers of the windows so far back; broadcasts to a share."""
+        """Returns the numbers of the windows `back` steps before, to broadcast."""
         start = [n - 1 - i for n, i in zip(self._overlaps, back, strict=True)]
         stop = [i + n for i, n in zip(start, self._steps, strict=True)]
         shifted = lax.slice(surrounded, start, stop)
@@ -176,7 +158,7 @@ class _Windows:
         )
 
     def elements(self, share: Array) -> Array:
-        """A share, or a sum of shares, in the shape of the array."""
+        """Returns a share, or a sum of shares, in the shape of the array."""
         pads = []
         for axis, stride in enumerate(self.strides):
             if stride > 1:  # one by one: so explicit shardings of the others stay
@@ -188,55 +170,13 @@ class _Windows:
 
     @property
     def _steps(self) -> list[Any]:
-        """How many times the stride it takes to the end of the array."""
+        """Strides from the start of the padding to the end of the array."""
         return [
             max(0, -(-(n + before) // stride))
             for n, (before, _), stride in zip(
                 self.inputs, self.padding, self.strides, strict=True
             )
         ]
-
-
-def _windows(
-    inputs: Shape,
-    window_shape: Sequence[int],
-    strides: Sequence[int] | None,
-    padding: str | Sequence[tuple[int, int]],
-) -> _Windows:
-    shape = tuple(window_shape)
-    strides = (1,) * len(shape) if not strides else tuple(strides)
-    batch = (1,) * (len(inputs) - len(shape) - 1)
-    if len(inputs) <= len(shape):
-        raise ValueError(
-            f"max_pool got inputs of shape {inputs} for the window {shape}; it takes "
-            "an axis for each of the window's, and the channels after them."
-        )
-    if len(strides) != len(shape) or min((*strides, *shape), default=1) < 1:
-        raise ValueError(
-            "max_pool takes a positive size and stride for each axis of the window, "
-            f"got window_shape={shape} and strides={strides}."
-        )
-    if math.prod(shape) > 2**16:
-        raise ValueError(
-            f"max_pool takes windows of up to 65,536 elements, got {shape}; "
-            "`jnp.max` along whole axes needs no windows."
-        )
-    spatial = inputs[len(batch) : -1]
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(spatial, shape, strides, padding)
-    pads = tuple((before, after) for before, after in padding)
-    if len(pads) != len(shape):
-        raise ValueError(
-            "max_pool takes a pair of paddings for each axis of the window, got "
-            f"window_shape={shape} and padding={padding}."
-        )
-    none = ((0, 0),)
-    return _Windows(
-        inputs,
-        (*batch, *shape, 1),
-        (*batch, *strides, 1),
-        (*none * len(batch), *pads, *none),
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -253,7 +193,7 @@ def _pool_forward(windows: _Windows, x: Array) -> tuple[Array, Codes]:
 
 
 def _first_largest(windows: _Windows, x: Array) -> UInt[Array, "..."]:
-    """The place of each window's largest element, as XLA's SelectAndScatter has it."""
+    """Returns the place of each window's largest element, as SelectAndScatter does."""
     dtype = jnp.uint16 if windows.bits == 16 else jnp.uint8
     slices = windows.slices(x)
     largest = next(slices)
