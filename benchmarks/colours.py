@@ -11,7 +11,6 @@ from train.reports.palette import (
     VERMILION,
 )
 
-
 # Markers tell variants apart in print without colours.
 _STYLES = {
     "flax": (BLUE, "o"),
