@@ -184,7 +184,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _check_model(values)
     _check_decay(values)
     _check_profile(values["profile_steps"])
-    config_lib.policy(config)
+    _check_policy(config)
     _check_mesh(values, num_devices)
     _check_batch(values, num_devices)
 
@@ -309,6 +309,21 @@ def _check_profile(steps: tuple[Any, ...]) -> None:
             "config.profile_steps takes the first step and the one after the last, "
             f"such as (10, 13), got {text.literal(steps)}."
         )
+
+
+def _check_policy(config: ConfigDict) -> None:
+    """Checks the policy, and that it is the preset's where nothing reads it."""
+    config_lib.policy(config)
+    if config_lib.uses_policy(config):
+        return
+    unused = config_lib.dropit_section()
+    for name, value in config.dropit.items():
+        if value != unused[name]:
+            raise ConfigError(
+                f"config.dropit.{name} is for config.memory='dropit' or "
+                f"config.layers='dropit', got {text.literal(value)} beside "
+                f"{config.memory!r} and {config.layers!r}."
+            )
 
 
 def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
