@@ -34,13 +34,16 @@ from benchmarks.captured import Layer, capture
 from dropit_jax import DropIT, compress
 from train import cli, loop
 from train.config import config as config_lib
+from train.config import flags as config_flags
 from train.config.config import ConfigError
-from train.output import output_path
+from train.config.flags import output_path
 from train.reports.histograms import reads_all
 from train.runs import trained
 from train.system import tables
 from train.system.files import write_atomically
 from train.system.terminal import Terminal
+
+config_flags.output()
 
 _LAYERS = flags.DEFINE_integer(
     "layers", 5, "How many layers, from the first to the last.", lower_bound=1

@@ -21,7 +21,7 @@ import jax
 from benchmarks import command, timing, workloads
 from benchmarks.variants import TIMED_VARIANTS
 from benchmarks.workloads import Workload
-from dropit_jax.memory.compiled.gpu_compiler import memory_stats
+from dropit_jax.memory import memory_stats
 
 _BASELINE = "flax"
 

@@ -17,11 +17,13 @@ from ml_collections import ConfigDict
 from dropit_jax import memory
 from train import cli, loop
 from train.config import config as config_lib
+from train.config import flags as config_flags
 from train.engine import job as job_lib
 from train.reports import measurements, plots
 from train.system.files import write_atomically
 from train.system.terminal import Terminal
-from train.target import TARGET
+
+_TARGET = config_flags.target()
 
 # The first is what the others are measured against.
 _FLAX, _DROPIT = "flax", "dropit"
@@ -48,7 +50,7 @@ class Measurements:
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Trains both variants, measures them, and writes the comparison."""
-    target, terminal = TARGET.value, Terminal()
+    target, terminal = _TARGET.value, Terminal()
     memory.target_path(target)  # an unknown one is told before anything is trained
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
     job_lib.prepare(config)  # which may be told that it cannot be run

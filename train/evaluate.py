@@ -4,19 +4,21 @@ import math
 from pathlib import Path
 
 from train import cli
-from train.data_dir import DATA_DIR
+from train.config import flags as config_flags
 from train.engine import job as job_lib
 from train.engine.evaluator import evaluator
 from train.runs import restoration
 from train.system.disk import CheckpointError
 from train.system.terminal import Terminal
 
+_DATA_DIR = config_flags.data_dir()
+
 
 def main(workdir: Path) -> None:
     """Prints loss and accuracy of a run's checkpoint on the test examples."""
     config, terminal = restoration.config_of(workdir), Terminal()
-    if DATA_DIR.value:
-        config.data_dir = DATA_DIR.value
+    if _DATA_DIR.value:
+        config.data_dir = _DATA_DIR.value
     job = job_lib.prepare(config)
     step, state = restoration.restore(job.abstract, workdir, terminal.say)
     test = evaluator(job)(state)

@@ -9,11 +9,14 @@ import jax
 
 from train import cli, weights
 from train.config import config as config_lib
+from train.config import flags as config_flags
+from train.config.flags import output_path
 from train.engine import job as job_lib
 from train.engine import mesh as mesh_lib
-from train.output import output_path
 from train.runs import restoration
 from train.system.terminal import Terminal
+
+config_flags.output()
 
 
 def main(workdir: Path) -> None:

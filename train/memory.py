@@ -17,9 +17,11 @@ from ml_collections import ConfigDict
 from dropit_jax import memory
 from train import cli
 from train.config import config as config_lib
+from train.config import flags as config_flags
 from train.engine import step as step_lib
 from train.reports import measurements
-from train.target import TARGET
+
+_TARGET = config_flags.target()
 
 _MAX_BATCH = flags.DEFINE_bool("max_batch", False, "Also find the largest batch.")
 _JSON = flags.DEFINE_bool("json", False, "Print an object, not tables.")
@@ -33,12 +35,12 @@ def main(config: ConfigDict, _: Path) -> None:
     if name_of(config) != _BASELINE:
         variants = {_BASELINE: config_lib.plain(config)} | variants
     reports = {
-        name: measurements.allocated(each, TARGET.value)
+        name: measurements.allocated(each, _TARGET.value)
         for name, each in variants.items()
     }
     plans: dict[str, memory.BatchPlan | None] = {}
     if _MAX_BATCH.value:
-        plans = {name: plan(each, TARGET.value) for name, each in variants.items()}
+        plans = {name: plan(each, _TARGET.value) for name, each in variants.items()}
     if _JSON.value:
         print(json.dumps(as_dict(reports, plans), indent=2))
         return

@@ -13,9 +13,11 @@ from typing import Any
 from absl import app, flags, logging
 
 from train import data
+from train.config import flags as config_flags
 from train.data import datasets, prepared
-from train.data_dir import DATA_DIR
 from train.system.text import printable
+
+_DATA_DIR = config_flags.data_dir()
 
 # Packages that TFDS needs to prepare datasets, but not to read them.
 _PACKAGES = ("tensorflow", "importlib_resources")
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
                 f"Name one dataset: {', '.join(data.DATASETS)}. "
                 f"Got {' '.join(argv[1:]) or 'none'}."
             )
-        print(prepare(argv[1], DATA_DIR.value))
+        print(prepare(argv[1], _DATA_DIR.value))
     except data.DataError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -14,10 +14,11 @@ from pathlib import Path
 from absl import flags
 
 from train import cli
+from train.config import flags as config_flags
 from train.config.config import ConfigError
+from train.config.flags import output_path
 from train.engine import initialisation
 from train.engine import job as job_lib
-from train.output import output_path
 from train.reports import measurements, plots, summary
 from train.reports.histograms import Distributions, distributions
 from train.reports.summary import Mean, Summary
@@ -25,7 +26,10 @@ from train.runs import saved_runs, trained
 from train.runs.saved_runs import SavedRun
 from train.system.files import write_atomically
 from train.system.terminal import Terminal
-from train.target import TARGET
+
+config_flags.output()
+
+_TARGET = config_flags.target()
 
 _BASELINE = flags.DEFINE_string(
     "baseline", "baseline", "The variant that the others are measured against."
@@ -41,7 +45,7 @@ _HISTOGRAMS = flags.DEFINE_list(
 
 def main(directories: list[Path]) -> None:
     """Reads the runs, measures what their steps cost, and writes the report."""
-    terminal, output, target = Terminal(), output_path(), TARGET.value
+    terminal, output, target = Terminal(), output_path(), _TARGET.value
     baseline = _BASELINE.value
     variants = _with_first(saved_runs.find(directories, terminal.say), baseline)
     drawn = _drawn(list(variants), _HISTOGRAMS.value)

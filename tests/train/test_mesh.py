@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import digits_resnet18
 from tests.train.fields import refusal
 from train import data
-from train.config import validation
+from train.config import mesh_axes, validation
 from train.config.config import model_section
 from train.config.defaults import get_defaults
 from train.engine import accumulation
@@ -211,14 +211,14 @@ class ShapeTest(parameterized.TestCase):
         sizes = range(-10, 11)
         for count, *axes in itertools.product(range(1, 9), sizes, sizes):
             try:
-                shape = mesh_lib.shape(*axes, count)
+                shape = mesh_axes.sizes(*axes, count)
             except ValueError:
                 shape = None
             self.assertEqual(shape, _mesh_shape(axes, count), (axes, count))
 
     def test_two_times_three_are_not_four(self):
         with pytest.raises(ValueError, match="2 x 3 is not 4"):
-            mesh_lib.shape(2, 3, 4)
+            mesh_axes.sizes(2, 3, 4)
 
     @parameterized.parameters(1, 2, 4, 6, 8)
     def test_a_mesh_takes_all_devices(self, count):

@@ -20,7 +20,7 @@ def _run(*names, data_dir=""):
     """The exit status and what is printed, on both channels."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(prepare, "DATA_DIR", mock.Mock(value=str(data_dir))),
+        mock.patch.object(prepare, "_DATA_DIR", mock.Mock(value=str(data_dir))),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

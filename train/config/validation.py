@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from dropit_jax import PRESETS, DropIT
 from train import data, models
 from train.config import config as config_lib
+from train.config import mesh_axes
 from train.config.config import ConfigError
-from train.engine import mesh
 from train.system import text
 
 # Of JSON, to which NumPy's numbers are unknown.
@@ -336,7 +336,7 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
                 f"left, got {text.literal(size)}."
             )
     try:
-        mesh.shape(data_axis, fsdp_axis, num_devices)
+        mesh_axes.sizes(data_axis, fsdp_axis, num_devices)
     except ValueError as error:
         raise ConfigError(
             f"config.mesh: {text.shown(data_axis)} x {text.shown(fsdp_axis)} devices "

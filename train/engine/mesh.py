@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from train.config import mesh_axes
+
 _DATA, _FSDP = "data", "fsdp"
 
 
@@ -23,27 +25,8 @@ def create(config: ConfigDict) -> Mesh:
       ValueError: the axes do not take all devices.
     """
     devices = np.asarray(jax.devices())
-    sizes = shape(config.mesh.data, config.mesh.fsdp, devices.size)
+    sizes = mesh_axes.sizes(config.mesh.data, config.mesh.fsdp, devices.size)
     return Mesh(devices.reshape(sizes), (_DATA, _FSDP))
-
-
-def shape(data_axis: int, fsdp_axis: int, num_devices: int) -> tuple[int, int]:
-    """The sizes of the mesh's axes, where -1 is all devices that are left.
-
-    Of two that are -1, the first takes all.
-
-    Raises:
-      ValueError: they do not take all devices.
-    """
-    asked = data_axis, fsdp_axis
-    if all(size == -1 or size > 0 for size in asked):
-        if data_axis == -1:
-            data_axis = num_devices // abs(fsdp_axis)
-        if fsdp_axis == -1:
-            fsdp_axis = num_devices // data_axis
-        if data_axis * fsdp_axis == num_devices:
-            return data_axis, fsdp_axis
-    raise ValueError(f"{asked[0]} x {asked[1]} is not {num_devices}.")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
