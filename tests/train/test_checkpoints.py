@@ -1,6 +1,7 @@
 """Checkpoints and what guards them: a twin, every file damaged, failing disks."""
 
 import collections
+import functools
 import io
 import json
 import math
@@ -106,7 +107,8 @@ class _TestCase(parameterized.TestCase):
     def _assert_restores(self, result, step, accuracy=None):
         state, position = result
         _assert_same_bits(state, _state(step))
-        self.assertEqual(position, _POSITION | {"test_accuracy": accuracy})
+        expected = _POSITION | {"test_accuracy": accuracy, "version": 2}
+        self.assertEqual(position, expected)
 
     def _assert_intact(self, *steps):
         """The steps, and no others, are found and can be read."""
@@ -706,6 +708,33 @@ class PlacesTest(_SavedTestCase):
         with self._open() as checkpoints:
             step, *_ = checkpoints.restore_latest(_abstract(_state()))
         self.assertEqual(step, 1)
+
+    def _rewrite_position(self, step, **changes):
+        """Changes fields of a position, with their checksums; `None` removes one."""
+        path = self.directory / str(step) / "position" / "metadata"
+        fields = json.loads(path.read_text()) | changes
+        fields = {name: value for name, value in fields.items() if value is not None}
+        path.write_text(json.dumps(fields))
+        checksums.write(self.directory / str(step), step)
+
+    def test_the_format_before_is_read(self):
+        self._rewrite_position(2, version=None)
+        with self._open() as checkpoints:
+            step, state, _ = checkpoints.restore_latest(_abstract(_state()))
+        self.assertEqual(step, 2)
+        _assert_same_bits(state, _state(2))
+
+    def test_a_later_format_is_refused_and_left_there(self):
+        self._rewrite_position(2, version=3)
+        with self._open() as checkpoints:
+            for restore in (
+                checkpoints.restore_latest,
+                functools.partial(checkpoints.restore, 2),
+            ):
+                with pytest.raises(CheckpointError, match=r"format 3, .* up to 2"):
+                    restore(_abstract(_state()))
+        with self._open(read_only=True) as checkpoints:
+            self.assertEqual(checkpoints.steps(), [1, 2])
 
     @parameterized.parameters(
         (b"[" * 100_000, 1),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+import dropit_jax
 from configs import (
     digits_resnet18,
     digits_vit,
@@ -18,11 +19,12 @@ from configs import (
     vit_b16_imagenet,
     vit_ti16_cifar10,
 )
-from dropit_jax import LAYER_PRESETS, DropIT, layer_preset
+from dropit_jax import PRESETS, DropIT
 from tests.train import fields
 from train import models
 from train.config import config as config_lib
 from train.config import validation
+from train.models import layers
 
 _CONFIGS = (
     *(digits_resnet18, digits_vit),
@@ -36,11 +38,8 @@ class ModelSectionTest(parameterized.TestCase):
     def test_what_is_not_given_is_the_models(self, name):
         section = config_lib.model_section(name)
         self.assertEqual(section.to_dict(), {"name": name} | models.defaults(name))
-        memory = layer_preset("baseline")
         fields = {field: section[field] for field in models.fields(name)}
-        self.assertEqual(
-            models.create(name, 10, memory, **fields), models.create(name, 10, memory)
-        )
+        self.assertEqual(models.create(name, 10, **fields), models.create(name, 10))
 
     def test_what_is_given_is_as_it_is_given(self):
         section = config_lib.model_section("vit_b", patch_size=4, scan=True)
@@ -65,7 +64,7 @@ class ModelSectionTest(parameterized.TestCase):
         ("resnet18", "patch_size", r"but width, stem\.$"),
         ("vit_b", "width", r"but patch_size, pool, positions, .*, scan\.$"),
         ("vit_b", "num_layers", "but patch_size"),
-        ("resnet50", "memory", "but width"),
+        ("resnet50", "layers", "but width"),
         ("resnet50", "block", "but width"),
     )
     def test_other_fields_are_refused(self, model, field, message):
@@ -75,23 +74,54 @@ class ModelSectionTest(parameterized.TestCase):
             config_lib.model_section(model, **{field: 1})
 
 
-class MemoryTest(parameterized.TestCase):
-    @parameterized.product(name=LAYER_PRESETS, remat=("none", "blocks"))
-    def test_is_the_preset(self, name, remat):
-        config = digits_resnet18.get_config()
-        config.memory, config.remat = name, remat
-        self.assertEqual(config_lib.memory(config), layer_preset(name, remat=remat))
+# The policy of the preset "dropit" where a config changes nothing.
+_POLICY = DropIT(value_dtype="bfloat16")
 
-    @parameterized.parameters("dropit", "lean")
-    def test_its_policies_are_changed_field_by_field(self, name):
+
+class PresetTest(parameterized.TestCase):
+    @parameterized.parameters(*PRESETS)
+    def test_is_the_librarys(self, name):
         config = digits_resnet18.get_config()
         config.memory = name
+        self.assertEqual(config_lib.preset(config), dropit_jax.preset(name))
+
+    def test_of_the_baseline_there_is_none(self):
+        config = digits_resnet18.get_config()
+        config.memory = "baseline"
+        self.assertIsNone(config_lib.preset(config))
+
+    def test_has_the_policy_of_the_config(self):
+        config = digits_resnet18.get_config()
+        config.dropit.update(rate=0.5, value_dtype=None)
+        expected = dropit_jax.preset("dropit", kernel=DropIT(rate=0.5))
+        self.assertEqual(config_lib.preset(config), expected)
+        self.assertFalse(config_lib.preset(config).needs_key)
+        config.dropit.strategy = "random"
+        self.assertTrue(config_lib.preset(config).needs_key)
+
+
+class PolicyTest(parameterized.TestCase):
+    def test_is_the_presets(self):
+        self.assertEqual(config_lib.policy(digits_resnet18.get_config()), _POLICY)
+
+    def test_is_changed_field_by_field(self):
+        config = digits_resnet18.get_config()
         config.dropit.chunk_size = None
         config.dropit.value_dtype = "float16"
-        changes = {"chunk_size": None, "value_dtype": "float16"}
-        self.assertEqual(config_lib.memory(config), layer_preset(name, **changes))
-        policy = dataclasses.replace(layer_preset(name).conv, **changes)
-        self.assertEqual(config_lib.memory(config).conv, policy)
+        expected = DropIT(chunk_size=None, value_dtype="float16")
+        self.assertEqual(config_lib.policy(config), expected)
+
+    @parameterized.parameters(
+        ("baseline", "flax", False),
+        ("lean", "flax", False),
+        ("dropit", "flax", True),
+        ("baseline", "dropit", True),
+        ("exact", "dropit", True),
+    )
+    def test_is_used_by_the_preset_and_the_layers(self, memory, layers, expected):
+        config = digits_resnet18.get_config()
+        config.memory, config.layers = memory, layers
+        self.assertEqual(config_lib.uses_policy(config), expected)
 
     def test_the_section_has_the_policys_fields_and_no_others(self):
         section = config_lib.dropit_section(rate=0.5)
@@ -101,15 +131,29 @@ class MemoryTest(parameterized.TestCase):
             config_lib.dropit_section(ratio=0.5)
 
 
+class LayersTest(parameterized.TestCase):
+    def test_are_flaxs_or_those_of_the_policy(self):
+        config = digits_resnet18.get_config()
+        config.dropit.rate = 0.5
+        self.assertIs(config_lib.model_layers(config), layers.FLAX)
+        config.layers = "dropit"
+        policy = DropIT(rate=0.5, value_dtype="bfloat16")
+        self.assertEqual(config_lib.model_layers(config), layers.dropit(policy))
+
+
 class PlainTest(parameterized.TestCase):
     def test_nothing_saves_memory(self):
         config = digits_resnet18.get_config()
-        config.memory, config.remat, config.drop = "lean", "blocks", "lean"
+        config.memory, config.layers, config.remat = "lean", "dropit", "blocks"
         config.dropit.rate = 0.5
         plain = config_lib.plain(config)
-        self.assertEqual(config_lib.memory(plain), layer_preset("baseline"))
-        self.assertEqual(plain.drop, "")
-        self.assertEqual(config.drop, "lean")  # which is as it was
+        self.assertIsNone(config_lib.preset(plain))
+        self.assertIs(config_lib.model_layers(plain), layers.FLAX)
+        self.assertEqual(plain.remat, "none")
+        self.assertFalse(config_lib.uses_policy(plain))
+        self.assertEqual(set(plain.dropit.values()), {"preset"})
+        # The config itself is as it was.
+        self.assertEqual((config.layers, config.dropit.rate), ("dropit", 0.5))
 
 
 class StepsTest(parameterized.TestCase):
@@ -139,7 +183,7 @@ _CHANGED = functools.partial(
     num_epochs=None,
     num_steps=2**31 - 1,
     seed=2**63 - 1,
-    drop="leanest",
+    layers="dropit",
     init_from='with "quotes", a line\nand ü',
 )
 
@@ -171,7 +215,7 @@ class JsonTest(parameterized.TestCase):
         self.assertEqual(config_lib.to_json(found), text)
         self.assertEqual(config_lib.differences(text, config_lib.to_json(found)), [])
         self.assertIsNone(fields.refusal(found))
-        self.assertEqual(config_lib.memory(found), config_lib.memory(config))
+        self.assertEqual(config_lib.policy(found), config_lib.policy(config))
         self.assertEqual(config_lib.steps(found), config_lib.steps(config))
 
     @parameterized.parameters(
@@ -212,6 +256,24 @@ class JsonTest(parameterized.TestCase):
         config = ConfigDict({"section": values})
         found = config_lib.from_json(config_lib.to_json(config))
         self.assertEqual(found.to_dict(), config.to_dict())
+
+
+class MigrationTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ({"memory": "baseline"}, ("baseline", "flax")),
+        ({"memory": "dropit"}, ("baseline", "dropit")),
+        ({"memory": "dropit", "drop": ""}, ("baseline", "dropit")),
+        ({"memory": "dropit", "drop": "exact"}, ("exact", "dropit")),
+        ({"memory": "baseline", "drop": "lean"}, ("lean", "flax")),
+        ({"memory": "lean", "drop": ""}, ("lean", "flax")),
+        ({"memory": "lean", "layers": "dropit"}, ("lean", "dropit")),
+    )
+    def test_a_config_of_an_early_run_is_read(self, fields, expected):
+        found = config_lib.from_json(json.dumps(fields | {"seed": 1}))
+        memory, layers = expected
+        self.assertEqual(
+            found.to_dict(), {"memory": memory, "layers": layers, "seed": 1}
+        )
 
 
 class DifferencesTest(parameterized.TestCase):

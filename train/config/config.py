@@ -172,9 +172,24 @@ def from_json(text: str) -> ConfigDict:
     if not isinstance(content, dict):
         raise ConfigError("It is no JSON object.")
     try:
-        return ConfigDict(_with_tuples(content))
+        return ConfigDict(_migrated(_with_tuples(content)))
     except Exception as error:  # of many types: of names that no field can have
         raise ConfigError(f"It is no config: {shown(error)}") from error
+
+
+def _migrated(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config; those of early runs with their names of today.
+
+    There `memory` was about layers, where "lean" stored in 8 bits without `drop`, and
+    `drop` was the preset around the loss.
+    """
+    if "layers" in fields or "memory" not in fields:
+        return fields
+    memory, preset = fields["memory"], fields.get("drop", "")
+    layers = "dropit" if memory == "dropit" else "flax"
+    memory = preset or ("lean" if memory == "lean" else BASELINE)
+    others = {name: value for name, value in fields.items() if name != "drop"}
+    return others | {"memory": memory, "layers": layers}
 
 
 def differences(old: str, new: str) -> list[str]:

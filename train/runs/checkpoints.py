@@ -23,6 +23,10 @@ _SLOWEST_DISK = 10_000_000
 _MAX_CHARACTERS = 300
 # Field that a saved position has in addition: the test accuracy, or None if unknown.
 _ACCURACY_FIELD = "test_accuracy"
+# Field with the version of the format. Version 1 has no such field, and no rows of
+# `metrics.csv` in the position; `Position.from_json` reads it.
+_VERSION_FIELD = "version"
+_VERSION = 2
 
 
 class Checkpoints:
@@ -182,7 +186,10 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                position=ocp.args.JsonSave(position | {_ACCURACY_FIELD: test_accuracy}),
+                position=ocp.args.JsonSave(
+                    position
+                    | {_ACCURACY_FIELD: test_accuracy, _VERSION_FIELD: _VERSION}
+                ),
             )
             is_saved = self._background.call(
                 lambda: self._manager.save(step, args=args), more=self._extra_seconds
@@ -256,6 +263,14 @@ class Checkpoints:
             (path,) = step_directories.half_written(self._directory, self._saving)
             checksums.write(path, self._saving)
 
+    def _check_version(self, step: int, position: Any) -> None:
+        version = position.get(_VERSION_FIELD, 1) if isinstance(position, dict) else 1
+        if isinstance(version, int) and version > _VERSION:
+            raise CheckpointError(
+                f"The checkpoint {self._path(step)} has format {version}, of a later "
+                f"version of this program, which reads up to {_VERSION}: update it."
+            )
+
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
@@ -271,7 +286,7 @@ class Checkpoints:
         All processes agree on whether the checkpoint is damaged.
 
         Raises:
-          CheckpointError: the checkpoint is of another model.
+          CheckpointError: the checkpoint is of another model, or of a later format.
           WaitError: the disk does not answer.
         """
         # Checked before Orbax reads, whose threads print their own errors.
@@ -296,6 +311,7 @@ class Checkpoints:
         if any_of(bool(problem)):
             return problem or "another process cannot read it"
         state, position = result["state"], result["position"]
+        self._check_version(step, position)
         if self._problem and (problem := self._problem(step, state, position)):
             return problem
         return state, position
