@@ -6,12 +6,36 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import absltest, parameterized
 
-import dropit_jax.nn
-from dropit_jax import layer_preset
-from dropit_jax import linen as dn
+import dropit_jax
+from dropit_jax import DropIT, memory
 from train import models
+from train.models import layers
 from train.models.resnet import BottleneckBlock, ResNet
 from train.models.vit import ViT
+
+_X = jnp.zeros((2, 8, 8, 3))
+_POLICY = DropIT(rate=0.75, fill="mean")
+
+
+def _resnet(**fields):
+    return ResNet(10, (1, 1), width=4, **fields)
+
+
+def _vit(**fields):
+    return ViT(10, 4, 8, num_layers=1, num_heads=2, **fields)
+
+
+def _modules(model):
+    """Each layer that a call of the model uses, by its path."""
+    seen = {}
+
+    def record(call, args, kwargs, context):
+        seen["/".join(context.module.path)] = context.module
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), _X, False))
+    return seen
 
 
 class CreateTest(parameterized.TestCase):
@@ -26,6 +50,7 @@ class CreateTest(parameterized.TestCase):
         self.assertEqual(models.STEMS, ("cifar", "imagenet"))
         self.assertEqual(models.POOLS, ("cls", "gap"))
         self.assertEqual(models.POSITIONS, ("learned", "sincos"))
+        self.assertEqual(models.REMATS, ("none", "blocks", "dots"))
 
     @parameterized.parameters(*models.MODELS)
     def test_fields_are_those_of_the_class(self, name):
@@ -35,123 +60,132 @@ class CreateTest(parameterized.TestCase):
         self.assertEqual(models.fields(name), expected)
 
     def test_values_that_are_not_given_are_the_classes(self):
-        memory = layer_preset("dropit")
-        self.assertEqual(
-            models.create("resnet18", 10, memory), ResNet(10, memory=memory)
-        )
-        self.assertEqual(models.create("vit_b", 10, memory), ViT(10, memory=memory))
+        self.assertEqual(models.create("resnet18", 10), ResNet(10))
+        self.assertEqual(models.create("vit_b", 10), ViT(10))
 
     def test_values_are_handed_on(self):
-        memory = layer_preset("lean")
-        model = models.create("resnet50", 10, memory, width=4, stem="imagenet")
+        common = {"layers": layers.dropit(_POLICY), "remat": "dots"}
+        model = models.create("resnet50", 10, width=4, stem="imagenet", **common)
         sizes = {"block": BottleneckBlock, "stage_sizes": (3, 4, 6, 3)}
-        self.assertEqual(
-            model, ResNet(10, width=4, stem="imagenet", memory=memory, **sizes)
-        )
+        self.assertEqual(model, ResNet(10, width=4, stem="imagenet", **sizes, **common))
         values = {
             **{"patch_size": 8, "pool": "gap", "positions": "sincos"},
             **{"dropout": 0.1, "drop_path": 0.2, "scan": True},
         }
-        model = models.create("vit_mu", 10, memory, **values)
+        model = models.create("vit_mu", 10, **values, **common)
         sizes = {"width": 32, "num_layers": 1, "num_heads": 2}
-        self.assertEqual(model, ViT(10, memory=memory, **sizes, **values))
+        self.assertEqual(model, ViT(10, **sizes, **values, **common))
 
     @parameterized.parameters("resnet34", "vit_ti")
     def test_dtype(self, name):
-        memory = layer_preset("baseline")
-        plain = models.create(name, 10, memory)
+        plain = models.create(name, 10)
         self.assertIsNone(plain.dtype)
-        self.assertEqual(models.create(name, 10, memory, "float32"), plain)
-        half = models.create(name, 10, memory, "bfloat16")
+        self.assertEqual(models.create(name, 10, "float32"), plain)
+        half = models.create(name, 10, "bfloat16")
         self.assertEqual(half.dtype, jnp.bfloat16)
 
     @parameterized.parameters("int32", "bfloat61")
     def test_other_dtypes_are_refused(self, dtype):
         with pytest.raises(ValueError, match=f"dtype: .*floating.*'{dtype}'"):
-            models.create("vit_mu", 10, layer_preset("baseline"), dtype)
+            models.create("vit_mu", 10, dtype)
 
     def test_other_names_and_fields_are_refused(self):
         with pytest.raises(ValueError, match=r"model: unknown value 'vit_x'.*vit_mu"):
-            models.create("vit_x", 10, layer_preset("baseline"))
+            models.create("vit_x", 10)
         with pytest.raises(ValueError, match="model: unknown value 'vit_x'"):
             models.fields("vit_x")
         with pytest.raises(TypeError, match="vit_mu has no field 'stem'; it has pa"):
-            models.create("vit_mu", 10, layer_preset("baseline"), stem="cifar")
+            models.create("vit_mu", 10, stem="cifar")
         # That the name says it, and it is no field, must not be overruled.
         with pytest.raises(TypeError, match="vit_mu has no field 'width'"):
-            models.create("vit_mu", 10, layer_preset("baseline"), width=64)
+            models.create("vit_mu", 10, width=64)
 
 
-class PlainTest(parameterized.TestCase):
+class FlaxLayersTest(parameterized.TestCase):
     @parameterized.parameters(
-        (ResNet(10, width=4),),
-        (ResNet(10, (1, 1), width=4, block=BottleneckBlock),),
-        (ViT(10, 4, 16, num_layers=1, num_heads=2, dropout=0.1, drop_path=0.1),),
+        (_resnet(),),
+        (_resnet(block=BottleneckBlock),),
+        (_vit(dropout=0.1, drop_path=0.1),),
     )
-    def test_the_baseline_is_plain_flax(self, model):
-        seen = set()
+    def test_models_of_them_know_nothing_of_the_library(self, model):
+        def classes():
+            for module in _modules(model).values():
+                yield from type(module).__mro__
 
-        def record(call, args, kwargs, context):
-            seen.add((context.module.name, getattr(context.module, "dropit", None)))
-            return call(*args, **kwargs)
-
+        sources = {each.__module__.partition(".")[0] for each in classes()}
+        self.assertEqual(sources, {"builtins", "flax", "train"})
+        # Activation functions of the library have derivatives of their own.
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        with nn.intercept_methods(record):
-            text = str(
-                jax.make_jaxpr(lambda x: model.init(rngs, x, True))(
-                    jnp.zeros((1, 16, 16, 3))
-                )
-            )
-        self.assertEqual({dropit for _, dropit in seen}, {None})
-        self.assertNotIn(dropit_jax.nn.relu.__name__ + "_backward", text)
-        # `nn.gelu` and `nn.relu` of the baseline are Flax's.
-        self.assertNotIn("custom_vjp_call", text)
-        self.assertTrue(issubclass(dn.Conv, nn.Conv))
+        program = jax.make_jaxpr(lambda x: model.init(rngs, x, True))(_X)
+        self.assertNotIn("custom_vjp_call", str(program))
 
 
-class HeadTest(parameterized.TestCase):
-    """A head reads one vector a sample, of which there is no mean."""
-
+class DropITLayersTest(parameterized.TestCase):
     @parameterized.parameters(
-        (ResNet(10, (1,), width=4, stem="cifar"),),
-        (ViT(10, 4, 16, num_layers=1, num_heads=2),),
+        (_resnet, "stem_conv", {"conv1", "conv2", "shortcut_conv", "head"}),
+        (
+            lambda **fields: _resnet(block=BottleneckBlock, **fields),
+            "stem_conv",
+            {"conv1", "conv2", "conv3", "shortcut_conv", "head"},
+        ),
+        (
+            _vit,
+            "embedding",
+            {"MultiHeadDotProductAttention_1", "Dense_0", "Dense_1", "head"},
+        ),
     )
-    def test_a_model_is_filled_with_means_but_for_its_head(self, model):
-        memory = layer_preset("dropit", rate=0.75, fill="mean", value_dtype=None)
-        images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-        variables = model.init(jax.random.key(0), images, False)
-        # A head of zeros would hand no gradient on.
-        variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
-
-        def loss(params, model):
-            state = {name: x for name, x in variables.items() if name != "params"}
-            logits = model.apply({"params": params, **state}, images, False)
-            return jnp.sum(jnp.sin(logits + jnp.arange(10)))
-
-        gradients = {
-            fill: jax.grad(loss)(
-                variables["params"],
-                model.clone(
-                    memory=dataclasses.replace(
-                        memory,
-                        dropit=dataclasses.replace(memory.dropit, fill=fill),
-                        conv=dataclasses.replace(memory.conv, fill=fill),
-                    )
-                ),
-            )
-            for fill in ("zero", "mean")
+    def test_all_drop_but_the_one_that_reads_the_image(self, make, first, others):
+        modules = _modules(make(layers=layers.dropit(_POLICY))).values()
+        products = (nn.Conv, nn.Dense, nn.MultiHeadDotProductAttention)
+        policies = {
+            each.name: getattr(each, "dropit", None)
+            for each in modules
+            if isinstance(each, products)
         }
-        differ = {
-            jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-            for (path, zero), mean in zip(
-                jax.tree_util.tree_leaves_with_path(gradients["zero"]),
-                jax.tree.leaves(gradients["mean"]),
-                strict=True,
-            )
-            if not bool(jnp.array_equal(zero, mean))
-        }
-        self.assertNotIn("head", differ)
-        self.assertGreater(len(differ), 1)
+        self.assertIsNone(policies.pop(first))
+        self.assertEqual(set(policies), others)
+        # The head reads one vector a sample, of which there is no mean.
+        head = policies.pop("head")
+        self.assertEqual(head, dataclasses.replace(_POLICY, fill="zero"))
+        self.assertEqual(set(policies.values()), {_POLICY})
+
+    def test_a_relu_stores_a_bit_an_element(self):
+        model = ResNet(10, (1,), width=4, layers=layers.dropit(_POLICY))
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), _X, False))
+
+        def loss(variables):
+            return model.apply(variables, _X, True, mutable=["batch_stats"])[0].sum()
+
+        stored = memory.saved_residuals(loss, variables).by_kind
+        # Of the stem and twice in the block: outputs of 2 x 8 x 8 x 4 elements.
+        self.assertEqual(stored["relu"], 3 * (2 * 8 * 8 * 4) // 8)
+
+    def test_are_equal_where_their_policies_are(self):
+        # Or functions of models that are equal would be compiled twice.
+        same = DropIT(0.75, fill="mean")
+        self.assertEqual(layers.dropit(_POLICY), layers.dropit(same))
+        self.assertNotEqual(layers.dropit(_POLICY), layers.dropit(DropIT()))
+        self.assertIs(layers.dropit(_POLICY).relu, dropit_jax.nn.relu)
+
+
+class RematTest(parameterized.TestCase):
+    """What is recomputed is not stored."""
+
+    @parameterized.parameters((_resnet,), (_vit,))
+    def test_stores_the_less_the_more_is_recomputed(self, make):
+        def stored(remat):
+            model = make(remat=remat)
+            variables = jax.eval_shape(lambda: model.init(jax.random.key(0), _X, False))
+
+            def loss(variables):
+                logits, _ = model.apply(variables, _X, True, mutable=["batch_stats"])
+                return logits.sum()
+
+            return memory.saved_residuals(loss, variables).total_bytes
+
+        blocks, dots, none = (stored(remat) for remat in ("blocks", "dots", "none"))
+        self.assertBetween(blocks, 1, 0.5 * dots)
+        self.assertBetween(dots, 1, 0.9 * none)
 
 
 if __name__ == "__main__":

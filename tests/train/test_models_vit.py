@@ -1,3 +1,4 @@
+import functools
 import math
 
 import chex
@@ -7,18 +8,19 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dropit_jax import layer_preset
+from dropit_jax import DropIT
 from tests.dropit_jax import reference
 from train import models
+from train.models import layers
 from train.models.positions import sincos_2d
 from train.models.vit import ViT
 
 _X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.float32)
 
 
-def _vit(memory="baseline", remat="none", **fields):
-    sizes = {"patch_size": 4, "width": 16, "num_layers": 2, "num_heads": 2}
-    return ViT(10, memory=layer_preset(memory, remat=remat), **(sizes | fields))
+def _vit(**fields):
+    sizes = {"patch_size": 4, "width": 16, "num_layers": 1, "num_heads": 2}
+    return ViT(10, **(sizes | fields))
 
 
 def _variables(model, shape=_X.shape):
@@ -44,9 +46,17 @@ def _evaluate(model, variables):
     return jax.jit(lambda v: model.apply(v, _X, False))(variables)
 
 
-def _captured(model, variables):
-    _, state = model.apply(variables, _X, False, capture_intermediates=True)
-    return state["intermediates"]
+@functools.cache
+def _run(model):
+    """Variables, logits, and what the modules give."""
+
+    @jax.jit
+    def run(variables):
+        return model.apply(variables, _X, False, capture_intermediates=True)
+
+    variables = _random(model)
+    logits, state = run(variables)
+    return variables, logits, state["intermediates"]
 
 
 class ArchitectureTest(parameterized.TestCase):
@@ -59,16 +69,14 @@ class ArchitectureTest(parameterized.TestCase):
         ("vit_ti", 5_717_416),
     )
     def test_has_the_published_number_of_parameters(self, name, count):
-        model = models.create(name, 1000, layer_preset("baseline"), patch_size=16)
+        model = models.create(name, 1000, patch_size=16)
         shape = (1, 224, 224, 3)
         self.assertEqual(_count(_variables(model, shape)["params"]), count)
         scanned = model.clone(scan=True)
         self.assertEqual(_count(_variables(scanned, shape)["params"]), count)
 
     def test_the_test_size_is_big_visions(self):
-        params = _variables(
-            models.create("vit_mu", 10, layer_preset("baseline")), (1, 16, 16, 3)
-        )
+        params = _variables(models.create("vit_mu", 10), (1, 16, 16, 3))
         encoder = params["params"]["Transformer"]
         self.assertEqual([n for n in encoder if "block" in n], ["encoderblock_0"])
         block = encoder["encoderblock_0"]
@@ -77,7 +85,7 @@ class ArchitectureTest(parameterized.TestCase):
         self.assertEqual(query["kernel"].shape, (32, 2, 16))
 
     def test_parameters_have_the_names_of_googles_checkpoints(self):
-        params = _variables(_vit())["params"]
+        params = _variables(_vit(num_layers=2))["params"]
         self.assertEqual(set(params), {"cls", "embedding", "head", "Transformer"})
         encoder = params["Transformer"]
         self.assertIn("pos_embedding", encoder["posembed_input"])
@@ -111,9 +119,8 @@ class ArchitectureTest(parameterized.TestCase):
 
     def test_its_tokens_are_the_patches(self):
         # The embedding by hand, with one layer's worth of nothing else.
-        variables = _random(_vit())
-        tokens = _captured(_vit(), variables)["Transformer"]["posembed_input"]
-        tokens = tokens["__call__"][0]
+        variables, _, captured = _run(_vit())
+        tokens = captured["Transformer"]["posembed_input"]["__call__"][0]
         embedding = variables["params"]["embedding"]
         patches = _X.reshape(2, 2, 4, 3, 4, 3).transpose(0, 1, 3, 2, 4, 5)
         expected = patches.reshape(2, 6, 48) @ embedding["kernel"].reshape(48, 16)
@@ -132,13 +139,13 @@ class PoolTest(parameterized.TestCase):
         ("gap", 6, lambda tokens: tokens.mean(axis=1)),
     )
     def test_the_head_reads(self, pool, length, read):
-        model = _vit(pool=pool)
-        variables = _random(model)
-        tokens = _captured(model, variables)["Transformer"]["__call__"][0]
+        fields = {"positions": "sincos"} if pool == "gap" else {}
+        variables, logits, captured = _run(_vit(pool=pool, **fields))
+        tokens = captured["Transformer"]["__call__"][0]
         self.assertEqual(tokens.shape, (2, length, 16))
         head = variables["params"]["head"]
         np.testing.assert_allclose(
-            _evaluate(model, variables),
+            logits,
             read(np.asarray(tokens, np.float64)) @ head["kernel"] + head["bias"],
             rtol=1e-4,
             atol=1e-5,
@@ -167,15 +174,13 @@ class PositionsTest(parameterized.TestCase):
 
     @parameterized.parameters(("cls", 1), ("gap", 0))
     def test_are_added_to_the_patches(self, pool, before):
-        model = _vit(positions="sincos", pool=pool)
-        variables = _random(model)
-        captured = _captured(model, variables)
+        variables, _, captured = _run(_vit(positions="sincos", pool=pool))
         patches = np.asarray(captured["embedding"]["__call__"][0]).reshape(2, 6, 16)
         tokens = captured["Transformer"]["posembed_input"]["__call__"][0]
         expected = patches + sincos_2d(2, 3, 16)
         np.testing.assert_allclose(tokens[:, before:], expected, rtol=1e-5, atol=1e-5)
         if pool == "cls":
-            token = jnp.broadcast_to(variables["params"]["cls"][0], (2, 16))
+            token = np.broadcast_to(variables["params"]["cls"][0], (2, 16))
             np.testing.assert_array_equal(tokens[:, 0], token)
 
 
@@ -204,25 +209,20 @@ class DtypeTest(parameterized.TestCase):
             self.assertEqual(leaf.dtype, jnp.bfloat16)
 
     def test_it_rounds_and_no_more(self):
-        variables = _random(_vit())
-        expected = _evaluate(_vit(), variables)
+        variables, expected, _ = _run(_vit())
         actual = _evaluate(_vit(dtype=jnp.bfloat16), variables)
         error = jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected)
         self.assertBetween(float(error), 1e-5, 0.05)
 
 
-class PresetTest(parameterized.TestCase):
-    @parameterized.product(
-        memory=(("dropit", "none"), ("lean", "blocks")),
-        fields=(
-            {},
-            {"dtype": jnp.bfloat16},
-            {"pool": "gap", "positions": "sincos", "dropout": 0.1, "drop_path": 0.1},
-            {"scan": True, "pool": "gap", "dtype": jnp.bfloat16},
-        ),
+class LayersTest(parameterized.TestCase):
+    @parameterized.parameters(
+        {"remat": "dots"},
+        {"scan": True, "pool": "gap", "dtype": jnp.bfloat16, "remat": "blocks"},
     )
-    def test_changes_neither_parameters_nor_output(self, memory, fields):
-        plain, other = _vit(**fields), _vit(*memory, **fields)
+    def test_of_dropit_change_neither_parameters_nor_output(self, remat, **fields):
+        plain = _vit(**fields)
+        other = plain.clone(layers=layers.dropit(DropIT(0.75)), remat=remat)
         variables = _random(plain)
         chex.assert_trees_all_equal_shapes_and_dtypes(variables, _variables(other))
         reference.assert_same_bits(

@@ -79,7 +79,7 @@ class FindTest(parameterized.TestCase):
 
     def test_what_saves_memory_may_differ(self):
         first, second, _ = ablation.runs(tiny_grid.get_config())
-        second.config.remat, second.config.drop = "blocks", "lean"
+        second.config.remat, second.config.layers = "blocks", "dropit"
         self.write(first.path, first.config)
         self.write(second.path, second.config)
         self.assertEqual(sorted(self.find()), ["baseline", "half"])

@@ -56,9 +56,15 @@ class ValidateTest(parameterized.TestCase):
         ("optimizer.learning_rate", -0.1, r"learning_rate must be above 0, got -0\.1"),
         ("optimizer.momentum", float("nan"), r"momentum must be finite, got nan"),
         ("optimizer.nesterov", 1, r"config\.optimizer\.nesterov must be of type bool"),
-        ("memory", "slim", r"config\.memory: .*'slim'.*'baseline', 'dropit', 'lean'"),
-        ("drop", "slim", r"config\.drop: .*'slim'; known are '', 'exact', "),
-        ("drop", None, r"config\.drop must be of type str, got None"),
+        (
+            "memory",
+            "slim",
+            r"config\.memory: .*'slim'.* 'exact', 'dropit', 'lean'",
+        ),
+        ("memory", None, r"config\.memory must be of type str, got None"),
+        ("layers", "slim", r"config\.layers: .*'slim'; known are 'flax', 'dropit'"),
+        ("layers", None, r"config\.layers must be of type str, got None"),
+        ("drop", "lean", r"config\.drop is not a field"),
         ("remat", "all", r"config\.remat: .*'all'.*'none', 'blocks', 'dots'"),
         ("model.patch_size", 4, r"config\.model\.patch_size is not for .*'resnet18'"),
         ("model.name", "vit_b", r"config\.model\.(width|stem) is not for .*'vit_b'"),
@@ -299,8 +305,9 @@ class ValidateTest(parameterized.TestCase):
         {"mesh__fsdp": 2},
         {"init_from": "weights.npz"},
         {"num_steps": 1},
-        {"drop": "exact", "remat": "dots"},
-        {"drop": "leanest", "memory": "lean", "remat": "blocks"},
+        {"memory": "exact", "layers": "dropit", "remat": "dots"},
+        {"memory": "leanest", "remat": "blocks"},
+        {"memory": "baseline", "layers": "dropit", "dropit__rate": 0.5},
         {"schedule__warmup_epochs": 10**6},
     )
     def test_the_bounds_are_allowed(self, **values):
@@ -363,11 +370,14 @@ class ValidateTest(parameterized.TestCase):
 
     def test_a_policy_that_nothing_reads_is_an_error(self):
         config = digits_resnet18.get_config()
-        config.memory = "baseline"
+        config.memory = "lean"
         self.assertIsNone(fields.refusal(config))
         config.dropit.rate = 0.5
-        with pytest.raises(config_lib.ConfigError, match=r"'baseline' has no policy"):
+        message = r"config\.dropit\.rate is for config\.memory='dropit' or .*'lean'"
+        with pytest.raises(config_lib.ConfigError, match=message):
             validation.validate(config)
+        config.layers = "dropit"
+        self.assertIsNone(fields.refusal(config))
 
     def test_a_vision_transformer_has_fields_of_its_own(self):
         config = digits_resnet18.get_config()

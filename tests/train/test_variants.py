@@ -118,22 +118,21 @@ class ApplyTest(parameterized.TestCase):
     @parameterized.parameters(0.8, 0.9)
     def test_of_the_paper_are_the_fields_that_say_what_is_dropped(self, rate):
         config = variants.apply(get_defaults(), "paper", paper_rate=rate)
-        self.assertEqual(config.memory, "dropit")
+        self.assertEqual((config.memory, config.layers), ("baseline", "dropit"))
         # Exact top-k of 2**14 elements, kept in full (DropIT paper, §3.3 and §4.1).
         policy = DropIT(
             rate=rate, chunk_size=16_384, selection="top_k", value_dtype=None
         )
-        memory = config_lib.memory(config)
-        self.assertEqual((memory.dropit, memory.conv), (policy, policy))
+        self.assertEqual(config_lib.policy(config), policy)
         self.assertEqual(policy.strategy, "min_k")
-        config.memory, config.dropit = "baseline", get_defaults().dropit
+        config.layers, config.dropit = "flax", get_defaults().dropit
         self.assertEqual(config, get_defaults())  # and nothing else
 
     def test_its_fields_can_still_be_overridden(self):
         config = variants.apply(get_defaults(), "paper", paper_rate=0.8)
         config.dropit.chunk_size = None
         config.dropit.value_dtype = "int4"
-        policy = config_lib.memory(config).dropit
+        policy = config_lib.policy(config)
         self.assertIsNone(policy.chunk_size)
         self.assertEqual(policy.value_dtype, "int4")
 
@@ -160,18 +159,19 @@ class ConfigsTest(parameterized.TestCase):
     @parameterized.parameters(*_NAMES)
     def test_drop_what_the_preset_does(self, name):
         config = _get(name)
-        self.assertEqual(config.memory, "dropit")
+        self.assertEqual((config.memory, config.layers), ("dropit", "flax"))
         self.assertEqual(set(config.dropit.values()), {"preset"})
         self.assertEqual(config, _get(name, ""))
 
     @parameterized.parameters(*_NAMES)
     def test_drop_what_the_paper_does(self, name):
         config = _get(name, "paper")
-        policy = config_lib.memory(config).dropit
-        self.assertEqual(config_lib.memory(config).conv, policy)
+        self.assertEqual((config.memory, config.layers), ("baseline", "dropit"))
+        policy = config_lib.policy(config)
         self.assertEqual(policy.rate, 0.9 if "vit" in name else 0.8)
         self.assertEqual((policy.chunk_size, policy.selection), (2**14, "top_k"))
         self.assertIsNone(policy.value_dtype)
+        config.memory, config.layers = "dropit", "flax"
         config.dropit = config_lib.dropit_section()
         self.assertEqual(config, _get(name))  # all else is as it was
 
@@ -262,6 +262,7 @@ class DefaultsTest(parameterized.TestCase):
         off = ("label_smoothing", "mixup", "ema_decay", "checkpoint_steps", "workers")
         self.assertEqual({name: config[name] for name in off}, dict.fromkeys(off, 0))
         self.assertEqual((config.dtype, config.memory), ("float32", "baseline"))
+        self.assertEqual((config.layers, config.remat), ("flax", "none"))
         self.assertEqual((config.augmentation, config.profile_steps), ("none", ()))
         self.assertEqual(config.accumulate_steps, 1)
 

@@ -12,7 +12,6 @@ import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from dropit_jax import layer_preset
 from tests.train import tiny_weights as tiny
 from tests.train import vit_reference as reference
 from train import models, weights
@@ -34,7 +33,7 @@ class GoogleTest(tiny.TestCase):
         shapes = reference.google_shapes(1000, 16, 768, 12, 12, 197)
         zero = np.zeros((), np.float16)
         path = self.write({k: np.broadcast_to(zero, v) for k, v in shapes.items()})
-        model = models.create("vit_b", 1000, layer_preset("baseline"), patch_size=16)
+        model = models.create("vit_b", 1000, patch_size=16)
         # In the file's dtype, so that the weights are in memory once.
         specs = jax.tree.map(
             lambda spec: jax.ShapeDtypeStruct(spec.shape, zero.dtype),
