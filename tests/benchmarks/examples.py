@@ -1,21 +1,23 @@
 """A small sweep, and what steps might take: as the tests of scaling use them."""
 
 import dataclasses
+import functools
 
 from benchmarks import sharded, sweeps, timing, workloads
 from benchmarks.models import MLP
 
 
-def mlp(layers):
+def mlp(depth, width=32, batch=4):
     """A training step of a tiny MLP."""
     return dataclasses.replace(
-        workloads.mlp(layers, batch=4),
+        workloads.mlp(depth, batch),
+        model="tiny",
         image_size=8,
-        make=lambda memory: MLP(10, layers=layers, width=32, memory=memory),
+        make=functools.partial(MLP, 10, depth=depth, width=width),
     )
 
 
-SWEEP = sweeps.Sweep("depth", "MLP", "layers", (1, 2, 3), mlp, lambda n: n)
+SWEEP = sweeps.Sweep("depth", "MLP", "depth", (1, 2, 3), mlp, lambda n: n)
 
 
 def points(sweep, seconds, added):

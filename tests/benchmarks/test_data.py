@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -9,8 +10,10 @@ _DATA = Path(__file__).parents[1] / "data" / "tensorflow_datasets"
 
 class DataTest(parameterized.TestCase):
     def test_every_variant_is_measured_in_every_round(self):
-        rates = benchmark.measure(str(_DATA), batches=1, rounds=2)
-        self.assertLen(rates, 6)
+        few = [("none", 8, 0), ("shift_flip", 8, 1)]
+        with mock.patch.object(benchmark, "_VARIANTS", few):
+            rates = benchmark.measure(str(_DATA), batches=1, rounds=2)
+        self.assertLen(rates, 2)
         for row in rates:
             self.assertLen(row, 2)
             self.assertGreater(min(row), 0)

@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import io
 import json
 from unittest import mock
@@ -9,17 +8,12 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import drop_error, workloads
-from benchmarks.models import MLP
+from benchmarks import drop_error
 from benchmarks.variants import VARIANTS
 from dropit_jax import plan
+from tests.benchmarks import examples
 
-_TINY = dataclasses.replace(
-    workloads.mlp(batch=8),
-    model="tiny",
-    image_size=8,
-    make=lambda memory: MLP(10, layers=2, width=64, memory=memory),
-)
+_TINY = examples.mlp(2, width=64, batch=8)
 
 
 def _main(*flags):

@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -9,17 +8,12 @@ import jax
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import drop_time, step_time, transformer, workloads
-from benchmarks.models import MLP
+from benchmarks import drop_time, step_time, transformer
+from tests.benchmarks import examples
 
-_STEPS = dataclasses.replace(
-    workloads.mlp(batch=4),
-    model="tiny",
-    image_size=8,
-    make=lambda memory: MLP(10, layers=2, width=16, memory=memory),
-)
+_STEPS = examples.mlp(1, width=16)
 _BLOCKS = transformer.Transformer(
-    layers=3, width=8, heads=2, tokens=4, batch=2, dtype="float32", scan=False
+    layers=1, width=8, heads=2, tokens=4, batch=2, dtype="float32", scan=False
 )
 
 
@@ -40,7 +34,7 @@ class CommandTest(parameterized.TestCase):
         return out.getvalue()
 
     def test_json_has_steps_and_plans(self):
-        names = "flax", "drop lean"
+        names = "flax", "lean"
         with mock.patch.multiple(drop_time, _COMPILE_ROUNDS=1, _NAMES=names):
             results = json.loads(self._main("--rounds=1", "--json"))
         steps, plans = results[:2], results[2:]
@@ -68,11 +62,11 @@ class CommandTest(parameterized.TestCase):
             ) as planning,
         ):
             printed = self._main()
-        names = ("flax", "drop exact", "drop lean", "remat_blocks")
+        names = ("flax", "exact", "lean", "remat_blocks")
         measure.assert_called_once_with(_STEPS, names, 2, 3)
         planning.assert_called_once_with(_BLOCKS, 3)
         self.assertIn("| flax | 1,500.0 | 1.000 [1.000, 1.000] |", printed)
-        self.assertIn("### Transformer of 3 blocks one by one, width 8, 2 he", printed)
+        self.assertIn("### Transformer of 1 blocks one by one, width 8, 2 he", printed)
         self.assertIn("| preset | gradient traced s | planned s |", printed)
         self.assertIn("| lean | 0.50 | 1.25 |", printed)
         self.assertIn("The baseline is flax.", printed)

@@ -1,52 +1,46 @@
 import contextlib
 import dataclasses
+import functools
 import io
 import json
-import re
-import types
 from unittest import mock
 
-import flax.linen as nn
-import jax
 import pytest
 from absl.testing import absltest, parameterized
 
 from benchmarks import memory as benchmark
-from benchmarks import workloads
+from benchmarks import transformer, workloads
 from benchmarks.variants import VARIANTS
-from dropit_jax import layer_preset, memory
-from dropit_jax.linen import tools
-from train.models import encoder, resnet, vit
+from dropit_jax import memory
+from train.models.layers import FLAX
 
 # At most this share of the baseline's temporaries: (index of the workload, variant).
 _BARS = {
-    (0, "drop exact"): 0.57,
-    (0, "drop lean"): 0.32,
-    (0, "dropit"): 0.60,
-    (0, "lean"): 0.30,
-    (2, "dropit"): 0.79,
-    (2, "lean"): 0.35,
-    (2, "lean+remat_blocks"): 0.25,
-    (3, "drop exact"): 0.47,
-    (3, "drop lean"): 0.33,
+    (0, "exact"): 0.76,
+    (0, "lean"): 0.47,
+    (0, "dropit_layers"): 0.71,
+    (3, "exact"): 0.52,
+    (3, "lean"): 0.39,
+    (3, "lean+remat_blocks"): 0.35,
 }
-_BLOCKS = 3
+_BLOCKS = 2
 
 
 def _shallow(workload):
-    """A workload with a few of the blocks of a ViT, which are all alike."""
+    """A workload with a few of the blocks of its model, which compiles in less time."""
     if workload.attention is None:
-        return workload
+        make = functools.partial(workload.make, stage_sizes=(_BLOCKS,))
+        return dataclasses.replace(workload, make=make)
     _, *attention = workload.attention
     return dataclasses.replace(
         workload,
-        make=lambda preset: workload.make(preset).clone(num_layers=_BLOCKS),
+        make=functools.partial(workload.make, num_layers=_BLOCKS),
         attention=(_BLOCKS, *attention),
     )
 
 
 class BarsTest(parameterized.TestCase):
-    @parameterized.parameters(0, 2, 3)
+    @parameterized.parameters(0, 3)
     def test_presets_save_what_they_are_for_on_an_h100(self, index):
         names = tuple(variant for row, variant in _BARS if row == index)
         workload = _shallow(workloads.WORKLOADS[index])
@@ -59,8 +53,7 @@ class BarsTest(parameterized.TestCase):
             if "remat" in result.variant:
                 self.assertGreater(result.flops_ratio, 1.2)
             else:
-                more = 1.01 if result.variant.startswith("drop ") else 1.03
-                self.assertBetween(result.flops_ratio, 0.97, more * _core(results))
+                self.assertBetween(result.flops_ratio, 0.97, 1.01 * _core(results))
         self.assertEqual(results[0].traffic_ratio, 1)
         for result in results:
             of_baseline = result.traffic_bytes / results[0].traffic_bytes
@@ -80,45 +73,16 @@ class BarsTest(parameterized.TestCase):
                 ("ViT-B/16", 224, 128, "bfloat16"),
             ],
         )
-        self.assertEqual(VARIANTS["dropit"].layers.conv.rate, 0.875)
 
-
-class PlainTest(parameterized.TestCase):
-    """What `drop` is measured on, and against, is made of Flax's own layers."""
-
-    @parameterized.parameters((1, "baseline"), (1, "remat_blocks"), (3, "baseline"))
-    def test_the_program_is_that_of_flaxs_layers(self, index, name):
-        own = self._program(index, name)
-        flax = types.SimpleNamespace(
-            **{
-                each.name: getattr(nn, each.name)
-                for each in dataclasses.fields(tools.Toolbox)
-            }
-        )
-        if name == "baseline":
-            flax.remat = lambda block, **_: block
-        for module in (encoder, resnet, vit):
-            self.enterContext(mock.patch.object(module, "toolbox", return_value=flax))
-        self.assertEqual(own, self._program(index, name))
-
-    def _program(self, index, name):
-        step, arguments, _ = workloads.WORKLOADS[index].training_step(VARIANTS[name])
-        # Functions are printed with their addresses.
-        return re.sub(r" at 0x\w+", "", str(jax.make_jaxpr(step)(*arguments)))
-
-    def test_drop_is_measured_on_it(self):
-        plain, blocks = (
-            layer_preset("baseline"),
-            layer_preset("baseline", remat="blocks"),
-        )
-        found = {name: each for name, each in VARIANTS.items() if each.drop}
-        for name, each in found.items():
-            self.assertEqual(each.layers, blocks if "remat" in name else plain)
+    def test_presets_are_measured_on_plain_flax_and_policies_without_a_preset(self):
+        for variant in VARIANTS.values():
+            self.assertFalse(variant.preset and variant.policy)
+            self.assertEqual(variant.layers == FLAX, variant.policy is None)
+        policies = [each.policy for each in VARIANTS.values() if each.policy]
         self.assertEqual(
-            [each.drop for each in found.values()], ["exact", "lean", "leanest", "lean"]
+            [(each.rate, each.chunk_size, each.value_dtype) for each in policies],
+            [(0.875, 16, None), (0.875, 16, "bfloat16")],
         )
-        self.assertEqual(VARIANTS["baseline"].layers, plain)
-        self.assertEqual(VARIANTS["remat_blocks"].layers, blocks)
 
 
 def _core(results):
@@ -219,36 +183,32 @@ class CommandTest(parameterized.TestCase):
         printed, _, asked = _main()
         self.assertEqual([*asked], [*benchmark.MODELS])
         self.assertEqual(printed.count("### "), 5)
-        of_functions = [
-            "baseline",
-            "drop exact",
-            "drop lean",
-            "drop leanest",
-            "drop lean+remat_blocks",
-        ]
+        of_all = ["exact", "lean", "leanest", "lean+remat_blocks", "remat_blocks"]
         for target, names in asked.values():
-            self.assertEqual(target, "h100")
-            self.assertEqual(names[:5], of_functions)
-            self.assertIn("remat_blocks", names)
+            self.assertEqual((target, names[0]), ("h100", "baseline"))
+            self.assertContainsSubset(of_all, names)
+        _, names = asked[transformer.SCANNED.name]
+        self.assertCountEqual(names, ["baseline", *of_all])
         for workload in workloads.WORKLOADS:
             _, names = asked[workload.name]
-            self.assertContainsSubset(["dropit", "lean"], names)
+            self.assertContainsSubset(["dropit", "dropit_layers"], names)
             # These differ from others in some of the models alone.
             self.assertEqual("remat_dots" in names, workload.model == "ViT-B/16")
-            self.assertEqual("dropit_float32" in names, workload.dtype == "float32")
+            wide = workload.dtype == "float32"
+            self.assertEqual("dropit_layers_float32" in names, wide)
 
     def test_models_and_variants_can_be_chosen(self):
         name = "ViT-B/16, 224², bfloat16"
         printed, _, asked = _main(
-            f"--model={name}", "--variants=lean,drop exact", "--target=l4", "--json"
+            f"--model={name}", "--variants=lean,exact", "--target=l4", "--json"
         )
-        self.assertEqual(asked, {name: ("l4", ["baseline", "drop exact", "lean"])})
+        self.assertEqual(asked, {name: ("l4", ["baseline", "exact", "lean"])})
         variants = [each["variant"] for each in json.loads(printed)]
-        self.assertEqual(variants, ["baseline", "drop exact", "lean"])
+        self.assertEqual(variants, ["baseline", "exact", "lean"])
 
     @parameterized.parameters(
         ("--model=ViT", "unknown model 'ViT'; known are 'ResNet-18, 32², float32', "),
-        ("--variants=drop", "unknown variant 'drop'; known are 'baseline', 'drop ex"),
+        ("--variants=drop", "unknown variant 'drop'; known are 'baseline', 'exact'"),
         ("--target=h1000", "Unknown target 'h1000'"),
     )
     def test_what_cannot_be_is_one_line_and_exit_2(self, flag, message):

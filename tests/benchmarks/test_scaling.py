@@ -21,7 +21,7 @@ class TablesTest(parameterized.TestCase):
         text = scaling.markdown(examples.SWEEP, points, lines)
         self.assertIn("### depth: MLP", text)
         self.assertIn("| 3 | flax | 6.0 | 0.00 | 3.0 [-97.0, 103.0] |", text)
-        self.assertIn("| step | lean | layers | 2.000 | ms, by layers |", text)
+        self.assertIn("| step | lean | depth | 2.000 | ms, by depth |", text)
 
     def test_devices_have_a_table(self):
         text = scaling.devices_markdown(examples.on_devices())

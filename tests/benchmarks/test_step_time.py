@@ -11,16 +11,11 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from benchmarks import step_time, workloads
-from benchmarks.models import MLP
 from benchmarks.variants import TIMED_VARIANTS
 from dropit_jax import memory
+from tests.benchmarks import examples
 
-_TINY = dataclasses.replace(
-    workloads.mlp(batch=4),
-    model="tiny",
-    image_size=8,
-    make=lambda memory: MLP(10, layers=2, width=16, memory=memory),
-)
+_TINY = examples.mlp(2, width=16)
 
 
 def _main(*flags):
@@ -122,16 +117,22 @@ class WorkloadsTest(parameterized.TestCase):
                 "ViT-S/16": ("ViT-S/16", 224, 4),
             },
         )
-        layers = [each.layers for each in TIMED_VARIANTS.values()]
-        sizes = [each.conv and each.conv.chunk_size for each in layers]
-        self.assertEqual(sizes, [*[None] * 3, 16, 32, 2**14, 16, None, None])
+        found = {
+            name: (each.preset, each.policy and each.policy.chunk_size, each.remat)
+            for name, each in TIMED_VARIANTS.items()
+        }
         self.assertEqual(
-            [each.remat for each in layers][-3:], ["none", "blocks", "dots"]
-        )
-        drops = {n: each.drop for n, each in TIMED_VARIANTS.items() if each.drop}
-        self.assertEqual(drops, {"drop exact": "exact", "drop lean": "lean"})
-        self.assertEqual(
-            TIMED_VARIANTS["drop lean"].layers, TIMED_VARIANTS["flax"].layers
+            found,
+            {
+                "flax": ("", None, "none"),
+                "exact": ("exact", None, "none"),
+                "lean": ("lean", None, "none"),
+                "dropit_16": ("", 16, "none"),
+                "dropit_32": ("", 32, "none"),
+                "dropit_16384": ("", 2**14, "none"),
+                "remat_blocks": ("", None, "blocks"),
+                "remat_dots": ("", None, "dots"),
+            },
         )
 
     def test_a_gpu_has_the_models_of_the_paper(self):
@@ -161,7 +162,7 @@ class WorkloadsTest(parameterized.TestCase):
 
     def test_arguments_are_those_that_every_kind_of_variant_takes(self):
         arguments = workloads.real_arguments(_TINY)
-        for name in ("drop lean", "dropit_16", "lean", "remat_blocks"):
+        for name in ("lean", "dropit_16", "remat_blocks"):
             _, abstract, _ = _TINY.training_step(TIMED_VARIANTS[name])
             chex.assert_trees_all_equal_shapes_and_dtypes(arguments, abstract)
         labels = arguments[-1]
@@ -171,7 +172,7 @@ class WorkloadsTest(parameterized.TestCase):
     def test_what_loses_nothing_changes_no_gradient_of_the_mlp(self):
         arguments = workloads.real_arguments(_TINY)
         updated = {}
-        for name in ("flax", "drop exact", "remat_blocks", "remat_dots"):
+        for name in ("flax", "exact", "remat_blocks", "remat_dots"):
             step, _, _ = _TINY.training_step(TIMED_VARIANTS[name])
             updated[name] = jax.jit(step)(*arguments)
         for each in updated.values():
@@ -182,14 +183,14 @@ class WorkloadsTest(parameterized.TestCase):
             variant = TIMED_VARIANTS[name]
             _, (variables, _, images, _), _ = _TINY.training_step(variant)
             saved = memory.saved_residuals(
-                _TINY.make(variant.layers).apply, variables, images, True
+                variant.model(_TINY.make).apply, variables, images, True
             )
             return [each.shape for each in saved.residuals if each.is_cached]
 
-        # What enters the second hidden layer and the head; "dots" keeps what the dense
-        # layers give beside it.
+        # What enters the second hidden layer and the head; plain Flax keeps the flags
+        # of the ReLUs beside it.
         self.assertEqual(residuals("remat_blocks").count((4, 16)), 2)
-        self.assertEqual(residuals("remat_dots").count((4, 16)), 4)
+        self.assertEqual(residuals("flax").count((4, 16)), 4)
 
 
 if __name__ == "__main__":
