@@ -8,12 +8,12 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from configs import ablation_drop
-from dropit_jax import layer_preset
 from tests.train import commands, tiny_grid
 from train import ablation
 from train.config import config as config_lib
 from train.config import validation
 from train.config.config import ConfigError
+from train.reports import measurements
 from train.runs import records
 
 _GRID = "--config=tests/train/tiny_grid.py"
@@ -51,13 +51,13 @@ class GridTest(parameterized.TestCase):
         (lambda c: setattr(c, "variants", {}), "config.variants is empty"),
         (
             lambda c: c.variants.half.__delattr__("dropit"),
-            "config.variants.half has the fields memory, dropit, seeds, and may have d",
+            "config.variants.half has the fields memory, dropit, seeds, and may have l",
         ),
         (
             lambda c: setattr(c.variants.half, "remat", "blocks"),
-            r"and may have drop; got \[.*'remat'",
+            r"and may have layers; got \[.*'remat'",
         ),
-        (lambda c: setattr(c.variants.half, "drop", 3), "config.variants.half: "),
+        (lambda c: setattr(c.variants.half, "layers", 3), "config.variants.half: "),
         (lambda c: setattr(c.variants.half, "seeds", ()), "takes different seeds"),
         (lambda c: setattr(c.variants.half, "seeds", (1, 1)), "takes different seeds"),
         (lambda c: setattr(c.variants.half, "seeds", (1.5,)), "config.variants.half: "),
@@ -80,15 +80,28 @@ class GridTest(parameterized.TestCase):
             seeds[run.variant] = seeds.get(run.variant, 0) + 1
         for name in ("baseline", "min_k_80_d16", "min_k_80_d16384", "default"):
             self.assertEqual(seeds[name], 3)
-        for name in ("min_k_50_int4", "plain_int4", "lean"):
+        for name in ("min_k_50_int4", "plain_int4", "dropit", "lean"):
             self.assertEqual(seeds[name], 3)
         for name in ("channels_80", "random_80", "min_k_75_int4_mean", "plain_int2"):
             self.assertEqual(seeds[name], 1)
         for rate in (50, 80, 90, 99):
             for chunk_size in (16, 2**14):
                 self.assertIn(f"min_k_{rate}_d{chunk_size}", seeds)
-        presets = {run.variant: config_lib.memory(run.config) for run in runs}
-        self.assertLen(set(map(repr, presets.values())), len(presets))
+        trained = {
+            (
+                run.config.memory,
+                run.config.layers,
+                config_lib.policy(run.config)
+                if config_lib.uses_policy(run.config)
+                else None,
+            )
+            for run in runs
+        }
+        self.assertLen(trained, len(seeds))
+        self.assertEqual(
+            {run.config.layers for run in runs if run.variant in ("dropit", "lean")},
+            {"flax"},
+        )
 
     @parameterized.parameters("digits_vit", "digits_resnet18", "cifar10")
     def test_the_grids_of_drop(self, model):
@@ -97,27 +110,26 @@ class GridTest(parameterized.TestCase):
         found: dict[str, list[int]] = {}
         for run in runs:
             validation.validate(run.config)
-            found.setdefault(run.config.drop or "baseline", []).append(run.config.seed)
-            self.assertEqual(run.variant, run.config.drop or "baseline")
-            self.assertEqual(config_lib.memory(run.config), layer_preset("baseline"))
+            found.setdefault(run.config.memory, []).append(run.config.seed)
+            self.assertEqual(run.variant, run.config.memory)
+            self.assertEqual(run.config.layers, "flax")
         seeds = [42, 1, 2]
         names = ("baseline", "exact", "lean", "leanest")
         self.assertEqual(found, dict.fromkeys(names, seeds))
         if model != "cifar10":
             own = importlib.import_module(f"configs.{model}").get_config()
-            config.base.memory = own.memory
             self.assertEqual(config.base, own)
 
     def test_another_grid_of_drop(self):
         with pytest.raises(ValueError, match=r"no model 'vit'; known are 'digits_vit'"):
             ablation_drop.get_config("vit")
 
-    def test_what_a_variant_does_not_say_of_drop_is_as_in_the_base(self):
+    def test_what_a_variant_does_not_say_of_layers_is_as_in_the_base(self):
         config = tiny_grid.get_config()
-        config.base.drop = "lean"
-        config.variants.half.drop = "exact"
-        drops = [run.config.drop for run in ablation.runs(config)]
-        self.assertEqual(drops, ["lean", "exact", "lean"])
+        config.base.layers = "dropit"
+        config.variants.half.layers = "flax"
+        layers = [run.config.layers for run in ablation.runs(config)]
+        self.assertEqual(layers, ["dropit", "flax", "dropit"])
 
     def test_of_two_lengths_the_one_that_counts_is_left(self):
         config = tiny_grid.get_config()
@@ -149,6 +161,7 @@ class CommandTest(parameterized.TestCase):
         with (directory / "results.csv").open(newline="") as file:
             row = list(csv.DictReader(file))[-1]
         self.assertEqual(float(row["test_accuracy"]), last["test_accuracy"])
+        self.assertEqual((row["memory"], row["layers"]), ("baseline", "flax"))
         self.assertEqual((row["strategy"], row["rate"]), ("", ""))
         self.assertEqual(row["status"], "finished")
 
@@ -199,9 +212,13 @@ class CommandTest(parameterized.TestCase):
         self.assertEqual((baseline["seeds"], half["seeds"]), ("2", "1"))
         self.assertEqual(half["test_accuracy_error"], "")
         self.assertEqual(half["rate"], "0.5")
-        # Half of the values, in bfloat16, and a bit for each place.
-        ratio = int(half["cached_bytes"]) / int(baseline["cached_bytes"])
-        self.assertAlmostEqual(ratio, (0.5 * 16 + 1) / 32, delta=0.02)
+        configs = {
+            run.variant: run.config for run in ablation.runs(tiny_grid.get_config())
+        }
+        for row in (baseline, half):
+            stored = measurements.stored_bytes(configs[row["variant"]])
+            self.assertEqual(int(row["stored_bytes"]), stored)
+        self.assertEqual((half["memory"], half["layers"]), ("dropit", "flax"))
         last = records.read(directory / "half/seed_3/metrics.csv")[-1]
         gain = last["test_accuracy"] - accuracies[0]  # of the same seed
         self.assertAlmostEqual(float(half["gain"]), gain)

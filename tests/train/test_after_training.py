@@ -15,7 +15,6 @@ from absl import flags
 from absl.testing import absltest, parameterized
 from flax import traverse_util
 
-from dropit_jax import layer_preset
 from tests.train import commands
 from train import data, evaluate, models
 from train.config import config as config_lib
@@ -39,9 +38,7 @@ def _logits(path, dtype):
     dataset = data.load("digits", "", 8, "none")
     (batch,) = data.evaluation_batches(dataset, info.test_examples)
     images = (batch["image"] - np.float32(info.mean)) / np.float32(info.std)
-    model = models.create(
-        "resnet18", 10, layer_preset("baseline"), dtype, width=4, stem="cifar"
-    )
+    model = models.create("resnet18", 10, dtype, width=4, stem="cifar")
     return model.apply(variables, images, train=False), batch["label"]
 
 

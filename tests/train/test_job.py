@@ -11,11 +11,16 @@ from train.engine import job
 from train.engine import step as step_lib
 
 
+def _with_mean(config):
+    config.memory, config.layers = "baseline", "dropit"
+    config.dropit = dropit_section(rate=0.75, fill="mean")
+
+
 class CheckTest(parameterized.TestCase):
     @parameterized.parameters(digits_resnet18, digits_vit)
     def test_a_mean_suits_the_models(self, file):
         config = file.get_config()
-        config.dropit = dropit_section(rate=0.75, fill="mean")
+        _with_mean(config)
         job.check(config)
         # What was checked is a step of it.
         step, (state, batch) = step_lib.abstract(config)
@@ -26,7 +31,7 @@ class CheckTest(parameterized.TestCase):
         config = digits_resnet18.get_config()
         config.image_size, config.model.width = 8, 4
         job.check(config)
-        config.dropit = dropit_section(rate=0.75, fill="mean")
+        _with_mean(config)
         # From the third stage on there are 2x2 positions.
         with pytest.raises(
             ConfigError, match=r"config.dropit: .*\(64, 2, 2, 16\) has 4"

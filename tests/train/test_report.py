@@ -1,7 +1,6 @@
 """What a report refuses before anything is computed, and whom it holds against whom."""
 
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from absl.testing import absltest, parameterized
@@ -58,15 +57,6 @@ class ReportTest(parameterized.TestCase):
     )
     def test_which_histograms_are_drawn(self, chosen, expected):
         self.assertEqual(report._drawn(["base", "a", "b"], chosen), expected)
-
-    def test_costs_are_those_that_are_known_of_all(self):
-        known = mock.Mock(cached_bytes=1, temp_bytes=3)
-        other = mock.Mock(cached_bytes=2, temp_bytes=4)
-        costs, axis = report._costs([known, other], "l4")
-        self.assertEqual((costs, axis[:6]), ([1, 2], "cached"))
-        other.cached_bytes = None  # as under `drop`
-        costs, axis = report._costs([known, other], "l4")
-        self.assertEqual((costs, axis), ([3, 4], "allocated in a step on l4, MiB"))
 
     def test_a_histogram_of_what_there_is_not(self):
         with pytest.raises(ConfigError, match="--histograms=c: there are base, a"):

@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import io
 import math
 
@@ -10,12 +9,13 @@ from hypothesis import strategies as st
 
 from tests.train import tiny_grid
 from train import ablation
-from train.config.config import dropit_section
 from train.reports import summary
 from train.reports.summary import Mean, Summary
 
 
-def _summary(variant, memory="dropit", accuracy=(0.5,), dropped=0.5, **policy):
+def _summary(
+    variant, memory="baseline", layers="dropit", accuracy=(0.5,), dropped=0.5, **policy
+):
     fields = {
         "strategy": "min_k",
         "granularity": "element",
@@ -27,13 +27,14 @@ def _summary(variant, memory="dropit", accuracy=(0.5,), dropped=0.5, **policy):
     return Summary(
         variant=variant,
         memory=memory,
-        policy={} if memory == "baseline" else fields | policy,
+        layers=layers,
+        policy=fields | policy if "dropit" in (memory, layers) else {},
         dropped=dropped,
         seeds=len(accuracy),
         test_accuracy=Mean.of(accuracy),
         gain=Mean.of([each - 0.55 for each in accuracy]),
         train_loss=Mean.of((1.25,)),
-        cached_bytes=2**21 if memory == "baseline" else 2**20,
+        stored_bytes=2**21 if variant == "baseline" else 2**20,
         temp_bytes=2**22,
         step_ratio=1.0,
     )
@@ -58,7 +59,7 @@ class PageTest(parameterized.TestCase):
         super().setUp()
         channels = {"granularity": "channel", "chunk_size": None}
         self.summaries = [
-            _summary("baseline", "baseline", (0.5, 0.7)),
+            _summary("baseline", "baseline", "flax", (0.5, 0.7)),
             _summary("a", accuracy=(0.41,), rate=0.5),
             _summary("b", accuracy=(0.42,), dropped=13 / 16, rate=0.8),
             _summary("c", accuracy=(0.43,), dropped=0.8, rate=0.8, chunk_size=2**14),
@@ -66,12 +67,9 @@ class PageTest(parameterized.TestCase):
             _summary("g", accuracy=(0.47,), rate=0.5, fill="mean"),
             _summary("h", accuracy=(0.48,), rate=0.5),
             _summary("e", accuracy=(0.45,), rate=0.5, value_dtype="int4"),
-            _summary("f", memory="lean", accuracy=(0.46,), rate=0.0),
-            dataclasses.replace(
-                _summary("i", memory="baseline", accuracy=(0.49,)),
-                cached_bytes=None,
-                drop="lean",
-            ),
+            _summary("f", accuracy=(0.46,), rate=0.0),
+            _summary("i", "lean", "flax", accuracy=(0.49,)),
+            _summary("j", "dropit", "flax", accuracy=(0.4,), rate=0.5),
         ]
         config = tiny_grid.get_config().base
         self.page = summary.to_markdown(self.summaries, config, "l4")
@@ -104,25 +102,28 @@ class PageTest(parameterized.TestCase):
         self.assertIn("| 1.00 | 0.50 | 4.00 | 1.00 | 1.00 |", table)
         self.assertIn("| `baseline` | - | 2 | 60.0 ± 10.0 | - | 1.250 |", table)
         self.assertIn("| `a` | 50.0% | 1 | 41.0 | -14.0 | 1.250 |", table)
-        self.assertIn("| `i` | - | 1 | 49.0 | -6.0 | 1.250 | - | - | 4.00 |", table)
+        self.assertIn("| `i` | - | 1 | 49.0 | -6.0 | 1.250 | 1.00 | 0.50 |", table)
 
     def test_without_layers_that_drop_there_is_no_grid(self):
         config = tiny_grid.get_config().base
-        baseline, *_, dropped = self.summaries
-        page = summary.to_markdown([baseline, dropped], config, "l4")
+        baseline, *_, lean, dropit = self.summaries
+        page = summary.to_markdown([baseline, lean, dropit], config, "l4")
         self.assertNotIn("Granularity", page)
         self.assertIn("## Every variant\n\n| variant |", page)
 
     def test_the_csv_has_what_the_page_has(self):
         rows = list(csv.DictReader(io.StringIO(summary.to_csv(self.summaries))))
-        self.assertEqual([row["variant"] for row in rows], ["baseline", *"abcdghefi"])
+        self.assertEqual([row["variant"] for row in rows], ["baseline", *"abcdghefij"])
         self.assertAlmostEqual(float(rows[0]["test_accuracy"]), 0.6)
         self.assertAlmostEqual(float(rows[0]["test_accuracy_error"]), 0.1)
         self.assertAlmostEqual(float(rows[1]["gain"]), -0.14)
         self.assertEqual((rows[1]["gain_error"], rows[1]["dropped"]), ("", "0.5"))
-        self.assertEqual((rows[0]["drop"], rows[-1]["drop"]), ("", "lean"))
         self.assertEqual(
-            (rows[0]["cached_bytes"], rows[-1]["cached_bytes"]), ("2097152", "")
+            [(row["memory"], row["layers"]) for row in (rows[0], rows[1], rows[-2])],
+            [("baseline", "flax"), ("baseline", "dropit"), ("lean", "flax")],
+        )
+        self.assertEqual(
+            (rows[0]["stored_bytes"], rows[-1]["stored_bytes"]), ("2097152", "1048576")
         )
         self.assertEqual((rows[0]["rate"], rows[4]["granularity"]), ("", "channel"))
 
@@ -136,17 +137,18 @@ class PolicyTest(parameterized.TestCase):
             (policy["granularity"], policy["chunk_size"]), ("channel", None)
         )
 
-    def test_layers_that_differ_are_told_apart(self):
+    @parameterized.parameters(
+        ("baseline", "flax", {}),
+        ("lean", "flax", {}),
+        ("dropit", "flax", {"rate": 0.5, "chunk_size": 16}),
+        ("lean", "dropit", {"rate": 0.5, "chunk_size": 16}),
+    )
+    def test_it_is_of_the_preset_dropit_and_of_layers(self, memory, layers, expected):
         run = ablation.runs(tiny_grid.get_config())[1].config
-        run.memory, run.dropit = "lean", dropit_section()
+        run.memory, run.layers = memory, layers
         policy = summary.policy(run)
-        self.assertEqual(policy["value_dtype"], "Conv: int2, Dense: int4")
-        self.assertEqual(policy["rate"], 0)
-
-    def test_the_baseline_has_none(self):
-        self.assertEqual(
-            summary.policy(ablation.runs(tiny_grid.get_config())[0].config), {}
-        )
+        self.assertEqual({name: policy[name] for name in expected}, expected)
+        self.assertEqual(bool(policy), bool(expected))
 
 
 if __name__ == "__main__":
