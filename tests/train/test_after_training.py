@@ -20,7 +20,9 @@ from train import data, evaluate, models
 from train.config import config as config_lib
 from train.system.disk import CheckpointError
 
+_PLAIN = "--config.memory=baseline"  # none of this is about memory
 _RUN = (
+    _PLAIN,
     "--config.num_epochs=3",
     "--config.ema_decay=0.9",
     "--config.mixup=0.2",
@@ -109,6 +111,7 @@ class AfterTrainingTest(parameterized.TestCase):
             "train.main",
             *commands.TINY,
             f"--workdir={workdir}",
+            _PLAIN,
             f"--config.init_from={path}",
             "--config.num_steps=1",
             "--config.optimizer.learning_rate=1e-9",
