@@ -28,12 +28,12 @@ _NAMES = tuple(name for name in _FILES if not name.startswith("ablation_"))
 
 # Batches of 8, of 48 images: these are steps of one epoch.
 _STEPS = 3
-# What makes a step cheap and leaves what the config is about. Images of 32x32 are four
-# patches, and 8x8 where an ImageNet ResNet's blocks begin.
+# The configs that are trained, and what makes a step cheap and leaves what the config
+# is about. Images of 32x32 are four patches, and 8x8 where an ImageNet ResNet's blocks
+# begin. The steps of all others are compiled: their datasets and models are trained
+# here too, in other pairs.
 _CHEAP = {
     "digits_resnet18": ("--config.model.width=4",),
-    "digits_vit": (),
-    "resnet18_cifar10": ("--config.model.width=4",),
     "resnet18_cifar100": ("--config.model.width=4",),
     "resnet18_imagenet": (
         "--config.model.width=4",
@@ -46,11 +46,6 @@ _CHEAP = {
         "--config.image_size=32",
         "--config.workers=1",
     ),
-    "vit_b16_imagenet": (
-        "--config.model.name=vit_mu",
-        "--config.image_size=32",
-        "--config.workers=0",
-    ),
     # Blocks in a loop, of which one is compiled.
     "vit_ti16_cifar10": (
         "--config.image_size=32",
@@ -58,9 +53,8 @@ _CHEAP = {
         "--config.model.scan=true",
     ),
 }
-# Trained by other tests as they are (test_loop), and here as in the paper.
-_DIGITS = ("digits_resnet18", "digits_vit")
-_PRETRAINED = ("vit_b16_cifar100", "vit_b16_imagenet")
+# Trained from a file of weights; and, as in the paper, what test_loop trains as it is.
+_PRETRAINED, _DIGITS = "vit_b16_cifar100", "digits_resnet18"
 # Of the class token in the file of weights, and far from what training makes of 0.
 _CLS = 5.0
 
@@ -93,7 +87,6 @@ class RunTest(parameterized.TestCase):
     def setUpClass(cls):
         super().setUpClass()
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        cls.pretrained = cls.directory / "ViT-B_16.npz"
 
     def _run(self, file, workdir, *more):
         self.addCleanup(shutil.rmtree, workdir, ignore_errors=True)
@@ -124,21 +117,17 @@ class RunTest(parameterized.TestCase):
         return workdir, json.loads((workdir / "config.json").read_text())
 
     def test_every_config_is_tested(self):
-        self.assertEqual(_NAMES, tuple(sorted(_CHEAP)))
-        self.assertEqual(_NAMES, tuple(sorted(_PUBLISHED)))
+        self.assertEqual(set(_NAMES), set(_CHEAP) | set(_PUBLISHED))
 
-    @parameterized.parameters(*sorted(set(_CHEAP) - {*_PRETRAINED, *_DIGITS}))
+    @parameterized.parameters(*sorted(set(_CHEAP) - {_PRETRAINED, _DIGITS}))
     def test_trains(self, name):
         _, config = self._check(name)
         self.assertEqual(config["dropit"]["rate"], "preset")
 
-    @parameterized.parameters(*_PRETRAINED)
-    def test_trains_from_googles_weights(self, name):
-        if not self.pretrained.exists():
-            _google_file(self.pretrained)
-        workdir, _ = self._check(name, f"--config.init_from={self.pretrained}")
-        if name != _PRETRAINED[0]:
-            return
+    def test_trains_from_googles_weights(self):
+        pretrained = self.directory / "ViT-B_16.npz"
+        _google_file(pretrained)
+        workdir, _ = self._check(_PRETRAINED, f"--config.init_from={pretrained}")
         output = workdir / "model.safetensors"
         status, _, errors = commands.run(
             "train.export", f"--workdir={workdir}", f"--output={output}"
@@ -148,19 +137,18 @@ class RunTest(parameterized.TestCase):
             cls = file.get_tensor("params/cls")
         np.testing.assert_allclose(cls, _CLS, atol=0.2)
 
-    @parameterized.parameters(*_PRETRAINED)
+    @parameterized.parameters("vit_b16_cifar100", "vit_b16_imagenet")
     def test_says_where_googles_weights_are(self, name):
         path = _config(name).init_from
         with pytest.raises(weights.WeightsError, match=r"imagenet21k/ViT-B_16\.npz :"):
             weights.load(path, {})
 
-    @parameterized.parameters(("digits_resnet18", 0.8), ("digits_vit", 0.9))
-    def test_trains_as_the_paper_does(self, name, rate):
-        _, config = self._check(f"{name}:paper")
-        self.assertEqual(config["memory"], "dropit")
+    def test_trains_as_the_paper_does(self):
+        _, config = self._check(f"{_DIGITS}:paper")
+        self.assertEqual((config["memory"], config["layers"]), ("baseline", "dropit"))
         policy = {k: v for k, v in config["dropit"].items() if v != "preset"}
         expected = {
-            "rate": rate,
+            "rate": 0.8,
             "chunk_size": 2**14,
             "selection": "top_k",
             "value_dtype": None,
@@ -176,11 +164,13 @@ class _Counts:
       stats: how many running means and variances.
       macs: multiplications with an addition, for an image, in the forward pass.
       first_macs: of these, those of the layer that reads the image.
+      score_macs: of these, those of queries with keys.
     """
 
-    def __init__(self, params, stats, macs, first_macs):
+    def __init__(self, params, stats, macs, first_macs, score_macs=0):
         self.params, self.stats = params, stats
         self.macs, self.first_macs = macs, first_macs
+        self.score_macs = score_macs
 
     @property
     def step_flops(self):
@@ -227,29 +217,23 @@ def _vit(
     params += (token + positions * tokens) * width + (width + 1) * classes
     macs = tokens * kernels + layers * 2 * tokens**2 * width + width * classes
     first_macs = patches * pixels * width
-    return _Counts(params, 0, macs + first_macs, first_macs)
+    scores = layers * tokens**2 * width
+    return _Counts(params, 0, macs + first_macs, first_macs, scores)
 
 
 _LAPTOP = 4 * 2**30  # bytes
 _H100 = memory.device_bytes("h100")
 
-# The batch, the side of the images and their channels, the model, and the memory that
-# it has to do with.
+# Of each kind of model, one config: the batch, the side of the images and their
+# channels, the model, and the memory that it has to do with.
 _PUBLISHED = {
-    "digits_resnet18": (
-        (64, 32, 1),
-        _resnet18(32, 16, 10, "cifar", channels=1),
-        _LAPTOP,
-    ),
     "digits_vit": (
         (64, 8, 1),
         _vit(8, 2, 32, 10, layers=1, token=False, channels=1),
         _LAPTOP,
     ),
     "resnet18_cifar10": ((128, 32, 3), _resnet18(32, 64, 10, "cifar"), _LAPTOP),
-    "resnet18_cifar100": ((128, 32, 3), _resnet18(32, 64, 100, "cifar"), _LAPTOP),
     "resnet18_imagenet": ((256, 224, 3), _resnet18(224, 64, 1000, "imagenet"), _H100),
-    "vit_b16_cifar100": ((512, 224, 3), _vit(224, 16, 768, 100), _H100),
     "vit_b16_imagenet": ((512, 224, 3), _vit(224, 16, 768, 1000), _H100),
     "vit_ti16_cifar10": (
         (128, 128, 3),
@@ -270,14 +254,7 @@ class CompileTest(parameterized.TestCase):
         self.assertEqual(model.params, params)
         self.assertAlmostEqual(model.macs / macs, 1, delta=0.01)
 
-    # The others of the paper take up to a minute each to compile; resnet18_cifar100 is
-    # the paper's alone, which takes more. vit_b16_cifar100 is vit_b16_imagenet with a
-    # smaller head.
-    @parameterized.parameters(
-        *sorted(set(_NAMES) - {"resnet18_cifar100", "vit_b16_cifar100"}),
-        "resnet18_cifar100:paper",
-        "digits_vit:paper",
-    )
+    @parameterized.parameters(*_PUBLISHED, "digits_vit:paper")
     def test_the_whole_step_is_what_it_is_said_to_be(self, file):
         name = file.partition(":")[0]
         (batch, side, channels), model, available = _PUBLISHED[name]
@@ -299,7 +276,9 @@ class CompileTest(parameterized.TestCase):
         self.assertGreater(report.temp_bytes, 0)
         self.assertLess(report.peak_bytes, available)
         expected = batch * model.step_flops
-        self.assertAlmostEqual(report.flops / expected, 1, delta=0.01)
+        # Scores are cheaper to compute twice than to store, for `drop`.
+        most = expected + batch * 2 * model.score_macs
+        self.assertBetween(report.flops, 0.99 * expected, 1.01 * most)
 
 
 if __name__ == "__main__":
