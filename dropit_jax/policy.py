@@ -34,7 +34,7 @@ _ROUNDING = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class DropIT:
-    """How a layer stores its input for its weight gradient (paper §3.2, §3.3).
+    """The storage of a layer's input for its weight gradient (paper §3.2, §3.3).
 
     The policy is immutable and hashable, so it can be a module's field and a static
     argument of a jitted function. Its fields are checked when it is created.
@@ -118,12 +118,12 @@ class DropIT:
 
     @property
     def needs_key(self) -> bool:
-        """Whether the stored arrays depend on a PRNG key."""
+        """Returns whether the stored arrays depend on a PRNG key."""
         return self.strategy == "random" or self.rounding == "stochastic"
 
     @property
     def per_channel(self) -> bool:
-        """Whether the policy needs to know the axis of the channels."""
+        """Returns whether the policy needs the axis of the channels."""
         return self.granularity == "channel" or self.fill == "mean"
 
     def kept(self, size: int) -> int:

@@ -138,7 +138,7 @@ def _encode_any(
     dropit: DropIT,
     value_dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
-    """Is `encode` for chunks of any kind, without GPU kernels."""
+    """Returns `encode` of chunks of any size, computed without GPU kernels."""
     encode_plain = functools.partial(
         _encode_plain, chunks=chunks, dropit=dropit, value_dtype=value_dtype
     )
@@ -156,7 +156,7 @@ def _encode_plain(
     dropit: DropIT,
     value_dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
-    """Is `_encode_any`, the same on every platform."""
+    """Returns `_encode_any`, computed by the same code on every platform."""
     encoder = _encode_bitmap if choose(chunks, dropit) == "bitmap" else _encode_indices
     values, positions = encoder(x, scores, chunks, dropit)
     return values.astype(value_dtype), positions
@@ -170,7 +170,7 @@ def _decode_any(
     dropit: DropIT,
     dtype: jnp.dtype,
 ) -> Array:
-    """Is `decode` for chunks of any kind, without GPU kernels."""
+    """Returns `decode` of chunks of any size, computed without GPU kernels."""
     place = _decode_bitmap if choose(chunks, dropit) == "bitmap" else _decode_indices
     return place(values.astype(dtype), positions, chunks, dropit)
 

@@ -74,10 +74,10 @@ class Dropped:
 
     @functools.cached_property
     def has_plan(self) -> bool:
-        """Whether a plan can replace JAX's derivative of the function.
+        """Returns whether a plan can replace JAX's derivative of the function.
 
-        It cannot where a loop writes to a mutable reference: JAX's derivative of such a
-        loop writes to further references, and cannot be split into two programs.
+        False if a loop writes to a mutable reference: JAX's derivative of the loop then
+        writes to further references, and cannot be split into two programs.
         """
         return not any(map(rules.has_reference, self._program.nodes))
 

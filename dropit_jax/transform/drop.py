@@ -117,11 +117,11 @@ class Settings:
       fun: the plain function.
       given: the plan that the user passed, or else the preset with its rules.
       preset: the preset with its rules, also where the user passed a plan.
-      choices: the stored values of the plan; `None` without a plan.
+      choices: the forms of the stored values of the plan; `None` without a plan.
       key: the name of the argument that holds the PRNG key.
       static: the positions of the static arguments.
-      differentiable: maps a tree of arguments to a tree of booleans: whether a leaf may
-        be differentiated. `None`: all leaves may.
+      differentiable: maps the arguments to a pytree of booleans of their structure:
+        whether a leaf may be differentiated. `None`: all leaves may.
       lift: converts a function of the arguments of `fun` to a function of the user's
         arguments; `None`: they are the same.
     """

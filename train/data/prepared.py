@@ -69,7 +69,10 @@ class Records:
         return self._check_example(index, example)
 
     def many(self, indices: Sequence[int]) -> Sequence[Any]:
-        """Reads several examples faster than one by one; a single one more slowly."""
+        """Returns the examples at several indices, as dictionaries, in their order.
+
+        Faster than indexing for several examples, and slower for one.
+        """
         source = self._source
         try:
             examples = source.__getitems__(indices)
@@ -78,7 +81,7 @@ class Records:
         return list(map(self._check_example, indices, examples))
 
     def _check_example(self, index: int, example: Any) -> Any:
-        """Checks image and label of an example, and adds its place."""
+        """Returns an example with its place; checks its image and its label."""
         place = Place(self._directory, self._split, index)
         if not isinstance(example.get("image"), bytes):
             raise DataError(

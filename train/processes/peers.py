@@ -221,7 +221,7 @@ def _name() -> str:
 
 
 def _addresses() -> list[str]:
-    """Returns addresses at which others may reach this host, the likeliest first."""
+    """Returns this host's IP address and names for its peers, the likeliest first."""
     hosts = []
     with (
         contextlib.suppress(OSError),

@@ -75,7 +75,7 @@ class Background:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the thread has no abandoned call."""
+        """Returns whether the thread has no abandoned call."""
         return self not in _abandoned
 
     def recovers(self) -> bool:

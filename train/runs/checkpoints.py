@@ -206,7 +206,7 @@ class Checkpoints:
             self._accuracies[step] = test_accuracy
 
     def wait(self) -> None:
-        """Waits until the checkpoint that is being saved is written.
+        """Waits for the checkpoint that is being saved; then removes old checkpoints.
 
         Raises:
           CheckpointError: the checkpoint cannot be written.

@@ -32,7 +32,7 @@ class SavedRun:
 
     @property
     def variant(self) -> str:
-        """The name of the workdir, or `VARIANT` of `VARIANT/seed_N`."""
+        """The name of the workdir, or `VARIANT` of `VARIANT/seed_N` for the seed N."""
         path = self.path.resolve()
         return (
             path.parent.name if path.name == f"seed_{self.config.seed}" else path.name

@@ -16,7 +16,7 @@ _HALF_REMOVED = ".old"
 
 
 def steps(directory: Path) -> set[int]:
-    """Returns the steps of the whole checkpoints in a directory, by name alone."""
+    """Returns the steps of the whole checkpoints in a directory; reads names alone."""
     return {int(path.name) for path in directory.glob("*") if is_step(path.name)}
 
 
@@ -36,9 +36,9 @@ def half_removed(directory: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, or a symbolic link to one.
+    """Removes a checkpoint, or a symbolic link to one, in the first process alone.
 
-    Renames it first, so that no reader ever finds a partly removed checkpoint.
+    Renames the checkpoint first: no reader ever finds a partly removed one.
 
     Raises:
       OSError: the checkpoint cannot be removed.
@@ -54,7 +54,8 @@ def remove(path: Path) -> None:
 def remove_rest(path: Path) -> None:
     """Removes a half-written or half-removed directory that a killed process left.
 
-    Orbax would remove it in the background, and may not finish before the run ends.
+    Only the first process removes it. Orbax would remove it in the background, and may
+    not finish before the run ends.
 
     Raises:
       CheckpointError: the directory cannot be removed.
@@ -68,7 +69,7 @@ def remove_rest(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Moves a checkpoint; creates the parent directory of the target.
+    """Moves a checkpoint, in the first process alone; creates the target's parent.
 
     Raises:
       CheckpointError: the checkpoint cannot be moved.

@@ -78,7 +78,10 @@ def compile_exported(
 def compile_with_notes(
     lowered: jax.stages.Lowered, directory: str, options: dict[str, str | bool]
 ) -> Any:
-    """Compiles, and writes the program and XLA's notes on buffers to a directory."""
+    """Returns a compiled program, and writes its text and buffers to a directory.
+
+    XLA writes notes on the buffers it assigns; `PROGRAM_FILE` has the program's text.
+    """
     notes = dict.fromkeys(NOTES_OPTIONS, True) | {"xla_dump_to": directory}
     compiled = lowered.compile(compiler_options=options | notes)
     Path(directory, PROGRAM_FILE).write_text(compiled.as_text() or "")

@@ -145,7 +145,12 @@ def _find_input(
 
 
 def _copied_operand(maker: JaxprEqn, position: int) -> Any:
-    """Returns the operand that a result is a copy of, or `None`."""
+    """Returns the operand of which an equation's result is a copy; `None` if computed.
+
+    Args:
+      maker: the equation.
+      position: the position of the result, and of the operand, in the equation.
+    """
     if maker.primitive.name not in _COPIES:
         return None
     operand: Any = maker.invars[position]

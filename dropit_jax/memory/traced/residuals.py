@@ -37,7 +37,7 @@ class SavedResidual:
 
     @property
     def is_cached(self) -> bool:
-        """Whether the array takes memory of its own: no argument and no constant."""
+        """Returns whether the array is no argument and no constant: it adds memory."""
         return self.kind not in (origins.ARGUMENT, origins.CONSTANT)
 
 

@@ -19,7 +19,7 @@ def kernel_or_twin(
     Args:
       kernel: a GPU kernel as `on_every_device` takes it.
       twin: the same function of the same arrays in plain JAX.
-      results: how many arrays they return.
+      results: the number of arrays that both return.
     """
 
     def traced(*operands: Array) -> Any:

@@ -1,4 +1,4 @@
-"""How GPU kernels store chunks, and the types and sizes for which there are any."""
+"""The storage of chunks by GPU kernels, and the types and sizes they support."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How chunks are stored.
+    """The storage of chunks.
 
     Positions are stored unit by unit, as a chunk may end within a byte. With D = 12,
     k = 3 and indices of 4 bits a chunk has 12 bits of positions, so 2 chunks are a
@@ -58,12 +58,12 @@ class Plan:
 
     @property
     def packed(self) -> bool:
-        """Whether positions are packed: smaller than a byte each."""
+        """Returns whether several positions share a byte."""
         return self.encoding == "bitmap" or self.index_bits < 8
 
     @property
     def ordered(self) -> bool:
-        """Whether kept elements are stored largest first."""
+        """Returns whether kept elements are stored in descending order of magnitude."""
         return self.encoding == "index" and self.size <= MAX_ORDERED
 
     @property
@@ -165,5 +165,5 @@ def result(
 
 
 def power_of_two(count: int) -> int:
-    """Returns the smallest power of two that is at least `count`, as blocks need."""
+    """Returns the smallest power of two that is at least `count`: 5 -> 8."""
     return 1 << max(0, count - 1).bit_length()

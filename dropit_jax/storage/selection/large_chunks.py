@@ -27,13 +27,15 @@ _LONGEST = 32
 def largest(
     scores: Int[Array, "*rows size"], k: int | Int[np.ndarray, "chunks"]
 ) -> UInt32[Array, "*rows words"]:
-    """Returns the bits of the k largest scores of each chunk, ties to the lower index.
+    """Returns a bit mask of each chunk's k largest scores, ties to the lower index.
 
-    `(*rows, size) -> (*rows, ceil(size / 32))`, as `bit_vectors.to_words` packs them.
+    `(*rows, size) -> (*rows, ceil(size / 32))`, packed as by `bit_vectors.to_words`:
+    for the scores `[3, 9, 0, 9]` and k = 2 the word `[0b1010]`.
 
     Args:
-      scores: not negative.
-      k: how many of each chunk, or for each chunk of a row.
+      scores: the scores, not negative; the last axis is a chunk.
+      k: the number of kept elements of a chunk; or a number for each chunk along the
+        axis before the last.
     """
     size, lead = scores.shape[-1], scores.ndim - 1
     axes = list(bit_vectors.BITS.shape)

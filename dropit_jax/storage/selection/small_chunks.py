@@ -55,7 +55,7 @@ def top_k(
 def top_k_of_magnitudes(
     x: Float[Array, "*rows size"], k: int, halves: bool = False
 ) -> tuple[Float[Array, "*rows {k}"], list[UInt8[Array, "*rows"]]]:
-    """Is `top_k` with the elements' magnitudes as scores.
+    """Returns `top_k` with the elements' magnitudes as scores.
 
     For `[1, -5, 2, 4]` and k = 2: elements `[-5, 4]` and indices `[1], [3]`; with
     `halves`, the byte `[0x31]`.
@@ -85,7 +85,7 @@ def top_k_of_magnitudes(
 def top_2_of_magnitudes(
     x: Float[Array, "*rows size"], before: UInt8[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows 2"], UInt8[Array, "*rows"]]:
-    """Is `top_k_of_magnitudes` for k = 2 with `halves`, in two passes of the same code.
+    """Returns `top_k_of_magnitudes` for k = 2 with `halves`, by one loop run twice.
 
     Args:
       x: chunks.
@@ -142,7 +142,7 @@ def place(
 def place_at_halves(
     values: Shaped[Array, "*rows k"], packed: UInt8[Array, "*rows bytes"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """Is `place` with two indices in a byte, the first in its lower half."""
+    """Returns `place` for two indices in a byte, the first in its lower half."""
     columns = [packed[..., i : i + 1] for i in range(packed.shape[-1])]
     indices = [i for byte in columns for i in (byte & 15, byte >> 4)]
     return place(values, indices, size)
@@ -154,7 +154,7 @@ def place_by_reduction(
     size: int,
     halves: bool,
 ) -> Shaped[Array, "*rows {size}"]:
-    """Is `place` or `place_at_halves`, in the same few operations for any k.
+    """Returns `place` or `place_at_halves`, by the same few operations for any k.
 
     It is for a CPU, where XLA vectorises it for chunks of any size. There is no
     gradient, and operations that read the result do not fuse with it.
@@ -271,7 +271,11 @@ def _take_largest(
 def _max_and_tag(
     signed: Int[Array, "*rows size"], tags: UInt8[Array, "*rows size"]
 ) -> _Pair:
-    """Returns each chunk's largest magnitude and its tag, ties to the lower tag."""
+    """Returns each chunk's element of largest magnitude, and its tag.
+
+    `(*rows, size) -> (*rows)`, for both. Of equal magnitudes the lower tag wins: the
+    bits of the floats `[2, -5, 5]` and the tags `[0, 1, 2]` give the bits of -5, and 1.
+    """
     size = signed.shape[-1]
     if size <= _VECTOR or size % _PARTS:
         return _reduce_max(signed, tags)
@@ -286,7 +290,7 @@ def _max_and_tag(
 def _reduce_max(
     signed: Int[Array, "*rows size"], tags: UInt8[Array, "*rows size"]
 ) -> _Pair:
-    """Is `_max_and_tag`, as one reduction."""
+    """Returns `_max_and_tag`, computed by one reduction over the last axis."""
     ones = np.iinfo(signed.dtype).max
 
     def larger(one: _Pair, other: _Pair) -> _Pair:
@@ -323,7 +327,7 @@ def _spread_nth(
 def _select(
     here: Bool[Array, "*shape"], x: Shaped[Array, "*shape"], y: Shaped[Array, "*shape"]
 ) -> Shaped[Array, "*shape"]:
-    """Is `jnp.where` without a jitted call, which XLA's passes would have to inline."""
+    """Returns `jnp.where` without the jitted call, which XLA would have to inline."""
     return lax.select(here, shardings.like(x, here), shardings.like(y, here))
 
 

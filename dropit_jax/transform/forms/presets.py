@@ -91,7 +91,7 @@ class Preset:
 
     @property
     def needs_key(self) -> bool:
-        """Whether a policy draws random numbers to select elements."""
+        """Returns whether a policy of the preset or its rules draws random numbers."""
         return any(each.kernel.needs_key for each in self.all)  # type: ignore[union-attr]
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,11 +31,11 @@ class Form(Protocol):
 
     @property
     def is_lossy(self) -> bool:
-        """Whether a decoded value may differ from the encoded one."""
+        """Returns whether a decoded value may differ from the encoded one."""
 
     @property
     def needs_key(self) -> bool:
-        """Whether `encode` draws random numbers."""
+        """Returns whether `encode` draws random numbers."""
 
     def nbytes(self, aval: Any) -> float:
         """Returns the bytes of an encoded value of this type.

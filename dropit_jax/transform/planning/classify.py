@@ -202,7 +202,7 @@ def final_values(backward: Program, final: Sequence[bool]) -> set[int]:
 def _roles(
     backward: Program, linear: set[int], final: Sequence[bool]
 ) -> dict[int, str]:
-    """Returns the role of each value of the backward pass without cotangents in it.
+    """Returns the role of each value of the backward pass that reads no cotangent.
 
     Args:
       backward: the backward pass.
@@ -223,7 +223,21 @@ def _roles(
 
 
 def _role(node: Node, linear: set[int], last: set[int], roles: dict[int, str]) -> str:
-    """Returns the role that an equation gives to the operands that are not linear."""
+    """Returns the role that an equation gives to its operands without cotangents.
+
+    - "kept": the equation contains a program, as a loop does.
+    - "kernel": the equation is a product with a cotangent, and its result is only used
+      for a final gradient.
+    - "flowing": the equation reads a cotangent in any other way.
+    - The strongest role of its outputs: the equation reads no cotangent, and only moves
+      or casts elements. If it computes something, the role is at least "flowing".
+
+    Args:
+      node: an equation of the backward pass.
+      linear: the values that depend on the cotangents.
+      last: the values that are only used to compute final gradients.
+      roles: the roles of the equation's outputs, "kernel" where one is missing.
+    """
     if node.name in primitives.BODIES:
         return "kept"
     if not linear.isdisjoint(node.operands):

@@ -34,14 +34,15 @@ class Places:
         return self.ruled.get(value, self.default)
 
     def may_rebuild(self, node: Node, lossy: set[int]) -> bool:
-        """Returns whether the rules allow an equation to be recomputed.
+        """Returns whether the preset's rules allow an equation to be recomputed.
 
-        A value with a rule is recomputed only from exact values and values with the
-        same rule, so that no error of another place reaches it.
+        An equation whose outputs a rule names is recomputed only from exact operands
+        and lossy operands that the same rule names: otherwise an error made in another
+        place would reach the outputs.
 
         Args:
           node: the equation.
-          lossy: the operands that may have an error.
+          lossy: the operands of the equation that may have an error.
         """
         rules = {id(self.ruled[v]) for v in node.outputs if v in self.ruled}
         return not rules or all(

@@ -106,7 +106,16 @@ class Prices:
 
 
 def _form(preset: Preset, kind: Kind, aval: Any) -> Form:
-    """Returns a preset's form for a class; exact where the form would save nothing."""
+    """Returns a preset's form for a value of a kind.
+
+    The form is exact for a scalar, for a value whose last axis has a symbolic size, and
+    where the preset's form would take no fewer bytes. Booleans are packed as bits.
+
+    Args:
+      preset: the preset.
+      kind: the class of the value.
+      aval: the type of the value.
+    """
     if not getattr(aval, "shape", ()):
         return _EXACT
     chosen: Any = _EXACT

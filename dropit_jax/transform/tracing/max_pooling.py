@@ -77,7 +77,7 @@ class _Windows:
 
     @property
     def bits(self) -> int:
-        """Bits that hold a place in a window."""
+        """The bits of a stored place in a window: 4, 8 or 16; 4 for a window of 3x3."""
         size = math.prod(self.shape)
         return 4 if size <= 2**4 else 8 if size <= 2**8 else 16
 

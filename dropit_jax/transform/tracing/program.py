@@ -48,7 +48,7 @@ class Node:
 
     @property
     def operands(self) -> Iterator[int]:
-        """The inputs that are values."""
+        """The numbers of the values among the inputs, without the literal scalars."""
         return values(self.inputs)
 
 
@@ -83,7 +83,7 @@ class Zeros:
 
 
 def values(atoms: Iterable[Atom]) -> Iterator[int]:
-    """Returns the atoms that are values."""
+    """Returns the numbers of the values among atoms, without the literal scalars."""
     return (atom for atom in atoms if isinstance(atom, int))
 
 
@@ -183,7 +183,7 @@ def read(known: dict[int, Any], atom: Atom) -> Any:
 
 
 def bind(node: Node, *operands: Any) -> Sequence[Any]:
-    """Returns the results of an equation, traced under its scope and source line."""
+    """Returns the results of an equation for operands; keeps scope and source line."""
     return compat.bind_equation(node.equation, operands)
 
 
