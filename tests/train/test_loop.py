@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from configs import digits_resnet18
+from configs import digits_vit
 from tests.train import commands
 from train import loop
 from train.engine import evaluator, meter
@@ -194,8 +194,13 @@ class LoopTest(parameterized.TestCase):
 
     def test_steps_and_a_step_schedule_on_the_command_line(self):
         workdir = self.directory / "steps"
-        status, _, errors = self._train(
-            workdir,
+        status, _, errors = commands.run(
+            "train.main",
+            f"--workdir={workdir}",
+            "--config=configs/digits_vit.py",
+            "--config.batch_size=32",
+            "--config.optimizer.learning_rate=0.05",
+            "--config.schedule.warmup_epochs=1",
             "--config.num_steps=50",
             "--config.schedule.name=step",
             "--config.schedule.decay_epochs=(1,)",
@@ -292,9 +297,8 @@ class RowTest(absltest.TestCase):
 
     def _run(self, evaluator):
         """Two steps in this process, with another evaluation."""
-        config = digits_resnet18.get_config()
-        config.update(image_size=8, num_epochs=1, batch_size=480)
-        config.model.width = 4
+        config = digits_vit.get_config()
+        config.update(memory="baseline", num_epochs=1, batch_size=480)
         self.workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
         with mock.patch.object(loop, "evaluator", evaluator):
             return loop.run(config, self.workdir, terminal.Terminal())

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import math
+from unittest import mock
 
 import chex
 import jax
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import digits_resnet18
 from tests.train.fields import refusal
-from train import data
+from train import data, models
 from train.config import mesh_axes, validation
 from train.config.config import model_section
 from train.config.defaults import get_defaults
@@ -31,14 +32,27 @@ _MODELS = {
     "vit_scanned": model_section("vit_mu", patch_size=2, scan=True),
     "resnet": model_section("resnet18", width=8, stem="cifar"),
 }
-# Of the presets, and with chunks that are longer than a sample of some layers.
+# Presets, and layers with chunks that are longer than a sample of some of them: memory,
+# layers, and fields of the policy.
 _POLICIES = {
-    "baseline": ("baseline", {}),
-    "dropit": ("dropit", {}),
-    "long_chunks": ("dropit", {"chunk_size": 2**14, "value_dtype": None}),
-    "exact": ("dropit", {"rate": 0.0, "value_dtype": None}),
-    "lean": ("lean", {}),
+    "baseline": ("baseline", "flax", {}),
+    "exact": ("exact", "flax", {}),
+    "dropit": ("dropit", "flax", {}),
+    "lean": ("lean", "flax", {}),
+    "layers": ("baseline", "dropit", {"chunk_size": 2**14, "value_dtype": None}),
 }
+# A ResNet-18 of three blocks: most of the time is that of compilation.
+_SMALL = mock.patch.dict(
+    models._MODELS, resnet18=models._resnet(models.BasicBlock, 1, 1, 1)
+)
+
+
+def setUpModule():
+    _SMALL.start()
+
+
+def tearDownModule():
+    _SMALL.stop()
 
 
 # Steps that are compiled anyway, on each of the meshes.
@@ -54,7 +68,7 @@ def _config(model="vit", policy="baseline", **fields):
     config.dataset, config.image_size = "digits", 8
     config.batch_size, config.num_steps = _BATCH, 10
     config.model = _MODELS[model]
-    config.memory, changes = _POLICIES[policy]
+    config.memory, config.layers, changes = _POLICIES[policy]
     config.dropit.update(changes)
     config.optimizer.learning_rate = 0.1
     config.optimizer.weight_decay = 0.01
@@ -270,12 +284,10 @@ class TrainStepTest(parameterized.TestCase):
         self.enterContext(jax.enable_x64(True))
 
     @parameterized.parameters(
-        ((4, 2), {"model": "vit"}),
         ((8, 1), {"model": "vit", "policy": "dropit"}),
-        ((4, 2), {"model": "resnet"}),
         ((1, 8), {"model": "resnet", "policy": "dropit"}),
         # Whatever else a config asks for.
-        ((4, 2), {"policy": "long_chunks"}),
+        ((4, 2), {"model": "resnet", "policy": "layers"}),
         ((4, 2), {"policy": "exact"}),
         ((4, 2), {"policy": "dropit", "model": "vit_scanned"}),
         ((4, 2), {"policy": "dropit", "ema_decay": 0.9, "accumulate_steps": 2}),

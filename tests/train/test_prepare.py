@@ -33,7 +33,7 @@ def _packages(*present):
     find = importlib.util.find_spec
 
     def find_spec(name):
-        return (name in present or None) if name in prepare._NEEDED else find(name)
+        return (name in present or None) if name in prepare._PACKAGES else find(name)
 
     return mock.patch.object(importlib.util, "find_spec", find_spec)
 
@@ -61,7 +61,10 @@ class PrepareTest(parameterized.TestCase):
 
     def test_success_says_where_and_a_second_time_that_it_is_there(self):
         version = self.directory / "cifar100" / "3.0.2"
-        with _packages(*prepare._NEEDED), mock.patch.object(tfds, "builder", _Builder):
+        with (
+            _packages(*prepare._PACKAGES),
+            mock.patch.object(tfds, "builder", _Builder),
+        ):
             done = _run("cifar100", data_dir=self.directory)
         self.assertEqual(done, (0, f"cifar100 is in {version}.\n", ""))
         with _packages():  # which are not needed any more
@@ -89,7 +92,7 @@ class PrepareTest(parameterized.TestCase):
             status, _, err = _run("cifar10", data_dir=self.directory)
         self.assertEqual(status, 2)
         self.assertIn('pip install -e ".[prepare]"', err)
-        for name in prepare._NEEDED:
+        for name in prepare._PACKAGES:
             self.assertEqual(name in err.split("needs")[1], name not in present)
         self.assertEmpty(list(self.directory.iterdir()))
 
@@ -105,7 +108,10 @@ class PrepareTest(parameterized.TestCase):
         _, _, err = _run("imagenet2012", data_dir=self.directory)
         self.assertIn("Missing there: ILSVRC2012_img_val.tar.", err)
         (manual / "ILSVRC2012_img_val.tar").touch()
-        with _packages(*prepare._NEEDED), mock.patch.object(tfds, "builder", _Builder):
+        with (
+            _packages(*prepare._PACKAGES),
+            mock.patch.object(tfds, "builder", _Builder),
+        ):
             status, out, _ = _run("imagenet2012", data_dir=self.directory)
         self.assertEqual(status, 0)
         self.assertIn(f"{self.directory}/imagenet2012/5.1.0", out)
@@ -114,7 +120,7 @@ class PrepareTest(parameterized.TestCase):
         def builder(name, data_dir):
             return _Builder(name, data_dir, ConnectionError("no network"))
 
-        with _packages(*prepare._NEEDED), mock.patch.object(tfds, "builder", builder):
+        with _packages(*prepare._PACKAGES), mock.patch.object(tfds, "builder", builder):
             status, out, err = _run("cifar10", data_dir=self.directory)
         self.assertEqual((status, out), (2, ""))
         expected = "error: TFDS cannot prepare cifar10: ConnectionError: no network\n"
