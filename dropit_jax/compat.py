@@ -1,8 +1,8 @@
-"""Everything private or experimental of JAX and Flax that the library uses.
+"""Imports every private or experimental name of JAX and Flax that the library uses.
 
-No other file of the library reaches past their public interfaces;
-`tests/dropit_jax/test_compat.py` sees to it, and fails with the name of what is gone.
-Each entry says why it is needed, and what takes its place.
+All other files of the library use public interfaces only.
+`tests/dropit_jax/test_compat.py` checks this, and names each private name that a new
+version removes. The comments say why a name is needed and which name may replace it.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from typing import Any, TypeVar
 import jax
 import jax.export
 
-# Tells XLA how to share out a kernel. `jax.shard_map` does where the axes of a mesh are
-# Explicit or Manual; of Auto ones XLA has to be told.
+# Tells XLA how to shard a kernel over the Auto axes of a mesh; `jax.shard_map` does so
+# over Explicit and Manual axes.
 from jax.experimental.custom_partitioning import custom_partitioning
 
-# Lays an array out in a GPU's memory. Nothing else does so inside of a function.
+# Sets the layout of an array in a GPU's memory, inside a traced function.
 from jax.experimental.layout import Layout, with_layout_constraint
 
-# Marks a call as not to be inlined. Nothing else reaches XLA's CPU compiler.
+# Forbids XLA's CPU compiler to inline a call, which no public function does.
 from jax.experimental.xla_metadata import set_xla_metadata
 
-# `jax.extend` is where JAX wants extensions to take these from, and promises little:
-# traced programs, which `memory` reads and `platforms` holds (`jaxprs_in_params` gives
-# open ones, whatever a version of JAX keeps in the parameters of an equation); and
-# primitives, as `jax.lax.platform_dependent` leaves a choice in the program that XLA
-# takes apart in every layer anew. `jax.experimental.hijax` may take their place.
+# `jax.extend` is JAX's module for extensions, without a promise of stability. It has:
+# - traced programs: `memory` reads them and `platforms` makes them. `jaxprs_in_params`
+#   returns open jaxprs, whichever kind a version of JAX stores in an equation;
+# - primitives: `jax.lax.platform_dependent` instead leaves a branch in the program,
+#   which XLA has to remove in every layer. `jax.experimental.hijax` may replace them.
 from jax.extend import source_info_util
 from jax.extend.core import (
     Jaxpr,
@@ -44,13 +44,13 @@ from jax.extend.core import (
     jaxprs_in_params,
 )
 
-# Groups of arrays that are sharded alike: `jax.experimental.shard_alike` takes pairs.
+# Shards a group of arrays alike; `jax.experimental.shard_alike` takes two arrays only.
 from jax.extend.mlir.dialects import sdy
 
-# The rules of our primitives.
+# Register the rules of this library's primitives.
 from jax.interpreters import ad, batching, mlir
 
-# Tells which residuals a backward pass reads.
+# Finds the residuals that a backward pass reads.
 from jax.interpreters.partial_eval import dce_jaxpr
 
 _T = TypeVar("_T")
@@ -101,9 +101,10 @@ __all__ = [
     "without_flax_wrapper",
 ]
 
-# Modules that take long to import, or may be gone: attributes of this module all the
-# same. `topologies` describes GPUs that are not there. `pallas` writes kernels, and
-# `triton` is its backend for GPUs, deprecated from JAX 0.12 on: `has_triton`.
+# Attributes of this module that are imported on first use: the import is slow, or the
+# module is missing in some version of JAX. `topologies` describes GPUs that this machine
+# need not have. `pallas` writes kernels; `triton` is its backend for GPUs, deprecated
+# since JAX 0.12 (`has_triton`).
 _LAZY = {
     "pallas": "jax.experimental.pallas",
     "topologies": "jax.experimental.topologies",
@@ -117,18 +118,19 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Names of primitives, by which `memory` follows an array through a traced program: JAX
-# has objects for them in `jax.extend.core.primitives`, but not for all of these. A call
-# of a function with a backward rule of its own is not differentiated if it is there.
+# Names of primitives. `memory` follows an array through a traced program by them, since
+# `jax.extend.core.primitives` lacks some of the primitives. A program that contains
+# `CUSTOM_VJP` is not differentiated yet.
 CUSTOM_VJP = "custom_vjp_call"
 NAME = "name"  # `jax.ad_checkpoint.checkpoint_name`
 REDUCE_PRECISION = "reduce_precision"  # with it `jax.checkpoint` marks what it saves
 SCAN = "scan"
-# They call a function of Python on the host, which no other machine's compiler takes.
+# Primitives that call a Python function on the host. A program with one of them cannot
+# be compiled for another machine.
 HOST_CALLS = frozenset(
     {"debug_callback", "debug_print", "io_callback", "pure_callback"}
 )
-# Those that return an operand as it is, if size and dtype stay the same.
+# Primitives that return their operand unchanged if size and dtype stay the same.
 COPIES = frozenset(
     {
         NAME,
@@ -146,20 +148,21 @@ COPIES = frozenset(
 
 
 def open_jaxpr(closed: Any) -> Jaxpr:
-    """The program that `jax.make_jaxpr` made, without its constants.
+    """Returns the jaxpr of the result of `jax.make_jaxpr`, without its constants.
 
-    From JAX 0.11 on there is one class for both, and the attribute is to go.
+    Since JAX 0.11 open and closed jaxprs have one class, whose attribute `jaxpr` is
+    going to be removed.
     """
     return getattr(closed, "jaxpr", closed)
 
 
 def constants(closed: Any) -> list[Any]:
-    """The arrays that the `constvars` of a program stand for; none of an open one."""
+    """Returns the arrays for the `constvars` of a closed jaxpr; `[]` if it is open."""
     return list(getattr(closed, "consts", []))
 
 
-# A call of a program, by the name of the primitive: where the program is. That of a
-# function with a derivative of its own is only a call once it is differentiated.
+# Maps a primitive that calls a program to the parameter that holds the program. After
+# differentiation a function with its own derivative rule is a mere call, too.
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -171,9 +174,9 @@ _CALLS = {
 
 
 def called_program(equation: JaxprEqn) -> Any:
-    """The program that an equation calls with its operands; `None` if it does more.
+    """Returns the jaxpr that an equation only applies to its operands.
 
-    A call that lays down shardings does more.
+    `None` for all other equations, and for a call that sets shardings or layouts.
     """
     where = _CALLS.get(equation.primitive.name)
     if where is None:
@@ -189,7 +192,10 @@ def _is_specified(sharding: Any) -> bool:
 
 
 def in_scope(caller: JaxprEqn | None, equation: JaxprEqn) -> JaxprEqn:
-    """An equation of a program that is called, under the scope of the call."""
+    """Returns an equation of a called program with the caller's scope before its own.
+
+    An equation in the scope "mlp", called in the scope "layer_0", gets "layer_0/mlp".
+    """
     if caller is None or not caller.source_info.name_stack.stack:
         return equation
     outer, source = caller.source_info.name_stack, equation.source_info
@@ -199,9 +205,9 @@ def in_scope(caller: JaxprEqn | None, equation: JaxprEqn) -> JaxprEqn:
 
 @contextlib.contextmanager
 def under(equation: JaxprEqn) -> Iterator[None]:
-    """Traces what follows under an equation's scope, source line and settings.
+    """Traces operations in the context under an equation's scope, line and settings.
 
-    As in the loop of `jax.core.eval_jaxpr`, which takes whole programs alone.
+    `jax.core.eval_jaxpr` does so for each equation, but evaluates whole programs only.
     """
     source = equation.source_info
     scope = source_info_util.current_name_stack() + source.name_stack
@@ -211,7 +217,7 @@ def under(equation: JaxprEqn) -> Iterator[None]:
 
 
 def bind_equation(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """The results of an equation for these operands."""
+    """Returns the results of an equation for these operands, one or more."""
     primitive = equation.primitive
     with under(equation):
         params = primitive.get_bind_params(equation.params)
@@ -220,26 +226,26 @@ def bind_equation(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def current_scope() -> str:
-    """The scopes that are open where something is traced."""
+    """Returns the scopes around the operation being traced, such as "layer_0/mlp"."""
     return str(source_info_util.current_name_stack())
 
 
 def source_line(equation: JaxprEqn) -> str:
-    """The file, line and function of the user that an equation comes from."""
+    """Returns the user's line that made an equation, such as "model.py:12 (loss)"."""
     line = source_info_util.summarize(equation.source_info)
     where, _, function = line.partition(" ")
     path, *numbers = where.split(":")
     return " ".join(filter(None, (":".join((Path(path).name, *numbers[:1])), function)))
 
 
-# The library's own lines are nobody's source.
+# Excludes the library's own lines from the source lines of equations.
 source_info_util.register_exclusion(str(Path(__file__).parent))
 
 
 def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
-    """How many operands of a `scan` are constants, and how many are carried.
+    """Returns the number of constants and of carried values among a scan's operands.
 
-    JAX 0.11 put one tree of the operands, `ft_in`, in place of the two counts.
+    JAX 0.11 replaced the two counts by one tree of the operands, `ft_in`.
     """
     params = equation.params
     if "num_consts" in params:
@@ -249,7 +255,7 @@ def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
 
 
 def shard_map_arguments(equation: JaxprEqn) -> dict[str, Any]:
-    """The arguments that `jax.shard_map` was called with, beside the function."""
+    """Returns the arguments of a call of `jax.shard_map`, except the function."""
     params = equation.params
     return {
         "mesh": params["mesh"],
@@ -261,22 +267,22 @@ def shard_map_arguments(equation: JaxprEqn) -> dict[str, Any]:
 
 
 def is_reference(aval: Any) -> bool:
-    """Whether values of this type are mutable references to arrays (`jax.new_ref`)."""
+    """Returns whether a type is of mutable references to arrays (`jax.new_ref`)."""
     return hasattr(aval, "inner_aval")
 
 
 def num_devices(context: mlir.LoweringRuleContext) -> int:
-    """For how many devices a program is lowered; 0 if that is not known yet.
+    """Returns the number of devices that a program is lowered for; 0 if unknown yet.
 
-    On one device there is nothing to share out. JAX tells a lowering rule nowhere else.
+    A lowering rule has no public access to it. On one device nothing is sharded.
     """
     return getattr(context.module_context.axis_context, "num_devices", 0)
 
 
 def of_module(context: mlir.LoweringRuleContext, kind: type[_T]) -> _T:
-    """The object of a class that belongs to the module being lowered, made if need be.
+    """Returns the one object of a class for the module being lowered; may create it.
 
-    `keepalives` is the one thing that all rules of a module share and may add to.
+    All lowering rules of a module share its list `keepalives`, which holds the object.
     """
     kept = context.module_context.keepalives
     found = next((each for each in kept if type(each) is kind), None)
@@ -287,15 +293,15 @@ def of_module(context: mlir.LoweringRuleContext, kind: type[_T]) -> _T:
 
 
 def is_export(context: mlir.LoweringRuleContext) -> bool:
-    """Whether a program is lowered by `jax.export`, to be run by other versions."""
+    """Returns whether `jax.export` lowers a program, which other versions may run."""
     parameters = context.module_context.lowering_parameters
     return bool(getattr(parameters, "for_export", False))
 
 
 def concrete(dimension: Any) -> int:
-    """The size of a dimension; of a symbolic one, for symbols of `_SYMBOL` each.
+    """Returns the size of a dimension; every symbol in it counts as `_SYMBOL`.
 
-    Prices of values are compared, which symbols cannot be.
+    Prices of values with symbolic sizes could not be compared: 2*b + 1 -> 513.
     """
     if isinstance(dimension, int) or not jax.export.is_symbolic_dim(dimension):
         return int(dimension)
@@ -307,11 +313,11 @@ _SYMBOL = 256
 
 
 def remat(equation: JaxprEqn) -> tuple[Any, Any, bool] | None:
-    """The program, the policy and `prevent_cse` of a call of `jax.checkpoint`.
+    """Returns the jaxpr, the policy and `prevent_cse` of a call of `jax.checkpoint`.
 
-    `None` of other equations, and of a call that is differentiated. Under `jax_remat3`
-    these are in an object of JAX's, which is to take the place of the primitive; that
-    of JAX 0.10 has no `prevent_cse`.
+    `None` for other equations, and for a call that is differentiated already. With
+    `jax_remat3` an object of JAX holds the three, which is going to replace the
+    primitive; in JAX 0.10 the object has no `prevent_cse`.
     """
     params = equation.params
     if equation.primitive.name in ("remat2", "checkpoint"):
@@ -326,10 +332,10 @@ def remat(equation: JaxprEqn) -> tuple[Any, Any, bool] | None:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether this JAX has Pallas's Triton backend; once, a warning if not.
+    """Returns whether this JAX has Pallas's Triton backend; if not, warns once.
 
-    Mosaic GPU, which JAX names as its successor, cannot take its place here:
-    docs/performance.md says why.
+    JAX recommends Mosaic GPU instead, which cannot replace Triton here:
+    docs/performance.md has the reasons.
     """
     if importlib.util.find_spec(_LAZY["triton"]) is not None:
         return True
@@ -341,36 +347,36 @@ def has_triton() -> bool:
 
 
 def hush_triton() -> None:
-    """Ignores the warning that JAX 0.12 gives wherever a Triton kernel is lowered.
+    """Hides the warning that JAX 0.12 gives whenever it lowers a Triton kernel.
 
-    A user can do nothing about it, and `has_triton` deals with the removal. It is a
-    filter for this one message, as JAX lowers some kernels in a call of XLA's, where no
-    context of ours is around.
+    A user cannot avoid the warning, and `has_triton` handles a JAX without Triton. The
+    filter is global, for this message alone: XLA calls back into JAX to lower some
+    kernels, outside any context of this library.
     """
     warnings.filterwarnings(
         "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
     )
 
 
-# The layers and `intercept` of linen, and `nnx.drop`, use the parts of Flax below.
+# Flax: the functions below are for the linen layers, `linen.intercept` and `nnx.drop`.
 
 
 def flax_function(context: Any) -> Callable[..., Any]:
-    """The function that Flax wrapped as the method that an interceptor is told of.
+    """Returns the function that Flax wrapped as the method an interceptor intercepts.
 
-    By it a method of Flax's own is told from one that overrides it.
+    It differs between a method of a Flax layer and an override of that method.
 
     Args:
-      context: `flax.linen.module.InterceptorContext`.
+      context: a `flax.linen.module.InterceptorContext`.
     """
     return context.orig_method.func
 
 
 def without_flax_wrapper(method: Any) -> Any:
-    """A bound method of a module without the wrapper that Flax gives every method.
+    """Returns a bound method of a module without the wrapper Flax puts on every method.
 
-    By the wrapper Flax takes note of a call, which is one call too many where a method
-    calls that of its base class. A method that somebody else wrapped stays as it is.
+    The wrapper records a call. A method that calls the method of its base class would
+    record two. A method with another wrapper is returned unchanged.
     """
     function = method.__func__
     if function.__code__ is not _flax_wrapper():
@@ -380,21 +386,21 @@ def without_flax_wrapper(method: Any) -> Any:
 
 @functools.cache
 def _flax_wrapper() -> Any:
-    """The code of Flax's wrappers, which is one for all methods."""
+    """Returns the code object that Flax's wrappers of all methods share."""
     from flax import linen  # noqa: PLC0415  # not all users have Flax models
 
     class _Module(linen.Module):
         def __call__(self) -> None:
-            """Nothing."""
+            """Does nothing."""
 
     return vars(_Module)["__call__"].__code__
 
 
 def flax_modules(tree: Any) -> Any:
-    """A tree with `None` for all leaves but modules and variables of nnx.
+    """Returns a pytree with `None` for all leaves except modules and variables of nnx.
 
-    Such a tree a lifted function of nnx returns beside its results, for what changed in
-    its arguments; `nnx.from_tree` finds them in it.
+    A lifted function of nnx returns it for its arguments, beside its results, so that
+    `nnx.from_tree` can update the caller's modules.
     """
     from flax import nnx  # noqa: PLC0415  # not all users have Flax models
 

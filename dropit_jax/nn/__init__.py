@@ -1,4 +1,4 @@
-"""Activation functions with residuals of one bit or one byte an element."""
+"""Activation functions whose residuals take one bit or one byte an element."""
 
 from dropit_jax.nn.activations import (
     gelu,

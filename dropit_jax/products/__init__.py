@@ -1,1 +1,1 @@
-"""Products that cache a compressed first operand."""
+"""Matrix products and convolutions that store their first operand compressed."""

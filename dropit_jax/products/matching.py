@@ -1,4 +1,4 @@
-"""Which layers of a model are meant, by their paths."""
+"""Selects layers of a model by globs for their paths."""
 
 import dataclasses
 import fnmatch
@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Layers by globs.
+    """Globs that select layers of a model.
 
     Attributes:
       skip_first: whether the model's first layer is left out.
-      only: globs of the paths that are meant; `None`: all.
-      exclude: globs of the paths that are not.
+      only: globs for the paths of the selected layers; `None`: all layers.
+      exclude: globs for the paths of layers that are left out.
     """
 
     skip_first: bool
@@ -20,10 +20,10 @@ class Matching:
     exclude: tuple[str, ...]
 
     def selects(self, path: str, first: str | None) -> bool:
-        """Whether a layer is meant.
+        """Returns whether the layer of a path is selected.
 
         Args:
-          path: the layer's; its names joined by "/".
+          path: the names on the way to the layer, joined by "/".
           first: the path of the model's first layer.
         """
         if self.skip_first and path == first:
@@ -35,14 +35,14 @@ class Matching:
         )
 
     def check(self, paths: Collection[str], firsts: Collection[str]) -> None:
-        """Refuses globs that match nothing.
+        """Checks that every glob matches a layer.
 
         Args:
           paths: the paths of all layers.
-          firsts: of these, the ones that are first in the model.
+          firsts: the paths of the first layers of the model.
 
         Raises:
-          ValueError: there are such globs.
+          ValueError: a glob matches no layer.
         """
         rest = [p for p in paths if not (self.skip_first and p in firsts)]
         unmatched = [g for g in self.only or () if not fnmatch.filter(rest, g)]
@@ -61,7 +61,7 @@ def matching(
     only: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
 ) -> Matching:
-    """The layers that arguments as those of `linen.intercept` mean.
+    """Returns the globs given as arguments of `linen.intercept` or `nnx.apply`.
 
     Raises:
       TypeError: a glob is not a string.

@@ -1,7 +1,7 @@
-"""`jax.lax` products, and `einsum`, that cache a compressed first operand.
+"""`jax.lax` products, and `einsum`, that store their first operand compressed.
 
-The value and the gradient of the first operand are exact; the gradient of the second,
-the kernel, is computed from what was cached (`products` has the rule).
+The value and the gradient of the first operand are exact. The gradient of the second
+operand, the kernel, is computed from the compressed first one (`rule`).
 """
 
 import reprlib
@@ -30,33 +30,35 @@ def dot_general(
     key: Array | None = None,
     operation: Callable[..., Array] = lax.dot_general,
 ) -> Float[Array, "..."]:
-    """`lax.dot_general` that caches `lhs` compressed.
+    """Returns `lax.dot_general`, and stores `lhs` compressed for the gradient of `rhs`.
 
     Args:
       lhs: the activation.
       rhs: the kernel.
-      dimension_numbers: as in `lax.dot_general`, and so are `precision`,
-        `preferred_element_type` and `out_sharding`.
-      dropit: what of `lhs` to keep for the gradient of `rhs`. The leading axis of a
-        sample is the first that is not contracted; chunks run along the contracted
-        axes, which together are the channels. `None`: the plain operation.
+      dimension_numbers: as in `lax.dot_general`.
+      precision: as in `lax.dot_general`.
+      preferred_element_type: as in `lax.dot_general`.
+      out_sharding: as in `lax.dot_general`.
+      dropit: the policy for `lhs`. The first axis that is not contracted is the axis of
+        the samples. The contracted axes together are the channels, along which chunks
+        are cut. `None`: the plain operation.
       key: a PRNG key, for policies that need one.
-      operation: what computes the product: a function with the signature of
-        `lax.dot_general`, linear in each operand.
+      operation: the function that computes the product, with the signature of
+        `lax.dot_general` and linear in each operand.
 
     Returns:
-      The product, bit-identical to `operation`'s. The gradient of `lhs` is exact, that
-      of `rhs` is the one that `operation` has at the sparse `lhs`.
+      The product, bit-identical to the result of `operation`. The gradient of `lhs` is
+      exact; the gradient of `rhs` is the one of `operation` at the decompressed `lhs`.
 
     Raises:
       TypeError: `lhs` is not a real floating-point array, `dimension_numbers` are not
-        two pairs of sequences, or forward-mode differentiation was asked for, which
-        the operation does not have.
-      ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
-        key that it needs is missing.
+        two pairs of sequences, or JAX applies forward-mode differentiation, which the
+        operation does not have.
+      ValueError: when differentiated, the policy cannot store `lhs`, or the key that
+        the policy needs is missing.
     """
     kwargs = {"precision": precision}
-    # Replacements of `lax.dot_general` seldom take these, and seldom are they given.
+    # Few replacements of `lax.dot_general` have these arguments, and few calls use them.
     if preferred_element_type is not None:
         kwargs["preferred_element_type"] = preferred_element_type
     if out_sharding is not None:
@@ -72,10 +74,10 @@ def dot_general(
 
 
 def _contracted(dimension_numbers: Any) -> tuple[int, ...]:
-    """The axes of the first operand that are summed over.
+    """Returns the contracted axes of the first operand.
 
     Raises:
-      TypeError: these are no dimension numbers.
+      TypeError: the argument is not two pairs of sequences.
     """
     try:
         (contracted, _), (_, _) = dimension_numbers
@@ -106,29 +108,29 @@ def conv_general_dilated(
     key: Array | None = None,
     operation: Callable[..., Array] = lax.conv_general_dilated,
 ) -> Float[Array, "..."]:
-    """`lax.conv_general_dilated` that caches `lhs` compressed.
+    """Returns `lax.conv_general_dilated`; stores `lhs` compressed for `rhs`'s gradient.
 
     Args:
       lhs: the activation.
       rhs: the kernel.
-      window_strides: as in `lax.conv_general_dilated`, and so are all arguments up to
+      window_strides: as in `lax.conv_general_dilated`, like all arguments up to
         `out_sharding`.
-      dropit: what of `lhs` to keep for the gradient of `rhs`. Samples are cut in the
-        order (batch, spatial axes, features), whatever the layout of `lhs`. `None`:
-        the plain operation.
+      dropit: the policy for `lhs`. Chunks of a sample are cut in the order (spatial
+        axes, features), in any layout of `lhs`. `None`: the plain operation.
       key: a PRNG key, for policies that need one.
-      operation: what computes the product: a function with the signature of
-        `lax.conv_general_dilated`, linear in each operand.
+      operation: the function that computes the product, with the signature of
+        `lax.conv_general_dilated` and linear in each operand.
 
     Returns:
-      The convolution, bit-identical to `operation`'s. The gradient of `lhs` is exact,
-      that of `rhs` is the one that `operation` has at the sparse `lhs`.
+      The convolution, bit-identical to the result of `operation`. The gradient of `lhs`
+      is exact; the gradient of `rhs` is the one of `operation` at the decompressed
+      `lhs`.
 
     Raises:
-      TypeError: `lhs` is not a real floating-point array, or forward-mode
-        differentiation was asked for, which the operation does not have.
-      ValueError: where a gradient is asked for, `lhs` does not suit the policy, or the
-        key that it needs is missing.
+      TypeError: `lhs` is not a real floating-point array, or JAX applies forward-mode
+        differentiation, which the operation does not have.
+      ValueError: when differentiated, the policy cannot store `lhs`, or the key that
+        the policy needs is missing.
     """
     kwargs: dict[str, Any] = {
         "lhs_dilation": lhs_dilation,
@@ -163,26 +165,26 @@ def einsum(
     operation: Callable[..., Array] = jnp.einsum,
     **kwargs: Any,
 ) -> Float[Array, "..."]:
-    """`jax.numpy.einsum` of two operands that caches `lhs` compressed.
+    """Returns `jax.numpy.einsum`; stores `lhs` compressed for the gradient of `rhs`.
 
     Args:
-      equation: as in `jax.numpy.einsum`, with an explicit result ("->").
+      equation: an equation of two operands with an explicit result ("->").
       lhs: the activation.
       rhs: the kernel.
-      dropit: what of `lhs` to keep for the gradient of `rhs`. The axes that are summed
-        over with the kernel are the channels. `None`: the plain operation.
+      dropit: the policy for `lhs`. The axes contracted with the kernel are the
+        channels. `None`: the plain operation.
       key: a PRNG key, for policies that need one.
-      operation: what computes the product: a function with the signature of
-        `jax.numpy.einsum`, linear in each operand.
+      operation: the function that computes the product, with the signature of
+        `jax.numpy.einsum` and linear in each operand.
       **kwargs: other arguments of `jax.numpy.einsum`.
 
     Returns:
-      The product, bit-identical to `operation`'s. The gradient of `lhs` is exact, that
-      of `rhs` is the one that `operation` has at the sparse `lhs`.
+      The product, bit-identical to the result of `operation`. The gradient of `lhs` is
+      exact; the gradient of `rhs` is the one of `operation` at the decompressed `lhs`.
 
     Raises:
-      TypeError, ValueError: as `dot_general`; and the equation is not of two operands
-        and a result.
+      TypeError, ValueError: as `dot_general`; or the equation does not have two
+        operands and a result.
     """
     product = Operation.of(operation, first=(equation,), **kwargs)
     if dropit is None:
@@ -192,8 +194,11 @@ def einsum(
 
 
 def einsum_axes(equation: str, lhs: Array, rhs: Array) -> Axes:
-    """How the axes of `lhs` are read in an einsum."""
-    equation = equation.replace(" ", "")  # as Flax does, be it within the arrow
+    """Returns the order of the axes of `lhs` in an einsum, contracted axes last.
+
+    For "hbd,dk->hbk" the order is `(0, 1, 2)`, with one channel axis.
+    """
+    equation = equation.replace(" ", "")  # as Flax does, also within the arrow
     if equation.count("->") != 1 or equation.count(",") != 1:
         raise ValueError(
             "DropIT takes einsum equations of two operands and a result, such as "
