@@ -102,8 +102,8 @@ __all__ = [
 ]
 
 # Attributes of this module that are imported on first use: the import is slow, or the
-# module is missing in some version of JAX. `topologies` describes GPUs that this machine
-# need not have. `pallas` writes kernels; `triton` is its backend for GPUs, deprecated
+# module is missing in some version of JAX. `topologies` describes GPUs that need not be
+# in this machine. `pallas` writes kernels; `triton` is its backend for GPUs, deprecated
 # since JAX 0.12 (`has_triton`).
 _LAZY = {
     "pallas": "jax.experimental.pallas",

@@ -9,7 +9,7 @@ _PLAIN = "the plain Flax layer or jax.nn function"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def once(x: Array, what: str, instead: str = _PLAIN) -> Array:
+def differentiable_once(x: Array, what: str, instead: str = _PLAIN) -> Array:
     """Returns `x`, and raises an error where the result is differentiated.
 
     It is for the inputs of a backward pass whose residuals have no derivative, such as
@@ -45,4 +45,4 @@ def _backward(
     )
 
 
-once.defvjp(_forward, _backward)
+differentiable_once.defvjp(_forward, _backward)

@@ -140,7 +140,7 @@ def _summarised():
     """Returns the lines of the table of every variant of `train.report`."""
     with (_RESULTS / "ablation" / "summary.csv").open(newline="") as file:
         summaries = [_summary(row) for row in csv.DictReader(file)]
-    _, _, *lines = summary.table(summaries, _TARGET)
+    _, _, *lines = summary.variants_table(summaries, _TARGET)
     return lines
 
 

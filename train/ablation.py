@@ -165,7 +165,7 @@ def table(grid: list[Run], workdir: Path) -> str:
         if is_finished(run.config, own):
             last = {name: own[-1][name] for name in _REACHED}
             rows.append(_row(run) | {"status": "finished"} | last)
-        elif failure.is_in(workdir / run.path):
+        elif failure.has_failed(workdir / run.path):
             rows.append(_row(run) | {"status": "diverged"})
     return tables.to_csv(columns, rows)
 

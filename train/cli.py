@@ -17,15 +17,15 @@ from train.config import validation
 from train.config.config import ConfigError
 from train.data import DataError
 from train.engine.meter import NonFiniteLossError
-from train.processes.interrupts import Interrupted, end_in_one_line
+from train.processes.interrupts import Interrupted, install_exit_handlers
 from train.processes.waiting import WaitError, is_abandoned
 from train.runs.lock import LockedError
 from train.runs.records import RecordsError
 from train.system import library_output
 from train.system.children import end_workers
 from train.system.disk import CheckpointError
-from train.system.paths import PathError, named
-from train.system.text import printable, shown
+from train.system.paths import PathError, user_path
+from train.system.text import printable, shorten
 from train.weights import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -76,7 +76,7 @@ def launch(job: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) 
     _run(checked, ["config", *(["workdir"] if needs_workdir else [])])
 
 
-def launch_on_run(job: Callable[[Path], None]) -> None:
+def launch_on_workdir(job: Callable[[Path], None]) -> None:
     """Parses the flags, runs the job on the workdir of a run, and exits as `launch`."""
 
     def checked(arguments: list[str]) -> None:
@@ -88,7 +88,7 @@ def launch_on_run(job: Callable[[Path], None]) -> None:
     _run(checked, ["workdir"])
 
 
-def launch_on_runs(job: Callable[[list[Path]], None]) -> None:
+def launch_on_directories(job: Callable[[list[Path]], None]) -> None:
     """Parses the flags, runs the job on the named directories, exits as `launch`."""
 
     def checked(directories: list[str]) -> None:
@@ -99,9 +99,9 @@ def launch_on_runs(job: Callable[[list[Path]], None]) -> None:
         if not directories:
             raise ConfigError("Name the directories of runs.")
         for directory in directories:
-            if not named(directory).is_dir():
-                raise ConfigError(f"{shown(directory)} is no directory.")
-        job([named(directory) for directory in directories])
+            if not user_path(directory).is_dir():
+                raise ConfigError(f"{shorten(directory)} is no directory.")
+        job([user_path(directory) for directory in directories])
 
     _run(checked, [])
 
@@ -109,17 +109,17 @@ def launch_on_runs(job: Callable[[list[Path]], None]) -> None:
 def _workdir() -> Path:
     if not _WORKDIR.value:
         raise ConfigError("--workdir= is empty: name a directory.")
-    return named(_WORKDIR.value)
+    return user_path(_WORKDIR.value)
 
 
 def _check_no_arguments(arguments: list[str]) -> None:
     if arguments:
-        raise ConfigError(f"Not an argument: {shown(repr(arguments[0]))}.")
+        raise ConfigError(f"Not an argument: {shorten(repr(arguments[0]))}.")
 
 
 def _run(job: Callable[[list[str]], None], required: list[str]) -> None:
     def main(argv: Sequence[str]) -> int:
-        end_in_one_line()
+        install_exit_handlers()
         if jax.config.jax_numpy_dtype_promotion != "standard":
             # Flax's norms in bfloat16 and Optax's schedules need it.
             print("JAX_NUMPY_DTYPE_PROMOTION is taken as 'standard'.", file=sys.stderr)
@@ -155,7 +155,7 @@ def _status(job: Callable[[], None]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    library_output.quieten()
+    library_output.silence_libraries()
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
@@ -169,7 +169,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         reason = "The name of a flag is too long, or the config file calls itself."
     except Exception as error:  # of any type: a config file is a program
         reason = f"--config: {_unknown_override(argv) or _message_of(error)}"
-    print(f"error: {shown(reason, _LONGEST_REASON)}", file=sys.stderr)
+    print(f"error: {shorten(reason, _LONGEST_REASON)}", file=sys.stderr)
     sys.exit(2)
 
 

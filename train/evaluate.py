@@ -16,7 +16,7 @@ _DATA_DIR = config_flags.data_dir()
 
 def main(workdir: Path) -> None:
     """Prints loss and accuracy of a run's checkpoint on the test examples."""
-    config, terminal = restoration.config_of(workdir), Terminal()
+    config, terminal = restoration.config_for_this_machine(workdir), Terminal()
     if _DATA_DIR.value:
         config.data_dir = _DATA_DIR.value
     job = job_lib.prepare(config)
@@ -34,4 +34,4 @@ def main(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.launch_on_run(main)
+    cli.launch_on_workdir(main)

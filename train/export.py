@@ -23,7 +23,7 @@ def main(workdir: Path) -> None:
     """Writes parameters (averaged ones if the run has them) and batch statistics."""
     output, terminal = output_path(), Terminal()
     weights.check_path(output)
-    config = restoration.config_of(workdir)
+    config = restoration.config_for_this_machine(workdir)
     abstract = job_lib.abstract_state(config, mesh_lib.create(config))
     step, state = restoration.restore(abstract, workdir, terminal.say)
     metadata = {"step": str(step), "config": config_lib.to_json(config)}
@@ -32,4 +32,4 @@ def main(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.launch_on_run(main)
+    cli.launch_on_workdir(main)

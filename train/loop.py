@@ -70,8 +70,8 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
     config = config_lib.without_unused_epochs(config)
     job = job_lib.prepare(config)
     validation.check_worker_count(config)
-    with workdir_lib.held(workdir, terminal.say):
-        workdir_lib.check(workdir, config)
+    with workdir_lib.created_and_locked(workdir, terminal.say):
+        workdir_lib.check_can_start(workdir, config)
         check_writable(workdir / "checkpoints", job.state_bytes)
         with Checkpoints(
             workdir / "checkpoints", terminal.say, problem=_problem
@@ -100,9 +100,9 @@ def _train(
     done, state, rows = _beginning(job, checkpoints, meter)
     if done:
         terminal.say(f"{workdir}: goes on after step {done} of {total_steps}.")
-    if failure.is_in(workdir):
+    if failure.has_failed(workdir):
         terminal.say(failure.advice(workdir))
-    workdir_lib.claim(workdir, config)
+    workdir_lib.write_config(workdir, config)
 
     saver = _Saver(checkpoints, meter, len(job.dataset.train), total_steps)
     with contextlib.ExitStack() as stack:
@@ -139,7 +139,7 @@ def _train(
                 meter.reset()
                 saver.save(done, state, [*records.rows, row], test)
                 if not records.rows:
-                    # `workdir.check` knows by its rows that a run has a checkpoint.
+                    # `workdir.check_can_start` takes rows for a sign of a checkpoint.
                     checkpoints.wait()
                 records.append(row)
             elif config.checkpoint_steps and done % config.checkpoint_steps == 0:

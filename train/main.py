@@ -12,8 +12,8 @@ from train.system.terminal import Terminal
 def main(config: ConfigDict, workdir: Path) -> None:
     """Trains the model of the config, or resumes the run in the workdir."""
     distributed.initialise()
-    with peers.watched():
-        distributed.check_alike(config)
+    with peers.ended_with_peers():
+        distributed.check_same_config(config)
         loop.run(config, workdir, Terminal(quiet=not collective.is_first()))
 
 

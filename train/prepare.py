@@ -44,14 +44,15 @@ def prepare(name: str, data_dir: str) -> str:
     splits = datasets.splits(name)
     if not splits:
         return f"{name} comes with a package: there is nothing to prepare."
-    if prepared.find(name, data_dir):
-        return f"{name} is already in {prepared.locate(name, data_dir, splits)}."
-    where = prepared.root(data_dir)
+    if prepared.newest_version(name, data_dir):
+        directory = prepared.checked_directory(name, data_dir, splits)
+        return f"{name} is already in {directory}."
+    where = prepared.datasets_directory(data_dir)
     if name == "imagenet2012":
         _check_manual_files(where / "downloads" / "manual")
     _check_packages()
     _download_and_prepare(name, where)
-    return f"{name} is in {prepared.locate(name, data_dir, splits)}."
+    return f"{name} is in {prepared.checked_directory(name, data_dir, splits)}."
 
 
 def main(argv: Sequence[str]) -> int:

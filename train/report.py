@@ -86,7 +86,7 @@ def main(directories: list[Path]) -> None:
         output / "tradeoff.png",
     )
     write_atomically(output / "summary.csv", summary.to_csv(summaries))
-    write_atomically(output / "curves.csv", summary.curves(variants))
+    write_atomically(output / "curves.csv", summary.curves_csv(variants))
     config = variants[baseline][0].config
     write_atomically(
         output / "report.md", summary.to_markdown(summaries, config, target)
@@ -184,4 +184,4 @@ def _distributions(run: SavedRun, terminal: Terminal) -> Distributions:
 
 
 if __name__ == "__main__":
-    cli.launch_on_runs(main)
+    cli.launch_on_directories(main)

@@ -260,7 +260,7 @@ def _smooth(function: _Activation, scale: _Scale, name: str, x: Array) -> Array:
 def _smooth_forward(
     function: _Activation, scale: _Scale, name: str, x: Array
 ) -> tuple[Array, Codes]:
-    x = derivatives.once(x, "An activation")
+    x = derivatives.differentiable_once(x, "An activation")
     value, code = _value_and_code(x, function, scale)
     value, _, saved = element_codes.store_apart(value, code, bits=8, name=name)
     return value, saved

@@ -68,7 +68,7 @@ class CachedOperand:
         # alive through the whole forward pass.
         residual, cotangent = barrier((self.residual, cotangent))
         restored = _restored(residual, cotangent, self.shape, axes)
-        return shardings.join(shardings.to(restored, self.spec), self.group)
+        return shardings.join_group(shardings.reshard(restored, self.spec), self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,12 @@ class Compression:
     def __call__(self, operand: Array, key: Array | None = None) -> CachedOperand:
         """Returns the residual of the operand."""
         operand = lax.stop_gradient(operand)
-        joined = shardings.join(operand, self.group)
+        joined = shardings.join_group(operand, self.group)
         residual = _residual(joined, self.dropit, self.axes, key)
         named = checkpoint_name(residual, RESIDUAL_NAME)
-        return CachedOperand(named, operand.shape, shardings.spec(operand), self.group)
+        return CachedOperand(
+            named, operand.shape, shardings.explicit_spec(operand), self.group
+        )
 
 
 def bytes_cached(operand: Array, dropit: DropIT, axes: Axes) -> int | None:
@@ -119,7 +121,7 @@ def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
     lead = ordered.ndim - axes.channel_axes
     if dropit.per_channel:
         ordered = shardings.gather(ordered, keep=lead)
-    elif any(shardings.spec(ordered)):
+    elif any(shardings.explicit_spec(ordered)):
         return ordered  # the chunks are the same, and no axis need be gathered
     # Equal selections are compiled once: those of heads and of other layers' features.
     return ordered.reshape(*ordered.shape[:lead], math.prod(ordered.shape[lead:]))

@@ -58,7 +58,7 @@ def dot_general(
         the policy needs is missing.
     """
     kwargs = {"precision": precision}
-    # Few replacements of `lax.dot_general` have these arguments, and few calls use them.
+    # Few replacements of `lax.dot_general` have these arguments, and few calls do.
     if preferred_element_type is not None:
         kwargs["preferred_element_type"] = preferred_element_type
     if out_sharding is not None:

@@ -151,7 +151,7 @@ def _forward(
         z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
         return z, (None, kernel, added, pullback_a)
     cached = compression(a, key)
-    once = derivatives.once(a, "DropIT")
+    once = derivatives.differentiable_once(a, "DropIT")
     # Without the barrier XLA may compress late, which keeps `a` alive till then.
     a, _ = barrier((once, cached.residual))
     return product(a, kernel, *added), (cached, kernel, added, None)

@@ -42,7 +42,7 @@ class Chunking:
         return (*whole, (1, self.tail)) if self.tail else whole
 
 
-def cut(shape: Shape, chunk_size: int | None) -> Chunking:
+def chunking_of(shape: Shape, chunk_size: int | None) -> Chunking:
     """Cuts each sample of a tensor into chunks of `chunk_size` consecutive elements.
 
     A sample is a slice along the leading axis, flattened in row-major order; a tensor
@@ -78,10 +78,10 @@ def as_rows(x: jax.Array, chunks: Chunking) -> jax.Array:
     cut_last_axis = lead == x.ndim - 1 and not chunks.tail
     if not (cut_last_axis and chunks.count % shardings.shards(x, -1) == 0):
         x = shardings.gather(x, keep=lead)
-    return whole(x.reshape(*chunks.rows, chunks.row_size), chunks)
+    return keep_rows_whole(x.reshape(*chunks.rows, chunks.row_size), chunks)
 
 
-def whole(rows: jax.Array, chunks: Chunking) -> jax.Array:
+def keep_rows_whole(rows: jax.Array, chunks: Chunking) -> jax.Array:
     """Keeps each row on one device if it is a single chunk or has a shorter one.
 
     Such rows cannot be sharded evenly into chunks. XLA would arrive at the same

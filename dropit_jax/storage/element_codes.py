@@ -54,7 +54,7 @@ def store(
       name: of the packed codes.
     """
     group = shardings.new_group()
-    x = shardings.join(x, group)
+    x = shardings.join_group(x, group)
     return x, _packed(x, code, bits, group, name)
 
 
@@ -74,9 +74,9 @@ def store_apart(
       `x`, the code of each of its elements, and the codes packed.
     """
     group = shardings.new_group()
-    x = shardings.join(x, group)
-    each = shardings.like(jnp.broadcast_to(code, x.shape), x)
-    each = shardings.join(each, group)
+    x = shardings.join_group(x, group)
+    each = shardings.reshard_like(jnp.broadcast_to(code, x.shape), x)
+    each = shardings.join_group(each, group)
     if code.shape == x.shape:
         code = each
     return x, each, _packed(code, _unchanged, bits, group, name)
@@ -99,8 +99,8 @@ def load(
     shape = cotangent.shape if shape is None else shape
     unpacked = _unpacked(packed, cotangent, codes.bits, shape)
     unpacked = jnp.broadcast_to(unpacked, cotangent.shape)
-    unpacked = shardings.like(unpacked, cotangent)
-    return shardings.join(unpacked, codes.group)
+    unpacked = shardings.reshard_like(unpacked, cotangent)
+    return shardings.join_group(unpacked, codes.group)
 
 
 def apply(
@@ -118,7 +118,7 @@ def apply(
     """
     packed = barriers.read_after(cotangent, codes.packed)
     applied = _applied(packed, cotangent, codes.bits, function)
-    return shardings.join(applied, codes.group)
+    return shardings.join_group(applied, codes.group)
 
 
 def _packed(
@@ -150,7 +150,7 @@ def _unpacked(packed: Array, cotangent: Array, bits: int, shape: Shape) -> Array
         return _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
 
     # Whole bytes are read by what they are used for.
-    return barriers.computed_after(cotangent if bits < 8 else None, unpacked, packed)
+    return barriers.call_after(cotangent if bits < 8 else None, unpacked, packed)
 
 
 # Likewise.
@@ -164,7 +164,7 @@ def _applied(
     def applied(packed: Array, cotangent: Array) -> Array:
         shape = cotangent.shape
         code = _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
-        return function(shardings.like(code, cotangent), cotangent)
+        return function(shardings.reshard_like(code, cotangent), cotangent)
 
     in_call = calls.not_inlined(applied)
     return by_platform(applied, cpu=in_call)(packed, cotangent)
@@ -176,7 +176,7 @@ def _unchanged(code: Array) -> Array:
 
 def _rows(shape: Shape, bits: int) -> chunking.Chunking:
     """Rows of whole bytes."""
-    return chunking.cut(shape, max(1, 8 // bits))
+    return chunking.chunking_of(shape, max(1, 8 // bits))
 
 
 def _pack(rows: Array, bits: int) -> Array:

@@ -21,7 +21,7 @@ from dropit_jax.xla import barriers, calls, shardings
 from dropit_jax.xla.platforms import by_platform
 
 
-def choose(chunks: Chunking, dropit: DropIT) -> Literal["index", "bitmap"]:
+def choose_encoding(chunks: Chunking, dropit: DropIT) -> Literal["index", "bitmap"]:
     """Returns how positions are stored: one index per kept element, or a bit mask.
 
     With `"auto"`, the encoding of fewer bytes; the index if both take the same.
@@ -90,27 +90,27 @@ def decode(
         if all(count % shardings.shards(x, -1) == 0 for x in (values, positions)):
             units = _split_units(values, count), _split_units(positions, count)
             whole = dispatch.decompress(*units, kernel_plan, dtype, after)
-            return chunking.whole(_merge_units(whole), chunks)
+            return chunking.keep_rows_whole(_merge_units(whole), chunks)
     decode_rows = functools.partial(
         _decode_any, chunks=chunks, dropit=dropit, dtype=jnp.dtype(dtype)
     )
-    rows = barriers.computed_after(after, decode_rows, values, positions)
-    return chunking.whole(rows, chunks)
+    rows = barriers.call_after(after, decode_rows, values, positions)
+    return chunking.keep_rows_whole(rows, chunks)
 
 
 def _kernel_plan(
     chunks: Chunking, dropit: DropIT, value_dtype: jax.typing.DTypeLike
-) -> plan.Plan | None:
+) -> plan.ChunkStorage | None:
     """Returns the task of a GPU kernel, or `None` if no kernel supports these chunks.
 
     Kernels take whole chunks, in units whose positions fill whole bytes.
     """
     if dropit.selection != "auto" or chunks.tail or not chunks.count:
         return None
-    candidate = plan.Plan(
+    candidate = plan.ChunkStorage(
         size=chunks.size,
         kept=dropit.kept(chunks.size),
-        encoding=choose(chunks, dropit),
+        encoding=choose_encoding(chunks, dropit),
         value_dtype=jnp.dtype(value_dtype).name,
     )
     whole = plan.supported("float32", candidate) and chunks.count % candidate.unit == 0
@@ -157,7 +157,11 @@ def _encode_plain(
     value_dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     """Returns `_encode_any`, computed by the same code on every platform."""
-    encoder = _encode_bitmap if choose(chunks, dropit) == "bitmap" else _encode_indices
+    encoder = (
+        _encode_bitmap
+        if choose_encoding(chunks, dropit) == "bitmap"
+        else _encode_indices
+    )
     values, positions = encoder(x, scores, chunks, dropit)
     return values.astype(value_dtype), positions
 
@@ -171,7 +175,11 @@ def _decode_any(
     dtype: jnp.dtype,
 ) -> Array:
     """Returns `decode` of chunks of any size, computed without GPU kernels."""
-    place = _decode_bitmap if choose(chunks, dropit) == "bitmap" else _decode_indices
+    place = (
+        _decode_bitmap
+        if choose_encoding(chunks, dropit) == "bitmap"
+        else _decode_indices
+    )
     return place(values.astype(dtype), positions, chunks, dropit)
 
 
@@ -266,7 +274,7 @@ def _decode_bitmap(
     values: Array, positions: Array, chunks: Chunking, dropit: DropIT
 ) -> Array:
     if _has_large_chunks(chunks):
-        return elements.from_bitmap(values, positions, chunks.segments)
+        return elements.expand_bitmap(values, positions, chunks.segments)
     mask = packing.unpack(positions, 1, chunks.row_size).astype(bool)
     return chunking.join(
         [

@@ -47,15 +47,15 @@ def pad(x: Shaped[Array, "*rows n"], size: int, value: int = 0) -> Array:
     return lax.pad(x, fill, [(0, 0, 0)] * len(rows) + [(0, size - n, 0)])
 
 
-def spread(x: Shaped[Array, "*shape"], *sizes: int) -> Shaped[Array, "..."]:
+def repeat_in_blocks(x: Shaped[Array, "*shape"], *sizes: int) -> Shaped[Array, "..."]:
     """Repeats each element in a block: `(*shape) -> (*shape, *sizes)`."""
     return lax.broadcast_in_dim(x, (*x.shape, *sizes), range(x.ndim))
 
 
-def along(x: Shaped[np.ndarray, "..."], like: Array) -> Array:
+def broadcast_to_rows(x: Shaped[np.ndarray, "..."], like: Array) -> Array:
     """Broadcasts a constant to the shape and sharding of an array.
 
     `(*sizes) -> (*rows, *sizes)`: each row of the result is `x`.
     """
     axes = range(like.ndim - x.ndim, like.ndim)
-    return shardings.like(lax.broadcast_in_dim(x, like.shape, axes), like)
+    return shardings.reshard_like(lax.broadcast_in_dim(x, like.shape, axes), like)

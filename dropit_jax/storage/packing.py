@@ -57,7 +57,7 @@ def unpack(
     if shards > 1:
         codes = unpack(_by_shard(packed), bits, count // shards)
         return last_axis.merge(codes, packed.ndim)
-    each = last_axis.spread(packed, per_byte)
+    each = last_axis.repeat_in_blocks(packed, per_byte)
     codes = (each >> _bit_offsets(each, bits)) & ((1 << bits) - 1)
     codes = codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)
     if codes.shape[-1] == count:
@@ -69,7 +69,7 @@ def _bit_offsets(
     each: UInt8[Array, "*rows codes"], bits: int
 ) -> UInt8[Array, "*rows codes"]:
     """Returns the first bit of each code of a byte, broadcast to `each`."""
-    return last_axis.along(np.arange(0, 8, bits, dtype=np.uint8), each)
+    return last_axis.broadcast_to_rows(np.arange(0, 8, bits, dtype=np.uint8), each)
 
 
 def _by_shard(x: UInt8[Array, "*rows n"]) -> UInt8[Array, "*rows shards part"]:

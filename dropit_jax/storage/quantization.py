@@ -81,9 +81,9 @@ class Quantized:
             group_size=self.group_size,
             dtype=dtype,
         )
-        groups = chunking.cut(self.shape, self.group_size)
+        groups = chunking.chunking_of(self.shape, self.group_size)
         ranges = (_squeeze_groups(x, groups) for x in (self.minimum, self.scale))
-        values = barriers.computed_after(after, rows, self.codes, *ranges)
+        values = barriers.call_after(after, rows, self.codes, *ranges)
         return values.reshape(self.shape)
 
 
@@ -102,7 +102,7 @@ def _dequantized_rows(
     dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "*rows elements"]:
     """Returns x̂ as `(*rows, row_size)`, the rows that groups are cut from."""
-    groups = chunking.cut(shape, group_size)
+    groups = chunking.chunking_of(shape, group_size)
     codes = packing.unpack(codes, bits, groups.row_size)
     compute = dtypes.wide(dtype)
     segments = [
@@ -131,10 +131,12 @@ def _spread_to_elements(x: Array, groups: chunking.Chunking) -> list[Array]:
     For groups of 64 elements: `(*rows, 3) -> [(*rows, 3, 64)]`.
     """
     if _rows_are_groups(groups):
-        return [last_axis.spread(x, groups.size)]
+        return [last_axis.repeat_in_blocks(x, groups.size)]
     counts, sizes = zip(*groups.segments, strict=True)
     parts = jnp.split(x, np.cumsum(counts)[:-1], axis=-1) if groups.tail else [x]
-    return [last_axis.spread(*each) for each in zip(parts, sizes, strict=True)]
+    return [
+        last_axis.repeat_in_blocks(*each) for each in zip(parts, sizes, strict=True)
+    ]
 
 
 def _rows_are_groups(groups: chunking.Chunking) -> bool:
@@ -181,7 +183,7 @@ def quantize(
     operands = (x,) if key is None else (x, key)
     operation = by_platform(quantize_rows, cpu=calls.not_inlined(quantize_rows))
     codes, minimum, scale = operation(*operands)
-    if _rows_are_groups(chunking.cut(x.shape, group_size)):
+    if _rows_are_groups(chunking.chunking_of(x.shape, group_size)):
         minimum, scale = (lax.expand_dims(x, (x.ndim,)) for x in (minimum, scale))
     return Quantized(codes, minimum, scale, x.shape, bits, group_size)
 
@@ -190,13 +192,13 @@ def _quantize_rows(
     x: Float[Array, "*shape"], key: Array | None = None, *, bits: int, group_size: int
 ) -> tuple[Array, Array, Array]:
     """Returns packed codes, and minimum and scale as `_squeeze_groups` has them."""
-    groups = chunking.cut(x.shape, group_size)
+    groups = chunking.chunking_of(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
     rows = rows.astype(dtypes.wide(x.dtype))
     segments = _split_groups(rows, groups)
     offsets = _offsets(key, rows, groups)
-    group_ranges = [ranges(values, levels) for values in segments]
+    group_ranges = [group_ranges(values, levels) for values in segments]
     codes = [
         _codes(values, *group_range, offset, levels)
         for values, group_range, offset in zip(
@@ -220,7 +222,7 @@ def _offsets(
     if key is None:
         return [None] * len(groups.segments)
     uniform = jax.random.uniform(key, rows.shape, rows.dtype)
-    return [*_split_groups(shardings.like(uniform, rows), groups)]
+    return [*_split_groups(shardings.reshard_like(uniform, rows), groups)]
 
 
 def _codes(
@@ -228,8 +230,8 @@ def _codes(
 ) -> Array:
     """Returns the codes, not packed, of groups along the last axis."""
     size = values.shape[-1]
-    shifted = values - last_axis.spread(minimum, size)
-    steps = shifted * last_axis.spread(1 / scale, size)
+    shifted = values - last_axis.repeat_in_blocks(minimum, size)
+    steps = shifted * last_axis.repeat_in_blocks(1 / scale, size)
     # Steps are not negative, so the cast, which truncates, rounds down. They exceed
     # `levels` at most by a rounding error of float32: with 0.5 added they stay below
     # `levels + 1`, but with a random offset they may reach it.
@@ -237,7 +239,7 @@ def _codes(
     return steps.astype(jnp.uint8)
 
 
-def ranges(values: Array, levels: int) -> tuple[Array, Array]:
+def group_ranges(values: Array, levels: int) -> tuple[Array, Array]:
     """Returns minimum and scale along the last axis, as float32 exact in bfloat16."""
     smallest, largest = values.min(axis=-1), values.max(axis=-1)
     minimum = _round_to_bfloat16(smallest - _MARGIN * jnp.abs(smallest))

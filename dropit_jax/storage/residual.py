@@ -163,7 +163,9 @@ def _type_name(x: Any) -> str:
 
 def encoding(shape: Shape, dropit: DropIT) -> str:
     """Returns how positions in a tensor are stored: `"index"` or `"bitmap"`."""
-    return encodings.choose(chunking.cut(shape, dropit.chunk_size), dropit)
+    return encodings.choose_encoding(
+        chunking.chunking_of(shape, dropit.chunk_size), dropit
+    )
 
 
 def _check(x: Array, dropit: DropIT, key: Array | None) -> None:
@@ -202,14 +204,14 @@ def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array |
         else:
             kept = channels.random(random_key, count, k)
         return channels.take(x, kept), kept.astype(_index_dtype(count))
-    chunks = chunking.cut(x.shape, dropit.chunk_size)
+    chunks = chunking.chunking_of(x.shape, dropit.chunk_size)
     if all(dropit.kept(size) == size for _, size in chunks.segments):
         return x, None
     rows = chunking.as_rows(x, chunks)
     scores = None
     if random_key is not None:
         scores = elements.random_scores(random_key, rows.shape)
-        scores = shardings.like(scores, rows)
+        scores = shardings.reshard_like(scores, rows)
     return encodings.encode(rows, chunks, dropit, scores, _kept_dtype(x, dropit))
 
 
@@ -232,8 +234,8 @@ def _place(
     """Returns an array with kept values at their positions and zero elsewhere."""
     if dropit.granularity == "channel":
         place = functools.partial(channels.place, count=shape[-1])
-        return barriers.computed_after(after, place, values.astype(dtype), positions)
-    chunks = chunking.cut(shape, dropit.chunk_size)
+        return barriers.call_after(after, place, values.astype(dtype), positions)
+    chunks = chunking.chunking_of(shape, dropit.chunk_size)
     rows = encodings.decode(values, positions, chunks, dropit, dtype, after)
     return rows.reshape(shape)
 

@@ -21,7 +21,7 @@ from dropit_jax.transform.tracing import rules, split
 _FIRST_BODY = 2**31
 
 
-class Dropped:
+class PlannedFunction:
     """A traced function that stores what its planner chooses.
 
     `key` is the PRNG key of the forms that draw random numbers, or `None`.
@@ -168,7 +168,7 @@ class Dropped:
         key, inputs = self._without_key(arrays)
         bodies = itertools.count()
 
-        def drop_body(*args: Any, **kwargs: Any) -> Dropped:
+        def drop_body(*args: Any, **kwargs: Any) -> PlannedFunction:
             own = None
             if key is not None:
                 own = jax.random.fold_in(key, _FIRST_BODY + next(bodies))
@@ -184,8 +184,8 @@ class Dropped:
         key: Any,
         turns: int = 1,
         is_recomputed: bool = False,
-    ) -> "Dropped":
-        return Dropped(
+    ) -> "PlannedFunction":
+        return PlannedFunction(
             traced,
             self._planner,
             is_free,
@@ -198,11 +198,11 @@ class Dropped:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _call(dropped: Dropped, *arrays: Any) -> Sequence[Any]:
+def _call(dropped: PlannedFunction, *arrays: Any) -> Sequence[Any]:
     return dropped.plain(*arrays)
 
 
-def _forward(dropped: Dropped, *primals: CustomVJPPrimal) -> tuple[Any, Any]:
+def _forward(dropped: PlannedFunction, *primals: CustomVJPPrimal) -> tuple[Any, Any]:
     arrays = [primal.value for primal in primals]
     avals = tuple(map(jax.typeof, arrays))
     perturbed = tuple(
@@ -219,7 +219,9 @@ def _forward(dropped: Dropped, *primals: CustomVJPPrimal) -> tuple[Any, Any]:
     return results, _Saved(passes, inputs, stored)
 
 
-def _backward(dropped: Dropped, saved: "_Saved", cotangents: Sequence[Any]) -> Any:
+def _backward(
+    dropped: PlannedFunction, saved: "_Saved", cotangents: Sequence[Any]
+) -> Any:
     del dropped
     passes, halves = saved.passes, saved.passes.halves
     wanted = [c for c, yes in zip(cotangents, halves.floating, strict=True) if yes]

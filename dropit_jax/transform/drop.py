@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dropit_jax.transform import plan as plans
-from dropit_jax.transform.differentiate import Dropped
+from dropit_jax.transform.differentiate import PlannedFunction
 from dropit_jax.transform.forms import presets
 from dropit_jax.transform.forms.presets import Preset
 from dropit_jax.transform.plan import Plan
@@ -53,7 +53,7 @@ def drop(
     @functools.wraps(fun)
     def dropped(*args: Any, **kwargs: Any) -> Any:
         call = _Call.of(own, args, kwargs)
-        run = Dropped(
+        run = PlannedFunction(
             call.traced, own.planner(), [True] * len(call.arrays), key=call.key
         )
         return jax.tree.unflatten(call.results, run(*call.arrays))
@@ -101,10 +101,12 @@ def plan(
         wanted = {place % len(args) for place in numbers}
         call = _Call.of(own, args, kwargs)
         planner = own.planner()
-        run = Dropped(call.traced, planner, [True] * len(call.arrays), key=call.key)
+        run = PlannedFunction(
+            call.traced, planner, [True] * len(call.arrays), key=call.key
+        )
         is_perturbed = [place in wanted for place in call.argument]
         plain = run.plan(is_perturbed)
-        return plans.of_choices(planner.preset, planner.made, plain)
+        return plans.from_choices(planner.preset, planner.made, plain)
 
     return planned if own.lift is None else own.lift(planned)
 

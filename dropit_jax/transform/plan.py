@@ -75,7 +75,7 @@ class Plan:
     def forms(self) -> Choices:
         """The choices as nested mappings: fingerprint to value to form."""
         return {
-            key: {value: presets.of_word(word) for value, word in chosen}
+            key: {value: presets.form_of_word(word) for value, word in chosen}
             for key, chosen in self.choices
         }
 
@@ -118,7 +118,7 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
-def of_choices(preset: Preset, made: list[Choice], plain_bytes: int) -> Plan:
+def from_choices(preset: Preset, made: list[Choice], plain_bytes: int) -> Plan:
     """Returns the plan of a planner's choices.
 
     Args:
@@ -175,7 +175,7 @@ def _stored(choice: Choice) -> list[StoredValue]:
 
 def _layer(choice: Choice, node: Node) -> str:
     scope = f"{choice.scope}/{node.equation.source_info.name_stack}"
-    return scopes.layer(scope) or compat.source_line(node.equation)
+    return scopes.layer_of(scope) or compat.source_line(node.equation)
 
 
 def _stored_by_bodies(choice: Choice) -> set[int]:

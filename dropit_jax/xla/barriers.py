@@ -21,7 +21,7 @@ def barrier(operands: T) -> T:
 
     XLA's CPU compiler removes a barrier too late to cancel a reshape before it with its
     inverse after it, and too early to order anything by it. On a CPU use
-    `computed_after`.
+    `call_after`.
     """
     leaves, structure = jax.tree.flatten(operands)
     return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))
@@ -56,7 +56,7 @@ def _read_after(after: Array, operands: list[Array]) -> list[Array]:
     return list(operation(*operands, lax.stop_gradient(after)))
 
 
-def computed_after(
+def call_after(
     after: Array | None, function: Callable[..., Array], *operands: Array
 ) -> Array:
     """Returns `function(*operands)`; on a CPU it is not computed before `after` is.
@@ -68,7 +68,7 @@ def computed_after(
     """
     if after is None:
         return function(*operands)
-    operation = by_platform(function, cpu=calls.waiting(function))
+    operation = by_platform(function, cpu=calls.call_after_operand(function))
     result: Array = operation(*operands, after=after)
     return result
 

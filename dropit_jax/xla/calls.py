@@ -31,7 +31,7 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+def call_after_operand(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `not_inlined(function)` with a first operand that the call waits for.
 
     Without it, XLA chooses when to decompress a residual for the backward pass, and may

@@ -20,7 +20,7 @@ def row_major(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     return _laid_out(x, tuple(range(x.ndim)))
 
 
-def of_tokens(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+def row_major_unless_images(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Returns `row_major(x)` if `x` has at most 3 axes, else `x`, which may be images.
 
     Convolutions choose the layout of images, on some GPUs channels first.

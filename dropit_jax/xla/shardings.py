@@ -21,7 +21,7 @@ from dropit_jax.compat import Primitive, ad, batching, mlir, sdy
 Spec = tuple[str | tuple[str, ...] | None, ...]
 
 
-def spec(x: Array) -> Spec:
+def explicit_spec(x: Array) -> Spec:
     """Returns the mesh axes over which each axis of `x` is explicitly sharded."""
     return tuple(jax.typeof(x).sharding.spec)
 
@@ -45,17 +45,17 @@ def shards_of(aval: Any, axis: int) -> int:
 
 def gather(x: Array, keep: int) -> Array:
     """Returns `x` with all axes but the first `keep` whole on every device."""
-    return to(x, (*spec(x)[:keep], *[None] * (x.ndim - keep)))
+    return reshard(x, (*explicit_spec(x)[:keep], *[None] * (x.ndim - keep)))
 
 
-def like(x: Array, template: Array) -> Array:
+def reshard_like(x: Array, template: Array) -> Array:
     """Returns `x` sharded like an array of the same shape."""
-    return to(x, spec(template))
+    return reshard(x, explicit_spec(template))
 
 
-def to(x: Array, wanted: Spec) -> Array:
+def reshard(x: Array, wanted: Spec) -> Array:
     """Returns `x` with an explicit sharding."""
-    if spec(x) == wanted:
+    if explicit_spec(x) == wanted:
         return x
     return jax.sharding.reshard(x, PartitionSpec(*wanted))
 
@@ -80,7 +80,7 @@ def new_group() -> int:
     return next(_groups)
 
 
-def join(x: Array, group: int) -> Array:
+def join_group(x: Array, group: int) -> Array:
     """Returns `x` as a member of a group; it adds no operation to the compiled program.
 
     XLA chooses shardings by propagation from the operations before and after. This may
@@ -103,7 +103,7 @@ ad.deflinear2(_join_p, lambda cotangent, *_, **__: [cotangent])
 
 def _batched(operands: Any, axes: Any, *, group: int) -> tuple[Array, int]:
     # All members must have the batch axis in the same place.
-    return join(jnp.moveaxis(operands[0], axes[0], 0), group), 0
+    return join_group(jnp.moveaxis(operands[0], axes[0], 0), group), 0
 
 
 class _GroupNumbers(dict[int, int]):

@@ -4,14 +4,14 @@ import tempfile
 from pathlib import Path
 
 from dropit_jax.memory.compiled import devices, gpu_compiler, report
-from dropit_jax.memory.compiled.call import Call
+from dropit_jax.memory.compiled.call import CompiledCall
 
 
 def compiled(function, args, target="h100", options=None):
     """The memory statistics and the text of a compiled program."""
     with tempfile.TemporaryDirectory() as directory:
         stats = report._compile_apart(
-            Call.of(function, tuple(args), ()),
+            CompiledCall.of(function, tuple(args), ()),
             devices.target_path(target),
             directory,
             options or {},

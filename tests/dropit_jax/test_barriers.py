@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dropit_jax.xla.barriers import barrier, computed_after, read_after
+from dropit_jax.xla.barriers import barrier, call_after, read_after
 from dropit_jax.xla.partitioning import any_element
 
 
@@ -150,7 +150,7 @@ class ComputedAfterTest(parameterized.TestCase):
     @parameterized.parameters(True, False)
     def test_is_the_function(self, jitted):
         def run(first, x, y):
-            return computed_after(first, jnp.arctan2, x, y)
+            return call_after(first, jnp.arctan2, x, y)
 
         run = jax.jit(run) if jitted else run
         for first in (self.x[:3], jnp.ones((1, 3, 1)), jnp.float32(jnp.nan), None):
@@ -161,7 +161,7 @@ class ComputedAfterTest(parameterized.TestCase):
     def test_waits_on_a_cpu(self):
         def step(x, y):
             first = jnp.tanh(x @ x)
-            return first, computed_after(first, jnp.arctan2, x, y)
+            return first, call_after(first, jnp.arctan2, x, y)
 
         text = jax.jit(step).lower(self.x, self.y).compile().as_text()
         (call,) = re.findall(r"= f32\[64,64\]\S* call\((.*?)\)", text)
@@ -169,7 +169,7 @@ class ComputedAfterTest(parameterized.TestCase):
 
     def test_nothing_waits_elsewhere(self):
         def step(x, y):
-            return computed_after(x, jnp.sin, y)
+            return call_after(x, jnp.sin, y)
 
         text = _lowered(step, self.x, self.y, platform="cuda")
         self.assertNotIn("call", text)
@@ -177,7 +177,7 @@ class ComputedAfterTest(parameterized.TestCase):
 
     def test_what_is_waited_for_has_no_gradient(self):
         def total(first, x):
-            return jnp.sum(computed_after(first, jnp.sin, x))
+            return jnp.sum(call_after(first, jnp.sin, x))
 
         gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(self.x, self.y)
         chex.assert_trees_all_equal(gradients[0], jnp.zeros_like(self.x))
@@ -186,7 +186,7 @@ class ComputedAfterTest(parameterized.TestCase):
     @parameterized.parameters(((0, None),), ((None, 1),), ((1, 0),))
     def test_can_be_mapped(self, axes):
         def run(first, x):
-            return computed_after(first, lambda x: jnp.cumsum(x, axis=0), x)
+            return call_after(first, lambda x: jnp.cumsum(x, axis=0), x)
 
         given = jax.jit(jax.vmap(run, axes))(self.x, self.y)
         expected = jax.vmap(lambda first, x: jnp.cumsum(x, axis=0), axes)
@@ -194,7 +194,7 @@ class ComputedAfterTest(parameterized.TestCase):
 
     def test_what_is_not_mapped_is_computed_once_for_the_batch(self):
         def run(first, x):
-            return computed_after(first, jnp.sin, x).sum()
+            return call_after(first, jnp.sin, x).sum()
 
         shapes = jax.make_jaxpr(jax.vmap(run, (0, None)))(self.x, self.y)
         for equation in shapes.eqns:

@@ -44,10 +44,10 @@ class BitVectorTest(parameterized.TestCase):
     def test_ranks_are_sums_of_what_is_before(self, size, share):
         mask = _mask(size, share=share)
         words = bit_vectors.to_words(mask)
-        before = jax.jit(bit_vectors.set_before)(words)
+        before = jax.jit(bit_vectors.count_before_words)(words)
         expected = np.cumsum(mask, axis=-1) - mask
         chex.assert_trees_all_equal(before, expected[:, ::32].astype(np.int32))
-        rank = bit_vectors.rank(words, before).reshape(3, -1)[:, :size]
+        rank = bit_vectors.count_before_bits(words, before).reshape(3, -1)[:, :size]
         chex.assert_trees_all_equal(rank, expected.astype(np.int32))
 
     def test_nth_bit(self):
@@ -66,7 +66,7 @@ class BitVectorTest(parameterized.TestCase):
         filled = np.zeros((3, chunks * size), bool)
         filled[:, :row_size] = mask
         words = bit_vectors.to_words(filled.reshape(3, chunks, size))
-        in_rows = bit_vectors.in_rows(words, size, row_size)
+        in_rows = bit_vectors.merge_chunks(words, size, row_size)
         chex.assert_trees_all_equal(bit_vectors.to_mask(in_rows, row_size), mask)
 
 

@@ -17,7 +17,7 @@ class CutTest(parameterized.TestCase):
     @hypothesis.given(_SHAPES, _CHUNK_SIZES)
     @hypothesis.settings(max_examples=300)
     def test_chunks_are_those_of_the_definition(self, shape, chunk_size):
-        chunks = chunking.cut(shape, chunk_size)
+        chunks = chunking.chunking_of(shape, chunk_size)
         flat = np.arange(math.prod(shape)).reshape(*chunks.rows, chunks.row_size)
         actual = []
         for row in flat.reshape(-1, chunks.row_size):
@@ -38,10 +38,10 @@ class CutTest(parameterized.TestCase):
         ((32,), 16, ()),
     )
     def test_axes_are_merged_only_where_chunks_cross_them(self, shape, size, rows):
-        self.assertEqual(chunking.cut(shape, size).rows, rows)
+        self.assertEqual(chunking.chunking_of(shape, size).rows, rows)
 
     def test_join_undoes_split(self):
-        chunks = chunking.cut((3, 37), 16)
+        chunks = chunking.chunking_of((3, 37), 16)
         x = jnp.arange(3 * 37).reshape(3, 37)
         segments = chunking.split(x, chunks.segments)
         self.assertEqual([s.shape for s in segments], [(3, 2, 16), (3, 1, 5)])

@@ -20,11 +20,11 @@ from dropit_jax import DropIT
 from dropit_jax.storage.kernels import definitions, dispatch
 from dropit_jax.storage.kernels.compress import compress
 from dropit_jax.storage.kernels.decompress import decompress
-from dropit_jax.storage.kernels.plan import Plan
+from dropit_jax.storage.kernels.plan import ChunkStorage
 from dropit_jax.xla.partitioning import on_every_device
 from tests.dropit_jax import gpu_programs, reference
 
-_PLAN = Plan(16, 3, "index", "bfloat16")
+_PLAN = ChunkStorage(16, 3, "index", "bfloat16")
 _SHAPE = (8, 2, 4, _PLAN.unit * 16)
 _SPECS = (
     P("data"),
@@ -261,7 +261,7 @@ class CpuProgramTest(parameterized.TestCase):
         self.assertGreater(self.multiplications(pack), 1)
 
     def test_the_first_and_the_second_element_are_found_by_one_loop(self):
-        plan = Plan(16, 2, "index", "bfloat16")
+        plan = ChunkStorage(16, 2, "index", "bfloat16")
         compress = functools.partial(dispatch.compress, plan=plan)
         x = jax.ShapeDtypeStruct((8, 24, 16), jnp.float32)
         text = jax.jit(compress).lower(x).compile().as_text()

@@ -112,8 +112,8 @@ class KernelsInStepTest(parameterized.TestCase):
         bits = (*_SHAPE[:-1], _FEATURES // 8)
         for relu in compressed[1:]:
             self.assertEqual(relu.opcode, "fusion")
-            self.assertIn(hlo.Array(dtype, _SHAPE), relu.results)
-            self.assertIn(hlo.Array("uint8", bits), relu.results)
+            self.assertIn(hlo.ArrayType(dtype, _SHAPE), relu.results)
+            self.assertIn(hlo.ArrayType("uint8", bits), relu.results)
 
     def test_before_hopper_float32_takes_an_option(self):
         program = _compiled("a100", "float32", {})
@@ -144,7 +144,7 @@ def _written(function):
         if instruction.opcode not in (*_FREE, "parameter", "tuple", "get-tuple-element")
     ]
     written = [result for instruction in work for result in instruction.results]
-    return written.count(hlo.Array("float32", _IMAGES)), text
+    return written.count(hlo.ArrayType("float32", _IMAGES)), text
 
 
 class PassesOverActivationsTest(parameterized.TestCase):

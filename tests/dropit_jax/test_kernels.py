@@ -17,7 +17,7 @@ from dropit_jax.memory.compiled import toolchain
 from dropit_jax.storage.kernels import definitions
 from dropit_jax.storage.kernels.compress import compress
 from dropit_jax.storage.kernels.decompress import decompress
-from dropit_jax.storage.kernels.plan import Plan, supported
+from dropit_jax.storage.kernels.plan import ChunkStorage, supported
 from tests import xla_flags
 from tests.dropit_jax import reference
 
@@ -141,7 +141,7 @@ def _shape(plan):
 @functools.lru_cache
 def _case(size, kept, encoding, value_dtype, dtype):
     """A plan, chunks, what the twin keeps of them, and what it puts back."""
-    plan = Plan(size, kept, encoding, value_dtype)
+    plan = ChunkStorage(size, kept, encoding, value_dtype)
     x = _chunks(plan, dtype, _shape(plan))
 
     kept = jax.jit(functools.partial(definitions.compress, plan=plan))(x)
@@ -205,7 +205,7 @@ class KernelTest(parameterized.TestCase):
 
     @parameterized.parameters(((270, 1),), ((2, 3, 11, 3),), ((0, 1),), ((3, 0, 2),))
     def test_any_leading_axes(self, shape):
-        plan = Plan(8, 3, "index", "bfloat16")
+        plan = ChunkStorage(8, 3, "index", "bfloat16")
         x = _chunks(plan, "float32", shape)
 
         @jax.jit
@@ -224,22 +224,22 @@ class KernelTest(parameterized.TestCase):
 class SupportTest(parameterized.TestCase):
     @parameterized.product(dtype=_DTYPES, value_dtype=_DTYPES)
     def test_floats_of_16_and_32_bits(self, dtype, value_dtype):
-        self.assertTrue(supported(dtype, Plan(16, 2, "index", value_dtype)))
+        self.assertTrue(supported(dtype, ChunkStorage(16, 2, "index", value_dtype)))
         self.assertTrue(
-            supported(jnp.dtype(dtype), Plan(2**14, 9, "bitmap", value_dtype))
+            supported(jnp.dtype(dtype), ChunkStorage(2**14, 9, "bitmap", value_dtype))
         )
 
     @parameterized.parameters(
-        ("float64", Plan(16, 2, "index", "float32")),
-        ("int32", Plan(16, 2, "index", "float32")),
-        ("float32", Plan(16, 2, "index", "float64")),
-        ("float32", Plan(16, 2, "index", "int8")),
-        ("float32", Plan(16, 2, "auto", "float32")),
-        ("float32", Plan(1, 1, "index", "float32")),
-        ("float32", Plan(16, 0, "index", "float32")),
-        ("float32", Plan(16, 16, "index", "float32")),
-        ("float32", Plan(2**14 + 1, 16, "index", "float32")),
-        ("float32", Plan(2**17, 16, "index", "float32")),
+        ("float64", ChunkStorage(16, 2, "index", "float32")),
+        ("int32", ChunkStorage(16, 2, "index", "float32")),
+        ("float32", ChunkStorage(16, 2, "index", "float64")),
+        ("float32", ChunkStorage(16, 2, "index", "int8")),
+        ("float32", ChunkStorage(16, 2, "auto", "float32")),
+        ("float32", ChunkStorage(1, 1, "index", "float32")),
+        ("float32", ChunkStorage(16, 0, "index", "float32")),
+        ("float32", ChunkStorage(16, 16, "index", "float32")),
+        ("float32", ChunkStorage(2**14 + 1, 16, "index", "float32")),
+        ("float32", ChunkStorage(2**17, 16, "index", "float32")),
     )
     def test_nothing_else(self, dtype, plan):
         self.assertFalse(supported(dtype, plan))
@@ -250,7 +250,7 @@ class SupportTest(parameterized.TestCase):
             jax.eval_shape(functools.partial(compress, plan=plan), x)
 
     def test_shapes_are_the_plans(self):
-        plan = Plan(16, 3, "index", "float32")  # 2 chunks a unit
+        plan = ChunkStorage(16, 3, "index", "float32")  # 2 chunks a unit
         x = jnp.zeros((4, 16))
         with pytest.raises(ValueError, match=r"\(\.\.\., units, 32\), not \(4, 16\)"):
             compress(x, plan, interpret=_EMULATED)
@@ -266,7 +266,7 @@ class SupportTest(parameterized.TestCase):
                 decompress(*wrong, plan, "float32", interpret=_EMULATED)
 
     def test_no_array_that_pallas_cannot_address(self):
-        plan = Plan(64, 63, "index", "float32")
+        plan = ChunkStorage(64, 63, "index", "float32")
         x = jax.ShapeDtypeStruct((2**25, 64), jnp.float32)
         shapes = jax.eval_shape(functools.partial(compress, plan=plan), x)
         self.assertEqual(shapes[1].shape, (2**25, 63))

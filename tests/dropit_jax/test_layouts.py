@@ -82,7 +82,7 @@ class RowMajorTest(parameterized.TestCase):
 
     @parameterized.parameters((1, 1), (3, 1), (4, 0), (5, 0))
     def test_of_images_convolutions_choose(self, rank, expected):
-        text = _lowered(layouts.of_tokens, tuple(range(2, 2 + rank)))
+        text = _lowered(layouts.row_major_unless_images, tuple(range(2, 2 + rank)))
         self.assertEqual(text.count(_CONSTRAINT), expected)
 
     @parameterized.parameters(((2, 3, 4), (1, 0, 2)), ((2, 3, 4, 5), (0, 2, 1, 3)))

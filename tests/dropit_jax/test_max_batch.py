@@ -24,7 +24,7 @@ def _search(size, limit, upper):
         looks.append(number)
         return size(number)
 
-    return search.largest(seen, limit, upper), looks
+    return search.largest_within(seen, limit, upper), looks
 
 
 # By how much each size exceeds the one before: plateaus, slopes and jumps.

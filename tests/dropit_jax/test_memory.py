@@ -326,7 +326,9 @@ class ScopesTest(parameterized.TestCase):
         ("", ""),
     )
     def test_the_layers_of_operations(self, op_name, layer):
-        self.assertEqual(scopes.split(op_name), (layer, op_name.rpartition("/")[2]))
+        self.assertEqual(
+            scopes.layer_and_operation(op_name), (layer, op_name.rpartition("/")[2])
+        )
 
     @parameterized.parameters(
         ("jvp(Net)/head/add", False),

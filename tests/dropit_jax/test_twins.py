@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 from dropit_jax.storage.kernels import definitions
-from dropit_jax.storage.kernels.plan import Plan
+from dropit_jax.storage.kernels.plan import ChunkStorage
 from tests.dropit_jax import reference
 
 
@@ -19,9 +19,9 @@ class CpuTwinTest(parameterized.TestCase):
         dtype=("float32", "bfloat16", "float16"),
     )
     def test_two_elements_by_one_loop_are_the_same(self, activation, shape, dtype):
-        plan = Plan(16, 2, "index", dtype)
+        plan = ChunkStorage(16, 2, "index", dtype)
         x = jnp.asarray(activation(0, (*shape, 16), dtype))
-        before = definitions.before_first(shape, plan)
+        before = definitions.first_index_operand(shape, plan)
         self.assertEqual(before.shape, shape)
         alike, alone = (
             definitions.compress(x, plan, before),
@@ -32,8 +32,8 @@ class CpuTwinTest(parameterized.TestCase):
 
     @parameterized.parameters((16, 1), (16, 4), (8, 2), (32, 2))
     def test_one_loop_is_for_two_of_16(self, size, kept):
-        plan = Plan(size, kept, "index", "float32")
-        self.assertIsNone(definitions.before_first((4, 6), plan))
+        plan = ChunkStorage(size, kept, "index", "float32")
+        self.assertIsNone(definitions.first_index_operand((4, 6), plan))
 
     # All types at one shape and size, all shapes at one size, and all sizes.
     @parameterized.parameters(
@@ -56,7 +56,7 @@ class CpuTwinTest(parameterized.TestCase):
     def test_placing_by_a_reduction_is_the_same(
         self, shape, size_and_kept, dtype, value_dtype
     ):
-        plan = Plan(*size_and_kept, "index", value_dtype)
+        plan = ChunkStorage(*size_and_kept, "index", value_dtype)
 
         @jax.jit
         def both(x):
@@ -79,7 +79,7 @@ class CpuTwinTest(parameterized.TestCase):
     def test_indices_in_small_chunks_are_placed_by_a_reduction(
         self, encoding, size, kept, expected
     ):
-        plan = Plan(size, kept, encoding, "float32")
+        plan = ChunkStorage(size, kept, encoding, "float32")
         x = jax.ShapeDtypeStruct((4, 24, plan.unit * size), jnp.float32)
         stored = jax.eval_shape(lambda x: definitions.compress(x, plan), x)
 

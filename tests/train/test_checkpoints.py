@@ -663,7 +663,7 @@ class PlacesTest(_SavedTestCase):
         path = self.directory / "7"
         path.mkdir() if kind == "directory" else path.write_text("7")
         with mock.patch.object(sys, "stderr", io.StringIO()) as printed:
-            library_output.quieten()
+            library_output.silence_libraries()
             with self._open() as checkpoints:
                 step, *_ = checkpoints.restore_latest(_abstract(_state()))
                 self._save(checkpoints, 3)

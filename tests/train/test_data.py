@@ -133,7 +133,7 @@ class AugmentationTest(parameterized.TestCase):
     @parameterized.parameters("shift_flip", "resized_crop")
     def test_every_other_image_is_mirrored(self, name):
         ramp = np.tile(np.arange(32, dtype=np.uint8)[None, :, None], (32, 1, 3)) * 8
-        rng, change = np.random.default_rng(0), augment.train_image(name, 32)
+        rng, change = np.random.default_rng(0), augment.augmenter(name, 32)
         mirrored = [
             (view := change({"image": ramp}, rng).astype(int))[16, 8, 0]
             > view[16, 20, 0]
@@ -184,7 +184,7 @@ class AugmentationTest(parameterized.TestCase):
     def test_crops_of_jpegs_are_near_those_of_all_pixels(self, seed):
         encoded = _jpeg(_photograph())
         box = augment.random_box(640, 427, np.random.default_rng(seed))
-        found = images.crop(images.opened(encoded), box, 40)
+        found = images.crop(images.open_image(encoded), box, 40)
         expected = (
             Image.open(io.BytesIO(encoded))
             .convert("RGB")
@@ -197,11 +197,11 @@ class AugmentationTest(parameterized.TestCase):
 
     @parameterized.product(seed=(0, 1, 2, 3, 4), size=(13, 40, 100, 400))
     def test_jpegs_are_decoded_no_smaller_and_no_larger_than_needed(self, seed, size):
-        image = images.opened(_jpeg(_photograph()))
+        image = images.open_image(_jpeg(_photograph()))
         left, top, right, bottom = box = augment.random_box(
             640, 427, np.random.default_rng(seed)
         )
-        scale = images.shrink(image, box, size)
+        scale = images.set_decoding_divisor(image, box, size)
         self.assertEqual(image.size, (math.ceil(640 / scale), math.ceil(427 / scale)))
         shorter = min(right - left, bottom - top)
         self.assertTrue(scale == 1 or shorter / scale >= size)
@@ -209,7 +209,7 @@ class AugmentationTest(parameterized.TestCase):
 
     def test_the_view_to_evaluate_is_the_middle_of_the_resized_image(self):
         encoded = _jpeg(_photograph())
-        found = images.view({"image": encoded}, 224)
+        found = images.evaluation_view({"image": encoded}, 224)
         whole = Image.open(io.BytesIO(encoded)).resize((384, 256), 2)
         expected = np.asarray(whole.crop((80, 16, 304, 240)), int)
         self.assertLess(np.abs(found - expected).mean(), 3)
@@ -219,16 +219,16 @@ class AugmentationTest(parameterized.TestCase):
         image = _photograph().convert(mode)
         png = io.BytesIO()
         image.convert("RGB").save(png, "PNG")
-        found = images.view({"image": _jpeg(image)}, 32)
+        found = images.evaluation_view({"image": _jpeg(image)}, 32)
         chex.assert_shape(found, (32, 32, 3))
         chex.assert_type(found, np.uint8)
-        expected = images.view({"image": png.getvalue()}, 32).astype(int)
+        expected = images.evaluation_view({"image": png.getvalue()}, 32).astype(int)
         self.assertLess(np.abs(found - expected).mean(), 6)
 
     def test_a_damaged_image_is_an_error(self):
         for broken in (b"no image", _jpeg(_photograph())[:2000]):
             with pytest.raises(data.DataError, match="Damaged image"):
-                images.view({"image": broken}, 32)
+                images.evaluation_view({"image": broken}, 32)
 
     @parameterized.parameters("GIF", "BMP", "TIFF", "EPS", "PPM", "WEBP")
     def test_other_formats_are_not_opened(self, name):
@@ -239,14 +239,14 @@ class AugmentationTest(parameterized.TestCase):
             mock.patch.object(subprocess, "Popen", side_effect=AssertionError),
             pytest.raises(data.DataError, match="neither JPEG nor PNG"),
         ):
-            images.view({"image": content.getvalue()}, 32)
+            images.evaluation_view({"image": content.getvalue()}, 32)
 
     @parameterized.product(side=[20_000, 12_000, 9_500, 2**31 - 1], whole=[True, False])
     def test_the_size_is_looked_at_first(self, side, whole):
         content = _png(side)
         tracemalloc.start()
         with pytest.raises(data.DataError) as caught:
-            images.decoded(content, (32, 32, 3)) if whole else images.opened(content)
+            images.decode(content, (32, 32, 3)) if whole else images.open_image(content)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         self.assertLess(peak, 2**20)
@@ -265,7 +265,7 @@ class AugmentationTest(parameterized.TestCase):
             broken[place : place + len(value)] = value
         with contextlib.suppress(data.DataError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of EXIF data
-            found = images.view({"image": bytes(broken[:length])}, 8)
+            found = images.evaluation_view({"image": bytes(broken[:length])}, 8)
             self.assertEqual(found.shape, (8, 8, 3))
 
 

@@ -126,7 +126,7 @@ class FailuresTest(parameterized.TestCase):
 
     def test_another_run_in_the_same_place_is_named(self):
         workdir = self._copy("held")
-        with lock.held(workdir, print):
+        with lock.locked(workdir, print):
             status, _, errors = self._train(workdir, "--config.seed=7")
         self.assertEqual(status, 2)
         self.assertIn(f"is being written by process {os.getpid()} on ", errors)

@@ -20,7 +20,7 @@ _HOLD = """
 import sys
 from pathlib import Path
 from train.runs import lock
-with lock.held(Path(sys.argv[1]), print):
+with lock.locked(Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -33,7 +33,7 @@ class LockTest(parameterized.TestCase):
         self.said = []
 
     def _held(self):
-        return lock.held(self.directory, self.said.append)
+        return lock.locked(self.directory, self.said.append)
 
     def _without_locks(self, number=errno.ENOLCK):
         return mock.patch.object(fcntl, "flock", side_effect=OSError(number, "no"))

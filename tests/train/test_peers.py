@@ -54,7 +54,7 @@ class ListenTest(parameterized.TestCase):
 
         watch = peers._Watch()
         with (
-            mock.patch.object(peers, "from_first", told),
+            mock.patch.object(peers, "broadcast_from_first", told),
             mock.patch.object(jax, "process_count", return_value=2),
         ):
             watch.listen()

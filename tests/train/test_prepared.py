@@ -74,9 +74,12 @@ class PreparedTest(parameterized.TestCase):
             directory = _directory(self)
             tiny.write(directory)
         for name in ("cifar10", "cifar100", "imagenet2012"):
-            one, other = prepared.find(name, directory), prepared.find(name, _TINY)
+            one, other = (
+                prepared.newest_version(name, directory),
+                prepared.newest_version(name, _TINY),
+            )
             ours, theirs = (
-                prepared.Records(each, "train", 1000) for each in (one, other)
+                prepared.EncodedExamples(each, "train", 1000) for each in (one, other)
             )
             self.assertEqual([x["label"] for x in ours], [x["label"] for x in theirs])
 
@@ -90,7 +93,7 @@ class PreparedTest(parameterized.TestCase):
         with mock.patch.dict(os.environ, TFDS_DATA_DIR=_TINY):
             self.assertEqual(data.info("cifar10").train_examples, 48)
         with mock.patch.dict(os.environ, TFDS_DATA_DIR=""):
-            default = prepared.root("")
+            default = prepared.datasets_directory("")
             self.assertEqual(default, Path.home() / "tensorflow_datasets")
 
     def test_reading_is_silent_and_needs_no_tensorflow(self):
@@ -109,7 +112,7 @@ class DamageTest(parameterized.TestCase):
     def _copy(self, name="cifar100"):
         root = Path(_directory(self))
         shutil.copytree(tiny.DIRECTORY / name, root / name)
-        return root, prepared.find(name, str(root))
+        return root, prepared.newest_version(name, str(root))
 
     def _assert_fails(self, root, message, name="cifar100"):
         with pytest.raises(data.DataError, match=message) as caught:

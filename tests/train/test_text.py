@@ -20,7 +20,7 @@ class TextTest(parameterized.TestCase):
 
     @given(st.text())
     def test_what_is_shown_is_one_short_line(self, value):
-        shown = text.shown(value * 50)
+        shown = text.shorten(value * 50)
         self.assertNotIn("\n", shown)
         self.assertLessEqual(len(shown), 105)
         self.assertTrue(
@@ -28,7 +28,7 @@ class TextTest(parameterized.TestCase):
         )
 
     def test_long_texts_keep_both_ends(self):
-        self.assertEqual(text.shown("ab" * 500, 8), "abab ... abab")
+        self.assertEqual(text.shorten("ab" * 500, 8), "abab ... abab")
 
     @parameterized.parameters(
         ([], "", ""),
@@ -36,8 +36,8 @@ class TextTest(parameterized.TestCase):
         (range(11), "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 1 more", None),
     )
     def test_lists_are_short(self, values, names, lines):
-        self.assertEqual(text.names(values), names)
-        found = text.lines([str(value) for value in values])
+        self.assertEqual(text.join_names(values), names)
+        found = text.join_lines([str(value) for value in values])
         if lines is None:
             self.assertEndsWith(found, "\n  9\n  ... and 1 more")
         else:

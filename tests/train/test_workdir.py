@@ -30,37 +30,37 @@ class WorkdirTest(parameterized.TestCase):
     def test_metrics_without_a_checkpoint_are_left_alone(self, name):
         self._fill(name)
         with pytest.raises(ConfigError, match="and no checkpoint to go on from"):
-            workdir.check(self.workdir, self.config)
+            workdir.check_can_start(self.workdir, self.config)
 
     def test_a_file_is_no_checkpoint(self):
         self._fill("")
         (self.workdir / "checkpoints" / "7").touch()
         with pytest.raises(ConfigError, match="and no checkpoint to go on from"):
-            workdir.check(self.workdir, self.config)
+            workdir.check_can_start(self.workdir, self.config)
 
     @parameterized.parameters(True, False)
     def test_a_checkpoint_is_one_of_this_config(self, metrics):
         self._fill("7", metrics)
-        workdir.claim(self.workdir, self.config)
-        workdir.check(self.workdir, self.config)
+        workdir.write_config(self.workdir, self.config)
+        workdir.check_can_start(self.workdir, self.config)
         self.config.seed = 7
         with pytest.raises(ConfigError, match=r"Changed:\n  config\.seed: 42 ->"):
-            workdir.check(self.workdir, self.config)
+            workdir.check_can_start(self.workdir, self.config)
 
     def test_without_either_any_config_will_do(self):
-        workdir.check(self.workdir, self.config)
+        workdir.check_can_start(self.workdir, self.config)
         self._fill("7.orbax-checkpoint-tmp", metrics=False)
-        workdir.check(self.workdir, self.config)
+        workdir.check_can_start(self.workdir, self.config)
         self.assertFalse((self.workdir / "config.json").exists())  # nor is it claimed
 
     def test_one_that_is_refused_leaves_nothing(self):
-        with workdir.held(self.workdir, print):
+        with workdir.created_and_locked(self.workdir, print):
             (self.workdir / "checkpoints").mkdir()
         self.assertEmpty(list(self.root.iterdir()))
 
     @parameterized.parameters("config.json", "checkpoints/7/file")
     def test_one_that_is_used_stays(self, name):
-        with workdir.held(self.workdir, print):
+        with workdir.created_and_locked(self.workdir, print):
             path = self.workdir / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
@@ -68,22 +68,22 @@ class WorkdirTest(parameterized.TestCase):
 
     def test_one_that_was_there_stays(self):
         self.workdir.mkdir(parents=True)
-        with workdir.held(self.workdir, print):
+        with workdir.created_and_locked(self.workdir, print):
             pass
         self.assertTrue(self.workdir.is_dir())
         self.assertEmpty(list(self.workdir.iterdir()))
 
     def test_one_that_is_held_or_cannot_be_made_is_told(self):
         with (
-            workdir.held(self.workdir, print),
+            workdir.created_and_locked(self.workdir, print),
             pytest.raises(lock.LockedError, match="is being written by process"),
-            workdir.held(self.workdir, print),
+            workdir.created_and_locked(self.workdir, print),
         ):
             pass
         (self.root / "file").touch()
         with (
             pytest.raises(ConfigError, match=r"Cannot write to .*file/c"),
-            workdir.held(self.root / "file" / "c", print),
+            workdir.created_and_locked(self.root / "file" / "c", print),
         ):
             pass
 
@@ -92,15 +92,15 @@ class WorkdirTest(parameterized.TestCase):
         self._fill("7")
         (self.workdir / "config.json").write_text(content)
         with pytest.raises(ConfigError, match="holds no run that can be read") as error:
-            workdir.check(self.workdir, self.config)
+            workdir.check_can_start(self.workdir, self.config)
         self.assertLess(len(str(error.value)), 500)
 
     def test_a_difference_of_a_megabyte_is_told_in_short(self):
         self._fill("7")
-        workdir.claim(self.workdir, self.config)
+        workdir.write_config(self.workdir, self.config)
         self.config.init_from = "\x1b" * 10**6
         with pytest.raises(ConfigError, match="init_from: '' -> ") as error:
-            workdir.check(self.workdir, self.config)
+            workdir.check_can_start(self.workdir, self.config)
         self.assertLess(len(str(error.value)), 1000)
 
 

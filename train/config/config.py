@@ -12,7 +12,7 @@ from dropit_jax import DropIT, Preset
 from train import data, models
 from train.models import layers
 from train.models.layers import Layers
-from train.system.text import literal, shown
+from train.system.text import shorten, shorten_repr
 
 # Fields that change the result of a run by rounding at most. They may change when the
 # run is resumed, for instance on other devices.
@@ -168,13 +168,13 @@ def from_json(text: str) -> ConfigDict:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"It is no JSON: {shown(error)}.") from error
+        raise ConfigError(f"It is no JSON: {shorten(error)}.") from error
     if not isinstance(content, dict):
         raise ConfigError("It is no JSON object.")
     try:
         return ConfigDict(_migrated(_with_tuples(content)))
     except Exception as error:  # of many types: of names that no field can have
-        raise ConfigError(f"It is no config: {shown(error)}") from error
+        raise ConfigError(f"It is no config: {shorten(error)}") from error
 
 
 def _migrated(fields: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def differences(old: str, new: str) -> list[str]:
         if name not in _FREE
     }
     return [
-        f"config.{shown(name)}: {literal(a)} -> {literal(b)}"
+        f"config.{shorten(name)}: {shorten_repr(a)} -> {shorten_repr(b)}"
         for name, (a, b) in pairs.items()
         if a != b
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from train.config.config import ConfigError
-from train.system.paths import named
+from train.system.paths import user_path
 
 
 @functools.cache  # a flag can be defined once in a process
@@ -46,4 +46,4 @@ def output_path(default: Path | None = None) -> Path:
         return default
     if not value:
         raise ConfigError("--output= is missing: name what to write.")
-    return named(value)
+    return user_path(value)

@@ -57,7 +57,7 @@ class _Field:
             return f" must be of type {_NAMES.get(self.type) or self.type.__name__}"
         if self.choices and value not in self.choices:
             known = ", ".join(map(repr, self.choices))
-            return f": unknown value {text.literal(value)}; known are {known}"
+            return f": unknown value {text.shorten_repr(value)}; known are {known}"
         if not is_number or (self.or_zero and value == 0):
             return ""
         if not -math.inf < value < math.inf:
@@ -221,12 +221,12 @@ def unknown_field(names: Collection[str], name: str) -> str:
         for each in names
         if each.startswith(start)
     )
-    has = f" config{section and '.' + section} has {text.names(inside)}."
+    has = f" config{section and '.' + section} has {text.join_names(inside)}."
     near = [start + each for each in difflib.get_close_matches(field, inside)]
     near += difflib.get_close_matches(name, names, cutoff=0.8)
     hint = f" Did you mean config.{near[0]}?" if near else ""
     return (
-        f"config.{text.shown(name)} is not a field that a config has."
+        f"config.{text.shorten(name)} is not a field that a config has."
         f"{has if inside else ''}{hint}"
     )
 
@@ -249,7 +249,7 @@ def _check_names(values: dict[str, Any]) -> None:
 def _check_value(name: str, value: Any) -> None:
     problem = _FIELDS[name].problem(value)
     if problem:
-        got = "" if problem.startswith(":") else f", got {text.literal(value)}"
+        got = "" if problem.startswith(":") else f", got {text.shorten_repr(value)}"
         raise ConfigError(f"config.{name}{problem}{got}.")
 
 
@@ -282,13 +282,13 @@ def _check_decay(values: dict[str, Any]) -> None:
     ):
         raise ConfigError(
             "config.schedule.decay_epochs takes numbers of epochs, got "
-            f"{text.literal(epochs)}."
+            f"{text.shorten_repr(epochs)}."
         )
     if values["schedule.name"] != "step":
         if epochs:
             raise ConfigError(
                 "config.schedule.decay_epochs is for config.schedule.name='step', got "
-                f"{text.literal(epochs)} beside {values['schedule.name']!r}."
+                f"{text.shorten_repr(epochs)} beside {values['schedule.name']!r}."
             )
         return
     for name in _OPTIONAL:
@@ -307,7 +307,7 @@ def _check_profile(steps: tuple[Any, ...]) -> None:
     ):
         raise ConfigError(
             "config.profile_steps takes the first step and the one after the last, "
-            f"such as (10, 13), got {text.literal(steps)}."
+            f"such as (10, 13), got {text.shorten_repr(steps)}."
         )
 
 
@@ -321,7 +321,7 @@ def _check_policy(config: ConfigDict) -> None:
         if value != unused[name]:
             raise ConfigError(
                 f"config.dropit.{name} is for config.memory='dropit' or "
-                f"config.layers='dropit', got {text.literal(value)} beside "
+                f"config.layers='dropit', got {text.shorten_repr(value)} beside "
                 f"{config.memory!r} and {config.layers!r}."
             )
 
@@ -333,14 +333,14 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
         if size != -1 and size < 1:
             raise ConfigError(
                 f"config.mesh.{name} must be above 0, or -1 for all devices that are "
-                f"left, got {text.literal(size)}."
+                f"left, got {text.shorten_repr(size)}."
             )
     try:
         mesh_axes.sizes(data_axis, fsdp_axis, num_devices)
     except ValueError as error:
         raise ConfigError(
-            f"config.mesh: {text.shown(data_axis)} x {text.shown(fsdp_axis)} devices "
-            f"are not the {num_devices} that there are. Set config.mesh.data=-1 for "
+            f"config.mesh: {text.shorten(data_axis)} x {text.shorten(fsdp_axis)} "
+            f"devices are not the {num_devices} that there are. Set config.mesh.data=-1 for "
             "all that are left."
         ) from error
 

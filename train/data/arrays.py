@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from train.data import images
-from train.data.errors import of_example
-from train.data.prepared import Records
+from train.data.errors import naming_example
+from train.data.prepared import EncodedExamples
 
 # Examples per read of the source.
 _EXAMPLES_PER_READ = 1000
@@ -32,7 +32,7 @@ class Example(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class DecodedExamples:
     """Decoded examples in read-only arrays.
 
     Attributes:
@@ -53,7 +53,7 @@ class Examples:
         return Example(image=self.images[index], label=int(self.labels[index]))
 
 
-def decode(source: Records, shape: Sequence[int]) -> Examples:
+def decode(source: EncodedExamples, shape: Sequence[int]) -> DecodedExamples:
     """Decodes all n examples into `(n, height, width, 3)` and `(n,)`, in one thread.
 
     Images of a dataset that fits into memory are so small that several threads, which
@@ -72,7 +72,7 @@ def decode(source: Records, shape: Sequence[int]) -> Examples:
     parts = (indices[i : i + _EXAMPLES_PER_READ] for i in indices[::_EXAMPLES_PER_READ])
     examples = itertools.chain.from_iterable(map(source.many, parts))
     for i, raw in enumerate(examples):
-        with of_example(raw):
-            pixels[i] = images.decoded(raw["image"], shape)
+        with naming_example(raw):
+            pixels[i] = images.decode(raw["image"], shape)
         labels[i] = raw["label"]
-    return Examples(pixels, labels)
+    return DecodedExamples(pixels, labels)

@@ -20,17 +20,17 @@ _LARGEST_ASPECT = 4 / 3
 _ATTEMPTS = 10
 
 
-def train_image(
+def augmenter(
     augmentation: str, size: int
 ) -> Callable[[Any, np.random.Generator], np.ndarray]:
     """Returns a picklable function that maps an example to a training image."""
     return functools.partial(_AUGMENTATIONS[augmentation], size=size)
 
 
-def none(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Returns the image as `images.view` does for evaluation, unchanged."""
+def no_augmentation(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Returns the image as `images.evaluation_view` does for evaluation, unchanged."""
     del rng
-    return images.view(raw, size)
+    return images.evaluation_view(raw, size)
 
 
 def shift(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -38,16 +38,16 @@ def shift(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
 
     He et al. (2016, section 4.2) shift 32 pixels by up to 4: a 32x32 window is cut at
     random out of the image padded to 40x40. An encoded image is shifted after
-    `images.view`; a decoded image is shifted at its own size, then resized.
+    `images.evaluation_view`; a decoded image is shifted at its own size, then resized.
     """
     is_array = isinstance(raw["image"], np.ndarray)
-    image = raw["image"] if is_array else images.view(raw, size)
+    image = raw["image"] if is_array else images.evaluation_view(raw, size)
     height, width, channels = image.shape
     shift_y, shift_x = height // 8, width // 8
     top, left = rng.integers(0, 2 * shift_y + 1), rng.integers(0, 2 * shift_x + 1)
     padded = np.zeros((height + 2 * shift_y, width + 2 * shift_x, channels), np.uint8)
     padded[shift_y : shift_y + height, shift_x : shift_x + width] = image
-    return images.resized(padded[top : top + height, left : left + width], size)
+    return images.resize(padded[top : top + height, left : left + width], size)
 
 
 def shift_flip(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def resized_crop(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
     As Szegedy et al. (2015, section 6): 8% to 100% of the area, and an aspect ratio
     between 3:4 and 4:3. The ratio is log-uniform: wide is as likely as tall.
     """
-    image = images.opened(raw["image"])
+    image = images.open_image(raw["image"])
     box = random_box(image.width, image.height, rng)
     return _flip_half(images.crop(image, box, size), rng)
 
@@ -91,7 +91,7 @@ def _flip_half(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 _AUGMENTATIONS = {
-    "none": none,
+    "none": no_augmentation,
     "shift": shift,
     "shift_flip": shift_flip,
     "resized_crop": resized_crop,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from train.data import arrays, augment, digits, images, prepared
-from train.data.arrays import Examples, Source
+from train.data.arrays import DecodedExamples, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def info(name: str, data_dir: str = "") -> Info:
       DataError: the prepared dataset's description is damaged.
     """
     entry = _DATASETS[name]
-    directory = prepared.find(name, data_dir) if entry.splits else None
+    directory = prepared.newest_version(name, data_dir) if entry.splits else None
     if directory is None:
         return entry.info
     train, test = (prepared.count(directory, split) for split in entry.splits)
@@ -116,39 +116,41 @@ def load(name: str, data_dir: str, image_size: int, augmentation: str) -> Datase
     return Dataset(
         train=train,
         test=test,
-        train_image=augment.train_image(augmentation, image_size),
-        test_image=functools.partial(images.view, size=image_size),
+        train_image=augment.augmenter(augmentation, image_size),
+        test_image=functools.partial(images.evaluation_view, size=image_size),
     )
 
 
 def _open_digits(
     name: str, data_dir: str, splits: tuple[str, ...]
-) -> tuple[Examples, Examples]:
+) -> tuple[DecodedExamples, DecodedExamples]:
     del name, data_dir, splits  # the images come with scikit-learn
     return digits.split()
 
 
 def _open_decoded(
     name: str, data_dir: str, splits: tuple[str, ...]
-) -> tuple[Examples, Examples]:
-    directory = prepared.locate(name, data_dir, splits)
+) -> tuple[DecodedExamples, DecodedExamples]:
+    directory = prepared.checked_directory(name, data_dir, splits)
     classes = _DATASETS[name].info.num_classes
     train, test = (_decoded(directory, split, classes) for split in splits)
     return train, test
 
 
 @functools.cache
-def _decoded(directory: Path, split: str, num_classes: int) -> Examples:
-    source = prepared.Records(directory, split, num_classes)
+def _decoded(directory: Path, split: str, num_classes: int) -> DecodedExamples:
+    source = prepared.EncodedExamples(directory, split, num_classes)
     return arrays.decode(source, _CIFAR_SHAPE)
 
 
 def _open_encoded(
     name: str, data_dir: str, splits: tuple[str, ...]
-) -> tuple[prepared.Records, prepared.Records]:
-    directory = prepared.locate(name, data_dir, splits)
+) -> tuple[prepared.EncodedExamples, prepared.EncodedExamples]:
+    directory = prepared.checked_directory(name, data_dir, splits)
     classes = _DATASETS[name].info.num_classes
-    train, test = (prepared.Records(directory, split, classes) for split in splits)
+    train, test = (
+        prepared.EncodedExamples(directory, split, classes) for split in splits
+    )
     return train, test
 
 

@@ -6,13 +6,13 @@ Digits" (Alpaydin and Kaynak, 1998).
 
 import numpy as np
 
-from train.data.arrays import Examples
+from train.data.arrays import DecodedExamples
 
 _TEST_EXAMPLES = 360
 _SPLIT_SEED = 0
 
 
-def split() -> tuple[Examples, Examples]:
+def split() -> tuple[DecodedExamples, DecodedExamples]:
     """Returns training and test examples, stratified by digit with a fixed seed.
 
     Images are uint8 `(n, 8, 8, 1)`, scaled from the 17 levels 0 to 16 to [0, 255].
@@ -31,4 +31,6 @@ def split() -> tuple[Examples, Examples]:
         random_state=_SPLIT_SEED,
     )
     train_images, test_images, train_labels, test_labels = parts
-    return Examples(train_images, train_labels), Examples(test_images, test_labels)
+    return DecodedExamples(train_images, train_labels), DecodedExamples(
+        test_images, test_labels
+    )

@@ -10,7 +10,7 @@ class DataError(ValueError):
 
 
 @contextlib.contextmanager
-def of_example(example: Mapping[str, Any]) -> Iterator[None]:
+def naming_example(example: Mapping[str, Any]) -> Iterator[None]:
     """Adds the example's `"place"`, if it has one, to a `DataError` of the body."""
     try:
         yield

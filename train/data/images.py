@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from train.data.errors import DataError
-from train.system.text import shown
+from train.system.text import shorten
 
 # Left, top, right and bottom edge in pixels, as in Pillow.
 Box = tuple[float, float, float, float]
@@ -36,7 +36,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data", UserWarning)
 
 
-def opened(image: bytes | np.ndarray) -> Image.Image:
+def open_image(image: bytes | np.ndarray) -> Image.Image:
     """Returns a Pillow image; the pixels of an encoded image are not decoded yet.
 
     Raises:
@@ -62,7 +62,7 @@ def _damaged() -> Iterator[None]:
     except UnidentifiedImageError as error:  # its text is an object's address
         raise DataError("Damaged image: neither JPEG nor PNG.") from error
     except Exception as error:  # of many types: a broken PNG raises SyntaxError
-        raise DataError(f"Damaged image: {shown(error)}") from error
+        raise DataError(f"Damaged image: {shorten(error)}") from error
 
 
 def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
     Raises:
       DataError: the image is damaged.
     """
-    divisor = shrink(image, box, size)
+    divisor = set_decoding_divisor(image, box, size)
     with _damaged():
         if image.format is not None:  # a file, and not an array
             image = image.convert("RGB")
@@ -86,7 +86,7 @@ def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def shrink(image: Image.Image, box: Box, size: int) -> int:
+def set_decoding_divisor(image: Image.Image, box: Box, size: int) -> int:
     """Sets the divisor at which a JPEG will be decoded, for a box of `size` pixels.
 
     The box keeps at least `size` pixels a side. So a box of 1000 x 800 pixels in an
@@ -108,26 +108,26 @@ def shrink(image: Image.Image, box: Box, size: int) -> int:
     return round(width / drafted_width)
 
 
-def whole(image: Image.Image) -> Box:
+def full_box(image: Image.Image) -> Box:
     """Returns the box of the whole image."""
     return 0, 0, image.width, image.height
 
 
-def resized(image: np.ndarray, size: int) -> np.ndarray:
+def resize(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes an image, `(height, width, channels) -> (size, size, channels)`."""
     if image.shape[:2] == (size, size):
         return image
-    pillow = opened(image)
-    return crop(pillow, whole(pillow), size)
+    pillow = open_image(image)
+    return crop(pillow, full_box(pillow), size)
 
 
-def decoded(image: bytes, shape: Sequence[int]) -> np.ndarray:
+def decode(image: bytes, shape: Sequence[int]) -> np.ndarray:
     """Decodes an image at its own size, to uint8 `(height, width, 3)`.
 
     Raises:
       DataError: the image is damaged, or has another shape.
     """
-    found = opened(image)
+    found = open_image(image)
     if (found.height, found.width, 3) != tuple(shape):  # before it is decoded
         raise DataError(
             f"An image is of {found.height} x {found.width} pixels, not {shape[0]} x "
@@ -137,7 +137,7 @@ def decoded(image: bytes, shape: Sequence[int]) -> np.ndarray:
         return np.asarray(found.convert("RGB"))
 
 
-def view(raw: Any, size: int) -> np.ndarray:
+def evaluation_view(raw: Any, size: int) -> np.ndarray:
     """Returns the image of an example without random augmentation, as for evaluation.
 
     An array is resized whole. Of an encoded image the central square is taken, as if
@@ -152,8 +152,8 @@ def view(raw: Any, size: int) -> np.ndarray:
       DataError: the image is damaged.
     """
     if isinstance(raw["image"], np.ndarray):
-        return resized(raw["image"], size)
-    image = opened(raw["image"])
+        return resize(raw["image"], size)
+    image = open_image(raw["image"])
     side = _CENTRE * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return crop(image, (left, top, left + side, top + side), size)

@@ -32,11 +32,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from train.data.arrays import Examples, Source
+from train.data.arrays import DecodedExamples, Source
 from train.data.datasets import Dataset
-from train.data.errors import DataError, of_example
+from train.data.errors import DataError, naming_example
 from train.system.children import children, end_workers
-from train.system.text import shown
+from train.system.text import shorten
 
 # Batches that each worker process makes ahead.
 _AHEAD_OF_WORKER = 2
@@ -206,7 +206,7 @@ class _TrainingExample:
     image: Callable[[Any, np.random.Generator], np.ndarray]
 
     def __call__(self, raw: Any, rng: np.random.Generator) -> Batch:
-        with of_example(raw):
+        with naming_example(raw):
             return _row(self.image(raw, rng), raw["label"], 1)
 
 
@@ -231,7 +231,7 @@ class _PaddedTest(Source):
         if index >= len(self.examples):
             return self._padding
         raw = self.examples[index]
-        with of_example(raw):
+        with naming_example(raw):
             return _row(self.image(raw), raw["label"], 1)
 
     @functools.cached_property
@@ -254,7 +254,7 @@ def _rows_per_process(batch_size: int, process_count: int) -> int:
 
 def _thread_count(source: Source) -> int:
     # Without decoding, threads only compete for the interpreter lock: one is faster.
-    return 1 if isinstance(source, Examples) else _DECODING_THREADS
+    return 1 if isinstance(source, DecodedExamples) else _DECODING_THREADS
 
 
 def _iterator(batches: Any, threads: int, workers: int) -> Batches:
@@ -292,7 +292,7 @@ class _WorkerBatches(Iterator[Batch]):
         except (StopIteration, DataError):
             raise
         except Exception as error:  # Grain raises no type of its own
-            raise _lost_worker(shown(error)) from error
+            raise _lost_worker(shorten(error)) from error
 
     def close(self) -> None:
         self._batches.close()

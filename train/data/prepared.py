@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from train.data.errors import DataError
-from train.system.paths import PathError, named
-from train.system.text import names, shown
+from train.system.paths import PathError, user_path
+from train.system.text import join_names, shorten
 
 FILE_FORMAT = "array_record"
 
@@ -34,7 +34,7 @@ _LONGEST_REASON = 300
 _THREADS = 32
 
 
-class Records:
+class EncodedExamples:
     """A sequence of the examples of a prepared dataset, each read on access.
 
     An example is a dictionary of the dataset's features, and its `"place"`; the image
@@ -100,12 +100,12 @@ class Records:
     def _example_error(self, index: int, error: Exception) -> DataError:
         return DataError(
             f"Example {index} of split {self._split!r} in {self._directory}, or one "
-            f"soon after, cannot be read: {shown(error, _LONGEST_REASON)}. "
+            f"soon after, cannot be read: {shorten(error, _LONGEST_REASON)}. "
             f"{_remedy(self._directory)}"
         )
 
-    def __reduce__(self) -> tuple[type["Records"], tuple[Path, str, int]]:
-        return Records, (self._directory, self._split, self._num_classes)
+    def __reduce__(self) -> tuple[type["EncodedExamples"], tuple[Path, str, int]]:
+        return EncodedExamples, (self._directory, self._split, self._num_classes)
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -147,7 +147,7 @@ class Place:
         )
 
 
-def root(data_dir: str) -> Path:
+def datasets_directory(data_dir: str) -> Path:
     """Returns the directory of prepared datasets: `data_dir`, or TFDS's default.
 
     Raises:
@@ -155,21 +155,21 @@ def root(data_dir: str) -> Path:
     """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
-        return named(data_dir or default)
+        return user_path(data_dir or default)
     except PathError as error:
         raise DataError(f"config.data_dir: {error}") from error
 
 
-def command(name: str, directory: Path | str) -> str:
+def prepare_command(name: str, directory: Path | str) -> str:
     """Returns the command line that prepares a dataset."""
     return f"python -m train.prepare {name} --data_dir={shlex.quote(str(directory))}"
 
 
-def find(name: str, data_dir: str) -> Path | None:
+def newest_version(name: str, data_dir: str) -> Path | None:
     """Returns the directory of the newest version of a dataset, `None` if missing."""
     versions = {
         tuple(map(int, path.parent.name.split("."))): path.parent
-        for path in (root(data_dir) / name).glob("*/dataset_info.json")
+        for path in (datasets_directory(data_dir) / name).glob("*/dataset_info.json")
         if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
     }
     return versions[max(versions)] if versions else None
@@ -184,19 +184,19 @@ def count(directory: Path, split: str) -> int:
     return _split_info(directory, split).num_examples
 
 
-def locate(name: str, data_dir: str, splits: Iterable[str]) -> Path:
+def checked_directory(name: str, data_dir: str, splits: Iterable[str]) -> Path:
     """Returns the directory of a dataset, after checking the files of the splits.
 
     Raises:
       DataError: the dataset is missing, its format has no random access, or files are
         missing or damaged.
     """
-    directory = find(name, data_dir)
+    directory = newest_version(name, data_dir)
     if directory is None:
-        where = root(data_dir)
+        where = datasets_directory(data_dir)
         raise DataError(
             f"There is no prepared {name!r} in {where}. Prepare it with\n  "
-            f"{command(name, where)}\nor set the directory that it is in."
+            f"{prepare_command(name, where)}\nor set the directory that it is in."
         )
     _check_format(directory)
     for split in splits:
@@ -225,13 +225,13 @@ def _check_files(directory: Path, split: str) -> None:
     def problem(shard: Any) -> str | None:
         path = Path(shard.filename)
         if not path.exists():
-            return f"{shown(path.name)} is missing"
+            return f"{shorten(path.name)} is missing"
         try:
             reader = array_record_module.ArrayRecordReader(str(path))
             found = reader.num_records()
             reader.close()
         except RuntimeError as error:
-            return f"{shown(path.name)} is damaged: {shown(error, _LONGEST_REASON)}"
+            return f"{shorten(path.name)} is damaged: {shorten(error, _LONGEST_REASON)}"
         if found == shard.examples_in_shard:
             return None
         return f"{path.name} has {found} of {shard.examples_in_shard} examples"
@@ -252,7 +252,7 @@ def _split_info(directory: Path, split: str) -> Any:
     if split not in splits:
         raise DataError(
             f"The dataset in {directory} has no split {split!r}, but "
-            f"{names(map(repr, splits)) or 'none'}. {_remedy(directory)}"
+            f"{join_names(map(repr, splits)) or 'none'}. {_remedy(directory)}"
         )
     found = splits[split]
     try:
@@ -282,7 +282,7 @@ def _builder(directory: Path) -> Any:
 def _description_error(directory: Path, error: Exception) -> DataError:
     return DataError(
         f"The description of the dataset in {directory} cannot be read: "
-        f"{shown(error, _LONGEST_REASON)}. {_remedy(directory)}"
+        f"{shorten(error, _LONGEST_REASON)}. {_remedy(directory)}"
     )
 
 
@@ -295,7 +295,7 @@ def _check_classes(directory: Path) -> None:
     def check(section: dict[str, Any]) -> dict[str, Any]:
         name = section.get("pythonClassName", _FEATURES_PACKAGE)
         if not str(name).startswith(_FEATURES_PACKAGE):
-            raise ValueError(f"{path.name} names {shown(name)}, which is not TFDS's")
+            raise ValueError(f"{path.name} names {shorten(name)}, which is not TFDS's")
         return section
 
     json.loads(path.read_bytes(), object_hook=check)
@@ -303,4 +303,4 @@ def _check_classes(directory: Path) -> None:
 
 def _remedy(directory: Path) -> str:
     name, where = directory.parent.name, directory.parent.parent
-    return f"Remove that directory and run\n  {command(name, where)}"
+    return f"Remove that directory and run\n  {prepare_command(name, where)}"

@@ -33,14 +33,14 @@ def must_stop(step: int) -> bool:
     )
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Returns, in all processes, whether the flag is true in at least one of them."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
     """Returns, in all processes, the value that the first one passed.
 
     Args:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from train.config import config as config_lib
 from train.config.config import ConfigError
-from train.processes.collective import any_of, from_first
+from train.processes.collective import any_process, broadcast_from_first
 from train.system import text
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -93,7 +93,7 @@ def initialise() -> None:
         )
 
 
-def check_alike(config: ConfigDict) -> None:
+def check_same_config(config: ConfigDict) -> None:
     """Checks that all processes have the same config and versions of packages.
 
     Raises:
@@ -103,17 +103,17 @@ def check_alike(config: ConfigDict) -> None:
     if jax.process_count() == 1:
         return
     own = _description(config)
-    first = from_first(own)
+    first = broadcast_from_first(own)
     lines = [
         f"{name}: {first.get(name, 'absent')} in process 0, "
         f"{own.get(name, 'absent')} in process {jax.process_index()}"
         for name in sorted(first | own)
         if first.get(name) != own.get(name)
     ]
-    if any_of(bool(lines)):
+    if any_process(bool(lines)):
         raise ConfigError(
             "All processes need the same config and versions of packages."
-            + (text.lines(lines) or " Another process names what differs.")
+            + (text.join_lines(lines) or " Another process names what differs.")
         )
 
 
@@ -124,7 +124,7 @@ def _description(config: ConfigDict) -> dict[str, str]:
         versions[name] = metadata.version(name)
     fields = config_lib.flat(config)
     return versions | {
-        f"config.{name}": text.shown(repr(value))
+        f"config.{name}": text.shorten(repr(value))
         for name, value in fields.items()
         if name not in _PER_HOST_FIELDS
     }

@@ -38,7 +38,7 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def end_in_one_line() -> None:
+def install_exit_handlers() -> None:
     """Makes SIGINT, SIGTERM and SIGHUP end the process at once, with one line.
 
     The exit status is 128 plus the number of the signal. The handler raises no

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from train.processes.collective import from_first, is_first
+from train.processes.collective import broadcast_from_first, is_first
 from train.processes.interrupts import Interrupted, end_process
 
 # Exit status of a process that cannot continue without a lost one.
@@ -54,7 +54,7 @@ class _Peer:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def ended_with_peers() -> Iterator[None]:
     """Ends this process with one line when another training process is lost.
 
     All processes must enter the context. It does nothing if the processes cannot open
@@ -67,7 +67,7 @@ def watched() -> Iterator[None]:
     if is_first():
         watch.listen()
     else:
-        watch.connect(from_first(None))
+        watch.connect(broadcast_from_first(None))
     try:
         yield
     except Interrupted:  # which all processes raise at the same step
@@ -97,7 +97,7 @@ class _Watch:
         token, name = secrets.token_hex(), _name()
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
-            from_first(
+            broadcast_from_first(
                 {"port": port, "token": token, "name": name, "hosts": _addresses()}
             )
             server.settimeout(0.1)

@@ -16,6 +16,6 @@ GREY = "#888888"
 _OF_VARIANTS = {"baseline": BLUE, "flax": BLUE, "lean": GREEN}
 
 
-def of(variant: str) -> str:
+def colour_of(variant: str) -> str:
     """Returns the colour of a variant of training."""
     return _OF_VARIANTS.get(variant, VERMILION)

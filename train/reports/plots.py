@@ -39,7 +39,7 @@ def curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
                     epochs,
                     [row[f"{part}_{metric}"] for row in rows],
                     style,
-                    color=palette.of(name),
+                    color=palette.colour_of(name),
                     label=f"{_LABELS[name]}, {part}",
                 )
         axis.set_xlabel("epoch")
@@ -113,7 +113,7 @@ def histograms(
             edges = np.linspace(-reach, reach, _BINS + 1) if reach else _BINS
             for each, value in values.items():
                 counts, at = np.histogram(value, edges)
-                axis.stairs(counts, at, color=palette.of(each), label=each)
+                axis.stairs(counts, at, color=palette.colour_of(each), label=each)
             axis.set_yscale("symlog")
             axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.set_title(f"{part} of {layer}, {moment}", fontsize=8)
@@ -146,7 +146,7 @@ def tradeoff(
     right.axvline(0, color="0.5", linewidth=0.8)
     for name in names:
         cost, gain = points[name]
-        colour = palette.of(name)
+        colour = palette.colour_of(name)
         left.barh(name, cost, color=colour)
         bar = None if math.isnan(gain.error) else gain.error
         right.errorbar(gain.mean, name, xerr=bar, fmt="o", color=colour, capsize=3)
@@ -167,7 +167,7 @@ def _band(
     """Draws the mean over runs of a column of their rows, and its range as a band."""
     steps = [row["step"] for row in runs[0]]
     values = np.array([[row[column] for row in rows] for rows in runs])
-    colour = palette.of(variant)
+    colour = palette.colour_of(variant)
     axis.plot(steps, values.mean(axis=0), style, color=colour, label=label)
     if len(runs) > 1:
         axis.fill_between(

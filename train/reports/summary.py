@@ -108,7 +108,7 @@ def to_csv(summaries: Iterable[Summary]) -> str:
     )
 
 
-def curves(variants: Mapping[str, Sequence[SavedRun]]) -> str:
+def curves_csv(variants: Mapping[str, Sequence[SavedRun]]) -> str:
     """Returns a CSV table with a row for each evaluation of each run."""
     columns = ("variant", "seed", *records.COLUMNS)
     return tables.to_csv(
@@ -138,7 +138,7 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
             *_rate_table(summaries),
             "## Every variant",
             "",
-            *table(summaries, target),
+            *variants_table(summaries, target),
             "",
             "Dropped is the share of a chunk that is dropped: rounding, and the "
             "element that every chunk keeps, make it another than the rate. Gain is in "
@@ -205,7 +205,7 @@ def _policy_text(policy: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def table(summaries: Sequence[Summary], target: str) -> list[str]:
+def variants_table(summaries: Sequence[Summary], target: str) -> list[str]:
     """Returns a Markdown table with a row for each variant, the baseline first."""
     baseline = summaries[0]
     rows = [

@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from train.processes.collective import any_of, is_first, synchronise
+from train.processes.collective import any_process, is_first, synchronise
 from train.processes.waiting import Background, WaitError
 from train.runs import checksums, step_directories
 from train.system import text
@@ -251,7 +251,7 @@ class Checkpoints:
             problem = None
         except CheckpointError as error:
             problem = error
-        if any_of(problem is not None):
+        if any_process(problem is not None):
             raise problem or CheckpointError(
                 f"Another process cannot write to {self._directory}."
             )
@@ -291,7 +291,7 @@ class Checkpoints:
         """
         # Checked before Orbax reads, whose threads print their own errors.
         problem = checksums.problem(self._path(step), step) if is_first() else ""
-        if any_of(bool(problem)):
+        if any_process(bool(problem)):
             return problem or "a file has changed"
         result: Any = None
         try:
@@ -308,7 +308,7 @@ class Checkpoints:
             raise
         except Exception as error:  # any type: Orbax's, TensorStore's, JSON's
             problem = _first_line(error)
-        if any_of(bool(problem)):
+        if any_process(bool(problem)):
             return problem or "another process cannot read it"
         state, position = result["state"], result["position"]
         self._check_version(step, position)
@@ -335,7 +335,7 @@ class Checkpoints:
         found = _shapes(self._manager.item_metadata(step)["state"])
         wanted = _shapes(abstract)
         lines = [
-            f"{text.shown(name)}: {found.get(name, 'absent')} in the checkpoint, "
+            f"{text.shorten(name)}: {found.get(name, 'absent')} in the checkpoint, "
             f"{wanted.get(name, 'absent')} in the model"
             for name in sorted(found | wanted)
             if found.get(name) != wanted.get(name)
@@ -343,7 +343,7 @@ class Checkpoints:
         if lines:
             raise CheckpointError(
                 f"The checkpoint {self._path(step)} is of another model: "
-                f"{len(lines)} arrays differ.{text.lines(lines)}"
+                f"{len(lines)} arrays differ.{text.join_lines(lines)}"
             )
 
     def _move_damaged(self, damaged: dict[int, str], step: int) -> None:
@@ -416,4 +416,4 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     # The first line has the names of files and, at its end, the reason.
-    return f"{type(error).__name__}: {text.shown(lines[0], _MAX_CHARACTERS)}"
+    return f"{type(error).__name__}: {text.shorten(lines[0], _MAX_CHARACTERS)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train.system.files import write_atomically
-from train.system.text import shown
+from train.system.text import shorten
 
 _NAME = "checksums.json"
 _VERSION = 1
@@ -55,22 +55,22 @@ def problem(directory: Path, step: int) -> str:
             return "it is gone: a run that goes on removes older ones"
         return f"{_NAME} is missing"
     except (OSError, ValueError, RecursionError) as error:
-        return f"{_NAME}: {type(error).__name__}: {shown(error)}"
+        return f"{_NAME}: {type(error).__name__}: {shorten(error)}"
     if written not in (step, _UNKNOWN_STEP):
-        return f"it was written as that of step {shown(written)}"
+        return f"it was written as that of step {shorten(written)}"
     try:
         return _first_change(_files(directory), checksums)
     except OSError as error:
-        return f"{type(error).__name__}: {shown(error)}"
+        return f"{type(error).__name__}: {shorten(error)}"
 
 
 def _first_change(found: dict[str, Path], checksums: dict[str, Any]) -> str:
     """Returns a description of the first missing or changed file, or "" if none is."""
     for name, expected in checksums.items():
         if name not in found:
-            return f"{shown(name)} is missing"
+            return f"{shorten(name)} is missing"
         if _crc32(found[name]) != expected:
-            return f"{shown(name)} has changed since it was written"
+            return f"{shorten(name)} has changed since it was written"
     return ""
 
 
@@ -89,8 +89,8 @@ def _parse(text: bytes) -> tuple[Any, dict[str, Any]]:
         content = {"version": _VERSION, "step": _UNKNOWN_STEP, "files": content}
     if content["version"] != _VERSION:
         raise ValueError(
-            f"it is of version {shown(content['version'])}, not {_VERSION}, which this "
-            "program reads"
+            f"it is of version {shorten(content['version'])}, not {_VERSION}, which "
+            "this program reads"
         )
     step, files = content.get("step"), content.get("files")
     if not (isinstance(files, dict) and files):

@@ -17,7 +17,7 @@ from train.system.files import write_atomically
 _DIRECTORY = "failure"
 
 
-def is_in(workdir: Path) -> bool:
+def has_failed(workdir: Path) -> bool:
     """Returns whether a run in the workdir has ended with a loss that was not finite.
 
     The record stays when a later start of the run succeeds.

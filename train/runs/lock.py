@@ -18,7 +18,7 @@ class LockedError(Exception):
 
 
 @contextlib.contextmanager
-def held(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+def locked(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Locks an existing directory for this process while the context lasts.
 
     Uses `flock`, whose lock ends with the process, however that ends. It works on local

@@ -128,7 +128,7 @@ def read(path: Path) -> list[Row]:
         with path.open(newline="") as file:
             return [_parsed(row) for row in csv.DictReader(file)]
     except Exception as error:  # any type: from the disk, the decoding, the numbers
-        reason = text.shown(error if str(error) else type(error).__name__)
+        reason = text.shorten(error if str(error) else type(error).__name__)
         raise RecordsError(
             f"{path} cannot be read: {reason}. Delete it: the next start of the run "
             "restores it from the last checkpoint."

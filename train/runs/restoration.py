@@ -12,14 +12,14 @@ from train.engine import step as step_lib
 from train.runs import workdir as workdir_lib
 from train.runs.checkpoints import Checkpoints
 from train.system.disk import CheckpointError
-from train.system.text import shown
+from train.system.text import shorten
 
 _STEP = flags.DEFINE_string(
     "step", "best", "Which checkpoint: best, of test accuracy; last; or its step."
 )
 
 
-def config_of(workdir: Path) -> ConfigDict:
+def config_for_this_machine(workdir: Path) -> ConfigDict:
     """Returns the config of the run in a workdir, adapted to this machine.
 
     All devices split the batch, whose size is rounded up to a multiple of their number.
@@ -74,7 +74,7 @@ def _selected_step(checkpoints: Checkpoints, workdir: Path) -> int:
         return best
     if wanted not in map(str, steps):
         raise CheckpointError(
-            f"--step={shown(wanted)}: {workdir} has best, last and "
+            f"--step={shorten(wanted)}: {workdir} has best, last and "
             f"{', '.join(map(str, steps))}."
         )
     return int(wanted)

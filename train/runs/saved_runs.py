@@ -81,7 +81,7 @@ def find(
 
 
 def _why_left_out(run: SavedRun) -> str:
-    if failure.is_in(run.path):
+    if failure.has_failed(run.path):
         return "ended with a loss that is not finite"
     done = run.rows[-1]["step"] if run.rows else 0
     return f"has {done} of its {config_lib.steps(run.config)[1]} steps"

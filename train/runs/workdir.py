@@ -15,7 +15,7 @@ from train.runs.checkpoints import Checkpoints
 from train.runs.lock import LockedError
 from train.runs.step_directories import is_step
 from train.system.files import write_atomically
-from train.system.text import lines
+from train.system.text import join_lines
 
 _CONFIG_FILE = "config.json"
 
@@ -35,7 +35,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 @contextlib.contextmanager
-def held(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
+def created_and_locked(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Creates a workdir and locks it against other runs while the context lasts.
 
     Directories that it created and that are still empty at the end are removed. Only
@@ -54,12 +54,12 @@ def held(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
         if collective.is_first():
             try:
                 stack.enter_context(_created(workdir))
-                stack.enter_context(lock.held(workdir, say))
+                stack.enter_context(lock.locked(workdir, say))
             except OSError as error:
                 problem = ConfigError(f"Cannot write to {workdir}: {error}")
             except LockedError as error:
                 problem = error
-        if collective.any_of(problem is not None):
+        if collective.any_process(problem is not None):
             raise problem or ConfigError(f"Process 0 cannot write to {workdir}.")
         yield
 
@@ -78,7 +78,7 @@ def _created(workdir: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def check(workdir: Path, config: ConfigDict) -> None:
+def check_can_start(workdir: Path, config: ConfigDict) -> None:
     """Checks that a run of this config can start or go on in the workdir.
 
     Raises:
@@ -106,7 +106,7 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
     if changed := config_lib.differences(before, config_lib.to_json(config)):
         raise ConfigError(
             f"{workdir} holds a run of another config. Take another --workdir, or "
-            f"delete it to start over. Changed:{lines(changed)}"
+            f"delete it to start over. Changed:{join_lines(changed)}"
         )
 
 
@@ -125,7 +125,7 @@ def read_checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
     )
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
+def write_config(workdir: Path, config: ConfigDict) -> None:
     """Writes the config into the workdir; returns once all processes have called it.
 
     Raises:

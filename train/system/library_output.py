@@ -7,7 +7,7 @@ from types import TracebackType
 from absl import logging
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Silences the log lines of libraries and the errors of their threads.
 
     Libraries raise the same errors in the main thread, and the command reports an error

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from train.system.text import shown
+from train.system.text import shorten
 
 
 class PathError(ValueError):
     """Raised for a text that cannot be the name of a file."""
 
 
-def named(text: str) -> Path:
+def user_path(text: str) -> Path:
     """Returns the path that a user typed, with `~` or `~user` as a home directory.
 
     Raises:
@@ -22,6 +22,6 @@ def named(text: str) -> Path:
         return path  # the code that opens the path reports these errors
     except (OSError, RuntimeError, ValueError) as error:
         raise PathError(
-            f"{shown(text)} is no name of a file: {shown(error)}"
+            f"{shorten(text)} is no name of a file: {shorten(error)}"
         ) from error
     return path

@@ -19,7 +19,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def shown(
+def shorten(
     value: object, longest: int = _MAX_CHARACTERS, write: Callable[[object], str] = str
 ) -> str:
     """Returns a value as one line of text, without its middle if it is too long.
@@ -39,19 +39,19 @@ def shown(
     return f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
-def literal(value: object) -> str:
+def shorten_repr(value: object) -> str:
     """Returns the `repr` of a value, shortened like `shown`."""
-    return shown(value, write=repr)
+    return shorten(value, write=repr)
 
 
-def names(values: Iterable[object]) -> str:
+def join_names(values: Iterable[object]) -> str:
     """Returns the first ten values, comma-separated, and the number of the others."""
     values = [*values]
     more = f" and {len(values) - _MAX_ITEMS} more" if len(values) > _MAX_ITEMS else ""
-    return ", ".join(map(shown, values[:_MAX_ITEMS])) + more
+    return ", ".join(map(shorten, values[:_MAX_ITEMS])) + more
 
 
-def lines(values: Collection[str]) -> str:
+def join_lines(values: Collection[str]) -> str:
     """Returns the first ten lines, each indented, and the number of the others."""
     shown_lines = [*values][:_MAX_ITEMS]
     if len(values) > _MAX_ITEMS:

@@ -19,7 +19,7 @@ from flax import traverse_util
 from train.system import text
 from train.system.files import write_atomically
 from train.weights.errors import WeightsError
-from train.weights.tensors import Tensor, zeros
+from train.weights.tensors import LazyArray, zeros
 
 _BUCKET = "https://storage.googleapis.com/vit_models"
 # Patterns of the names of Google's files, and the folders of the files, from
@@ -52,7 +52,7 @@ _LastArray = dict[str, np.ndarray]
 _FROM_SCRATCH = "--config.init_from= trains from scratch."
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, LazyArray]:
     """Returns the arrays of a file by name, reading only its headers.
 
     .npz has no name for bfloat16; NumPy writes bfloat16 there as void of two bytes,
@@ -85,7 +85,7 @@ def _readable(path: Path) -> Iterator[None]:
     except (
         Exception
     ) as error:  # of many types: NumPy's, zipfile's, safetensors', JSON's
-        reason = text.shown(f"{error}" or type(error).__name__)
+        reason = text.shorten(f"{error}" or type(error).__name__)
         raise WeightsError(
             f"{path} cannot be read as {path.suffix}: {reason} If it is damaged, "
             "fetch it again."
@@ -139,7 +139,7 @@ def check_path(path: str | Path) -> None:
         )
 
 
-def _read_npz(path: Path) -> dict[str, Tensor]:
+def _read_npz(path: Path) -> dict[str, LazyArray]:
     # Without `np.load`, which cannot read a header alone.
     with path.open("rb") as file:
         if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
@@ -154,14 +154,16 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _npz_tensor(
     path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, last: _LastArray
-) -> tuple[str, Tensor]:
+) -> tuple[str, LazyArray]:
     name = info.filename.removesuffix(".npy")
     if name == info.filename:
-        raise ValueError(f"{text.shown(name)} is no array.")
+        raise ValueError(f"{text.shorten(name)} is no array.")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         if version not in _HEADERS:
-            raise ValueError(f"{text.shown(name)} is of an unknown version, {version}.")
+            raise ValueError(
+                f"{text.shorten(name)} is of an unknown version, {version}."
+            )
         size, parse = _HEADERS[version]
         length = member.read(size)
         header = member.read(min(int.from_bytes(length, "little"), _LARGEST_NPY_HEADER))
@@ -170,7 +172,7 @@ def _npz_tensor(
         is_bfloat16 = dtype == np.dtype("V2")
         like = zeros(shape, jnp.bfloat16 if is_bfloat16 else dtype)
         if member.tell() + like.nbytes != info.file_size:
-            raise ValueError(f"{text.shown(name)} is of another size than it says.")
+            raise ValueError(f"{text.shorten(name)} is of another size than it says.")
 
     def values() -> np.ndarray:
         with (
@@ -181,7 +183,7 @@ def _npz_tensor(
             array = np.lib.format.read_array(member, allow_pickle=False)
             return array.view(like.dtype) if is_bfloat16 else array
 
-    return name, Tensor(name, like, _caching_last(name, values, last))
+    return name, LazyArray(name, like, _caching_last(name, values, last))
 
 
 # By version of .npy: bytes of the header's length field, and the parser of both.
@@ -193,10 +195,12 @@ _HEADERS = {
 
 def _check_type(name: str, dtype: np.dtype[Any]) -> None:
     if dtype.kind not in "biufc" and dtype != np.dtype("V2"):
-        raise ValueError(f"{text.shown(name)} holds {text.shown(dtype)}, not numbers.")
+        raise ValueError(
+            f"{text.shorten(name)} holds {text.shorten(dtype)}, not numbers."
+        )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, LazyArray]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > _LARGEST_HEADER:
@@ -216,19 +220,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _safetensors_tensor(
     path: Path, content: Any, name: str, last: _LastArray
-) -> Tensor:
+) -> LazyArray:
     entry = content.get_slice(name)
     dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
     if dtype not in _TYPES:
         raise ValueError(
-            f"{text.shown(name)} is of type {dtype}; known are {', '.join(_TYPES)}."
+            f"{text.shorten(name)} is of type {dtype}; known are {', '.join(_TYPES)}."
         )
 
     def values() -> np.ndarray:
         with _readable(path), safetensors.safe_open(path, framework="np") as opened:
             return opened.get_tensor(name)
 
-    return Tensor(name, zeros(shape, _TYPES[dtype]), _caching_last(name, values, last))
+    return LazyArray(
+        name, zeros(shape, _TYPES[dtype]), _caching_last(name, values, last)
+    )
 
 
 def _caching_last(
@@ -254,10 +260,10 @@ def _check_names(names: list[str]) -> None:
         raise ValueError(f"It has {len(names)} names, as no model does.")
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"{text.shown(repeated[0])} is in it more than once.")
+        raise ValueError(f"{text.shorten(repeated[0])} is in it more than once.")
 
 
-_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+_READERS: dict[str, Callable[[Path], dict[str, LazyArray]]] = {
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
 }

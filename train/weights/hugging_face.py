@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 import numpy as np
 
-from train.weights.tensors import Specs, Tensor
+from train.weights.tensors import LazyArray, Specs
 
 # Names of `ViTForImageClassification` start with it, those of `ViTModel` do not.
 _PREFIX = "vit."
@@ -45,8 +45,8 @@ def is_layout(names: Iterable[str]) -> bool:
 
 
 def translate(
-    tensors: Mapping[str, Tensor], specs: Specs
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Mapping[str, LazyArray], specs: Specs
+) -> Iterator[tuple[str, LazyArray]]:
     """Translates tensors to the names and layouts of this program's ViT.
 
     Kernels get their input axes before their output axes, `(out, in) -> (in, out)` and

@@ -5,7 +5,7 @@ import operator
 import jax
 import numpy as np
 
-from train.weights.tensors import Specs, Tensor
+from train.weights.tensors import LazyArray, Specs
 
 _STACK = "/encoderblock/"
 
@@ -33,7 +33,7 @@ def unstack_specs(specs: Specs) -> Specs:
     return unstacked
 
 
-def unstack(name: str, tensor: Tensor, most: int) -> list[tuple[str, Tensor]]:
+def unstack(name: str, tensor: LazyArray, most: int) -> list[tuple[str, LazyArray]]:
     """Returns the tensors of the blocks of a stacked tensor, as views.
 
     A tensor that is not stacked, or has more than `most` blocks, is returned alone: no

@@ -10,11 +10,11 @@ import numpy as np
 from flax import traverse_util
 
 from train.system import text
-from train.system.paths import PathError, named
+from train.system.paths import PathError, user_path
 from train.weights import files, layers, layouts
 from train.weights.errors import WeightsError
 from train.weights.positions import are_square, resize
-from train.weights.tensors import CLS, HEAD, POSITIONS, Specs, Tensor, Tensors, zeros
+from train.weights.tensors import CLS, HEAD, POSITIONS, LazyArray, Specs, Tensors, zeros
 
 
 def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
         if leaf is not traverse_util.empty_node
     }
     try:
-        file = named(str(path))
+        file = user_path(str(path))
     except PathError as error:
         raise WeightsError(str(error)) from error
     arrays = _read(file, layers.unstack_specs(specs))
@@ -107,12 +107,12 @@ def _values_for(tensors: Tensors, specs: Specs) -> dict[str, np.ndarray]:
     if lines:
         raise WeightsError(
             f"{len(lines)} arrays have values that are infinite or NaN in the model's "
-            f"type: name another file.{text.lines(lines)}"
+            f"type: name another file.{text.join_lines(lines)}"
         )
     return taken
 
 
-def _values(tensor: Tensor, dtype: Any) -> np.ndarray:
+def _values(tensor: LazyArray, dtype: Any) -> np.ndarray:
     """Reads values as `dtype`; values out of its range become infinite."""
     with np.errstate(over="ignore"):
         return np.asarray(tensor.read(), dtype)
@@ -158,8 +158,8 @@ def _bytes(spec: jax.ShapeDtypeStruct) -> int:
 
 
 def _resize_positions(
-    positions: Tensor, shape: tuple[int, ...], has_token: bool
-) -> Tensor:
+    positions: LazyArray, shape: tuple[int, ...], has_token: bool
+) -> LazyArray:
     """Interpolates position embeddings of another square grid.
 
     For a class token and a grid of 3 x 3, `(1, 1 + 9, width) -> (1, 1 + 16, width)`.
@@ -168,7 +168,7 @@ def _resize_positions(
     old, new = positions.shape[1], shape[1]
     if old == new or not are_square(old - has_token, new - has_token):
         return positions
-    return Tensor(
+    return LazyArray(
         positions.source,
         zeros(shape, np.float64),
         lambda: resize(positions.read(), new, int(has_token)),
@@ -176,12 +176,12 @@ def _resize_positions(
 
 
 def _difference(
-    name: str, tensor: Tensor | None, spec: jax.ShapeDtypeStruct | None
+    name: str, tensor: LazyArray | None, spec: jax.ShapeDtypeStruct | None
 ) -> str | None:
     """Returns how tensor and variable of a name differ, `None` if they fit."""
     if spec is None:
         assert tensor is not None
-        return f"{text.shown(tensor.source)} {tensor.shape}: in the file alone"
+        return f"{text.shorten(tensor.source)} {tensor.shape}: in the file alone"
     if tensor is None:
         return f"{name} {spec.shape}: in the model alone"
     where = _names_of(name, tensor)
@@ -193,8 +193,8 @@ def _difference(
     return None
 
 
-def _names_of(name: str, tensor: Tensor) -> str:
-    source = text.shown(tensor.source)
+def _names_of(name: str, tensor: LazyArray) -> str:
+    source = text.shorten(tensor.source)
     return source if tensor.source == name else f"{source} ({name})"
 
 
@@ -207,5 +207,5 @@ def _is_convertible(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
 def _mismatch_message(lines: list[str]) -> str:
     return (
         f"{len(lines)} arrays do not fit. Configure the model that the file is of, or "
-        f"name another file.{text.lines(lines)}"
+        f"name another file.{text.join_lines(lines)}"
     )

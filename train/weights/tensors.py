@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class LazyArray:
     """An array of a file whose values are read on request.
 
     Attributes:
@@ -32,9 +32,9 @@ class Tensor:
         """The dtype of the array."""
         return self.like.dtype
 
-    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Tensor":
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "LazyArray":
         """Returns the tensor in another layout; `change` maps an array to a view."""
-        return Tensor(self.source, change(self.like), lambda: change(self.read()))
+        return LazyArray(self.source, change(self.like), lambda: change(self.read()))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -48,7 +48,7 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 # By the name of the variable in this program's models: its path, joined by "/". Stacked
 # parameters of scanned blocks are unstacked, in both (see `layers`).
-Tensors = dict[str, Tensor]
+Tensors = dict[str, LazyArray]
 Specs = dict[str, jax.ShapeDtypeStruct]
 
 HEAD = ("params/head/kernel", "params/head/bias")

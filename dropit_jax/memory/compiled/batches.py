@@ -81,7 +81,9 @@ def max_batch(
         reports[batch] = _report(make_step, batch, target)
         return reports[batch].peak_bytes
 
-    batch = multiple_of * search.largest(peak_bytes, available, upper // multiple_of)
+    batch = multiple_of * search.largest_within(
+        peak_bytes, available, upper // multiple_of
+    )
     if batch == 0:
         needed = reports[multiple_of].peak_bytes
         raise NoBatchFitsError(

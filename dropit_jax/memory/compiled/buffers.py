@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dropit_jax.memory.compiled.hlo import Array, Program, array_types
+from dropit_jax.memory.compiled.hlo import ArrayType, Program, array_types
 from dropit_jax.memory.traced import scopes
 
 _ALLOCATION = re.compile(r"allocation (\d+): size \d+, (.*)")
@@ -65,7 +65,7 @@ class _Value:
     last: int
 
 
-def at_peak(
+def buffers_at_peak(
     directory: Path, program: Program, argument_names: Sequence[str] = ()
 ) -> list[Buffer]:
     """Returns the temporary buffers alive at the peak, largest first.
@@ -146,7 +146,7 @@ def _buffer(value: _Value, program: Program, argument_names: Sequence[str]) -> B
     array = array_types(value.type)[0]
     maker = program.origin(value.name, value.index)
     op_name = maker.op_name if maker else ""
-    layer, operation = scopes.split(op_name)
+    layer, operation = scopes.layer_and_operation(op_name)
     if argument := _ARGUMENT.fullmatch(op_name):
         operation = dict(enumerate(argument_names)).get(int(argument[1]), op_name)
     if operation in ("", "call_exported"):  # added by the compiler
@@ -163,7 +163,7 @@ def _buffer(value: _Value, program: Program, argument_names: Sequence[str]) -> B
     )
 
 
-def _is_bytes(array: Array) -> bool:
+def _is_bytes(array: ArrayType) -> bool:
     """Returns whether an array may be a workspace: one axis of bytes."""
     return len(array.shape) == 1 and array.dtype in ("int8", "uint8")
 

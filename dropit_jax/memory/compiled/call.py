@@ -15,7 +15,7 @@ _JITTED = type(jax.jit(lambda: None))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Call:
+class CompiledCall:
     """A function and its abstract arguments.
 
     Attributes:
@@ -38,7 +38,7 @@ class Call:
         step: Callable[..., Any],
         arguments: tuple[Any, ...],
         donate: int | Sequence[int],
-    ) -> "Call":
+    ) -> "CompiledCall":
         """Returns the call of a function, with its static and donated arguments.
 
         Args:

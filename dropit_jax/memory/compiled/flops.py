@@ -3,7 +3,7 @@
 import math
 import re
 
-from dropit_jax.memory.compiled.hlo import Array, Computation, Instruction, Program
+from dropit_jax.memory.compiled.hlo import ArrayType, Computation, Instruction, Program
 
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CONTRACTING = re.compile(
@@ -24,7 +24,7 @@ _CONVOLUTIONS = {
 }
 
 
-def count(program: Program) -> float:
+def count_flops(program: Program) -> float:
     """Returns the operations of products and convolutions: `CompileReport.flops`."""
     counted: dict[str, float] = {}
 
@@ -67,7 +67,7 @@ def _own_flops(instruction: Instruction, computation: Computation) -> float:
     return _convolution_flops(instruction, dict(zip(roles, arrays, strict=True)))
 
 
-def _dot_flops(instruction: Instruction, lhs: Array) -> float:
+def _dot_flops(instruction: Instruction, lhs: ArrayType) -> float:
     """Returns 2 x elements of the result x elements along the contracted axes."""
     found = _CONTRACTING.search(instruction.attributes)
     axes = re.findall(r"\d+", "".join(filter(None, found.groups()))) if found else []
@@ -75,7 +75,7 @@ def _dot_flops(instruction: Instruction, lhs: Array) -> float:
     return 2.0 * math.prod(instruction.results[0].shape) * depth
 
 
-def _convolution_flops(instruction: Instruction, arrays: dict[str, Array]) -> float:
+def _convolution_flops(instruction: Instruction, arrays: dict[str, ArrayType]) -> float:
     """Returns 2 x elements of the kernel x batch x positions.
 
     Along each spatial axis the positions are those of the output, or of the input if it

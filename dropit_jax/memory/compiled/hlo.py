@@ -27,7 +27,7 @@ _HOPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class ArrayType:
     """The dtype and shape of an array."""
 
     dtype: str
@@ -50,7 +50,7 @@ class Instruction:
 
     name: str
     opcode: str
-    results: tuple[Array, ...]
+    results: tuple[ArrayType, ...]
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
@@ -174,10 +174,10 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def array_types(text: str) -> tuple[Array, ...]:
+def array_types(text: str) -> tuple[ArrayType, ...]:
     """Returns the types of the arrays in a text: "(f32[2,3], s8[4])" has two."""
     return tuple(
-        Array(_dtype(name), tuple(int(size) for size in re.findall(r"\d+", sizes)))
+        ArrayType(_dtype(name), tuple(int(size) for size in re.findall(r"\d+", sizes)))
         for name, sizes in _ARRAY_TYPE.findall(text)
     )
 

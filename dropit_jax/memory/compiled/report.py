@@ -24,7 +24,7 @@ from dropit_jax.memory.compiled import (
     traffic,
 )
 from dropit_jax.memory.compiled.buffers import Buffer
-from dropit_jax.memory.compiled.call import Call
+from dropit_jax.memory.compiled.call import CompiledCall
 from dropit_jax.memory.compiled.toolchain import CompilerError
 from dropit_jax.xla import platforms
 
@@ -110,7 +110,7 @@ def compile_report(
         command that installs it.
       CompilerError: the compilation failed.
     """
-    called = Call.of(step, abstract_args, donate)
+    called = CompiledCall.of(step, abstract_args, donate)
     options = dict(compiler_options or {})
     for name in gpu_compiler.NOTES_OPTIONS:
         if name in options:
@@ -126,18 +126,21 @@ def compile_report(
             name, names = description.stem, called.names
             stats = _compile_apart(called, description, directory, options)
         program = hlo.parse(Path(directory, gpu_compiler.PROGRAM_FILE).read_text())
-        largest = buffers.at_peak(Path(directory), program, names)[:num_buffers]
+        largest = buffers.buffers_at_peak(Path(directory), program, names)[:num_buffers]
     return CompileReport(
         target=name,
         **stats,
-        flops=flops.count(program),
-        traffic_bytes=traffic.count(program),
+        flops=flops.count_flops(program),
+        traffic_bytes=traffic.count_bytes(program),
         buffers=tuple(largest),
     )
 
 
 def _compile_apart(
-    called: Call, description: Path, directory: str, options: dict[str, str | bool]
+    called: CompiledCall,
+    description: Path,
+    directory: str,
+    options: dict[str, str | bool],
 ) -> dict[str, int]:
     """Compiles in a separate process, and returns the memory statistics.
 
@@ -160,7 +163,7 @@ def _compile_apart(
         ) from None
 
 
-def _exported(called: Call) -> bytes:
+def _exported(called: CompiledCall) -> bytes:
     """Returns the function over flat arguments, exported and serialised."""
     # Custom calls without a stability guarantee: safe, as the same version of JAX reads
     # the program.

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 
-def largest(size: Callable[[int], int], limit: int, upper: int) -> int:
+def largest_within(size: Callable[[int], int], limit: int, upper: int) -> int:
     """Returns the largest number in 1 ... `upper` whose size is at most a limit.
 
     Returns 0 if the size of 1 exceeds the limit. Sizes should not decrease. `size` is

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from dropit_jax.memory.compiled.hlo import Array, Computation, Instruction, Program
+from dropit_jax.memory.compiled.hlo import ArrayType, Computation, Instruction, Program
 
 # Opcodes that only name existing arrays, or parts of them: no GPU kernel runs.
 _FREE = frozenset(
@@ -26,7 +26,7 @@ _CALLS = frozenset({"call", "conditional", "while"})
 _SLICES = frozenset({"dynamic-slice", "gather", "slice"})
 
 
-def count(program: Program) -> int:
+def count_bytes(program: Program) -> int:
     """Returns the bytes of all kernels' operands and results, as `CompileReport`."""
 
     def of_computation(name: str) -> int:
@@ -108,7 +108,7 @@ def _written_bytes(fused: Computation, otherwise: int) -> int:
     return sum(map(_nbytes, fused[root.operands[1]].results))
 
 
-def _nbytes(array: Array) -> int:
+def _nbytes(array: ArrayType) -> int:
     try:
         itemsize = np.dtype(array.dtype).itemsize
     except TypeError:

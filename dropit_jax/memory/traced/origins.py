@@ -81,7 +81,7 @@ class _Frame:
         )
 
 
-def find(variables: Iterable[Any], jaxpr: Jaxpr) -> list[Origin]:
+def find_origins(variables: Iterable[Any], jaxpr: Jaxpr) -> list[Origin]:
     """Returns the origins of variables of a jaxpr.
 
     The search passes through primitives that return their operand unchanged (`_COPIES`)

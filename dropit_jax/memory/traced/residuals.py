@@ -106,10 +106,10 @@ def saved_residuals(fn: Callable[..., Any], *args: Any) -> SavedResiduals:
 
     jaxpr = open_jaxpr(jax.make_jaxpr(forward)(*leaves))
     backward = pullback.trace([variable.aval for variable in jaxpr.outvars])
-    return between(jaxpr, backward, len(jaxpr.outvars))
+    return residuals_between(jaxpr, backward, len(jaxpr.outvars))
 
 
-def between(forward: Jaxpr, backward: Jaxpr, count: int) -> SavedResiduals:
+def residuals_between(forward: Jaxpr, backward: Jaxpr, count: int) -> SavedResiduals:
     """Returns the residuals that a forward pass hands to a backward pass.
 
     Args:
@@ -125,7 +125,7 @@ def between(forward: Jaxpr, backward: Jaxpr, count: int) -> SavedResiduals:
         if is_read and isinstance(variable, Var)
     ]
     found: dict[tuple[int, ...], SavedResidual] = {}
-    for variable, origin in zip(read, origins.find(read, forward), strict=True):
+    for variable, origin in zip(read, origins.find_origins(read, forward), strict=True):
         if origin.name or origin.key not in found:  # one use alone may be named
             found[origin.key] = _residual(variable, origin)
     ordered = sorted(found.values(), key=lambda each: each.nbytes, reverse=True)
@@ -176,7 +176,7 @@ def _residual(variable: Var, origin: origins.Origin) -> SavedResidual:
         shape=tuple(aval.shape),
         dtype=str(aval.dtype),
         nbytes=math.prod(aval.shape) * aval.dtype.itemsize,
-        layer=scopes.layer(origin.path),
+        layer=scopes.layer_of(origin.path),
         kind=origin.primitive if is_given else origin.name or origin.primitive,
     )
 

@@ -20,7 +20,7 @@ _CONTROL = re.compile(
 _METHOD = re.compile(r"\.[A-Za-z_]\w*$")
 
 
-def layer(path: str) -> str:
+def layer_of(path: str) -> str:
     """Returns the path of the Flax module around an operation: "jvp(Net)/a/b" -> "a/b".
 
     Returns the model's name for an operation of the model outside its layers, and ""
@@ -35,16 +35,16 @@ def layer(path: str) -> str:
     return "/".join(names[1:] or names)
 
 
-def scopes(path: str) -> str:
+def scope_path(path: str) -> str:
     """Returns the named scopes of a path, the outermost first, joined by "/"."""
     return "/".join(_scopes(path))
 
 
-def split(op_name: str) -> tuple[str, str]:
+def layer_and_operation(op_name: str) -> tuple[str, str]:
     """Returns an operation's layer and own name: "jvp(Net)/a/add" -> ("a", "add")."""
     # XLA joins the names of operations that it fused by ";".
     *scopes, operation = _components(op_name.rpartition(";")[2])
-    return layer("/".join(scopes)), operation
+    return layer_of("/".join(scopes)), operation
 
 
 def is_backward(op_name: str) -> bool:

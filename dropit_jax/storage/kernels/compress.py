@@ -19,7 +19,7 @@ from dropit_jax.compat import triton as plgpu
 from dropit_jax.storage.kernels import plan as plans
 from dropit_jax.storage.kernels import search
 from dropit_jax.storage.kernels.definitions import Positions
-from dropit_jax.storage.kernels.plan import MAX_ORDERED, Plan, power_of_two
+from dropit_jax.storage.kernels.plan import MAX_ORDERED, ChunkStorage, power_of_two
 
 _Integers = Int32[Array, "rows columns"]
 _Column = Int32[Array, "rows 1"]
@@ -34,7 +34,10 @@ _PER_WARP = 1024
 
 
 def compress(
-    x: Float[Array, "*rows units elements"], plan: Plan, *, interpret: bool = False
+    x: Float[Array, "*rows units elements"],
+    plan: ChunkStorage,
+    *,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Keeps the largest magnitudes of each chunk, in one pass.
 
@@ -74,7 +77,7 @@ def compress(
 def _launch(
     x: Integer[Array, "chunks size"],
     dtype: jnp.dtype,
-    plan: Plan,
+    plan: ChunkStorage,
     outputs: list[jax.ShapeDtypeStruct],
     interpret: bool,
 ) -> Sequence[Array]:
@@ -109,7 +112,7 @@ def _small_chunks(
     positions_ref: Any,
     *,
     dtype: jnp.dtype,
-    plan: Plan,
+    plan: ChunkStorage,
     count: int,
 ) -> None:
     """Compresses a block of chunks, for D <= `MAX_ORDERED`."""
@@ -142,7 +145,7 @@ def _large_chunks(
     positions_ref: Any,
     *,
     dtype: jnp.dtype,
-    plan: Plan,
+    plan: ChunkStorage,
     count: int,
 ) -> None:
     """Compresses the chunks of a unit, one after the other, for D > `MAX_ORDERED`."""
@@ -174,7 +177,7 @@ def _large_chunks(
         lax.fori_loop(0, plan.unit, chunk, none)
 
 
-def _large_width(plan: Plan) -> int:
+def _large_width(plan: ChunkStorage) -> int:
     """Returns the columns of a large chunk and of those before it in its first byte."""
     return power_of_two(plan.size + (7 if plan.unit > 1 else 0))
 
@@ -219,7 +222,11 @@ def _words(
 
 
 def _store_packed(
-    ref: Any, words: list[UInt32[Array, "rows 1"]], bits: int, plan: Plan, units: int
+    ref: Any,
+    words: list[UInt32[Array, "rows 1"]],
+    bits: int,
+    plan: ChunkStorage,
+    units: int,
 ) -> None:
     """Stores the words of each chunk side by side in the bytes of its unit.
 

@@ -21,7 +21,7 @@ from dropit_jax.compat import pallas as pl
 from dropit_jax.compat import triton as plgpu
 from dropit_jax.storage.kernels import plan as plans
 from dropit_jax.storage.kernels.definitions import Positions
-from dropit_jax.storage.kernels.plan import Plan, power_of_two
+from dropit_jax.storage.kernels.plan import ChunkStorage, power_of_two
 from dropit_jax.storage.kernels.search import places
 
 _Integers = Int32[Array, "rows columns"]
@@ -48,7 +48,7 @@ _NOWHERE = 2**20
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
-    plan: Plan,
+    plan: ChunkStorage,
     dtype: jax.typing.DTypeLike,
     *,
     interpret: bool = False,
@@ -104,7 +104,7 @@ def decompress(
 
 
 def _check(
-    values: Array, positions: Array, plan: Plan, dtype: jax.typing.DTypeLike
+    values: Array, positions: Array, plan: ChunkStorage, dtype: jax.typing.DTypeLike
 ) -> None:
     units = math.prod(values.shape[:-1])
     plans.check(dtype, plan, units)
@@ -121,12 +121,12 @@ def _check(
         )
 
 
-def _compared(plan: Plan) -> bool:
+def _compared(plan: ChunkStorage) -> bool:
     """Returns whether indices are compared with every column."""
     return plan.ordered and plan.kept <= _MAX_COMPARED
 
 
-def _block(plan: Plan) -> tuple[int, int]:
+def _block(plan: ChunkStorage) -> tuple[int, int]:
     """Returns the chunks of a block, and the warps that share it."""
     columns = power_of_two(plan.size)
     least = min(_COMPARED_ROWS, _MAX_BLOCK // columns) if _compared(plan) else 1
@@ -156,7 +156,7 @@ class _Chunks:
       first: the number of the block's first chunk.
     """
 
-    plan: Plan
+    plan: ChunkStorage
     value_dtype: jnp.dtype
     dtype: jnp.dtype
     values: Any
@@ -200,7 +200,7 @@ def _kernel(
     positions_ref: Any,
     out_ref: Any,
     *,
-    plan: Plan,
+    plan: ChunkStorage,
     dtypes: tuple[jnp.dtype, jnp.dtype],
     count: int,
     interpret: bool,

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt8, UInt16
 
 from dropit_jax.storage import packing
-from dropit_jax.storage.kernels.plan import Plan, cast_bits, from_bits, to_bits
+from dropit_jax.storage.kernels.plan import ChunkStorage, cast_bits, from_bits, to_bits
 from dropit_jax.storage.selection import elements, small_chunks
 from dropit_jax.storage.shapes import Shape
 
@@ -23,7 +23,7 @@ Positions = UInt8[Array, "*rows units stored"] | UInt16[Array, "*rows units stor
 
 def compress(
     x: Float[Array, "*rows units elements"],
-    plan: Plan,
+    plan: ChunkStorage,
     before: UInt8[Array, "*rows units"] | None = None,
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Keeps the largest magnitudes of each chunk.
@@ -34,7 +34,7 @@ def compress(
     Args:
       x: whole units, `elements = plan.unit * plan.size`.
       plan: how chunks are stored.
-      before: the result of `before_first`, or `None`.
+      before: the result of `first_index_operand`, or `None`.
 
     Returns:
       The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
@@ -51,8 +51,8 @@ def compress(
     return values.reshape(*leading, plan.unit * plan.kept), positions
 
 
-def before_first(
-    units: Sequence[int], plan: Plan
+def first_index_operand(
+    units: Sequence[int], plan: ChunkStorage
 ) -> UInt8[Array, "*rows units"] | None:
     """Returns the argument `before` of `compress`; `None` where the plan has none.
 
@@ -74,7 +74,7 @@ def before_first(
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
-    plan: Plan,
+    plan: ChunkStorage,
     dtype: jax.typing.DTypeLike,
     by_reduction: bool = False,
 ) -> Float[Array, "*rows units elements"]:
@@ -90,15 +90,15 @@ def decompress(
     """
     if jnp.dtype(dtype).itemsize == 4:
         # The others are moved as bits: XLA's CPU compiler loses the payload of a NaN.
-        return placed(values.astype(dtype), positions, plan, by_reduction)
+        return place_kept(values.astype(dtype), positions, plan, by_reduction)
     kept = cast_bits(to_bits(values), values.dtype, dtype)
-    return from_bits(placed(kept, positions, plan, by_reduction), dtype)
+    return from_bits(place_kept(kept, positions, plan, by_reduction), dtype)
 
 
-def placed(
+def place_kept(
     kept: Shaped[Array, "*rows units kept"],
     positions: Positions,
-    plan: Plan,
+    plan: ChunkStorage,
     by_reduction: bool = False,
 ) -> Shaped[Array, "*rows units elements"]:
     """Returns kept elements of any type in their places, and zero elsewhere.
@@ -106,7 +106,7 @@ def placed(
     Its arguments are those of `decompress`.
     """
     if _is_large_bitmap(plan):
-        return elements.from_bitmap(kept, positions, ((plan.unit, plan.size),))
+        return elements.expand_bitmap(kept, positions, ((plan.unit, plan.size),))
     leading = kept.shape[:-1]
     kept = _in_chunks(kept, plan.unit, plan.kept)
     if plan.encoding == "bitmap":
@@ -120,7 +120,7 @@ def placed(
 def _at_indices(
     kept: Shaped[Array, "*chunks kept"],
     positions: Positions,
-    plan: Plan,
+    plan: ChunkStorage,
     by_reduction: bool,
 ) -> Shaped[Array, "*chunks size"]:
     """Returns chunks with the kept elements at their stored indices, else zero."""
@@ -132,7 +132,7 @@ def _at_indices(
     if by_reduction and plan.size <= elements.MAX_SMALL:
         return small_chunks.place_by_reduction(kept, positions, plan.size, halves)
     if halves:
-        return small_chunks.place_at_halves(kept, positions, plan.size)
+        return small_chunks.place_nibbles(kept, positions, plan.size)
     return elements.place(kept, positions, plan.size)
 
 
@@ -141,18 +141,18 @@ def _in_chunks(x: Array, unit: int, size: int) -> Array:
     return x if unit == 1 else x.reshape(*x.shape[:-1], unit, size)
 
 
-def _in_halves(plan: Plan) -> bool:
+def _in_halves(plan: ChunkStorage) -> bool:
     """Returns whether each byte holds two indices of one chunk (D <= 16, even k)."""
     return plan.ordered and plan.packed and plan.unit == 1
 
 
-def _is_large_bitmap(plan: Plan) -> bool:
+def _is_large_bitmap(plan: ChunkStorage) -> bool:
     """Returns whether all chunks of a unit are compacted as one row of elements."""
     return plan.encoding == "bitmap" and plan.size > elements.MAX_SMALL
 
 
 def _select_large(
-    x: Float[Array, "*rows units elements"], plan: Plan
+    x: Float[Array, "*rows units elements"], plan: ChunkStorage
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Does `_select` for whole units where `_is_large_bitmap`."""
     segments = ((plan.unit, plan.size),)
@@ -164,7 +164,7 @@ def _select_large(
 def _select(
     chunks: Float[Array, "*chunks size"],
     leading: Shape,
-    plan: Plan,
+    plan: ChunkStorage,
     before: UInt8[Array, "*chunks"] | None,
 ) -> tuple[Shaped[Array, "*chunks kept"], Positions]:
     """Returns the kept elements of chunks and their stored positions.

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Shaped
 from dropit_jax.storage.kernels import definitions
 from dropit_jax.storage.kernels import plan as plans
 from dropit_jax.storage.kernels.definitions import Positions
-from dropit_jax.storage.kernels.on_gpu import kernel_or_twin
-from dropit_jax.storage.kernels.plan import Plan
+from dropit_jax.storage.kernels.on_gpu import kernel_or_definition
+from dropit_jax.storage.kernels.plan import ChunkStorage
 from dropit_jax.xla import calls
 from dropit_jax.xla.platforms import by_platform
 
@@ -25,7 +25,7 @@ _Operation = Callable[..., Any]
 # `jax.jit` keeps traces: layers of one shape are traced once, not each.
 @functools.partial(jax.jit, static_argnames="plan", inline=True)
 def compress(
-    x: Float[Array, "*rows units elements"], plan: Plan
+    x: Float[Array, "*rows units elements"], plan: ChunkStorage
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Returns `definitions.compress(x, plan)`, in one pass where a GPU kernel exists.
 
@@ -40,7 +40,7 @@ def compress(
         definition,
         cpu=_compress_call(plan),
         one_cpu=_compress_call(plan, for_one_device=True),
-        cuda=kernel_or_twin(kernel, definition, results=2),
+        cuda=kernel_or_definition(kernel, definition, results=2),
     )
     return operation(x)
 
@@ -49,7 +49,7 @@ def compress(
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
-    plan: Plan,
+    plan: ChunkStorage,
     dtype: jax.typing.DTypeLike,
     after: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, "*rows units elements"]:
@@ -63,7 +63,11 @@ def decompress(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decompress_differentiably(
-    plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
+    plan: ChunkStorage,
+    dtype: jnp.dtype,
+    values: Array,
+    positions: Array,
+    after: Array | None,
 ) -> Array:
     definition = functools.partial(definitions.decompress, plan=plan, dtype=dtype)
     kernel = functools.partial(_decompress_kernel, plan=plan, dtype=dtype)
@@ -72,17 +76,21 @@ def _decompress_differentiably(
     operation = by_platform(
         definition,
         cpu=_decompress_call(functools.partial(definition, by_reduction=True)),
-        cuda=kernel_or_twin(kernel, definition, results=1),
+        cuda=kernel_or_definition(kernel, definition, results=1),
     )
     return operation(values, positions, after=after)
 
 
 def _decompress_forward(
-    plan: Plan, dtype: jnp.dtype, values: Array, positions: Array, after: Array | None
+    plan: ChunkStorage,
+    dtype: jnp.dtype,
+    values: Array,
+    positions: Array,
+    after: Array | None,
 ) -> tuple[Array, Any]:
     # Neither a GPU kernel nor the bits that its definition works on have a gradient.
     def placed(values: Array) -> Array:
-        return definitions.placed(values.astype(dtype), positions, plan)
+        return definitions.place_kept(values.astype(dtype), positions, plan)
 
     _, pullback = jax.vjp(placed, values)
     activation = _decompress_differentiably(plan, dtype, values, positions, after)
@@ -90,7 +98,7 @@ def _decompress_forward(
 
 
 def _decompress_backward(
-    plan: Plan, dtype: jnp.dtype, pullback: Any, cotangent: Array
+    plan: ChunkStorage, dtype: jnp.dtype, pullback: Any, cotangent: Array
 ) -> tuple[Array, None, None]:
     del plan, dtype
     return (*pullback(cotangent), None, None)
@@ -100,21 +108,21 @@ _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
 # Importing Pallas takes long: these do so only for a program for a GPU.
-def _compress_kernel(x: Array, plan: Plan) -> Any:
+def _compress_kernel(x: Array, plan: ChunkStorage) -> Any:
     from dropit_jax.storage.kernels import compress  # noqa: PLC0415
 
     return compress.compress(x, plan)
 
 
 def _decompress_kernel(
-    values: Array, positions: Array, plan: Plan, dtype: jnp.dtype
+    values: Array, positions: Array, plan: ChunkStorage, dtype: jnp.dtype
 ) -> Array:
     from dropit_jax.storage.kernels import decompress  # noqa: PLC0415
 
     return decompress.decompress(values, positions, plan, dtype)
 
 
-def _compress_call(plan: Plan, for_one_device: bool = False) -> _Operation:
+def _compress_call(plan: ChunkStorage, for_one_device: bool = False) -> _Operation:
     """Returns `definitions.compress` as a call that XLA's CPU compiler does not inline.
 
     The call takes rows, (*rows, units * elements), as matrix products do, and without
@@ -124,14 +132,16 @@ def _compress_call(plan: Plan, for_one_device: bool = False) -> _Operation:
     Args:
       plan: how chunks are stored.
       for_one_device: whether the program is for one device; it then has the operand
-        `definitions.before_first` too.
+        `definitions.first_index_operand` too.
     """
 
     def call(x: Array) -> Any:
         *rows, units, elements = x.shape
         ones = _axes_of_size_1(x)
         squeezed = [size for size in (*rows, units) if size != 1]
-        before = definitions.before_first(squeezed, plan) if for_one_device else None
+        before = (
+            definitions.first_index_operand(squeezed, plan) if for_one_device else None
+        )
 
         def inside(x: Array, *before: Array) -> Any:
             chunks = x.reshape(*squeezed, elements)
@@ -166,7 +176,9 @@ def _decompress_call(definition: _Operation) -> _Operation:
             activation = definition(*(lax.expand_dims(x, ones) for x in operands))
             return lax.squeeze(activation, ones)
 
-        call_inside = calls.waiting(inside) if after else calls.not_inlined(inside)
+        call_inside = (
+            calls.call_after_operand(inside) if after else calls.not_inlined(inside)
+        )
         squeezed = (lax.squeeze(x, ones) for x in (values, positions))
         return lax.expand_dims(call_inside(*after, *squeezed), ones)
 
@@ -178,7 +190,7 @@ def _axes_of_size_1(x: Array) -> list[int]:
     return [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
 
 
-def _may_use_kernel(plan: Plan, x: Array) -> bool:
+def _may_use_kernel(plan: ChunkStorage, x: Array) -> bool:
     """Returns whether a GPU kernel may be used here.
 
     It cannot address more than `plans.fits` allows. On a mesh whose axes differ in type

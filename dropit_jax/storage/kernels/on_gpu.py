@@ -9,7 +9,7 @@ from dropit_jax import compat
 from dropit_jax.xla.partitioning import on_every_device
 
 
-def kernel_or_twin(
+def kernel_or_definition(
     kernel: Callable[..., Any], twin: Callable[..., Any], results: int
 ) -> Callable[..., Any]:
     """Returns `kernel` on every device, or `twin` where JAX cannot lower GPU kernels.

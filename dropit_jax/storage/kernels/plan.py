@@ -29,7 +29,7 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ChunkStorage:
     """The storage of chunks.
 
     Positions are stored unit by unit, as a chunk may end within a byte. With D = 12,
@@ -89,7 +89,7 @@ class Plan:
         return self.kept * self.index_bits
 
 
-def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
+def supported(x_dtype: jax.typing.DTypeLike, plan: ChunkStorage) -> bool:
     """Returns whether there are GPU kernels for this plan and type of activation."""
     return (
         jnp.dtype(x_dtype).name in _FLOATS
@@ -100,7 +100,7 @@ def supported(x_dtype: jax.typing.DTypeLike, plan: Plan) -> bool:
     )
 
 
-def fits(plan: Plan, units: int) -> bool:
+def fits(plan: ChunkStorage, units: int) -> bool:
     """Returns whether a GPU kernel can count the chunks and address their positions.
 
     `False` for a symbolic number of units (`jax.export`), whose value is not known.
@@ -110,7 +110,7 @@ def fits(plan: Plan, units: int) -> bool:
     return units * plan.positions <= _MAX_STORED and units * plan.unit < _MAX_CHUNKS
 
 
-def check(dtype: jax.typing.DTypeLike, plan: Plan, units: int) -> None:
+def check(dtype: jax.typing.DTypeLike, plan: ChunkStorage, units: int) -> None:
     """Checks that there is a GPU kernel for this type, plan and number of units.
 
     Raises:

@@ -30,7 +30,7 @@ def to_words(mask: Bool[Array, "*rows size"]) -> UInt32[Array, "*rows words"]:
     `(*rows, size) -> (*rows, ceil(size / 32))`: a mask of 40 elements of which 0, 2 and
     33 are set is the words `[0b101, 0b10]`.
     """
-    return join(last_axis.split(mask, *BITS.shape))
+    return combine_parts(last_axis.split(mask, *BITS.shape))
 
 
 def to_mask(
@@ -56,10 +56,10 @@ def from_bytes(
 ) -> UInt32[Array, "*rows {count}"]:
     """Inverts `to_bytes`: `(*rows, bytes) -> (*rows, count)`, padded with zeros."""
     packed = last_axis.pad(packed, count * _BYTES.size)
-    return join(last_axis.split(packed, *_BYTES.shape), _BYTES)
+    return combine_parts(last_axis.split(packed, *_BYTES.shape), _BYTES)
 
 
-def in_rows(
+def merge_chunks(
     words: UInt32[Array, "*rows chunks words"], size: int, row_size: int
 ) -> UInt32[Array, "*rows row_words"]:
     """Converts the words of chunks of `size` elements to words of whole rows.
@@ -74,7 +74,7 @@ def in_rows(
     return to_words(last_axis.merge(to_mask(words, size), row, row_size))
 
 
-def join(
+def combine_parts(
     parts: Shaped[Array, "..."], starts: UInt32[np.ndarray, "..."] = BITS
 ) -> UInt32[Array, "..."]:
     """Shifts each part of a word to its start and sums the parts.
@@ -83,10 +83,12 @@ def join(
     """
     each = parts.astype(jnp.uint32)
     axes = tuple(range(each.ndim - starts.ndim, each.ndim))
-    return jnp.sum(each << last_axis.along(starts, each), axis=axes, dtype=jnp.uint32)
+    return jnp.sum(
+        each << last_axis.broadcast_to_rows(starts, each), axis=axes, dtype=jnp.uint32
+    )
 
 
-def rank(
+def count_before_bits(
     words: UInt32[Array, "*words"], before: Int[Array, "*words"]
 ) -> Int[Array, "*words 4 8"]:
     """Returns how many bits are set before each bit: `(*words) -> (*words, 4, 8)`.
@@ -95,13 +97,15 @@ def rank(
       words: words of bits.
       before: how many bits are set before each word.
     """
-    each = last_axis.spread(words, *BITS.shape)
-    earlier = each & last_axis.along((1 << BITS) - 1, each)
+    each = last_axis.repeat_in_blocks(words, *BITS.shape)
+    earlier = each & last_axis.broadcast_to_rows((1 << BITS) - 1, each)
     within = lax.population_count(earlier).astype(jnp.int32)
-    return last_axis.spread(before, *BITS.shape) + within
+    return last_axis.repeat_in_blocks(before, *BITS.shape) + within
 
 
-def set_before(words: UInt32[Array, "*rows words"]) -> Int[Array, "*rows words"]:
+def count_before_words(
+    words: UInt32[Array, "*rows words"],
+) -> Int[Array, "*rows words"]:
     """Returns how many bits of the row are set before each word.
 
     For the words `[0b101, 0b10]`: `[0, 2]`.
@@ -116,10 +120,10 @@ def nth_bit(
 
     For the word `0b10110` and n = 1: 2.
     """
-    each = last_axis.spread(word, *BITS.shape)
-    through = each & last_axis.along((2 << BITS) - 1, each)
+    each = last_axis.repeat_in_blocks(word, *BITS.shape)
+    through = each & last_axis.broadcast_to_rows((2 << BITS) - 1, each)
     count = lax.population_count(through).astype(jnp.int32)
-    earlier = count <= last_axis.spread(n, *BITS.shape)
+    earlier = count <= last_axis.repeat_in_blocks(n, *BITS.shape)
     return jnp.sum(earlier, axis=(-2, -1), dtype=jnp.int32)
 
 
@@ -130,8 +134,8 @@ def _shift(
 
     Bits of higher parts are not removed.
     """
-    each = last_axis.spread(words, *starts.shape)
-    return each >> last_axis.along(starts, each)
+    each = last_axis.repeat_in_blocks(words, *starts.shape)
+    return each >> last_axis.broadcast_to_rows(starts, each)
 
 
 def _prefix_sum(x: Int[Array, "*rows n"]) -> Int[Array, "*rows n"]:
@@ -150,10 +154,10 @@ def _prefix_sum(x: Int[Array, "*rows n"]) -> Int[Array, "*rows n"]:
     lead = len(rows) + 1
     each = lax.broadcast_in_dim(parts, shape, (*range(lead), lead + 1, lead + 2))
     earlier = np.tril(np.full((length + 1, length), -1, np.int32), -1)
-    mask = last_axis.along(earlier.reshape(shape[-3:]), each)
+    mask = last_axis.broadcast_to_rows(earlier.reshape(shape[-3:]), each)
     sums = jnp.sum(each & mask, axis=(-2, -1), dtype=jnp.int32)
     before = lax.slice_in_dim(sums, 0, length, axis=lead)
     if count > 1:
         totals = lax.index_in_dim(sums, length, lead, keepdims=False)
-        before += last_axis.spread(_prefix_sum(totals), length)
+        before += last_axis.repeat_in_blocks(_prefix_sum(totals), length)
     return last_axis.merge(before, x.ndim, n)

@@ -53,7 +53,9 @@ def top_k(
         return jnp.take_along_axis(x, indices, axis=-1), indices
     if x.shape[-1] > MAX_SMALL:
         ranked = magnitude(x) if scores is None else scores
-        indices = large_chunks.select(large_chunks.largest(ranked, k), k)
+        indices = large_chunks.indices_of_set_bits(
+            large_chunks.largest_words(ranked, k), k
+        )
         return large_chunks.take(x, indices), indices
     if scores is None:
         values, indices_by_rank = small_chunks.top_k_of_magnitudes(x, k)
@@ -77,8 +79,8 @@ def top_k_mask(
         return large_chunks.scatter(ones, indices, x.shape[-1])
     scores = magnitude(x) if scores is None else scores
     if x.shape[-1] > MAX_SMALL:
-        return bit_vectors.to_mask(large_chunks.largest(scores, k), x.shape[-1])
-    return small_chunks.largest(scores, k)
+        return bit_vectors.to_mask(large_chunks.largest_words(scores, k), x.shape[-1])
+    return small_chunks.largest_mask(scores, k)
 
 
 def top_k_bitmap(
@@ -106,15 +108,15 @@ def top_k_bitmap(
     # Zeros at the end lose every tie, so that no padding is among the largest.
     ranked = last_axis.pad(ranked, count * size)
     chunks = ranked.reshape(*rows, count, size)
-    words = large_chunks.largest(chunks, np.repeat(kept, counts))
-    words = bit_vectors.in_rows(words, size, row_size)
+    words = large_chunks.largest_words(chunks, np.repeat(kept, counts))
+    words = bit_vectors.merge_chunks(words, size, row_size)
     of_row = sum(number * k for number, k in zip(counts, kept, strict=True))
-    indices = large_chunks.select(words, of_row)
+    indices = large_chunks.indices_of_set_bits(words, of_row)
     bitmap = bit_vectors.to_bytes(words, -(-row_size // 8))
     return large_chunks.take(x, indices), bitmap
 
 
-def from_bitmap(
+def expand_bitmap(
     values: Shaped[Array, "*rows kept"],
     bitmap: UInt8[Array, "*rows bytes"],
     segments: Sequence[tuple[int, int]],
@@ -160,7 +162,7 @@ def compact(
     For `[1, -5, 2, 4]` under `[0, 1, 0, 1]`: `[-5, 4]`.
     """
     if x.shape[-1] > MAX_SMALL:
-        indices = large_chunks.select(bit_vectors.to_words(mask), k)
+        indices = large_chunks.indices_of_set_bits(bit_vectors.to_words(mask), k)
         return large_chunks.take(x, indices)
     return small_chunks.compact(x, mask, k)
 

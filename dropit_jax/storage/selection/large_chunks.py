@@ -24,7 +24,7 @@ from dropit_jax.xla import shardings
 _LONGEST = 32
 
 
-def largest(
+def largest_words(
     scores: Int[Array, "*rows size"], k: int | Int[np.ndarray, "chunks"]
 ) -> UInt32[Array, "*rows words"]:
     """Returns a bit mask of each chunk's k largest scores, ties to the lower index.
@@ -43,18 +43,22 @@ def largest(
         axes.insert(0, _LONGEST)
     each = last_axis.split(scores, *axes, fill=-1)  # -1 is never among the largest
     kth, ties = _kth_largest(each, lead, np.asarray(k, np.int32))
-    kth = last_axis.spread(kth, *each.shape[lead:])
+    kth = last_axis.repeat_in_blocks(kth, *each.shape[lead:])
     tied = each == kth
-    words = bit_vectors.join(tied)
-    before = bit_vectors.set_before(last_axis.merge(words, lead + 1)).reshape(
+    words = bit_vectors.combine_parts(tied)
+    before = bit_vectors.count_before_words(last_axis.merge(words, lead + 1)).reshape(
         words.shape
     )
-    first = bit_vectors.rank(words, before) < last_axis.spread(ties, *each.shape[lead:])
-    kept = bit_vectors.join((each > kth) | (tied & first))
+    first = bit_vectors.count_before_bits(words, before) < last_axis.repeat_in_blocks(
+        ties, *each.shape[lead:]
+    )
+    kept = bit_vectors.combine_parts((each > kth) | (tied & first))
     return last_axis.merge(kept, lead + 1, bit_vectors.word_count(size))
 
 
-def select(words: UInt32[Array, "*rows words"], k: int) -> Int[Array, "*rows {k}"]:
+def indices_of_set_bits(
+    words: UInt32[Array, "*rows words"], k: int
+) -> Int[Array, "*rows {k}"]:
     """Returns the indices of the first k set bits, in ascending order.
 
     For the words `[0b101, 0b10]` and k = 3: `[0, 2, 33]`.
@@ -63,7 +67,7 @@ def select(words: UInt32[Array, "*rows words"], k: int) -> Int[Array, "*rows {k}
       words: words with at least k set bits in each chunk.
       k: how many.
     """
-    before = bit_vectors.set_before(words)
+    before = bit_vectors.count_before_words(words)
     word = _word_of_each(before, k)
     bit = bit_vectors.nth_bit(take(words, word), _iota(word) - take(before, word))
     return word * bit_vectors.BITS.size + bit
@@ -95,7 +99,8 @@ def expand(
 ) -> Shaped[Array, "*rows {size}"]:
     """Returns chunks with values at the set bits, in order, and zero elsewhere."""
     places = jnp.minimum(
-        bit_vectors.rank(words, bit_vectors.set_before(words)), values.shape[-1] - 1
+        bit_vectors.count_before_bits(words, bit_vectors.count_before_words(words)),
+        values.shape[-1] - 1,
     )
     found = take(values, last_axis.merge(places, words.ndim, size))
     return lax.select(bit_vectors.to_mask(words, size), found, lax.full_like(found, 0))
@@ -132,18 +137,18 @@ def _kth_largest(
       k: how many of each chunk, or for each chunk of a row.
     """
     none = lax.full_like(scores, 0, shape=scores.shape[:lead])
-    none = shardings.to(none, shardings.spec(scores)[:lead])
+    none = shardings.reshard(none, shardings.explicit_spec(scores)[:lead])
     axes = tuple(range(lead, scores.ndim))
 
     def k_of_each() -> Array:  # made inside the loop: it is no operand of it
-        return last_axis.along(
+        return last_axis.broadcast_to_rows(
             np.broadcast_to(k, none.shape[-1:]), none.astype(jnp.int32)
         )
 
     def next_bit(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         bit, kth, above = state
         candidate = kth | bit
-        counted = scores >= last_axis.spread(candidate, *scores.shape[lead:])
+        counted = scores >= last_axis.repeat_in_blocks(candidate, *scores.shape[lead:])
         count = jnp.sum(counted, axis=axes, dtype=jnp.int32)
         enough = count >= k_of_each()
         kth = lax.select(enough, candidate, kth)
@@ -172,11 +177,11 @@ def _word_of_each(before: Int[Array, "*rows words"], k: int) -> Int[Array, "*row
 
     highest = jnp.asarray((1 << last.bit_length()) >> 1, jnp.int32)
     first = lax.full_like(before, 0, shape=(*before.shape[:-1], k))
-    state = (highest, shardings.like(first, before))
+    state = (highest, shardings.reshard_like(first, before))
     return lax.while_loop(lambda state: state[0] > 0, next_bit, state)[1]
 
 
 def _iota(like: Shaped[Array, "*rows n"]) -> Int[Array, "*rows n"]:
     """Returns 0, 1, 2, ... in each row, in the shape and sharding of an array."""
     numbers = lax.broadcasted_iota(jnp.int32, like.shape, like.ndim - 1)
-    return shardings.like(numbers, like)
+    return shardings.reshard_like(numbers, like)

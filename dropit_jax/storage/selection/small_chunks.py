@@ -98,11 +98,14 @@ def top_2_of_magnitudes(
     signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
     size = signed.shape[-1]
     slots = np.arange(size, dtype=np.uint8) << 4
-    upper, marks = last_axis.along(slots, signed), last_axis.along(slots | 1, signed)
+    upper, marks = (
+        last_axis.broadcast_to_rows(slots, signed),
+        last_axis.broadcast_to_rows(slots | 1, signed),
+    )
     none, no_slot = lax.full_like(signed, 0), lax.full_like(upper, _NO_SLOT)
     found, tag = [], before
     for _ in range(2):
-        at = last_axis.spread(tag, size)
+        at = last_axis.repeat_in_blocks(tag, size)
         other = marks != at
         tags = upper | at >> np.uint8(4)
         remaining = lax.select(other, signed, none), lax.select(other, tags, no_slot)
@@ -111,7 +114,7 @@ def top_2_of_magnitudes(
     return _from_bits(stack(found), x), tag
 
 
-def largest(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
+def largest_mask(scores: Int[Array, "*rows size"], k: int) -> Bool[Array, "*rows size"]:
     """Returns whether each score is one of its chunk's k largest, as by `top_k`."""
     if k > _MAX_PASSES:
         return _ranks(scores) < k
@@ -139,7 +142,7 @@ def place(
     return placed
 
 
-def place_at_halves(
+def place_nibbles(
     values: Shaped[Array, "*rows k"], packed: UInt8[Array, "*rows bytes"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
     """Returns `place` for two indices in a byte, the first in its lower half."""
@@ -154,7 +157,7 @@ def place_by_reduction(
     size: int,
     halves: bool,
 ) -> Shaped[Array, "*rows {size}"]:
-    """Returns `place` or `place_at_halves`, by the same few operations for any k.
+    """Returns `place` or `place_nibbles`, by the same few operations for any k.
 
     It is for a CPU, where XLA vectorises it for chunks of any size. There is no
     gradient, and operations that read the result do not fuse with it.
@@ -165,16 +168,20 @@ def place_by_reduction(
       size: elements of a chunk.
       halves: as in `top_k_of_magnitudes`.
     """
-    bits = last_axis.spread(_bits(values), size)
+    bits = last_axis.repeat_in_blocks(_bits(values), size)
     slots = np.arange(size, dtype=np.uint8)
     if halves:
-        at = last_axis.spread(positions, 2, size).reshape(bits.shape)
+        at = last_axis.repeat_in_blocks(positions, 2, size).reshape(bits.shape)
         half = np.stack([np.full_like(slots, 0x0F), np.full_like(slots, 0xF0)])
         wanted = np.stack([slots, slots << 4])
         half, wanted = (np.tile(x, (positions.shape[-1], 1)) for x in (half, wanted))
-        here = at & last_axis.along(half, at) == last_axis.along(wanted, at)
+        here = at & last_axis.broadcast_to_rows(
+            half, at
+        ) == last_axis.broadcast_to_rows(wanted, at)
     else:
-        here = last_axis.spread(positions, size) == last_axis.along(slots, bits)
+        here = last_axis.repeat_in_blocks(
+            positions, size
+        ) == last_axis.broadcast_to_rows(slots, bits)
     apart = lax.select(here, bits, lax.full_like(bits, 0))
     none = np.zeros((), bits.dtype)
     return _from_bits(
@@ -213,10 +220,12 @@ def stack(parts: list[Int[Array, "*rows"]]) -> Int[Array, "*rows parts"]:
     It uses selects: XLA's CPU compiler makes a loop of branches of a concatenation,
     which takes longer to compile and to run.
     """
-    spread = [last_axis.spread(part, len(parts)) for part in parts]
+    spread = [last_axis.repeat_in_blocks(part, len(parts)) for part in parts]
     stacked, places = spread[-1], np.arange(len(parts))
     for i, part in enumerate(spread[:-1]):
-        stacked = lax.select(last_axis.along(places == i, part), part, stacked)
+        stacked = lax.select(
+            last_axis.broadcast_to_rows(places == i, part), part, stacked
+        )
     return stacked
 
 
@@ -244,17 +253,17 @@ def _take_largest(
     """
     size, ones = signed.shape[-1], np.iinfo(signed.dtype).max
     magnitudes = signed & ones
-    slots = last_axis.along(np.arange(size, dtype=np.uint8), signed)
+    slots = last_axis.broadcast_to_rows(np.arange(size, dtype=np.uint8), signed)
     none, no_slot = lax.full_like(signed, 0), lax.full_like(slots, _NO_SLOT)
     found = [_max_and_tag(signed, slots)]
-    at = last_axis.spread(found[0][1], size)
+    at = last_axis.repeat_in_blocks(found[0][1], size)
     for i in range(1, k):
         if i == 1:
             after = slots != at
         else:
             # Elements after the last found one: smaller, or equal and of a higher
             # index (with one operation less). The earlier ones need not be known.
-            last = last_axis.spread(found[-1][0] & ones, size)
+            last = last_axis.repeat_in_blocks(found[-1][0] & ones, size)
             after = magnitudes - (slots > at).astype(signed.dtype) < last
         # The lower half of these tags is the same in a chunk: it changes no order.
         second = halves and i % 2 == 1
@@ -262,7 +271,7 @@ def _take_largest(
         remaining = lax.select(after, signed, none), lax.select(after, tags, no_slot)
         bits, tag = _max_and_tag(*remaining)
         found.append((bits, tag))
-        at = last_axis.spread(tag >> np.uint8(4) if second else tag, size)
+        at = last_axis.repeat_in_blocks(tag >> np.uint8(4) if second else tag, size)
     return found
 
 
@@ -321,19 +330,23 @@ def _spread_nth(
     x: Shaped[Array, "*rows count"], i: int, size: int
 ) -> Shaped[Array, "*rows {size}"]:
     """Repeats the i-th element of each row: `(*rows, count) -> (*rows, size)`."""
-    return last_axis.spread(lax.index_in_dim(x, i, x.ndim - 1, keepdims=False), size)
+    return last_axis.repeat_in_blocks(
+        lax.index_in_dim(x, i, x.ndim - 1, keepdims=False), size
+    )
 
 
 def _select(
     here: Bool[Array, "*shape"], x: Shaped[Array, "*shape"], y: Shaped[Array, "*shape"]
 ) -> Shaped[Array, "*shape"]:
     """Returns `jnp.where` without the jitted call, which XLA would have to inline."""
-    return lax.select(here, shardings.like(x, here), shardings.like(y, here))
+    return lax.select(
+        here, shardings.reshard_like(x, here), shardings.reshard_like(y, here)
+    )
 
 
 def _ranks(scores: Int[Array, "*rows size"]) -> Int[Array, "*rows size"]:
     """Returns how many elements of the chunk are larger, or equal and earlier."""
-    slots = last_axis.along(np.arange(scores.shape[-1]), scores)
+    slots = last_axis.broadcast_to_rows(np.arange(scores.shape[-1]), scores)
     ranks = jnp.zeros(scores.shape, jnp.int32)
     # Comparisons in a chain: a sum over pairs would be a loop of its own.
     for i in range(scores.shape[-1]):
@@ -352,11 +365,11 @@ def _ranks_under_mask(mask: Bool[Array, "*rows size"]) -> Int[Array, "*rows size
     for start in range(0, size, _WORD):
         part = mask[..., start : start + _WORD].astype(jnp.uint32)
         places = np.arange(part.shape[-1], dtype=np.uint32)
-        part = part << last_axis.along(places, part)
+        part = part << last_axis.broadcast_to_rows(places, part)
         word = jnp.sum(part, axis=-1, keepdims=True, dtype=jnp.uint32)
         before = np.clip(np.arange(size) - start, 0, _WORD)
         earlier_bits = ((1 << before) - 1).astype(np.uint32)
-        earlier = word & last_axis.along(earlier_bits, mask)
+        earlier = word & last_axis.broadcast_to_rows(earlier_bits, mask)
         slots += lax.population_count(earlier).astype(jnp.int32)
     return slots
 

@@ -7,7 +7,7 @@ from dropit_jax.transform.tracing.program import Program
 Order = tuple[int, ...]
 
 _SAME_ORDER = (
-    primitives.CONTINUOUS | primitives.STEPS | {"copy", "name", "stop_gradient"}
+    primitives.CONTINUOUS | primitives.DISCONTINUOUS | {"copy", "name", "stop_gradient"}
 )
 
 

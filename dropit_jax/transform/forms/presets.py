@@ -107,7 +107,7 @@ class Preset:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preset":
         """Returns the preset that `to_dict` wrote."""
-        words = {name: of_word(fields[name]) for name in ("kernel", "flowing")}
+        words = {name: form_of_word(fields[name]) for name in ("kernel", "flowing")}
         rules = {place: cls.from_dict(each) for place, each in fields["rules"].items()}
         return cls(**fields | words | {"rules": rules})
 
@@ -155,7 +155,7 @@ def word(form: Any) -> str:
     return _WORDS[form]
 
 
-def of_word(word: str) -> Form:
+def form_of_word(word: str) -> Form:
     """Returns the form that `word` wrote as this text."""
     if word.startswith(_POLICY):
         return Selected(DropIT(**json.loads(word.removeprefix(_POLICY))))

@@ -154,7 +154,7 @@ class Codes:
         last, levels = x.shape[-1], 2**self.bits - 1
         size, _ = _groups(last)
         wide = x.astype(_compute_dtype(x.dtype))
-        minimum, scale = quantization.ranges(_grouped(wide), levels)
+        minimum, scale = quantization.group_ranges(_grouped(wide), levels)
         above = wide - _spread(minimum, size, last)
         # Not negative, so that the cast rounds down.
         codes = (above * _spread(1 / scale, size, last) + 0.5).astype(jnp.uint8)
@@ -226,7 +226,11 @@ def _selected_bytes(policy: DropIT, shape: tuple[int, ...], dtype: Any) -> float
 
 
 def _in_layout(x: Array, order: Order | None) -> Array:
-    return layouts.of_tokens(x) if order is None else layouts.in_order(x, order)
+    return (
+        layouts.row_major_unless_images(x)
+        if order is None
+        else layouts.in_order(x, order)
+    )
 
 
 def _groups(last: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from dropit_jax.transform.tracing.program import Atom, Node, Program
 from dropit_jax.xla import barriers
 
 # XLA computes them element by element, inside of the GPU kernel that reads the result.
-_CHEAP = primitives.CONTINUOUS | primitives.MOVES | primitives.STEPS
+_CHEAP = primitives.CONTINUOUS | primitives.MOVES | primitives.DISCONTINUOUS
 
 # The error of a second derivative names these. (That of a decoded value would silently
 # be zero.)
@@ -108,7 +108,7 @@ class Rebuilder:
             form = self._forms[atom]
             decoded = form.decode(stored, aval, self._orders.get(atom))
             if form.is_lossy:
-                decoded = derivatives.once(decoded, _OPERATION, _REMEDY)
+                decoded = derivatives.differentiable_once(decoded, _OPERATION, _REMEDY)
             self._known[atom] = decoded
             self._cheap.add(atom)
         return programs.read(self._known, atom)

@@ -20,7 +20,7 @@ from dropit_jax.transform.planning import classify
 from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Node, Program, Scalar
-from dropit_jax.transform.tracing.split import Halves
+from dropit_jax.transform.tracing.split import Split
 from dropit_jax.xla import barriers
 
 
@@ -34,7 +34,7 @@ class Passes:
       final: for each gradient, whether no other gradient is computed from it.
     """
 
-    halves: Halves
+    halves: Split
     forms: Mapping[int, Form]
     final: tuple[bool, ...]
 

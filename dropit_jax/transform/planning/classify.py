@@ -52,7 +52,7 @@ _CHEAP = primitives.MOVES | {"convert_element_type", "mul", "neg"}
 _SMOOTH = primitives.CONTINUOUS | primitives.MOVES
 
 
-def names_what_is_stored(node: Node) -> bool:
+def names_residual(node: Node) -> bool:
     """Returns whether an equation names a residual of a plan or a DropIT layer."""
     return node.name == compat.NAME and node.params["name"] == STORED_NAME
 
@@ -74,7 +74,7 @@ class Classes:
 
 
 def classify(
-    halves: split.Halves,
+    halves: split.Split,
     backward: Program,
     free_inputs: Sequence[bool],
     final: Sequence[bool],
@@ -96,7 +96,7 @@ def classify(
     kept |= {value for value, how in reads.items() if how == "kept"}
     for node in forward.nodes:
         is_gathered = node.name == "reshard" and free.issuperset(node.operands)
-        if is_gathered or names_what_is_stored(node):
+        if is_gathered or names_residual(node):
             kept.update(node.outputs)
     typical = _typical_size([programs.nbytes(forward.avals[v]) for v in needed])
 
@@ -148,7 +148,7 @@ def _free_and_parameters(
 
 
 def _reads(
-    halves: split.Halves, backward: Program, final: Sequence[bool]
+    halves: split.Split, backward: Program, final: Sequence[bool]
 ) -> dict[int, str]:
     """Returns the role, one of `_ROLES`, of each forward value that is read."""
     inputs = backward.inputs[: len(halves.residuals)]
@@ -276,7 +276,7 @@ def is_repeatable(node: Node, parameters: Set[int]) -> bool:
       node: the equation.
       parameters: as in `Classes`.
     """
-    if node.equation.effects or names_what_is_stored(node):
+    if node.equation.effects or names_residual(node):
         return False
     if node.name == "dot_general":
         return not any(
@@ -286,5 +286,8 @@ def is_repeatable(node: Node, parameters: Set[int]) -> bool:
 
 
 _REPEATABLE = (
-    primitives.CONTINUOUS | primitives.MOVES | primitives.REDUCTIONS | primitives.STEPS
+    primitives.CONTINUOUS
+    | primitives.MOVES
+    | primitives.REDUCTIONS
+    | primitives.DISCONTINUOUS
 )

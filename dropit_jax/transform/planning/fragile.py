@@ -47,17 +47,17 @@ def _masked(forward: Program, free: set[int], perturbed: Sequence[bool]) -> set[
             # A softmax: x - max(x).
             masked.update((*node.operands, *node.outputs))
             continue
-        puts_in = primitives.SUMS | primitives.MOVES | {"select_n"}
+        puts_in = primitives.ADDITIONS | primitives.MOVES | {"select_n"}
         if free >= operands or constant >= operands:
             # The mask itself is made, as by (1 - mask) * -1e9.
             puts_in |= {"mul"}
         constants = (atom.val for atom in node.inputs if isinstance(atom, Scalar))
         if (node.name in puts_in and any(map(_is_mask, constants))) or (
-            node.name in primitives.LINEAR | {"select_n"} and masked & operands
+            node.name in primitives.PASS_MASKS | {"select_n"} and masked & operands
         ):
             masked.update(node.outputs)
         if (
-            node.name in primitives.SUMS
+            node.name in primitives.ADDITIONS
             and constant & operands
             and not constant >= operands
         ):
@@ -134,7 +134,7 @@ def _steep_operand(node: Node) -> int | None:
     return operand if isinstance(operand, int) else None
 
 
-_ONWARD_TO_STEEP = primitives.LINEAR | {"integer_pow", "select_n", "square"}
+_ONWARD_TO_STEEP = primitives.PASS_MASKS | {"integer_pow", "select_n", "square"}
 
 
 # Applied to factors of a matrix, they return factors, or parts of these.

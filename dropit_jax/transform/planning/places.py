@@ -13,7 +13,7 @@ from dropit_jax.transform.tracing.program import Node, Program
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class RulePresets:
     """The presets of the values of a program; `places[value]` is one.
 
     A place is a scope, such as "encoder/layer_0/mlp", or a `checkpoint_name`.
@@ -50,7 +50,7 @@ class Places:
         )
 
 
-def find(preset: Preset, program: Program, scope: str) -> Places:
+def find(preset: Preset, program: Program, scope: str) -> RulePresets:
     """Applies the rules of a preset to a program; the first that matches holds.
 
     Args:
@@ -59,7 +59,7 @@ def find(preset: Preset, program: Program, scope: str) -> Places:
       scope: the path of the scopes around the program.
     """
     if not preset.rules:
-        return Places(preset, {}, frozenset(), frozenset())
+        return RulePresets(preset, {}, frozenset(), frozenset())
     ruled: dict[int, Preset] = {}
     matched: set[str] = set()
     known: set[str] = set()
@@ -72,7 +72,7 @@ def find(preset: Preset, program: Program, scope: str) -> Places:
             if any(matches(pattern, place) for place in _places(node, scope)):
                 for value in (*node.outputs, *node.operands):
                     ruled.setdefault(value, treatment)
-    return Places(preset, ruled, frozenset(matched), frozenset(known))
+    return RulePresets(preset, ruled, frozenset(matched), frozenset(known))
 
 
 def _matching(preset: Preset, place: str) -> Iterator[tuple[str, Preset]]:
@@ -93,8 +93,8 @@ def _places(node: Node, around: str) -> Iterator[str]:
     scope = _scope(f"{around}/{node.equation.source_info.name_stack}")
     if scope:
         yield scope
-    if node.name == compat.NAME and not classify.names_what_is_stored(node):
+    if node.name == compat.NAME and not classify.names_residual(node):
         yield node.params["name"]
 
 
-_scope = functools.lru_cache(maxsize=2**16)(scopes.scopes)
+_scope = functools.lru_cache(maxsize=2**16)(scopes.scope_path)

@@ -11,7 +11,7 @@ from dropit_jax.transform.forms.presets import Preset
 from dropit_jax.transform.forms.storage import Form
 from dropit_jax.transform.planning import classify, cut, places
 from dropit_jax.transform.planning.classify import Classes
-from dropit_jax.transform.planning.places import Places
+from dropit_jax.transform.planning.places import RulePresets
 from dropit_jax.transform.planning.prices import Prices
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing import split
@@ -41,7 +41,7 @@ class Choice:
     """
 
     fingerprint: str
-    halves: split.Halves
+    halves: split.Split
     classes: Classes
     forms: Mapping[int, Form]
     turns: int
@@ -67,7 +67,7 @@ class Planner:
 
     def choose(
         self,
-        halves: split.Halves,
+        halves: split.Split,
         is_free: Sequence[bool],
         final: Sequence[bool],
         turns: int,
@@ -113,7 +113,7 @@ class Planner:
                 )
 
     def _forms(
-        self, key: str, program: Program, classes: Classes, found: Places
+        self, key: str, program: Program, classes: Classes, found: RulePresets
     ) -> Mapping[int, Form]:
         if self._given is not None:
             if key not in self._given:
@@ -140,14 +140,16 @@ _SHOWN = 20
 
 
 def _stored_forms(
-    program: Program, classes: Classes, found: Places
+    program: Program, classes: Classes, found: RulePresets
 ) -> Mapping[int, Form]:
     prices = Prices(program, classes, found)
     stored = cut.stored_values(program, classes, prices.storing, prices.rebuilding)
     return {value: prices.form(value) for value in sorted(stored)}
 
 
-def _fingerprint(halves: split.Halves, is_free: Sequence[bool], found: Places) -> str:
+def _fingerprint(
+    halves: split.Split, is_free: Sequence[bool], found: RulePresets
+) -> str:
     """Returns a digest; if two are equal, a preset makes the same choice for both.
 
     It is the same in every process, as plans are saved.

@@ -10,7 +10,7 @@ from dropit_jax import compat
 from dropit_jax.transform.forms.presets import Preset
 from dropit_jax.transform.forms.storage import Bits, Exact, Form
 from dropit_jax.transform.planning.classify import Classes, Kind, is_repeatable
-from dropit_jax.transform.planning.places import Places
+from dropit_jax.transform.planning.places import RulePresets
 from dropit_jax.transform.tracing import primitives, split
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Node, Program
@@ -37,7 +37,7 @@ class Prices:
 
     program: Program
     classes: Classes
-    places: Places
+    places: RulePresets
 
     def form(self, value: int) -> Form:
         """Returns the form of a value, in case it is stored."""
@@ -67,7 +67,7 @@ class Prices:
             return NEVER
         if node.name in primitives.PRODUCTS:
             return self._product(node)
-        is_discrete = node.name in primitives.STEPS or not all(
+        is_discrete = node.name in primitives.DISCONTINUOUS or not all(
             split.is_floating(self.program.avals[v]) for v in node.outputs
         )
         if is_discrete and lossy:

@@ -88,7 +88,7 @@ CONTINUOUS = frozenset(
 )
 
 # Discontinuous elementwise functions: a small error may change the result completely.
-STEPS = frozenset(
+DISCONTINUOUS = frozenset(
     {
         "and",
         "ceil",
@@ -136,12 +136,12 @@ REDUCTIONS = frozenset(
 )
 
 # Elementwise additions, by which masks are added too.
-SUMS = frozenset({"add", "add_any", "sub"})
+ADDITIONS = frozenset({"add", "add_any", "sub"})
 
 # Pass on the large numbers of a mask.
-LINEAR = (
+PASS_MASKS = (
     MOVES
-    | SUMS
+    | ADDITIONS
     | {"convert_element_type", "div", "max", "min", "mul", "neg", "reduce_max"}
 )
 

@@ -18,7 +18,7 @@ Function = Callable[..., Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Halves:
+class Split:
     """The forward and the backward pass of a function of arrays.
 
     Attributes:
@@ -44,7 +44,7 @@ class Halves:
     @property
     def residual_bytes(self) -> int:
         """The bytes of the residuals that are neither arguments nor constants."""
-        found = residuals.between(*self.traced, len(self.residuals))
+        found = residuals.residuals_between(*self.traced, len(self.residuals))
         return found.total_bytes
 
     @property
@@ -53,9 +53,7 @@ class Halves:
         return self.backward.inputs[len(self.residuals) :]
 
 
-def split(
-    function: Function, avals: Sequence[Any], perturbed: Sequence[bool]
-) -> Halves:
+def split(function: Function, avals: Sequence[Any], perturbed: Sequence[bool]) -> Split:
     """Traces a function and its pullback, as `jax.vjp` makes it, to two programs.
 
     Args:
@@ -92,7 +90,7 @@ def split(
 
     wanted = [aval for aval, has_one in zip(results, floating, strict=True) if has_one]
     pulled = jax.make_jaxpr(backward)(given, wanted)
-    return Halves(
+    return Split(
         programs.flatten(traced),
         programs.flatten(pulled),
         tuple(perturbed),
@@ -113,7 +111,7 @@ _SUMS = frozenset({"add", "add_any"})
 
 
 def without_zeros(
-    halves: Halves, is_zero: Sequence[bool]
+    halves: Split, is_zero: Sequence[bool]
 ) -> tuple[Program, tuple[bool, ...]]:
     """Returns the backward pass simplified for cotangents that are known to be zero.
 

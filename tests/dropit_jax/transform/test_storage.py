@@ -89,7 +89,7 @@ class ExactTest(parameterized.TestCase):
         Bits(), Exact(), Codes(2), Codes(8), Selected(DropIT(0.9, fill="mean"))
     )
     def test_words_stand_for_forms(self, form):
-        self.assertEqual(presets.of_word(presets.word(form)), form)
+        self.assertEqual(presets.form_of_word(presets.word(form)), form)
 
 
 class SelectedTest(parameterized.TestCase):
