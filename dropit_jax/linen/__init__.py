@@ -1,4 +1,4 @@
-"""`flax.linen` layers that cache their input compressed, and any model made of them."""
+"""`flax.linen` layers that store their input compressed; a context for any model."""
 
 from dropit_jax.linen.interception import InterceptedLayer, Interception, intercept
 from dropit_jax.linen.layers import (

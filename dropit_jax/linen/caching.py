@@ -1,7 +1,7 @@
-"""One call of a `flax.linen` layer that caches its input compressed.
+"""Calls a `flax.linen` layer so that it stores its input compressed.
 
-The layer's own code runs. Where Flax has a field for the product, a caching product is
-put into it for the time of the call; where it has none, the whole layer is the product.
+The layer's own code runs. If the layer has a field for its product, the field holds a
+caching product during the call. If not, the whole layer is the product.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.products import operations, rule
 from dropit_jax.products.operand import Axes, flatten_batch, unflatten_batch
 
-# The layers that have a field for their product, and the product that caches.
+# The layers that have a field for their product, the field, and the caching product.
 _WITH_FIELD: tuple[tuple[type[nn.Module], str, Callable[..., Array]], ...] = (
     (nn.Dense, "dot_general", operations.dot_general),
     (nn.DenseGeneral, "dot_general", operations.dot_general),
@@ -32,7 +32,7 @@ _WITHOUT: tuple[type[nn.Module], ...] = (nn.Einsum, nn.ConvLocal, nn.ConvTranspo
 LAYERS = (*(layer for layer, *_ in _WITH_FIELD), *_WITHOUT)
 
 _FLAX_CALLS = {inspect.unwrap(layer.__call__) for layer in LAYERS}
-# The calls of our layers, which run that of the next class as a part of themselves.
+# The `__call__`s of this library's layers, which run the `__call__` of the next class.
 _our_calls: set[Any] = set()
 
 # Set while a layer runs as the product of a caching operation.
@@ -40,19 +40,19 @@ _is_product = contextvars.ContextVar("is_product", default=False)
 
 
 def runs_next_call(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks the `__call__` of a layer of ours, and returns it."""
+    """Returns the `__call__` of a layer of this library, after recording it."""
     _our_calls.add(call)
     return call
 
 
 def is_layer_call(context: Any) -> bool:
-    """Returns whether an interceptor was told of a call of one of `LAYERS`.
+    """Returns whether an interceptor intercepts the `__call__` of one of `LAYERS`.
 
-    The call is Flax's code, or ours directly around Flax's. Calls of a layer that runs
-    as a product, or whose product caches already, do not count.
+    The `__call__` is Flax's, or this library's directly around Flax's. False for a
+    layer that runs as a product, or whose product is a caching one already.
 
     Args:
-      context: `flax.linen.module.InterceptorContext`.
+      context: a `flax.linen.module.InterceptorContext`.
     """
     module, call = context.module, compat.flax_function(context)
     if _is_product.get() or not isinstance(module, LAYERS):
@@ -78,9 +78,9 @@ def has_policy(module: nn.Module) -> bool:
 
 
 def stateful_product(module: nn.Module) -> str | None:
-    """Returns the field that makes a layer's product a module, as that of fp8 is.
+    """Returns the field of a layer whose product is a module, as for fp8, or `None`.
 
-    Such a product updates variables, which it cannot inside a caching product.
+    The module updates variables, which is impossible inside a caching product.
     """
     for layer, field, _ in _WITH_FIELD:
         if not isinstance(module, layer):
@@ -105,15 +105,15 @@ def cached(
     *args: Any,
     **kwargs: Any,
 ) -> Array:
-    """Returns `method(inputs, *args, **kwargs)`; the inputs are cached compressed.
+    """Returns `method(inputs, *args, **kwargs)`, and stores the inputs compressed.
 
     Args:
-      module: one of `LAYERS`, bound.
-      method: the `__call__` of Flax's layer for it.
+      module: a bound module of one of the classes in `LAYERS`.
+      method: the `__call__` of the Flax layer, bound to the module.
       dropit: the policy for the inputs; `None`: the plain Flax layer.
-      inputs: the layer's.
-      *args: the other arguments of the call: the equation of an `nn.Einsum`.
-      **kwargs: likewise.
+      inputs: the inputs of the layer.
+      *args: the equation of an `nn.Einsum`, if given by position.
+      **kwargs: the other arguments of the call.
 
     Raises:
       TypeError: the product of the layer is a module with a state.
@@ -143,7 +143,7 @@ def cached(
 
 @contextlib.contextmanager
 def cached_children(module: nn.Module, dropit: DropIT | None) -> Iterator[None]:
-    """Applies a policy to the layers that a module calls itself."""
+    """Applies a policy to the layers that are children of a module, in the context."""
     if dropit is None:
         yield
         return
@@ -166,10 +166,14 @@ def cached_children(module: nn.Module, dropit: DropIT | None) -> Iterator[None]:
 def _with_product(
     module: Any, field: str, caching: Callable[..., Array]
 ) -> Iterator[None]:
-    """Puts a caching product into a field of a bound module for one call.
+    """Puts a caching product into a field of a bound module, in the context.
 
-    The product that the module would have used, be it the user's own, computes the
-    values.
+    The module's own product, Flax's or the user's, still computes the values.
+
+    Args:
+      module: the module.
+      field: the field, such as "dot_general"; `{field}_cls` is `None` meanwhile.
+      caching: the caching product, called with the own product as `operation`.
     """
     cls = getattr(module, f"{field}_cls")
     own = getattr(module, field) if cls is None else cls()
@@ -177,8 +181,8 @@ def _with_product(
         caching = functools.partial(caching, operation=own)
     fields = {field: caching, f"{field}_cls": None}
     before = {name: getattr(module, name) for name in fields}
-    # Bound modules refuse assignment, as they must not change from call to call. These
-    # fields are put back before anyone can see them.
+    # Bound modules refuse assignment, since a call must not change them. Here the old
+    # values are back when the call ends.
     for name, value in fields.items():
         object.__setattr__(module, name, value)
     try:
@@ -191,7 +195,7 @@ def _with_product(
 def _as_one_product(
     module: Any, dropit: DropIT, key: Array | None, inputs: Any, **kwargs: Any
 ) -> Array:
-    """Returns a layer's output, the layer being one product of inputs and kernel."""
+    """Returns the output of a layer, computed as one product of inputs and kernel."""
     layer = next(layer for layer in _WITHOUT if isinstance(module, layer))
     fields = {
         field.name: getattr(module, field.name)
@@ -201,7 +205,7 @@ def _as_one_product(
     params = meta.unbox(module.variables["params"])
     kernel, mask = params["kernel"], fields.get("mask")
     if mask is not None and mask.shape == kernel.shape:
-        # The product may close over no array: its rule would not know of it.
+        # A product must not close over an array, for which it would have no gradient.
         kernel, fields["mask"] = kernel * mask, None
     plain = layer(**fields, parent=None)
     bias = (params["bias"],) if module.use_bias else ()

@@ -1,4 +1,4 @@
-"""A DropIT policy for the layers of any `flax.linen` model, left as it is."""
+"""Applies a DropIT policy to the layers of an unchanged `flax.linen` model."""
 
 import contextlib
 import contextvars
@@ -25,12 +25,12 @@ class InterceptedLayer:
     """A layer that a policy was applied to.
 
     Attributes:
-      path: the layer's; its names joined by "/".
-      kind: the name of its class.
-      shape: of its input.
-      dtype: of its input.
-      bytes_before: the size of the input, which plain Flax caches in one call.
-      bytes_after: the size of the residual.
+      path: the names on the way to the layer, joined by "/".
+      kind: the name of the layer's class.
+      shape: the shape of the layer's input.
+      dtype: the dtype of the layer's input.
+      bytes_before: the bytes of the input, which plain Flax stores in one call.
+      bytes_after: the bytes of the residual.
     """
 
     path: str
@@ -42,27 +42,25 @@ class InterceptedLayer:
 
 
 class Interception:
-    """The layers that `intercept` applied a policy to.
-
-    As text it is a table of them.
+    """The layers that `intercept` applied a policy to; `str` returns them as a table.
 
     Attributes:
       dropit: the policy.
-      layers: in the order in which the model came to them, each with its last call (in
-        a loop, one step of it). The list grows while models are traced; layers are told
-        apart by their paths.
+      layers: the layers in the order of their first calls, one for each path, with the
+        input of the last call (in a loop, of one iteration). The list grows while
+        models are traced.
     """
 
     def __init__(self, dropit: DropIT, meant: Matching):
         self.dropit = dropit
         self._matching = meant
         self._layers: dict[str, InterceptedLayer] = {}
-        self._paths: dict[str, None] = {}  # of all layers, in order
-        self._later: set[str] = set()  # of these, the ones not first in some call
+        self._paths: dict[str, None] = {}  # the paths of all layers, in order
+        self._later: set[str] = set()  # the paths of layers not first in some call
 
     @property
     def key(self) -> Any:
-        """Everything that a trace depends on."""
+        """The policy and the globs: a trace with other ones must not be reused."""
         return self.dropit, self._matching
 
     @property
@@ -72,12 +70,12 @@ class Interception:
 
     @property
     def bytes_before(self) -> int:
-        """The bytes that plain Flax caches of the inputs of these layers."""
+        """The bytes of the layers' inputs, which plain Flax stores."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        """The bytes of the residuals of these layers."""
+        """The bytes of the layers' residuals."""
         return sum(layer.bytes_after for layer in self.layers)
 
     def __str__(self) -> str:
@@ -90,22 +88,22 @@ class Interception:
         rows.append((f"{len(self.layers)} layers, bytes", "", "", *total))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (
-            "  ".join(map(str.ljust, row, widths)).rstrip()  # one cell below the other
+            "  ".join(map(str.ljust, row, widths)).rstrip()  # in aligned columns
             for row in rows
         )
         return "\n".join(lines)
 
     def selects(self, path: str, first: str) -> bool:
-        """Returns whether the policy is for the layer of a path.
+        """Returns whether the policy applies to the layer of a path.
 
         Args:
-          path: the layer's.
+          path: the path of the layer.
           first: the path of the first layer of the model's call.
         """
         return self._matching.selects(path, first)
 
     def see(self, path: str, first: str) -> None:
-        """Records a layer that the policy could be for; arguments as in `selects`."""
+        """Records the path of a layer; arguments as in `selects`."""
         self._paths[path] = None
         if path != first:
             self._later.add(path)
@@ -118,7 +116,7 @@ class Interception:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Array:
-        """Calls a layer with the policy applied, and records the layer."""
+        """Returns the output of a layer with the policy applied; records the layer."""
 
         def record(x: Array, nbytes: int) -> None:
             kind = type(module).__name__
@@ -130,20 +128,20 @@ class Interception:
             return caching.cached(module, method, self.dropit, *args, **kwargs)
 
     def check(self) -> None:
-        """Checks that every pattern matched a layer, where there were any.
+        """Checks that every glob matched a layer, if any layer was called.
 
         Raises:
-          ValueError: one did not.
+          ValueError: a glob matched no layer.
         """
         if self._paths:
             self._matching.check(self._paths, self._paths.keys() - self._later)
 
 
-# The interceptions around, the outermost first.
+# The interceptions of the contexts around, the outermost first.
 _interceptions: contextvars.ContextVar[tuple[Interception, ...]]
 _interceptions = contextvars.ContextVar("interceptions", default=())
 
-# A part of the key under which `jax.jit` keeps what it has traced.
+# A part of the key of the cache in which `jax.jit` keeps traces.
 _traced_within = jax.make_user_context(default_value=())
 
 
@@ -153,29 +151,30 @@ def intercept(
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> AbstractContextManager[Interception]:
-    """Applies a policy to the layers of any linen model, while the context lasts.
+    """Applies a policy to the layers of any linen model that is called in the context.
 
     The layers are `Dense`, `DenseGeneral`, `Einsum`, `Conv`, `ConvLocal` and
-    `ConvTranspose` of `flax.linen`, the projections of attention among them. Those with
-    a policy of their own keep it, and those whose product is a module with a state, as
-    in fp8, are left alone. Of nested contexts the innermost that selects a layer
-    decides. `nn.jit` keeps a trace for all modules that are alike, whatever their
-    paths: in it a decision by path holds for the first of them.
+    `ConvTranspose` of `flax.linen`, also as projections of attention. A layer with its
+    own policy keeps it. A layer whose product is a module with a state, as for fp8,
+    stays plain. In nested contexts the innermost one that selects a layer decides.
+    `nn.jit` shares a trace among equal modules with different paths: there the decision
+    for the first module holds for all of them.
 
     Args:
       dropit: the policy.
-      skip_first: whether the first layer of each call of a model keeps its input: the
-        data, which are there anyway (paper, §3.4).
-      only: a glob, or several: the paths of the layers to apply the policy to, such as
-        `"encoder/*/mlp/*"`; `*` matches "/" too. `None`: all.
-      exclude: the paths of layers to leave alone.
+      skip_first: whether the first layer of each call of a model stays plain. Its input
+        is the data, which is in memory anyway (paper, §3.4).
+      only: one or several globs for the paths of the layers to apply the policy to,
+        such as `"encoder/*/mlp/*"`; `*` matches "/" too. `None`: all layers.
+      exclude: globs for the paths of layers that stay plain.
 
     Returns:
-      A context that gives an `Interception`: the layers, and their bytes.
+      A context manager that yields an `Interception`: the layers, and their bytes.
 
     Raises:
-      TypeError: `dropit` is not a policy, or a pattern not a string.
-      ValueError: `only` is empty; on leaving, a pattern matched none of the layers.
+      TypeError: `dropit` is not a policy, or a glob is not a string.
+      ValueError: `only` is empty; or, at the end of the context, a glob matched no
+        layer.
     """
     if not isinstance(dropit, DropIT):
         raise TypeError(
@@ -228,10 +227,10 @@ def _intercepting(interception: Interception) -> Iterator[Interception]:
 
 @dataclasses.dataclass
 class _ModelCall:
-    """One call of a model, from outside any module.
+    """A call of a model, from outside any module.
 
     Attributes:
-      first: the path of the first layer that it came to.
+      first: the path of the first layer that the model called; `None`: none yet.
     """
 
     first: str | None = None
@@ -240,18 +239,19 @@ class _ModelCall:
 _call: contextvars.ContextVar[_ModelCall | None]
 _call = contextvars.ContextVar("call", default=None)
 
-# The calls under way, by the identity of their root scopes.
+# The calls in progress, by the `id` of their root scopes.
 _calls: dict[int, tuple[Callable[[], Scope | None], _ModelCall]] = {}
 
 
 @contextlib.contextmanager
 def _model_call(scope: Scope) -> Iterator[_ModelCall]:
-    """Gives the call of a model that a scope belongs to; a new one if to none.
+    """Yields the call of a model that a scope belongs to; a new one if there is none.
 
-    Where the applied method is a function (`model.apply(..., method=f)`), no module's
-    call is around those of the layers; but all have one root scope, which is made for
-    each `init`, `apply` and `bind`. In a loop or another lifted transformation scopes
-    have other roots, and there a module's call is around.
+    Calls of layers belong to the call of a module around them. If the applied method is
+    a function (`model.apply(..., method=f)`), no module's call is around them, but
+    all their scopes have one root, made anew by each `init`, `apply` and `bind`. Inside
+    a lifted transformation, such as a loop, scopes have other roots; there a call of a
+    module is always around them.
     """
     call = _call.get()
     if call is not None:

@@ -1,8 +1,8 @@
-"""`flax.linen` layers that cache their input compressed.
+"""`flax.linen` layers that store their input compressed for the kernel's gradient.
 
-Each is a subclass of Flax's layer of the same name: the same arguments, parameters and
-code. A checkpoint of the Flax layer loads unchanged. Policies that need a PRNG key take
-it from the RNG stream `"dropit"`.
+Each is a subclass of Flax's layer of the same name, with the same arguments, parameters
+and code. A checkpoint of the Flax layer loads unchanged. If a policy needs a PRNG key,
+the layer takes it from the RNG stream `"dropit"`.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from dropit_jax.policy import DropIT
 
 
 class Dense(nn.Dense):
-    """`flax.linen.Dense` that caches its input compressed.
+    """`flax.linen.Dense` that stores its input compressed.
 
     Attributes:
       dropit: the policy for the input; `None`: the plain Flax layer. All other
-        attributes are those of `flax.linen.Dense`.
+        attributes are as in `flax.linen.Dense`.
     """
 
     dropit: DropIT | None = None
@@ -28,18 +28,17 @@ class Dense(nn.Dense):
     @caching.runs_next_call
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Applies the layer along the last axis."""
+        """Returns the layer's output: `(*batch, in) -> (*batch, out)`."""
         call = compat.without_flax_wrapper(super().__call__)
         return caching.cached(self, call, self.dropit, inputs)
 
 
 class DenseGeneral(nn.DenseGeneral):
-    """`flax.linen.DenseGeneral` that caches its input compressed.
+    """`flax.linen.DenseGeneral` that stores its input compressed.
 
     Attributes:
       dropit: the policy for the input, whose channels are the contracted axes; `None`:
-        the plain Flax layer. All other attributes are those of
-        `flax.linen.DenseGeneral`.
+        the plain Flax layer. All other attributes are as in `flax.linen.DenseGeneral`.
     """
 
     dropit: DropIT | None = None
@@ -47,17 +46,20 @@ class DenseGeneral(nn.DenseGeneral):
     @caching.runs_next_call
     @nn.compact
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Applies the layer along the axes in `axis`."""
+        """Returns the layer's output; the axes in `axis` are contracted.
+
+        With `axis=(-2, -1)` and `features=512`: `(8, 16, 4, 32) -> (8, 16, 512)`.
+        """
         call = compat.without_flax_wrapper(super().__call__)
         return caching.cached(self, call, self.dropit, inputs)
 
 
 class Einsum(nn.Einsum):
-    """`flax.linen.Einsum` that caches its input compressed.
+    """`flax.linen.Einsum` that stores its input compressed.
 
     Attributes:
       dropit: the policy for the input, whose channels are the axes contracted with the
-        kernel; `None`: the plain Flax layer. All other attributes are those of
+        kernel; `None`: the plain Flax layer. All other attributes are as in
         `flax.linen.Einsum`.
     """
 
@@ -68,17 +70,17 @@ class Einsum(nn.Einsum):
     def __call__(
         self, inputs: Float[Array, "..."], einsum_str: str | None = None
     ) -> Float[Array, "..."]:
-        """Applies the equation, given here or as an attribute."""
+        """Returns the einsum of inputs and kernel; the equation may be an attribute."""
         call = compat.without_flax_wrapper(super().__call__)
         return caching.cached(self, call, self.dropit, inputs, einsum_str=einsum_str)
 
 
 class Conv(nn.Conv):
-    """`flax.linen.Conv` that caches its input compressed.
+    """`flax.linen.Conv` that stores its input compressed.
 
     Attributes:
       dropit: the policy for the input; `None`: the plain Flax layer. All other
-        attributes are those of `flax.linen.Conv`.
+        attributes are as in `flax.linen.Conv`.
     """
 
     dropit: DropIT | None = None
@@ -88,19 +90,19 @@ class Conv(nn.Conv):
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
-        """Applies the convolution over the spatial axes, channels last."""
+        """Returns the convolution over the spatial axes, channels last."""
         call = compat.without_flax_wrapper(super().__call__)
         return caching.cached(self, call, self.dropit, inputs)
 
 
 class ConvLocal(nn.ConvLocal):
-    """`flax.linen.ConvLocal` that caches its input compressed.
+    """`flax.linen.ConvLocal` that stores its input compressed.
 
-    The input is cached, not its patches.
+    The residual is the input, not the patches of the input.
 
     Attributes:
       dropit: the policy for the input; `None`: the plain Flax layer. All other
-        attributes are those of `flax.linen.ConvLocal`.
+        attributes are as in `flax.linen.ConvLocal`.
     """
 
     dropit: DropIT | None = None
@@ -110,17 +112,17 @@ class ConvLocal(nn.ConvLocal):
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
-        """Applies the unshared convolution over the spatial axes, channels last."""
+        """Returns the unshared convolution over the spatial axes, channels last."""
         call = compat.without_flax_wrapper(super().__call__)
         return caching.cached(self, call, self.dropit, inputs)
 
 
 class ConvTranspose(nn.ConvTranspose):
-    """`flax.linen.ConvTranspose` that caches its input compressed.
+    """`flax.linen.ConvTranspose` that stores its input compressed.
 
     Attributes:
       dropit: the policy for the input; `None`: the plain Flax layer. All other
-        attributes are those of `flax.linen.ConvTranspose`.
+        attributes are as in `flax.linen.ConvTranspose`.
     """
 
     dropit: DropIT | None = None
@@ -130,20 +132,20 @@ class ConvTranspose(nn.ConvTranspose):
     def __call__(
         self, inputs: Float[Array, "*batch_spatial in"]
     ) -> Float[Array, "*batch_spatial_out out"]:
-        """Applies the transposed convolution over the spatial axes, channels last."""
+        """Returns the transposed convolution over the spatial axes, channels last."""
         call = compat.without_flax_wrapper(super().__call__)
         return caching.cached(self, call, self.dropit, inputs)
 
 
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
-    """`flax.linen.MultiHeadDotProductAttention` whose projections cache compressed.
+    """`flax.linen.MultiHeadDotProductAttention` that stores compressed inputs.
 
-    Query, key and value of the same input have equal residuals, of which XLA stores one
-    under `jax.jit`.
+    They are the inputs of the four projections. Query, key and value of one input have
+    equal residuals, of which XLA stores one under `jax.jit`.
 
     Attributes:
       dropit: the policy for the inputs of the four projections; `None`: the plain Flax
-        layer. All other attributes are those of Flax's layer.
+        layer. All other attributes are as in Flax's layer.
     """
 
     dropit: DropIT | None = None
@@ -164,11 +166,11 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
 
 
 class MultiHeadAttention(MultiHeadDotProductAttention):
-    """`MultiHeadDotProductAttention` by the other name that Flax has for it."""
+    """`MultiHeadDotProductAttention` under Flax's other name for it."""
 
 
 class SelfAttention(nn.SelfAttention):
-    """`flax.linen.SelfAttention` whose projections cache compressed.
+    """`flax.linen.SelfAttention` that stores the inputs of its projections compressed.
 
     Attributes:
       dropit: as in `MultiHeadDotProductAttention`.

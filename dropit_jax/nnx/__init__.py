@@ -1,4 +1,4 @@
-"""`flax.nnx` layers that cache their input compressed, `apply`, and `drop` for nnx."""
+"""`flax.nnx` layers that store their input compressed, `apply`, and `drop` for nnx."""
 
 from dropit_jax.nnx.conversion import Change, apply
 from dropit_jax.nnx.dropping import drop

@@ -1,4 +1,4 @@
-"""A DropIT policy for the layers of any built `flax.nnx` model."""
+"""Applies a DropIT policy to the layers of an existing `flax.nnx` model."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ class Change:
     """A change that `apply` made to a layer.
 
     Attributes:
-      path: the layer's; its names joined by "/".
-      kind: the name of its class.
-      before: the policy that it had; `None`: none.
-      after: the policy that it has now.
+      path: the names on the way to the layer, joined by "/".
+      kind: the name of the layer's class before the change.
+      before: the policy before the change; `None`: none.
+      after: the policy after the change; `None`: none.
     """
 
     path: str
@@ -37,33 +37,33 @@ def apply(
     exclude: str | Sequence[str] | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> list[Change]:
-    """Applies a policy to the layers of a built model, in place.
+    """Applies a policy to the layers of an existing model, in place.
 
     All `Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose` layers of
-    `flax.nnx` become those of `dropit_jax.nnx`, the projections of attention among
-    them; their parameters stay as they are. A subclass of such a layer becomes a
-    subclass of both, and its own code runs as before, around the product of Flax's
-    layer. Layers with a policy of their own keep it.
+    `flax.nnx` become layers of `dropit_jax.nnx`, also as projections of attention;
+    their parameters do not change. A layer of a subclass gets a subclass of both
+    classes: the code of the subclass runs as before, around a product that stores its
+    input compressed. Layers with their own policy keep it.
 
     Args:
       model: a model, or a layer.
-      dropit: the policy. `None`: layers that have a policy lose it.
+      dropit: the policy. `None`: removes the policies of layers.
       skip_first: a call of the model, such as `lambda model: model(images)`. It is
         traced to find the first layer, which gets no policy: its input is the data,
-        which are there anyway (paper, §3.4). `None`: all layers get the policy.
-      only: a glob, or several: the paths of the layers to change, such as
-        `"blocks/*/mlp"`; `*` matches "/" too. `None`: all.
-      exclude: the paths of layers to leave alone.
-      rngs: for policies that need keys: where their stream is forked from. Of layers
-        stacked by `nnx.vmap` each gets keys of its own.
+        which is in memory anyway (paper, §3.4). `None`: all layers get the policy.
+      only: one or several globs for the paths of the layers to change, such as
+        `"blocks/*/mlp"`; `*` matches "/" too. `None`: all layers.
+      exclude: globs for the paths of layers that do not change.
+      rngs: the streams of keys, of which "dropit" is forked if the policy needs keys.
+        Layers stacked by `nnx.vmap` get different keys.
 
     Returns:
       The changes, in the order of the model's attributes.
 
     Raises:
       TypeError: an argument is of the wrong type.
-      ValueError: a pattern matches no layer, the call in `skip_first` comes to none, or
-        the policy needs keys and there is no stream of them. Nothing is changed then.
+      ValueError: a glob matches no layer, the call in `skip_first` calls no layer, or
+        the policy needs keys and `rngs` has no stream for them. The model is unchanged.
     """
     if not (dropit is None or isinstance(dropit, DropIT)):
         raise TypeError(
@@ -90,24 +90,28 @@ def apply(
     return changes
 
 
-# Streams of keys: one for all layers that are not stacked, and one for those that are
-# by the module that they are in and the sizes of the axes that they are stacked along.
+# Streams of keys: one for all layers that are not stacked, and one for each pair of
+# (path of the parent module, sizes of the stacked axes).
 _Streams = dict[tuple[str, tuple[int, ...]], nnx.RngStream]
 _UNSTACKED = ("", ())
 
 
 def _streams(dropit: DropIT | None, rngs: nnx.Rngs | None) -> _Streams:
-    """Returns one stream of keys for all layers, if the policy needs them."""
+    """Returns the stream of keys for layers that are not stacked; `{}` without keys."""
     stream = layers.new_stream(dropit, rngs)
     return {} if stream is None else {_UNSTACKED: stream}
 
 
 def _stream_of(layer: Any, streams: _Streams, path: str) -> nnx.RngStream | None:
-    """Returns the stream for a layer; for stacked layers a key each, as by `nnx.vmap`.
+    """Returns the stream for a layer; for stacked layers one with a key for each.
 
-    `nnx.scan` and `nnx.vmap` take a layer's state apart along the axis that it is
-    stacked along, and its keys with it. They refuse a stream that is in two modules of
-    which one is taken apart and the other is not.
+    `nnx.scan` and `nnx.vmap` split a layer's state, and its keys, along the stacked
+    axis. They refuse a stream shared by a module that is split and one that is not.
+
+    Args:
+      layer: the layer.
+      streams: the streams so far; one may be added.
+      path: the path of the layer.
     """
     if not streams:
         return None
@@ -121,7 +125,7 @@ def _stream_of(layer: Any, streams: _Streams, path: str) -> nnx.RngStream | None
 def _layers(
     node: Any, path: tuple[str, ...], visited: set[int]
 ) -> Iterator[tuple[str, Any]]:
-    """Yields the paths and layers of a model, in the order of its attributes."""
+    """Yields the (path, layer) pairs of a model, in the order of its attributes."""
     if id(node) in visited:
         return
     visited.add(id(node))
@@ -141,10 +145,10 @@ def _layers(
 def _first_layer(
     model: nnx.Module, found: list[tuple[str, Any]], call: Callable[[Any], Any]
 ) -> str:
-    """Returns the path of the layer that a call comes to first."""
+    """Returns the path of the first layer that a call of the model calls."""
     called: list[str] = []
-    # A copy has its attributes in another order, so that a layer with two paths may
-    # have the other one there: the copy's classes know the paths of the model.
+    # The call runs on a copy of the model, whose attributes have another order. So the
+    # classes record the paths: a layer with two paths could have the other one there.
     before = [type(layer) for _, layer in found]
     try:
         for path, layer in found:
@@ -164,7 +168,7 @@ def _first_layer(
 
 
 def _noting_class(cls: type[Any], path: str, called: list[str]) -> type[Any]:
-    """Returns a subclass that records its calls."""
+    """Returns a subclass whose calls append the path to `called`."""
 
     def noting_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         called.append(path)

@@ -25,18 +25,18 @@ def drop(
     key: str | None = None,
     static_argnums: int | Sequence[int] = (),
 ) -> Callable[..., Any]:
-    """`dropit_jax.drop` for a function whose arguments may be modules.
+    """Returns `dropit_jax.drop` of a function whose arguments may be modules.
 
     State that the function changes, such as the statistics of `nnx.BatchNorm` and the
-    counts of random streams, is changed in the modules of the caller, as by
-    `nnx.remat`. `dropit_jax.plan` takes the returned function as it takes others.
+    counts of random streams, changes in the caller's modules, as with `nnx.remat`.
+    `dropit_jax.plan` accepts the returned function, too.
 
     Args:
       fun: a function of modules and pytrees, such as a loss of a model and a batch.
-      preset: as of `dropit_jax.drop`.
-      rules: likewise.
-      key: likewise.
-      static_argnums: likewise.
+      preset: as in `dropit_jax.drop`.
+      rules: as in `dropit_jax.drop`.
+      key: as in `dropit_jax.drop`.
+      static_argnums: as in `dropit_jax.drop`.
 
     Raises:
       As `dropit_jax.drop`.
@@ -54,7 +54,7 @@ def drop(
     )
 
     def lift(run: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of trees as one of modules."""
+        """Returns a function of modules for a function of their pytrees."""
 
         @functools.wraps(fun)
         def lifted(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ def drop(
 
 
 def _differentiable(trees: Any) -> Any:
-    """Whether `nnx.grad` differentiates each leaf, as a tree."""
+    """Returns a pytree of booleans: whether `nnx.grad` may differentiate each leaf."""
 
     def of_variable(variable: Any) -> Any:
         may = not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.Param)
@@ -91,7 +91,13 @@ def _differentiable(trees: Any) -> Any:
 def _positional(
     fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The arguments in their places, as Flax splits them."""
+    """Returns all arguments of a call by position, as Flax splits them.
+
+    For `fun(model, batch)` called as `fun(m, batch=b)`: `(m, b)`.
+
+    Raises:
+      TypeError: the function has keyword-only arguments.
+    """
     if not kwargs:
         return args
     bound = inspect.signature(fun).bind(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""`flax.nnx` layers that cache their input compressed.
+"""`flax.nnx` layers that store their input compressed for the kernel's gradient.
 
-Each is a subclass of Flax's layer of the same name, with two more attributes: `dropit`,
-the policy for the input (`None`: the plain Flax layer), and `dropit_rngs`, the stream
-of keys for policies that need them. Parameters, arguments and code are Flax's. Streams
-are forked from the stream `"dropit"` of the `rngs` that a layer is made with.
+Each is a subclass of Flax's layer of the same name, with the same parameters, arguments
+and code, and two more attributes: `dropit`, the policy for the input (`None`: the plain
+Flax layer), and `dropit_rngs`, the stream of keys for a policy that needs keys. The
+stream is forked from the stream `"dropit"` of the layer's argument `rngs`.
 """
 
 import functools
@@ -19,7 +19,7 @@ from dropit_jax.policy import DropIT, check_policy
 from dropit_jax.products import operations, rule
 from dropit_jax.products.operand import Axes, flatten_batch, unflatten_batch
 
-# The layers that hold the product in a field, and the product that caches.
+# The layers that have a field for their product, the field, and the caching product.
 _WITH_FIELD: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
     (nnx.Linear, "dot_general", operations.dot_general),
     (nnx.LinearGeneral, "dot_general", operations.dot_general),
@@ -29,7 +29,7 @@ _WITH_FIELD: tuple[tuple[type[nnx.Module], str, Callable[..., Array]], ...] = (
 
 
 class _Caching(nnx.Module):
-    """The attributes and the call that our layers add to Flax's."""
+    """The attributes and the call that this library's layers add to Flax's."""
 
     dropit: DropIT | None
     dropit_rngs: nnx.RngStream | None
@@ -45,7 +45,7 @@ class _Caching(nnx.Module):
     def __call__(
         self, inputs: Float[Array, "..."], *args: Any, **kwargs: Any
     ) -> Float[Array, "..."]:
-        """Calls Flax's layer."""
+        """Returns the output of Flax's layer, and stores the inputs compressed."""
         method: Any = super().__call__
         if self.dropit is None:
             return method(inputs, *args, **kwargs)
@@ -59,36 +59,36 @@ class _Caching(nnx.Module):
 
 
 class Linear(_Caching, nnx.Linear):
-    """`flax.nnx.Linear` that caches its input compressed."""
+    """`flax.nnx.Linear` that stores its input compressed."""
 
 
 class LinearGeneral(_Caching, nnx.LinearGeneral):
-    """`flax.nnx.LinearGeneral` that caches its input compressed.
+    """`flax.nnx.LinearGeneral` that stores its input compressed.
 
     The contracted axes are the channels.
     """
 
 
 class Einsum(_Caching, nnx.Einsum):
-    """`flax.nnx.Einsum` that caches its input compressed.
+    """`flax.nnx.Einsum` that stores its input compressed.
 
     The axes contracted with the kernel are the channels.
     """
 
 
 class Conv(_Caching, nnx.Conv):
-    """`flax.nnx.Conv` that caches its input compressed."""
+    """`flax.nnx.Conv` that stores its input compressed."""
 
 
 class ConvTranspose(_Caching, nnx.ConvTranspose):
-    """`flax.nnx.ConvTranspose` that caches its input compressed."""
+    """`flax.nnx.ConvTranspose` that stores its input compressed."""
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
-    """`flax.nnx.MultiHeadAttention` whose four projections cache compressed.
+    """`flax.nnx.MultiHeadAttention` that stores compressed inputs.
 
-    Query, key and value of the same input have equal residuals, of which XLA stores one
-    under `jax.jit`.
+    They are the inputs of the four projections. Query, key and value of one input have
+    equal residuals, of which XLA stores one under `jax.jit`.
     """
 
     def __init__(
@@ -111,26 +111,29 @@ FLAX_LAYERS: tuple[type[nnx.Module], ...] = tuple(ours.__bases__[-1] for ours in
 
 
 def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> None:
-    """Gives a layer a policy, in place.
+    """Sets the policy of a layer, in place; changes the layer's class.
 
     Args:
-      layer: one of `FLAX_LAYERS`.
+      layer: a layer of one of the classes in `FLAX_LAYERS`.
       dropit: the policy.
-      keys: the stream of a policy that needs one, shaped as `stacked_axes(layer)`.
+      keys: the stream of keys, of shape `stacked_axes(layer)`; ignored if the policy
+        needs none.
     """
     if not isinstance(layer, _Caching):
         layer.__class__ = subclasses.with_ours(type(layer), LAYERS)
     layer.dropit = dropit
     needed = dropit is not None and dropit.needs_key
-    # Beside arrays, where nothing but its absence stood.
+    # `nnx.data` declares a pytree in an attribute that was `None` or missing.
     layer.dropit_rngs = nnx.data(keys) if needed else None
 
 
 def stacked_axes(layer: Any) -> tuple[int, ...]:
     """Returns the sizes of the axes that `nnx.vmap` added to a layer's kernel.
 
+    For `Linear(3, 5)` stacked four times, with a kernel of shape (4, 3, 5): `(4,)`.
+
     Args:
-      layer: one of `FLAX_LAYERS`.
+      layer: a layer of one of the classes in `FLAX_LAYERS`.
     """
     own, stacked = list(_kernel_shape(layer)), []
     for size in layer.kernel.shape:
@@ -142,7 +145,7 @@ def stacked_axes(layer: Any) -> tuple[int, ...]:
 
 
 def _kernel_shape(layer: Any) -> tuple[int, ...]:
-    """Returns the sizes of the axes of one layer's kernel, in some order."""
+    """Returns the sizes of the axes of an unstacked layer's kernel, in any order."""
     if isinstance(layer, nnx.LinearGeneral):
         batch = tuple(layer.batch_axis.values())
         return (*batch, *layer.in_features, *layer.out_features)
@@ -159,7 +162,7 @@ def _kernel_shape(layer: Any) -> tuple[int, ...]:
 
 
 def new_stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | None:
-    """Returns the stream of keys of a policy; `None` if the policy needs none.
+    """Returns a new stream of keys for a policy; `None` if the policy needs no keys.
 
     Raises:
       TypeError: `dropit` is not a policy.
@@ -180,9 +183,10 @@ def new_stream(dropit: DropIT | None, rngs: nnx.Rngs | None) -> nnx.RngStream | 
 
 
 def _with_fields(layer: Any, **fields: Any) -> Any:
-    """Returns a layer of the same parameters with other values in some fields.
+    """Returns a copy of a layer with other values in some fields.
 
-    Threads share modules: the layer itself must not change.
+    The copy shares the parameters. The layer itself does not change, since another
+    thread may use it.
     """
     other = object.__new__(type(layer))
     vars(other).update(vars(layer) | fields)
@@ -190,10 +194,14 @@ def _with_fields(layer: Any, **fields: Any) -> Any:
 
 
 def _with_product(layer: Any, field: str, caching: Callable[..., Array]) -> Any:
-    """Returns the layer with a caching product in its field.
+    """Returns a copy of a layer with a caching product in a field.
 
-    The product that the layer would have used, be it the user's own, computes the
-    values.
+    The layer's own product, Flax's or the user's, still computes the values.
+
+    Args:
+      layer: the layer.
+      field: the field, such as "dot_general".
+      caching: the caching product, called with the own product as `operation`.
     """
     fields: dict[str, Any] = {}
     own = getattr(layer, field)
@@ -205,11 +213,11 @@ def _with_product(layer: Any, field: str, caching: Callable[..., Array]) -> Any:
 
 
 def _conv_transpose(layer: Any, key: Array | None, inputs: Any) -> Array:
-    """Returns a layer's output, the layer being one product of inputs and kernel."""
+    """Returns the output of a `ConvTranspose`, computed as one product."""
     offset = () if layer.bias is None else (layer.bias[...],)
     kernel, mask = layer.kernel[...], layer.mask
     if mask is not None and mask.shape == kernel.shape:
-        # The product may close over no array: its rule would not know of it.
+        # A product must not close over an array, for which it would have no gradient.
         kernel, mask = kernel * mask, None
 
     def product(inputs: Array, kernel: Array, *bias: Array) -> Array:

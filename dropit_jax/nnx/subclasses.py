@@ -1,29 +1,32 @@
-"""Our classes in place of Flax's, for layers that are made already.
+"""Makes the classes of existing Flax layers with this library's code.
 
-Ours are subclasses of Flax's with the same attributes: for one to take the place of the
-other, the class of a layer is all that changes.
+This library's layers are subclasses of Flax's with the same attributes. So an existing
+layer is converted by assigning its `__class__`.
 """
 
 import copyreg
 from typing import Any
 
-# The classes made here, by what they are made of: somebody's class, and ours. There is
-# one for all layers of a class: classes are compared by JAX.
+# The classes made here, by (the user's class, this library's class). All layers of a
+# class get one class, since JAX compares classes.
 _made: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
 def with_ours(cls: type[Any], ours: tuple[type[Any], ...]) -> type[Any]:
-    """Returns a class of layers that runs our code in place of Flax's.
+    """Returns a subclass that runs this library's code in place of Flax's.
+
+    For Flax's own class it is this library's layer; for a user's subclass of it, a new
+    class with the user's class and this library's layer as bases.
 
     Args:
-      cls: a class of Flax's, or a subclass of one.
-      ours: our classes, each with Flax's as its last base.
+      cls: a class of Flax, or a subclass of one.
+      ours: this library's layers, each with the class of Flax as its last base.
     """
     layer = next(layer for layer in ours if issubclass(cls, layer.__bases__[-1]))
     if cls is layer.__bases__[-1]:
         return layer
     if (cls, layer) not in _made:
-        # The class itself comes first: it calls ours where it would have called Flax's.
+        # The user's class is first, so that its `super()` is this library's layer.
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
         made = _metaclass(type(cls))(cls.__name__, (cls, layer), names)
         _made[cls, layer] = made
@@ -34,7 +37,7 @@ _metaclasses: dict[Any, Any] = {}
 
 
 def _metaclass(base: type[type]) -> type[type]:
-    """A metaclass whose classes are pickled as what they are made of."""
+    """Returns a metaclass whose classes are pickled as their two bases."""
     made: type[type] | None = _metaclasses.get(base)
     if made is None:
         made = _metaclasses[base] = type(base.__name__, (base,), {})
@@ -43,8 +46,8 @@ def _metaclass(base: type[type]) -> type[type]:
 
 
 def _reduced(made: type[Any]) -> Any:
-    """How a class is pickled, which no module has under its name."""
+    """Returns how to pickle a class made here, which no module has under its name."""
     for (cls, layer), known in _made.items():
         if made is known:
             return with_ours, (cls, (layer,))
-    return made.__qualname__  # a class that somebody made of one
+    return made.__qualname__  # a user's subclass of a class made here
