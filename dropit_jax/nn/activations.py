@@ -1,12 +1,12 @@
-"""Activation functions whose cached residual is compact.
+"""Activation functions whose residuals take one bit or one byte an element.
 
-All compute their value by the `jax.nn` function of the same name. What they cache is
-the derivative: one bit an element where it is one of two numbers, and the gradient is
-exact; one byte elsewhere, and the gradient is as near as its bound says.
-Autodiff of the `jax.nn` functions keeps their input or a product of it instead, in the
-activation's own type, once or several times. Those that cache a byte have no second
-derivative, and say so. The name of what is cached (`element_codes`) is that of
-the function.
+The `jax.nn` function of the same name computes the value. The residual is a code of the
+derivative: one bit an element if the derivative is one of two numbers, with an exact
+gradient; else one byte, with a bounded error. Autodiff of the `jax.nn` functions stores
+one or several arrays in the activation's own type instead.
+
+The functions that store a byte have no second derivative, and raise an error. The
+residual's `checkpoint_name` is the name of the function.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ _Activation = Callable[[Array], Array]
 
 
 def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Rectified linear unit, `max(x, 0)`, that caches one bit an element.
+    """Returns the rectified linear unit, `max(x, 0)`; stores one bit an element.
 
-    `jax.nn.relu` leaves it to XLA to recompute where `x > 0` from a dense tensor, which
-    that tensor has to stay alive for. The gradient is `jax.nn.relu`'s to the last bit,
-    at 0 (where it is 0) and at NaN included.
+    With `jax.nn.relu` XLA recomputes `x > 0` in the backward pass from a dense array,
+    which stays in memory. The gradient is bit-identical to that of `jax.nn.relu`, also
+    at 0 (where it is 0) and at NaN.
 
     Args:
-      x: any real floating dtype.
+      x: an array of any real floating dtype.
     """
     return _two_sided(_RELU, "relu", x)
 
 
 def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`min(max(x, 0), 6)`, that caches one bit an element.
+    """Returns `min(max(x, 0), 6)`; stores one bit an element.
 
-    The gradient is `jax.nn.relu6`'s to the last bit, at 0 and 6 (where it is 0) and at
-    NaN included.
+    The gradient is bit-identical to that of `jax.nn.relu6`, also at 0 and 6 (where it
+    is 0) and at NaN.
 
     Args:
-      x: any real floating dtype.
+      x: an array of any real floating dtype.
     """
     return _two_sided(_RELU6, "relu6", x)
 
@@ -53,19 +53,20 @@ def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def leaky_relu(
     x: Float[Array, "*shape"], negative_slope: float = 0.01
 ) -> Float[Array, "*shape"]:
-    """`x` where it is not negative and `negative_slope * x` elsewhere; caches one bit.
+    """Returns `x` where `x >= 0`, else `negative_slope * x`; stores one bit an element.
 
-    The gradient is `jax.nn.leaky_relu`'s to the last bit, at 0 (where it is 1) and at
-    NaN included.
+    The gradient is bit-identical to that of `jax.nn.leaky_relu`, also at 0 (where it is
+    1) and at NaN.
 
     Args:
-      x: any real floating dtype.
-      negative_slope: a number, not an array: it has no gradient here.
+      x: an array of any real floating dtype.
+      negative_slope: a number, not an array: it has no gradient.
 
     Raises:
-      TypeError: the slope is no number of Python's.
+      TypeError: the slope is not a Python number.
     """
-    if type(negative_slope) not in (int, float):  # NumPy's decide the result's type
+    # A NumPy number would decide the dtype of the result.
+    if type(negative_slope) not in (int, float):
         raise TypeError(
             "dropit_jax.nn.leaky_relu takes a number as negative_slope, got "
             f"{negative_slope!r}; a slope that is learned needs jax.nn.leaky_relu."
@@ -74,26 +75,26 @@ def leaky_relu(
 
 
 def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*shape"]:
-    """Gaussian error linear unit, `x Φ(x)`, that caches one byte an element.
+    """Returns the Gaussian error linear unit, `x Φ(x)`; stores one byte an element.
 
-    The derivative is off by 1/400 at most, before it is rounded to the type of `x`,
-    and exact where it is 0 or 1.
+    The derivative has an error of 1/400 at most, before it is rounded to the type of
+    `x`, and is exact where it is 0 or 1.
 
     Args:
-      x: any real floating dtype.
-      approximate: whether by tanh, as in `jax.nn.gelu`.
+      x: an array of any real floating dtype.
+      approximate: whether to approximate Φ by tanh, as in `jax.nn.gelu`.
     """
     return _smooth(_gelu(bool(approximate)), _Scale(zero=27, steps=200), "gelu", x)
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Sigmoid linear unit, `x · sigmoid(x)`, that caches one byte an element.
+    """Returns the sigmoid linear unit, `x · sigmoid(x)`; stores one byte an element.
 
-    The derivative is off by 1/400 at most, before it is rounded to the type of `x`,
-    and exact where it is 0 or 1.
+    The derivative has an error of 1/400 at most, before it is rounded to the type of
+    `x`, and is exact where it is 0 or 1.
 
     Args:
-      x: any real floating dtype.
+      x: an array of any real floating dtype.
     """
     return _smooth(jax.nn.silu, _Scale(zero=27, steps=200), "silu", x)
 
@@ -102,40 +103,42 @@ swish = silu
 
 
 def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Hyperbolic tangent, that caches one byte an element.
+    """Returns the hyperbolic tangent; stores one byte an element.
 
-    The derivative is off by 1/508 at most, before it is rounded to the type of `x`,
-    and exact where it is 0 or 1.
+    The derivative has an error of 1/508 at most, before it is rounded to the type of
+    `x`, and is exact where it is 0 or 1.
 
     Args:
-      x: any real floating dtype.
+      x: an array of any real floating dtype.
     """
     return _smooth(jnp.tanh, _Scale(zero=0, steps=254), "tanh", x)
 
 
 def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Logistic function, `1 / (1 + exp(-x))`, that caches one byte an element.
+    """Returns the logistic function, `1 / (1 + exp(-x))`; stores one byte an element.
 
-    The derivative is off by 1/2032 at most, before it is rounded to the type of `x`,
-    and exact where it is 0 or 1/4.
+    The derivative has an error of 1/2032 at most, before it is rounded to the type of
+    `x`, and is exact where it is 0 or 1/4.
 
     Args:
-      x: any real floating dtype.
+      x: an array of any real floating dtype.
     """
     return _smooth(jax.nn.sigmoid, _Scale(zero=0, steps=1016), "sigmoid", x)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sides:
-    """A function with two derivatives: at 1, inside of some range, and at -1.
+    """A function with one derivative inside a range and another one outside.
+
+    The derivative inside is the one at 1, the derivative outside the one at -1.
 
     Attributes:
       function: the function.
-      inside: whether a number is inside of the range.
-      of_value: whether `inside` says the same of the function's value, which is in
-        memory anyway, as of its argument.
-      zero_outside: whether the gradient outside is 0, of any cotangent, and inside the
-        cotangent.
+      inside: returns a bit mask of the elements inside the range.
+      of_value: whether `inside` gives the same mask for the function's value as for its
+        argument. The value is in memory anyway.
+      zero_outside: whether the gradient is the cotangent inside and 0 outside, even for
+        an infinite or NaN cotangent.
     """
 
     function: _Activation
@@ -160,7 +163,7 @@ _RELU = _Sides(jax.nn.relu, _is_positive, of_value=True, zero_outside=True)
 _RELU6 = _Sides(jax.nn.relu6, _is_between_0_and_6, of_value=True)
 
 
-# Functions are compared by identity where JAX keeps what it has traced.
+# Cached, because JAX compares functions by identity when it looks for a trace.
 @functools.cache
 def _leaky_relu(slope: float) -> _Sides:
     function = functools.partial(jax.nn.leaky_relu, negative_slope=slope)
@@ -174,7 +177,7 @@ def _gelu(approximate: bool) -> _Activation:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _two_sided(sides: _Sides, name: str, x: Array) -> Array:
-    """The function, that caches one bit an element."""
+    """Returns `sides.function(x)`; its derivative rule stores one bit an element."""
     del name
     return sides.function(x)
 
@@ -198,10 +201,10 @@ def _zero_outside(inside: Array, cotangent: Array) -> Array:
     return lax.select(inside.astype(bool), cotangent, lax.full_like(cotangent, 0))
 
 
-# Functions are compared by identity where JAX keeps what it has traced.
+# Cached, because JAX compares functions by identity when it looks for a trace.
 @functools.cache
 def _gradient_of(function: _Activation) -> Callable[[Array, Array], Array]:
-    """The gradient by which side an element is on, and the cotangent."""
+    """Returns a function from (mask of elements inside, cotangent) to the gradient."""
 
     def gradient(inside: Array, cotangent: Array) -> Array:
         there, beyond = (lax.full_like(cotangent, sign) for sign in (1, -1))
@@ -221,18 +224,21 @@ _NAN = 0x7FC00000
 
 @dataclasses.dataclass(frozen=True)
 class _Scale:
-    """Derivatives as bytes: `code = round(steps · derivative) + zero`; 255 is NaN.
+    """Codes derivatives as bytes: `code = round(steps · derivative) + zero`.
+
+    Codes are clipped to [0, 254]; 255 is the code of NaN. With `zero=27, steps=200` the
+    derivatives -0.1, 0, 1 have the codes 7, 27, 227.
 
     Attributes:
-      zero: the code of 0.
-      steps: codes from 0 to 1.
+      zero: the code of the derivative 0.
+      steps: the difference between the codes of 1 and of 0.
     """
 
     zero: int
     steps: int
 
     def encode(self, derivative: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-        """The nearest codes."""
+        """Returns the nearest codes."""
         code = lax.round(derivative * self.steps, lax.RoundingMethod.TO_NEAREST_EVEN)
         least, most = (lax.full_like(code, number) for number in (0, 254))
         code = lax.clamp(least, code + self.zero, most)
@@ -240,9 +246,9 @@ class _Scale:
         return lax.select(jnp.isnan(derivative), of_nan, code).astype(jnp.uint8)
 
     def decode(self, code: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The derivatives, in float32."""
+        """Returns the derivatives of codes, in float32."""
         derivative = (code.astype(jnp.float32) - self.zero) / self.steps
-        # As bits: `jax_debug_nans` would take a constant for the culprit.
+        # NaN as bits: with `jax_debug_nans` a NaN constant would raise an error.
         bits = lax.bitcast_convert_type(derivative, jnp.uint32)
         of_nan = lax.full_like(bits, _NAN)
         return lax.bitcast_convert_type(
@@ -252,7 +258,7 @@ class _Scale:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _smooth(function: _Activation, scale: _Scale, name: str, x: Array) -> Array:
-    """A function whose derivative is cached in bytes."""
+    """Returns `function(x)`; its derivative rule stores one byte an element."""
     del scale, name
     return function(x)
 
@@ -266,12 +272,12 @@ def _smooth_forward(
     return value, saved
 
 
-# Traced once for all activations of one shape.
+# Jitted, so that all activations of one shape share one trace.
 @functools.partial(jax.jit, static_argnames=("function", "scale"), inline=True)
 def _value_and_code(
     x: Float[Array, "*shape"], function: _Activation, scale: _Scale
 ) -> tuple[Float[Array, "*shape"], UInt8[Array, "*shape"]]:
-    """The function, and its derivative as bytes."""
+    """Returns the function's value and the codes of its derivative at each element."""
     wide = x.astype(dtypes.wide(x.dtype))
     value, pullback = jax.vjp(function, wide)
     code = scale.encode(*pullback(jnp.ones_like(wide)))

@@ -1,4 +1,4 @@
-"""The first operand of a product: arranged, compressed, rebuilt."""
+"""Compresses the first operand of a product, and decompresses it for a gradient."""
 
 import dataclasses
 import functools
@@ -26,10 +26,11 @@ class Axes:
     """The order of an operand's axes, as (batch, *positions, *channels).
 
     Attributes:
-      order: the operand's axes; the samples' first, the channels' last.
+      order: the operand's axes: first the axis of the samples, last the channels. For a
+        convolution's input (batch, channels, height, width): `(0, 2, 3, 1)`.
       channel_axes: the number of channel axes.
-      row_major: whether the compressed operand and the cotangent lie in a GPU's memory
-        in the order of their axes; else XLA lays them out as convolutions prefer.
+      row_major: whether the operand and the cotangent are in row-major order in a GPU's
+        memory; if not, XLA chooses the layout, as convolutions prefer.
     """
 
     order: tuple[int, ...]
@@ -37,7 +38,7 @@ class Axes:
     row_major: bool = False
 
     def laid_out(self, x: Array) -> Array:
-        """Returns an array with its layout in memory."""
+        """Returns an array, in row-major order if `row_major`."""
         return layouts.row_major(x) if self.row_major else x
 
 
@@ -63,9 +64,9 @@ class CachedOperand:
     group: int
 
     def restored(self, axes: Axes, cotangent: Array) -> Array:
-        """Returns the decompressed operand, computed after a cotangent."""
-        # Without the barrier XLA may decompress early, which keeps the dense operand
-        # alive through the whole forward pass.
+        """Returns the decompressed operand, computed after the cotangent."""
+        # Without the barrier XLA may decompress early. The dense operand would then be
+        # in memory from the forward pass on.
         residual, cotangent = barrier((self.residual, cotangent))
         restored = _restored(residual, cotangent, self.shape, axes)
         return shardings.join_group(shardings.reshard(restored, self.spec), self.group)
@@ -73,7 +74,7 @@ class CachedOperand:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """A function that compresses an operand.
+    """Compresses an operand.
 
     Attributes:
       dropit: the policy.
@@ -97,7 +98,7 @@ class Compression:
 
 
 def bytes_cached(operand: Array, dropit: DropIT, axes: Axes) -> int | None:
-    """Returns the size of the residual; `None` if the policy refuses the operand."""
+    """Returns the bytes of the residual; `None` if the policy refuses the operand."""
 
     def compressed(a: Array, key: Array) -> Residual:
         return compress(_arrange(a, dropit, axes), dropit, key)
@@ -105,7 +106,7 @@ def bytes_cached(operand: Array, dropit: DropIT, axes: Axes) -> int | None:
     try:
         return jax.eval_shape(compressed, operand, jax.random.key(0)).nbytes
     except (TypeError, ValueError):
-        return None  # the forward rule raises it, if a gradient is asked for
+        return None  # the forward rule raises the error, if there is a gradient
 
 
 @functools.partial(jax.jit, static_argnames=("dropit", "axes"), inline=True)
@@ -114,7 +115,11 @@ def _residual(a: Array, dropit: DropIT, axes: Axes, key: Array | None) -> Residu
 
 
 def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
-    """Returns the operand as (batch, *positions, channels)."""
+    """Returns the operand as (batch, *positions, channels).
+
+    With two channel axes `(8, 16, 4, 32) -> (8, 16, 128)`. The channels stay two axes
+    if an axis is sharded and the policy is not per channel.
+    """
     ordered = axes.laid_out(jnp.transpose(a, axes.order))
     if axes.channel_axes == 1:
         return ordered
@@ -122,23 +127,24 @@ def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
     if dropit.per_channel:
         ordered = shardings.gather(ordered, keep=lead)
     elif any(shardings.explicit_spec(ordered)):
-        return ordered  # the chunks are the same, and no axis need be gathered
-    # Equal selections are compiled once: those of heads and of other layers' features.
+        return ordered  # chunks are the same, and no axis has to be gathered
+    # One axis: XLA compiles a selection once for attention heads and other layers.
     return ordered.reshape(*ordered.shape[:lead], math.prod(ordered.shape[lead:]))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "axes"), inline=True)
 def _restored(residual: Residual, after: Array, shape: Shape, axes: Axes) -> Array:
-    """Returns â with the axes of `a`, computed after another array."""
+    """Returns the decompressed operand, of a shape, computed after another array."""
     ordered = residual.decompress(after).reshape([shape[axis] for axis in axes.order])
     return jnp.transpose(axes.laid_out(ordered), tuple(np.argsort(axes.order)))
 
 
 def flatten_batch(inputs: Array, spatial: int) -> tuple[Array, tuple[int, ...]]:
-    """Returns the inputs of a convolution with one batch axis, and their batch shape.
+    """Returns the inputs of a convolution with one batch axis, and the batch's shape.
 
-    `(*batch, *positions, channels) -> (size, *positions, channels)`, as in Flax; a
-    single sample becomes a batch of one.
+    `(*batch, *positions, channels) -> (size, *positions, channels)`, as in Flax. With
+    two spatial axes `(2, 3, 8, 8, 4)` gives an array `(6, 8, 8, 4)` and the shape
+    `(2, 3)`, and the single sample `(8, 8, 4)` gives `(1, 8, 8, 4)` and `()`.
     """
     batch = inputs.shape[: inputs.ndim - spatial - 1]
     if len(batch) == 1:
@@ -147,5 +153,8 @@ def flatten_batch(inputs: Array, spatial: int) -> tuple[Array, tuple[int, ...]]:
 
 
 def unflatten_batch(out: Array, batch: tuple[int, ...]) -> Array:
-    """Inverts `flatten_batch` for the outputs."""
+    """Returns the outputs with the batch's shape: inverts `flatten_batch`.
+
+    For the batch shape `(2, 3)`: `(6, 8, 8, 4) -> (2, 3, 8, 8, 4)`.
+    """
     return out if len(batch) == 1 else out.reshape(*batch, *out.shape[1:])

@@ -1,4 +1,4 @@
-"""The derivative of a product that caches its first operand compressed.
+"""The derivative of a product that stores its first operand compressed.
 
 For a product `z = op(a, θ)`, linear in each operand:
 
@@ -6,8 +6,8 @@ For a product `z = op(a, θ)`, linear in each operand:
     backward   ∇a = opᵀ(·, θ)(∇z)            exact
                ∇θ = opᵀ(â, ·)(∇z)            â = decompress(compress(a))
 
-(paper, Equations 2 and 3). Both transposes are the operation's own at (â, θ), and the
-first does not depend on â: JAX's rules decide their dtypes, precision and shardings.
+(paper, Equations 2 and 3). JAX transposes the operation at (â, θ) for both, and so
+decides dtypes, precision and shardings; the first transpose does not depend on â.
 """
 
 import contextlib
@@ -31,13 +31,15 @@ from dropit_jax.xla.barriers import barrier
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A product as an operation and its settings: equal ones are traced once.
+    """A function of `(lhs, rhs)`: an operation with all its other arguments.
+
+    Objects with equal fields are equal, so JAX traces their gradients once.
 
     Attributes:
-      function: takes `(*first, lhs, rhs, *last, **settings)`.
+      function: the operation; takes `(*first, lhs, rhs, *last, **settings)`.
       first: the arguments before the operands.
       last: the arguments after the operands.
-      settings: the keyword arguments, as pairs.
+      settings: the keyword arguments, as (name, value) pairs.
     """
 
     function: Callable[..., Array]
@@ -53,7 +55,7 @@ class Operation:
         first: tuple[Any, ...] = (),
         **settings: Any,
     ) -> "Operation":
-        """Returns an operation, with lists in its arguments as tuples."""
+        """Returns an operation; turns lists in its arguments into tuples."""
         pairs = ((name, _as_tuples(value)) for name, value in settings.items())
         return cls(function, first, _as_tuples(last), tuple(pairs))
 
@@ -77,16 +79,15 @@ def cached_product(
     axes: Axes,
     key: Array | None = None,
 ) -> Array:
-    """Returns `product(lhs, rhs, *offset)`; `lhs` is cached compressed.
+    """Returns `product(lhs, rhs, *offset)`, and stores `lhs` compressed.
 
     Args:
-      product: a function, linear in each of `lhs` and `rhs`, to whose result the
-        arrays of `offset` may be added: a layer's bias.
-      lhs: the activation.
-      rhs: the kernel.
-      offset: a tuple of arrays, whose gradient is exact.
-      dropit: the policy for `lhs`, which the gradient of `rhs` is computed from.
-      axes: the axes of the samples and of the channels of `lhs`.
+      product: a function of the product, linear in `lhs` and in `rhs`, plus `offset`.
+      lhs: the activation, whose gradient is exact.
+      rhs: the kernel, whose gradient is computed from the decompressed `lhs`.
+      offset: a tuple of arrays, such as a layer's bias; their gradients are exact.
+      dropit: the policy for `lhs`.
+      axes: the order of the axes of `lhs`.
       key: a PRNG key, for policies that need one.
 
     Raises:
@@ -104,7 +105,10 @@ def cached_product(
 
 @contextlib.contextmanager
 def observed(observe: _Observe) -> Iterator[None]:
-    """Calls `observe(lhs, bytes of its residual)` for every caching product."""
+    """Calls `observe(lhs, nbytes)` for every `cached_product` traced in the context.
+
+    `nbytes` are the bytes of the residual of `lhs`.
+    """
     token = _observer.set(observe)
     try:
         yield
@@ -125,7 +129,8 @@ def _cached_product(
     return product(lhs, rhs, *offset)
 
 
-# The residual of `a`, θ, the offset; if θ is frozen, opᵀ(·, θ) in place of the first.
+# The residual of `a`, θ, the offset, and `None`; if θ is frozen, `None` for the
+# residual and, last, the function opᵀ(·, θ).
 _Saved = tuple[
     CachedOperand | None,
     Array,
@@ -147,12 +152,12 @@ def _forward(
         (lhs, rhs, offset, key),
         is_leaf=lambda node: hasattr(node, "perturbed"),
     )
-    if not rhs.perturbed:  # a frozen kernel has no gradient: nothing of `a` to cache
+    if not rhs.perturbed:  # a frozen kernel has no gradient, and needs no residual
         z, pullback_a = jax.vjp(lambda a: product(a, kernel, *added), a)
         return z, (None, kernel, added, pullback_a)
     cached = compression(a, key)
     once = derivatives.differentiable_once(a, "DropIT")
-    # Without the barrier XLA may compress late, which keeps `a` alive till then.
+    # Without the barrier XLA may compress late, and keep `a` in memory until then.
     a, _ = barrier((once, cached.residual))
     return product(a, kernel, *added), (cached, kernel, added, None)
 
@@ -169,13 +174,13 @@ def _backward(
         (to_a,) = pullback_a(cotangent)
         if not offset:
             return to_a, None, (), None
-        zeros = jnp.zeros_like(to_a)  # nothing of it reaches the offset's gradient
+        zeros = jnp.zeros_like(to_a)  # the offset's gradient does not depend on `a`
         to_offset = jax.vjp(functools.partial(product, zeros, kernel), *offset)[1]
         return to_a, None, to_offset(cotangent), None
     cotangent = compression.axes.laid_out(cotangent)
     a_hat = cached.restored(compression.axes, cotangent)
-    # Without the barrier XLA may decompress for many layers in one kernel, late, which
-    # keeps all their â and cotangents alive until then.
+    # Without the barrier XLA may compute the kernel gradients of many layers together,
+    # late, and keep the â and cotangents of all of them in memory until then.
     a_hat, cotangent = barrier((a_hat, cotangent))
     gradients = _gradients_traced_once if _is_of_jax(product) else _gradients
     to_a, to_kernel, *rest = gradients(product, cotangent, a_hat, kernel, *offset)
@@ -189,7 +194,7 @@ _cached_product.defvjp(_forward, _backward, symbolic_zeros=True)
 def _gradients(
     product: Callable[..., Array], cotangent: Array, *operands: Array
 ) -> tuple[Array, ...]:
-    """Returns the gradients of all operands."""
+    """Returns the gradients of all operands of a product for a cotangent."""
     _, pullback = jax.vjp(product, *operands)
     return pullback(cotangent)
 
@@ -199,9 +204,9 @@ _gradients_traced_once = jax.jit(_gradients, static_argnums=0, inline=True)
 
 
 def _is_of_jax(product: Callable[..., Array]) -> bool:
-    """Returns whether equal products are the same function: those of JAX are.
+    """Returns whether a product is a function of JAX, whose trace may be reused.
 
-    Another may be a Flax module, which equals one of other parameters.
+    Another product may be a Flax module, which equals a module of other parameters.
     """
     if not isinstance(product, Operation) or product.function not in _OF_JAX:
         return False
@@ -213,7 +218,7 @@ def _is_of_jax(product: Callable[..., Array]) -> bool:
 
 
 def _as_tuples(value: Any) -> Any:
-    """Returns the value with tuples for all lists in it."""
+    """Returns a value with lists as tuples: `[1, (2, [3])]` -> `(1, (2, (3,)))`."""
     if not isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
         return value
     return tuple(map(_as_tuples, value))
