@@ -65,13 +65,6 @@ class CpuMemoryTest(parameterized.TestCase):
     def test_a_convolution_keeps_what_its_policy_keeps(self, dropit):
         self._assert_kept(_convolution, dropit, _operands(1, _WIDTH, _WIDTH))
 
-    def test_products_of_one_activation_share_what_is_kept_and_what_is_rebuilt(self):
-        def products(product, x, kernels):
-            return [product(x, kernel) for kernel in kernels]
-
-        # A compression and a decompression.
-        self.assertEqual(self._calls(products), 2)
-
     def test_but_not_what_is_rebuilt_where_others_are_between_them(self):
         def products(product, x, kernels):
             first, second, third = kernels

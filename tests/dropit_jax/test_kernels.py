@@ -59,12 +59,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from dropit_jax.storage.kernels.compress import compress
 from dropit_jax.storage.kernels.decompress import decompress
-from dropit_jax.storage.kernels.plan import Plan
+from dropit_jax.storage.kernels.plan import ChunkStorage
 
 cases, *targets = json.loads(sys.argv[1])
 plans, shapes = [], []
 for size, kept, encoding, value_dtype, dtype in cases:
-    plan = Plan(size, kept, encoding, value_dtype)
+    plan = ChunkStorage(size, kept, encoding, value_dtype)
     plans.append((plan, dtype))
     shapes.append([
         jax.ShapeDtypeStruct((9, 49, 2, last), kind)

@@ -340,8 +340,8 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
     except ValueError as error:
         raise ConfigError(
             f"config.mesh: {text.shorten(data_axis)} x {text.shorten(fsdp_axis)} "
-            f"devices are not the {num_devices} that there are. Set config.mesh.data=-1 for "
-            "all that are left."
+            f"devices are not the {num_devices} that there are. Set "
+            "config.mesh.data=-1 for all that are left."
         ) from error
 
 

@@ -17,8 +17,8 @@ from dropit_jax.transform.tracing import max_pooling, primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Node, Program
 
-# Makes a `differentiate.PlannedFunction` of a body. Its arguments are the jaxpr, whether
-# each input stays in memory anyway, `turns` (the number of iterations) and
+# Makes a `differentiate.PlannedFunction` of a body. Its arguments are the jaxpr,
+# whether each input stays in memory anyway, `turns` (the number of iterations) and
 # `is_recomputed` (whether the backward pass runs the body again).
 DropBody = Callable[..., Any]
 
