@@ -1,1 +1,1 @@
-"""Configs: fields, defaults, variants."""
+"""Configs: their fields, defaults, checks and variants."""

@@ -1,4 +1,4 @@
-"""The sections of a config, their meaning, and the config in JSON."""
+"""Reads the sections of a config, and converts configs to and from JSON."""
 
 import copy
 import dataclasses
@@ -32,18 +32,18 @@ LAYERS = ("flax", "dropit")
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run, and why."""
+    """A config cannot be run; the message has the reason."""
 
 
-# The value of a field of `config.dropit` that is that of the preset "dropit".
+# A field of `config.dropit` with this value is as in the preset "dropit".
 _OF_PRESET = "preset"
 
 
 def dropit_section(**fields: Any) -> ConfigDict:
     """Returns the `dropit` section: the fields of the policy.
 
-    Fields that are not given have the value "preset": they are those of the preset
-    "dropit". Each may be overridden on the command line, also with `None`
+    A field that is not given has the value "preset": it is as in the preset "dropit".
+    Each field may be overridden on the command line, also with `None`
     (`--config.dropit.chunk_size=None`).
 
     Raises:
@@ -64,11 +64,11 @@ def dropit_section(**fields: Any) -> ConfigDict:
 def model_section(name: str, **fields: Any) -> ConfigDict:
     """Returns the `model` section.
 
-    Fields that are not given have the model's own values.
+    A field that is not given has the default of the model.
 
     Raises:
-      ValueError: there is no such model.
-      TypeError: it has no such field.
+      ValueError: the model is unknown.
+      TypeError: the model has no field of a name.
     """
     values = models.defaults(name)
     for field in fields:
@@ -84,7 +84,7 @@ def policy(config: ConfigDict) -> DropIT:
     """Returns the policy of the preset "dropit" and of the DropIT layers.
 
     Raises:
-      ConfigError: there is no such policy.
+      ConfigError: `config.dropit` is no policy.
     """
     changed = {
         name: value
@@ -99,10 +99,10 @@ def policy(config: ConfigDict) -> DropIT:
 
 
 def preset(config: ConfigDict) -> Preset | None:
-    """Returns the preset that the loss is dropped with; `None`: the plain loss.
+    """Returns the preset for `drop` of the loss; `None` for the plain loss.
 
     Raises:
-      ConfigError: there is no such policy.
+      ConfigError: `config.dropit` is no policy.
     """
     if config.memory == BASELINE:
         return None
@@ -112,21 +112,21 @@ def preset(config: ConfigDict) -> Preset | None:
 
 
 def model_layers(config: ConfigDict) -> Layers:
-    """Returns the layers that the model is built of.
+    """Returns the layers of which the model is built.
 
     Raises:
-      ConfigError: there is no such policy.
+      ConfigError: `config.dropit` is no policy.
     """
     return layers.FLAX if config.layers == "flax" else layers.dropit(policy(config))
 
 
 def uses_policy(config: ConfigDict) -> bool:
-    """Returns whether `config.dropit` says anything about the run."""
+    """Returns whether the run uses the policy in `config.dropit`."""
     return "dropit" in (config.memory, config.layers)
 
 
 def plain(config: ConfigDict) -> ConfigDict:
-    """Returns the config with plain Flax: nothing dropped, nothing recomputed."""
+    """Returns a copy of the config with plain Flax, nothing dropped or recomputed."""
     variant = copy.deepcopy(config)
     variant.memory, variant.layers, variant.remat = BASELINE, "flax", "none"
     variant.dropit = dropit_section()
@@ -134,9 +134,9 @@ def plain(config: ConfigDict) -> ConfigDict:
 
 
 def without_unused_epochs(config: ConfigDict) -> ConfigDict:
-    """Returns the config without `num_epochs` if it has `num_steps`, which counts.
+    """Returns the config without `num_epochs` if it has `num_steps` too.
 
-    Runs that differ in `num_epochs` alone are the same then.
+    `num_steps` then decides, and configs of equal runs are equal.
     """
     if config.get("num_steps") is None or config.get("num_epochs") is None:
         return config
@@ -146,7 +146,10 @@ def without_unused_epochs(config: ConfigDict) -> ConfigDict:
 
 
 def steps(config: ConfigDict) -> tuple[int, int]:
-    """Returns the numbers of steps in an epoch and in the whole run."""
+    """Returns the numbers of steps in an epoch and in the whole run.
+
+    For 50,000 examples, batches of 128 and 10 epochs: `(390, 3900)`.
+    """
     examples = data.info(config.dataset, config.data_dir).train_examples
     steps_per_epoch = examples // config.batch_size
     if config.get("num_steps") is not None:
@@ -155,15 +158,15 @@ def steps(config: ConfigDict) -> tuple[int, int]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """Returns the config in JSON, all its fields resolved."""
+    """Returns the config in JSON, with the values of all fields."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the config that `to_json` wrote.
+    """Returns the config of a text that `to_json` returned.
 
     Raises:
-      ConfigError: the text is no JSON object, or one that no config can be.
+      ConfigError: the text is no JSON object, or the object is no config.
     """
     try:
         content = json.loads(text)
@@ -173,15 +176,15 @@ def from_json(text: str) -> ConfigDict:
         raise ConfigError("It is no JSON object.")
     try:
         return ConfigDict(_migrated(_with_tuples(content)))
-    except Exception as error:  # of many types: of names that no field can have
+    except Exception as error:  # of many types, for names that no field can have
         raise ConfigError(f"It is no config: {shorten(error)}") from error
 
 
 def _migrated(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a config; those of early runs with their names of today.
+    """Returns the fields of a config; renames the fields of configs of early runs.
 
-    There `memory` was about layers, where "lean" stored in 8 bits without `drop`, and
-    `drop` was the preset around the loss.
+    In an early config `memory` selected the layers, of which "lean" stored 8 bits
+    without `drop`, and the field `drop` was the preset of the loss.
     """
     if "layers" in fields or "memory" not in fields:
         return fields
@@ -195,7 +198,7 @@ def _migrated(fields: dict[str, Any]) -> dict[str, Any]:
 def differences(old: str, new: str) -> list[str]:
     """Returns a line for each field that differs between two configs in JSON.
 
-    Fields that do not change the result of a run are left out.
+    For instance ["config.seed: 42 -> 1"]. Fields in `_FREE` are left out.
     """
     before, after = (flat(json.loads(text)) for text in (old, new))
     pairs = {
@@ -211,14 +214,17 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Returns the value with tuples for lists: JSON has no tuples, configs no lists."""
+    """Returns a value with its lists as tuples: configs have tuples, JSON has lists."""
     if isinstance(value, dict):
         return {name: _with_tuples(item) for name, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns every field of a config, or of a dict like one, as "section.field"."""
+    """Returns the fields of nested sections by full name.
+
+    `{"seed": 42, "mesh": {"data": -1}}` -> `{"seed": 42, "mesh.data": -1}`.
+    """
     fields: dict[str, Any] = {}
     for name, value in section.items():
         if isinstance(value, ConfigDict | dict):

@@ -6,20 +6,20 @@ from train.config.config import dropit_section
 
 
 def get_defaults() -> ConfigDict:
-    """A config without what every file has to say.
+    """Returns a config of default values, without the fields that have no default.
 
-    These are `dataset`, `image_size`, `batch_size`, `model`, `optimizer.learning_rate`
-    and how long: `num_epochs` or `num_steps`.
+    Every file has to set `dataset`, `image_size`, `batch_size`, `model`,
+    `optimizer.learning_rate`, and `num_epochs` or `num_steps`.
     """
     config = ConfigDict()
 
     # Data.
-    config.data_dir = ""  # where TFDS's datasets are; TFDS's own default if empty
+    config.data_dir = ""  # directory of TFDS's datasets; empty: TFDS's default
     config.augmentation = "none"  # or "shift", "shift_flip", "resized_crop"
     config.normalise = "dataset"  # by its mean and deviation; or "unit": to [-1, 1]
-    config.workers = 0  # processes that make batches; 0: threads of this one do
+    config.workers = 0  # processes that make batches; 0: threads of this process
 
-    # Length: in one of two units; of both, steps count.
+    # Length of the run, in epochs or in steps; with both, the steps decide.
     config.num_epochs = config_dict.placeholder(int)
     config.num_steps = config_dict.placeholder(int)
     config.seed = 42
@@ -27,18 +27,18 @@ def get_defaults() -> ConfigDict:
     # Memory and precision.
     config.init_from = ""  # a .npz or .safetensors file of weights to start from
     config.dtype = (
-        "float32"  # of the computation, or "bfloat16"; parameters are float32
+        "float32"  # dtype of the computation, or "bfloat16"; parameters are float32
     )
-    # The preset of dropit_jax.drop around the loss: "exact", "dropit", "lean",
-    # "leanest"; "baseline": the plain loss.
+    # The preset of dropit_jax.drop for the loss: "exact", "dropit", "lean", "leanest";
+    # "baseline": the plain loss.
     config.memory = "baseline"
-    config.layers = "flax"  # or "dropit": those of dropit_jax.linen
+    config.layers = "flax"  # or "dropit": the layers of dropit_jax.linen
     config.dropit = dropit_section()  # the policy of the preset and the layers "dropit"
     config.remat = "none"  # or "blocks", or "dots": recomputed by jax.checkpoint
-    config.accumulate_steps = 1  # parts of a batch that are computed one by one
+    config.accumulate_steps = 1  # parts of a batch, computed one by one
     config.mesh = ConfigDict(
         {
-            "data": -1,  # devices that share a batch; -1: all that are left
+            "data": -1,  # devices that share a batch; -1: all other devices
             "fsdp": 1,  # devices that share a batch and one copy of the state
         }
     )
@@ -49,25 +49,25 @@ def get_defaults() -> ConfigDict:
             "momentum": 0.9,
             "nesterov": False,
             "weight_decay": 0.0,
-            "clip_norm": 0.0,  # of all gradients together; 0: not clipped
+            "clip_norm": 0.0,  # largest norm of all gradients together; 0: any
         }
     )
     config.schedule = ConfigDict(
         {
             "name": "cosine",  # or "step"
             "warmup_epochs": 0.0,
-            "decay_epochs": (),  # of the step schedule
+            "decay_epochs": (),  # of the schedule "step"
             "decay_factor": 0.1,
         }
     )
     config.label_smoothing = 0.0
-    config.mixup = 0.0  # alpha of its beta distribution; 0: not mixed
-    # Of the average of parameters, from the first ones on, which is evaluated; batch
-    # statistics are not averaged. 0: none.
+    config.mixup = 0.0  # alpha of its beta distribution; 0: images are not mixed
+    # Decay of the exponential moving average of the parameters, from the initial ones
+    # on. The average is evaluated. Batch statistics are not averaged. 0: no average.
     config.ema_decay = 0.0
 
-    # What is kept.
+    # Evaluations, checkpoints and traces.
     config.evaluate_every = 1.0  # epochs
-    config.checkpoint_steps = 0  # besides a checkpoint at every evaluation; 0: none
-    config.profile_steps = ()  # (first, after the last): traced into workdir/profile
+    config.checkpoint_steps = 0  # steps between checkpoints without evaluation; 0: none
+    config.profile_steps = ()  # (first, last + 1), traced into workdir/profile
     return config

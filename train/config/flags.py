@@ -1,4 +1,4 @@
-"""The flags that several commands have; each command defines those that it reads."""
+"""Defines the flags that several commands read, for each command on request."""
 
 import functools
 from pathlib import Path
@@ -11,7 +11,7 @@ from train.system.paths import user_path
 
 @functools.cache  # a flag can be defined once in a process
 def data_dir() -> flags.FlagHolder[str]:
-    """Defines `--data_dir`, of the commands that read prepared datasets."""
+    """Defines `--data_dir`, for commands that read prepared datasets."""
     return flags.DEFINE_string(
         "data_dir", "", "Where datasets are; TFDS's default directory if empty."
     )
@@ -19,7 +19,7 @@ def data_dir() -> flags.FlagHolder[str]:
 
 @functools.cache
 def target() -> flags.FlagHolder[str]:
-    """Defines `--target`, of the commands that compile for a GPU."""
+    """Defines `--target`, for commands that compile for a GPU."""
     return flags.DEFINE_string(
         "target",
         "h100",
@@ -30,12 +30,12 @@ def target() -> flags.FlagHolder[str]:
 
 @functools.cache
 def output() -> flags.FlagHolder[str | None]:
-    """Defines `--output`, of the commands that write where they are told to."""
+    """Defines `--output`, for commands that write to a given path."""
     return flags.DEFINE_string("output", None, "The directory, or the file, to write.")
 
 
 def output_path(default: Path | None = None) -> Path:
-    """Returns the path that `--output` names, or the default without the flag.
+    """Returns the path in `--output`; without the flag, the default.
 
     Raises:
       ConfigError: the flag is empty, or missing without a default.

@@ -4,10 +4,11 @@
 def sizes(data_axis: int, fsdp_axis: int, num_devices: int) -> tuple[int, int]:
     """Returns the sizes of the axes "data" and "fsdp".
 
-    A size of -1 takes all devices that are left; of two, the first takes all.
+    A size of -1 stands for all devices that the other axis leaves; if both are -1, the
+    first axis takes all devices. For 8 devices: (-1, 2) -> (4, 2), (-1, -1) -> (8, 1).
 
     Raises:
-      ValueError: the axes do not take all devices.
+      ValueError: the product of the sizes is not the number of devices.
     """
     asked = data_axis, fsdp_axis
     if all(size == -1 or size > 0 for size in asked):

@@ -2,22 +2,22 @@
 
 from ml_collections import ConfigDict
 
-# Elements in a chunk, of which each device keeps the largest (DropIT paper, §4.1).
+# Elements of a chunk (DropIT paper, §4.1).
 _PAPER_CHUNK = 2**14
 
 
 def apply(config: ConfigDict, variant: str, *, paper_rate: float) -> ConfigDict:
-    """Returns the config with the changes of a variant.
+    """Returns the config, after changing it to a variant.
 
     Args:
-      config: is changed.
-      variant: "", the config as it is; or "paper": DropIT layers, with exact top-k in
-        chunks of 2**14 elements whose values are not compressed, as in the paper's
-        experiments.
-      paper_rate: the rate of "paper".
+      config: the config, changed in place.
+      variant: "", the unchanged config; or "paper": DropIT layers with exact top-k in
+        chunks of 2**14 elements and kept values in the activation's dtype, as in the
+        paper's experiments.
+      paper_rate: the dropping rate of "paper".
 
     Raises:
-      ValueError: there is no such variant.
+      ValueError: the variant is unknown.
     """
     if variant not in ("", "paper"):
         raise ValueError(f"There is no variant {variant!r}; known is 'paper'.")

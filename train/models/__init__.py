@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Creates models by name."""
 
 import dataclasses
 from typing import Any
@@ -26,12 +26,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """How a model is made.
+    """The class of a model and its fields.
 
     Attributes:
-      make: its class.
-      fields: what a config says of it, beside its name.
-      sizes: what its name says of it.
+      make: the class.
+      fields: the names of the fields that a config sets.
+      sizes: the values of the fields that the model's name determines.
     """
 
     make: type[nn.Module]
@@ -55,7 +55,7 @@ _MODELS = {
     "resnet18": _resnet(BasicBlock, 2, 2, 2, 2),
     "resnet34": _resnet(BasicBlock, 3, 4, 6, 3),
     "resnet50": _resnet(BottleneckBlock, 3, 4, 6, 3),
-    # big_vision's name for a size to test with.
+    # big_vision's name for its smallest size, for tests.
     "vit_mu": _vit(32, 1, 2),
     # Touvron et al., 2021, Table 1, and Dosovitskiy et al., 2021, Table 1.
     "vit_ti": _vit(192, 12, 3),
@@ -68,19 +68,23 @@ MODELS = tuple(_MODELS)
 
 
 def fields(name: str) -> tuple[str, ...]:
-    """What a config says of the model of that name, beside the name.
+    """Returns the names of the fields that a config sets for a model, except "name".
+
+    For "resnet18": `("width", "stem")`.
 
     Raises:
-      ValueError: there is no such model.
+      ValueError: the model is unknown.
     """
     return _model(name).fields
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """What these fields are where a config does not say.
+    """Returns the default of each of a model's `fields`.
+
+    For "resnet18": `{"width": 64, "stem": "cifar"}`.
 
     Raises:
-      ValueError: there is no such model.
+      ValueError: the model is unknown.
     """
     model = _model(name)
     values = {field.name: field.default for field in dataclasses.fields(model.make)}
@@ -96,22 +100,23 @@ def create(
     remat: Remat = "none",
     **values: Any,
 ) -> nn.Module:
-    """The model of that name, one of `MODELS`.
+    """Returns the model of a name.
 
-    It maps images and a flag, whether it is being trained, to logits.
+    The model maps images and the flag `train` to logits:
+    `(batch, height, width, channels) -> (batch, num_classes)`.
 
     Args:
-      name: the model's.
-      num_classes: size of its output.
-      dtype: of the computation, such as `"bfloat16"`; `None` is `"float32"`, which
-        parameters, batch statistics and logits always are.
-      layers: the layers that it is built of.
-      remat: the blocks that are recomputed: as in `layers.remat`.
-      **values: of its `fields`; those that are not given are its class's own.
+      name: one of `MODELS`.
+      num_classes: the number of classes.
+      dtype: the dtype of the computation, such as `"bfloat16"`; `None`: `"float32"`.
+        Parameters, batch statistics and logits are always float32.
+      layers: the layers of which the model is built.
+      remat: the recomputed blocks, as in `layers.remat`.
+      **values: values of the model's `fields`; the others have their defaults.
 
     Raises:
-      ValueError: there is no such model, or the dtype is not floating-point.
-      TypeError: it has no such field.
+      ValueError: the model is unknown, or the dtype is not floating-point.
+      TypeError: the model has no field of a name.
     """
     model = _model(name)
     for field in values:
@@ -143,5 +148,5 @@ def _computation(dtype: str | None) -> Any:
         floating = False
     if not floating:
         raise ValueError(f"dtype: must be a floating-point type, got {dtype!r}.")
-    # Of float32 images and parameters it is the same, with no casts in the program.
+    # With float32 images and parameters, `None` means float32 without casts.
     return None if jnp.dtype(dtype) == jnp.float32 else jnp.dtype(dtype)

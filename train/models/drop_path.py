@@ -7,19 +7,19 @@ from jaxtyping import Array, Float
 
 
 def linear_rates(rate: float, num_layers: int) -> Float[np.ndarray, "layers"]:
-    """Rates from 0 in the first layer to `rate` in the last (ibid., §3).
+    """Returns the rates of layers, in equal steps from 0 to `rate` (ibid., §3).
 
-    The first layer's is 0, as in timm; in the paper it is one step above. A layer that
-    is the only one is never dropped.
+    For `rate=0.2` and three layers: `[0, 0.1, 0.2]`. The first rate is 0, as in timm,
+    and not one step above 0, as in the paper. A single layer has the rate 0.
     """
     return np.linspace(0, rate, num_layers, dtype=np.float32)
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch of whole samples at random (ibid., §3).
+    """Drops the residual branch of random samples of a batch (ibid., §3).
 
-    What stays is scaled in training, as in dropout, and nothing in evaluation.
-    The rate is an argument and no field, so that `nn.scan` can give each layer its own.
+    In training the branches of the other samples are scaled, as in dropout. The rate is
+    an argument, not a field, so that each layer in an `nn.scan` can have its own rate.
     """
 
     @nn.compact
@@ -29,18 +29,19 @@ class DropPath(nn.Module):
         rate: Float[Array | np.ndarray, ""] | None,
         train: bool,
     ) -> Float[Array, "batch *shape"]:
-        """The branch with some samples 0.
+        """Returns the branch, in training with random samples set to 0.
 
         Args:
           x: the branch.
-          rate: of the samples to drop, less than 1; `None`: nothing is random.
-          train: whether to drop any.
+          rate: the probability that a sample is dropped, below 1; `None`: the branch is
+            returned unchanged, and no random number is drawn.
+          train: whether to drop samples.
         """
         if rate is None or not train:
             return x
         keep = 1 - rate
         shape = (x.shape[0], *[1] * (x.ndim - 1))
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-        # One number for each sample is all that the gradient needs.
+        # The residual is one number for each sample.
         scale = jax.lax.stop_gradient(kept / keep)
         return x * scale.astype(x.dtype)

@@ -1,7 +1,7 @@
 """The encoder of a vision transformer (Dosovitskiy et al., 2021, §3.1).
 
 Modules and parameters have the names of Google's public Flax implementation, and
-dropout has the places that it has there.
+dropout is in the same places.
 """
 
 import functools
@@ -21,10 +21,10 @@ class MlpBlock(nn.Module):
     """Two dense layers with a GELU between them (Dosovitskiy et al., 2021, §3.1).
 
     Attributes:
-      features: of the hidden layer.
-      dropout: rate, after each of the layers.
-      dtype: of the computation.
-      layers: the layers that the block is built of.
+      features: the features of the hidden layer.
+      dropout: the dropout rate after each of the layers.
+      dtype: the dtype of the computation.
+      layers: the layers of which the block is built.
     """
 
     features: int
@@ -34,7 +34,7 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: _Tokens, train: bool) -> _Tokens:
-        """The block's output, as wide as its input."""
+        """Returns the block's output, in the shape of its input."""
         dense = functools.partial(
             self.layers.dense,
             dtype=self.dtype,
@@ -50,11 +50,11 @@ class EncoderBlock(nn.Module):
     """Attention and MLP, each after a norm and beside a shortcut (ibid., Eq. 2, 3).
 
     Attributes:
-      num_heads: of the attention.
-      mlp_features: of the MLP's hidden layer.
-      dropout: rate, after the attention and in the MLP.
-      dtype: of the computation.
-      layers: the layers that the block is built of.
+      num_heads: the number of attention heads.
+      mlp_features: the features of the MLP's hidden layer.
+      dropout: the dropout rate after the attention and in the MLP.
+      dtype: the dtype of the computation.
+      layers: the layers of which the block is built.
     """
 
     num_heads: int
@@ -67,12 +67,12 @@ class EncoderBlock(nn.Module):
     def __call__(
         self, x: _Tokens, train: bool, drop_path: Float[Array, ""] | None = None
     ) -> _Tokens:
-        """The block's output, of the shape of its input.
+        """Returns the block's output, in the shape of its input.
 
         Args:
           x: the tokens.
-          train: whether anything is random.
-          drop_path: rate at which each of the two branches is dropped.
+          train: whether dropout and stochastic depth are applied.
+          drop_path: the rate at which each of the two branches is dropped; `None`: 0.
         """
         norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
@@ -96,19 +96,20 @@ class Encoder(nn.Module):
     """Position embeddings, blocks, and a last norm (ibid., Eq. 1 to 4).
 
     Attributes:
-      num_layers: how many blocks.
-      num_heads: of the attention.
-      mlp_features: of the MLPs' hidden layers.
-      grid: rows and columns of the patches.
+      num_layers: the number of blocks.
+      num_heads: the number of attention heads.
+      mlp_features: the features of the MLPs' hidden layers.
+      grid: the numbers of rows and columns of patches.
       positions: as in `AddPositionEmbeddings`.
-      dropout: rate, after the position embeddings and in the blocks.
-      drop_path: rate at which the last block's branches are dropped; it grows to that
-        from 0 in the first block.
-      scan: whether the blocks are one, `encoderblock`, in a loop of the compiled
-        program. Their parameters are stacked along a first axis.
-      dtype: of the computation.
-      layers: the layers that the encoder is built of.
-      remat: the blocks that are recomputed: as in `layers.remat`.
+      dropout: the dropout rate after the position embeddings and in the blocks.
+      drop_path: the rate at which the last block's branches are dropped; it grows
+        linearly from 0 in the first block.
+      scan: whether a loop of the compiled program runs one block, `encoderblock`, for
+        all layers. The parameters are stacked along a new first axis: a kernel has the
+        shape `(num_layers, in, out)`.
+      dtype: the dtype of the computation.
+      layers: the layers of which the encoder is built.
+      remat: the recomputed blocks, as in `layers.remat`.
     """
 
     num_layers: int
@@ -125,7 +126,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: _Tokens, train: bool) -> _Tokens:
-        """The encoded tokens."""
+        """Returns the encoded tokens, in the shape of the tokens."""
         x = AddPositionEmbeddings(self.grid, self.positions, name="posembed_input")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = self._scanned(x, train) if self.scan else self._looped(x, train)

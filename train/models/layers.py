@@ -1,4 +1,4 @@
-"""The layers and functions that models are built of: Flax's, or DropIT's."""
+"""The layers and functions of which models are built: Flax's or DropIT's."""
 
 import dataclasses
 import functools
@@ -17,14 +17,16 @@ REMATS: tuple[Remat, ...] = get_args(Remat)
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Layers and functions with the arguments of those in `flax.linen`.
+    """The layers and functions of which a model is built.
+
+    Each takes the arguments of its counterpart in `flax.linen`.
 
     Attributes:
-      dense: dense layers.
-      conv: convolutions.
-      attention: multi-head attention.
-      head: the dense layer that gives the logits.
-      relu: the rectifier.
+      dense: makes a dense layer.
+      conv: makes a convolution.
+      attention: makes a multi-head attention.
+      head: makes the dense layer that returns the logits.
+      relu: the rectified linear unit, a function of an array.
     """
 
     dense: Callable[..., nn.Module] = nn.Dense
@@ -37,12 +39,12 @@ class Layers:
 FLAX = Layers()
 
 
-@functools.cache  # Flax compares the fields of modules, and functions by identity
+@functools.cache  # Flax compares the fields of modules; functions by identity
 def dropit(policy: DropIT) -> Layers:
     """Returns the layers of `dropit_jax.linen` with a policy, and a one-bit ReLU.
 
-    The head reads one vector a sample, which has no positions to fill with a mean: its
-    dropped elements are zero whatever `policy.fill` is.
+    The head always has `fill="zero"`: its input, one vector a sample, has no positions
+    over which to compute a mean.
     """
 
     def layer(kind: Callable[..., nn.Module], policy: DropIT = policy) -> Any:
@@ -59,13 +61,13 @@ def dropit(policy: DropIT) -> Layers:
 
 
 def remat(kind: Any, how: Remat) -> Any:
-    """Returns a block, recomputed in the backward pass as a config says.
+    """Returns a block that the backward pass recomputes, entirely or partly.
 
     Args:
       kind: a class of modules whose call takes `(self, x, train, ...)`, or a function
         of a module.
-      how: "none": the block itself; "blocks": all of it is recomputed; "dots": all but
-        the outputs of products with parameters.
+      how: "none": returns the block unchanged; "blocks": recomputes the whole block;
+        "dots": recomputes all but the outputs of products with parameters.
     """
     if how == "none":
         return kind

@@ -1,4 +1,4 @@
-"""How the tokens of an image are told where they are."""
+"""Position embeddings for the tokens of an image."""
 
 from typing import Literal, get_args
 
@@ -18,20 +18,22 @@ _LONGEST_PERIOD = 10_000.0
 def sincos_2d(
     height: int, width: int, features: int
 ) -> Float[np.ndarray, "height*width features"]:
-    """Sines and cosines of the column, then of the row, of each place of a grid.
+    """Returns sines and cosines of the column and row of each place of a grid.
 
-    As in MoCo v3 (Chen et al., 2021, "An empirical study of training self-supervised
-    vision transformers", §5), with the frequencies of big_vision's `posemb_sincos_2d`
-    (Beyer et al., 2022, "Better plain ViT baselines for ImageNet-1k"): a geometric row
-    that ends at 1 / 10,000.
+    For a grid of 2 x 3 and 8 features, the shape is (6, 8). The first half of the
+    features is for the column, the second half for the row, as in MoCo v3 (Chen et al.,
+    2021, "An empirical study of training self-supervised vision transformers", §5). The
+    frequencies are a geometric sequence from 1 to 1 / 10,000, as in big_vision's
+    `posemb_sincos_2d` (Beyer et al., 2022, "Better plain ViT baselines for
+    ImageNet-1k").
 
     Args:
-      height: rows of the grid.
-      width: its columns.
-      features: of the result, a multiple of 4.
+      height: the number of rows of the grid.
+      width: the number of columns of the grid.
+      features: the features of the result, a multiple of 4.
 
     Raises:
-      ValueError: `features` is none.
+      ValueError: `features` is no multiple of 4.
     """
     if features % 4:
         raise ValueError(
@@ -48,9 +50,9 @@ class AddPositionEmbeddings(nn.Module):
     """Adds to every token a vector for its position (Dosovitskiy et al., 2021, Eq. 1).
 
     Attributes:
-      grid: rows and columns of the patches, which are the last tokens.
-      positions: `"learned"`, a parameter; `"sincos"`, `sincos_2d`, and 0 for tokens
-        before the patches.
+      grid: the numbers of rows and columns of patches, which are the last tokens.
+      positions: the vectors: `"learned"`, a parameter; `"sincos"`, `sincos_2d`, and 0
+        for tokens before the patches.
     """
 
     grid: tuple[int, int]
@@ -60,7 +62,7 @@ class AddPositionEmbeddings(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"]
     ) -> Float[Array, "batch length width"]:
-        """The tokens that know where they are."""
+        """Returns the tokens plus their position embeddings."""
         check_choice("positions", self.positions, POSITIONS)
         _, length, width = x.shape
         if self.positions == "learned":

@@ -19,14 +19,17 @@ _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class ResidualBlock(nn.Module):
-    """What the blocks share: their fields, layers and shortcut.
+    """The base class of residual blocks, with their fields, layers and shortcut.
+
+    If the shape changes, the shortcut is a 1x1 convolution with the same stride. With
+    `features=128` and `strides=2`, a `BasicBlock` maps `(batch, 32, 32, 64)` to
+    `(batch, 16, 16, 128)`.
 
     Attributes:
-      features: channels of the 3x3 convolutions.
-      strides: stride of the first of them; the shortcut follows it with a 1x1
-        convolution where the shape changes.
-      dtype: of the computation.
-      layers: the layers that the block is built of.
+      features: the channels of the 3x3 convolutions.
+      strides: the stride of the first 3x3 convolution.
+      dtype: the dtype of the computation.
+      layers: the layers of which the block is built.
     """
 
     features: int
@@ -34,7 +37,7 @@ class ResidualBlock(nn.Module):
     dtype: Any = None
     layers: Layers = FLAX
 
-    # Channels of the output, in those of the 3x3 convolutions.
+    # The ratio of the output's channels to the channels of the 3x3 convolutions.
     expansion: ClassVar[int] = 1
 
     def _conv(self, features: int, size: int, name: str, strides: int = 1) -> nn.Module:
@@ -64,14 +67,14 @@ class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut (He et al., 2016, Figure 2).
 
     Attributes:
-      features: as in `ResidualBlock`, like all others.
+      features: as in `ResidualBlock`, like all other attributes.
     """
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width in"], train: bool
     ) -> Float[Array, "batch height_out width_out out"]:
-        """The block's output; `train` normalises by the batch's own statistics."""
+        """Returns the block's output; with `train`, batch norms use the batch."""
         relu = self.layers.relu
         shortcut = self._shortcut(x, train)
         y = self._conv(self.features, 3, "conv1", self.strides)(x)
@@ -84,11 +87,11 @@ class BasicBlock(ResidualBlock):
 class BottleneckBlock(ResidualBlock):
     """A 3x3 convolution between two 1x1, and a shortcut (ibid., Figure 5, right).
 
-    The stride is that of the 3x3 convolution, as in torchvision, and not of the first,
-    as in the paper.
+    The 3x3 convolution has the stride, as in torchvision; in the paper, the first
+    convolution has it.
 
     Attributes:
-      features: as in `ResidualBlock`, like all others.
+      features: as in `ResidualBlock`, like all other attributes.
     """
 
     expansion: ClassVar[int] = 4
@@ -97,7 +100,7 @@ class BottleneckBlock(ResidualBlock):
     def __call__(
         self, x: Float[Array, "batch height width in"], train: bool
     ) -> Float[Array, "batch height_out width_out out"]:
-        """The block's output; `train` normalises by the batch's own statistics."""
+        """Returns the block's output; with `train`, batch norms use the batch."""
         relu = self.layers.relu
         shortcut = self._shortcut(x, train)
         y = self._conv(self.features, 1, "conv1")(x)
@@ -113,17 +116,17 @@ class ResNet(nn.Module):
     """A residual network (ibid., Table 1).
 
     Attributes:
-      num_classes: size of the output.
-      stage_sizes: blocks in each stage.
-      width: features of the first stage's blocks; every further stage doubles them.
+      num_classes: the number of classes.
+      stage_sizes: the number of blocks in each stage.
+      width: the features of the first stage's blocks; each later stage doubles them.
       stem: `"cifar"`, one 3x3 convolution, for small images; `"imagenet"`, a 7x7
         convolution of stride 2 and a max-pool of stride 2.
       block: `BasicBlock` or `BottleneckBlock`.
-      dtype: of the computation; `None`: that of image and parameters. Parameters,
-        running statistics and logits are float32.
-      layers: the layers that the model is built of. The first convolution is Flax's:
-        its input is the image itself (DropIT paper, §3.4).
-      remat: the blocks, and the stem, that are recomputed: as in `layers.remat`.
+      dtype: the dtype of the computation; `None`: the dtype of images and parameters.
+        Parameters, running statistics and logits are float32.
+      layers: the layers of which the model is built. The first convolution is always
+        Flax's, since its input is the image (DropIT paper, §3.4).
+      remat: the recomputed blocks, as in `layers.remat`; "blocks" includes the stem.
     """
 
     num_classes: int
@@ -139,10 +142,10 @@ class ResNet(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
-        """The logits of a batch of images.
+        """Returns the logits of a batch of images.
 
         Raises:
-          ValueError: there is no such stem.
+          ValueError: the stem is unknown.
         """
         check_choice("ResNet.stem", self.stem, STEMS)
         stem = remat(ResNet._stem, "blocks" if self.remat == "blocks" else "none")

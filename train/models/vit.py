@@ -19,32 +19,32 @@ POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class ViT(nn.Module):
-    """A vision transformer that classifies.
+    """A vision transformer that classifies images.
 
-    With `train`, dropout and stochastic depth take their random numbers from the stream
-    `"dropout"`; where both rates are 0 it is the same in training.
+    With `train`, dropout and stochastic depth draw random numbers from the stream
+    `"dropout"`; if both rates are 0, `train` makes no difference.
 
     Attributes:
-      num_classes: size of the output.
-      patch_size: side of a patch, in pixels.
-      width: of the tokens.
-      num_layers: how many blocks.
-      num_heads: of the attention.
-      pool: what the logits are read from: `"cls"`, a token of its own; `"gap"`, the
-        mean over all tokens (Dosovitskiy et al., 2021, App. D.3), with no such token.
-      positions: how tokens are told where they are: `"learned"`, by a parameter;
-        `"sincos"`, by sines and cosines of row and column.
-      dropout: rate (ibid., App. B.1).
-      drop_path: rate of stochastic depth in the last block, which grows to that from 0
-        in the first (Touvron et al., 2021, Table 9).
-      scan: whether the blocks are one in a loop of the compiled program, which then
-        takes as long to compile for any depth. Their parameters are stacked along a
-        first axis. So is all that a block caches, of which XLA then recomputes nothing
-        by itself: it is meant to go with `remat="blocks"`.
-      dtype: of the computation; `None`: that of image and parameters.
-      layers: the layers that the model is built of. The embedding of the patches is
-        Flax's: its input is the image itself (DropIT paper, §3.4).
-      remat: the blocks that are recomputed: as in `layers.remat`.
+      num_classes: the number of classes.
+      patch_size: the side of a patch, in pixels.
+      width: the features of a token.
+      num_layers: the number of blocks.
+      num_heads: the number of attention heads.
+      pool: the input of the head: `"cls"`, an additional token; `"gap"`, the mean over
+        all tokens (Dosovitskiy et al., 2021, App. D.3), without an additional token.
+      positions: the position embeddings: `"learned"`, a parameter; `"sincos"`, sines
+        and cosines of row and column.
+      dropout: the dropout rate (ibid., App. B.1).
+      drop_path: the rate of stochastic depth in the last block; it grows linearly from
+        0 in the first block (Touvron et al., 2021, Table 9).
+      scan: whether a loop of the compiled program runs one block for all layers. The
+        time to compile then does not depend on the depth. Parameters and residuals of
+        the blocks are stacked along a new first axis. XLA does not recompute stacked
+        residuals by itself: use it with `remat="blocks"`.
+      dtype: the dtype of the computation; `None`: the dtype of images and parameters.
+      layers: the layers of which the model is built. The patch embedding is always
+        Flax's, since its input is the image (DropIT paper, §3.4).
+      remat: the recomputed blocks, as in `layers.remat`.
     """
 
     num_classes: int
@@ -65,11 +65,11 @@ class ViT(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
-        """The logits of a batch of images.
+        """Returns the logits of a batch of images.
 
         Raises:
-          ValueError: a field has a value that it cannot have, or one that does not fit
-            the size of the images.
+          ValueError: the value of a field is invalid, or does not fit the size of the
+            images.
         """
         self._check(x)
         x = self._patches(x)
