@@ -11,7 +11,7 @@ from jax import lax
 
 from dropit_jax import DropIT, conv_general_dilated, dot_general
 
-_AUTHORS = np.load(pathlib.Path(__file__).parent / "data" / "authors_gradients.npz")
+_AUTHORS = np.load(pathlib.Path(__file__).parents[1] / "data" / "authors_gradients.npz")
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 

@@ -11,8 +11,8 @@ from jax import lax
 
 from dropit_jax import DropIT
 from dropit_jax import nnx as dn
-from tests.dropit_jax import nnx_runs as runs
 from tests.dropit_jax import reference
+from tests.dropit_jax.nnx import nnx_runs as runs
 
 _POLICY = DropIT(0.5)
 _RANDOM = DropIT(0.5, strategy="random")

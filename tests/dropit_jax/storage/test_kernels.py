@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from dropit_jax import memory
 from dropit_jax.memory.compiled import toolchain
 from dropit_jax.storage.kernels import definitions
 from dropit_jax.storage.kernels.compress import compress
@@ -292,14 +293,13 @@ class CompileTest(parameterized.TestCase):
 @functools.lru_cache
 def _compiled():
     """The PTX of all kernels and the bytes of temporaries, for each target."""
-    package = Path(definitions.__file__).parents[1]
     flags = f"--xla_gpu_autotune_level=0 {xla_flags.KEEP_PTX}"
     environment = toolchain.find().environment(flags)
     names = [name for name, _ in _TARGETS]
     with tempfile.TemporaryDirectory() as parent:
         directories = [Path(parent, name) for name in names]
         targets = [
-            (str(package / "targets" / f"{name}.textproto"), str(directory))
+            (str(memory.target_path(name)), str(directory))
             for name, directory in zip(names, directories, strict=True)
         ]
         done = subprocess.run(
