@@ -1,4 +1,4 @@
-"""The check that a config says all that it has to, and nothing else."""
+"""Checks that a config has all required fields, with valid values, and no others."""
 
 import dataclasses
 import difflib
@@ -17,14 +17,14 @@ from train.config import mesh_axes
 from train.config.config import ConfigError
 from train.system import text
 
-# Of JSON, to which NumPy's numbers are unknown.
+# Python's types: JSON cannot store NumPy's numbers.
 _INTEGRAL, _REAL = int, int | float
 _NAMES = {_INTEGRAL: "integral", _REAL: "real"}
 # Steps are counted in an int32.
 _LARGEST_COUNT = 2**31 - 1
 _SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-# Workers to a CPU: some wait for a disk.
+# The most workers for a CPU: some of them wait for a disk.
 _WORKERS_PER_CPU = 8
 
 
@@ -32,14 +32,17 @@ _WORKERS_PER_CPU = 8
 class _Field:
     """The type and the bounds of a field of a config.
 
+    For `_Field(int | float, least=0, most=1, is_below=True)` the valid values are the
+    numbers in [0, 1).
+
     Attributes:
-      type: of the value.
-      choices: the values, if they are few.
-      least: the smallest value, which 0 stands beside if `or_zero`.
-      most: the largest.
-      is_above: whether the smallest is none itself.
-      is_below: whether the largest is none itself.
-      or_zero: whether 0, for "none", is one as well.
+      type: the type of the value.
+      choices: the valid values; empty: all in the bounds.
+      least: the lower bound.
+      most: the upper bound.
+      is_above: whether a value equal to `least` is invalid.
+      is_below: whether a value equal to `most` is invalid.
+      or_zero: whether 0, which means "none", is valid even below `least`.
     """
 
     type: Any = object
@@ -51,7 +54,10 @@ class _Field:
     or_zero: bool = False
 
     def problem(self, value: Any) -> str:
-        """Returns what is wrong with a value; empty if nothing is."""
+        """Returns the error message for an invalid value; "" for a valid one.
+
+        The message continues the field's name: " must be finite".
+        """
         is_number = self.type in (_INTEGRAL, _REAL)
         if not isinstance(value, self.type) or (is_number and isinstance(value, bool)):
             return f" must be of type {_NAMES.get(self.type) or self.type.__name__}"
@@ -65,7 +71,7 @@ class _Field:
         return self._outside(value) or self._beyond_float32(value)
 
     def _outside(self, value: Any) -> str:
-        """Returns that a number is outside of the bounds; empty if it is not."""
+        """Returns the error message for a number outside the bounds; else ""."""
         is_low = not self.least < value if self.is_above else value < self.least
         is_high = not value < self.most if self.is_below else value > self.most
         if not (is_low or is_high):
@@ -81,7 +87,7 @@ class _Field:
         return " must be above 0"
 
     def _beyond_float32(self, value: Any) -> str:
-        """Returns what becomes of a real number that no float32 can be."""
+        """Returns the error message for a number that is 0 or infinite in float32."""
         if self.type is not _REAL or value == 0:
             return ""
         if abs(value) < _SMALLEST_FLOAT32:
@@ -105,7 +111,7 @@ def _count(least: int, most: int = _LARGEST_COUNT) -> _Field:
     return _Field(_INTEGRAL, least=least, most=most)
 
 
-# Every field of a config. Those of DropIT are checked by DropIT itself.
+# Every field of a config. `DropIT` itself checks the values of its fields.
 _FIELDS = {
     "dataset": _choice(*data.DATASETS),
     "data_dir": _TEXT,
@@ -117,7 +123,7 @@ _FIELDS = {
     "accumulate_steps": _count(1),
     "num_epochs": _count(1),
     "num_steps": _count(1),
-    "seed": _count(0, 2**63 - 1),  # of which JAX makes a PRNG key
+    "seed": _count(0, 2**63 - 1),  # the bounds of `jax.random.key`
     "model.name": _choice(*models.MODELS),
     "model.width": _count(1, 2**16),
     "model.stem": _choice(*models.STEMS),
@@ -143,7 +149,7 @@ _FIELDS = {
     "schedule.decay_epochs": _TUPLE,
     "schedule.decay_factor": _POSITIVE,
     "label_smoothing": _FRACTION,
-    # Beyond, its beta distribution is 0 or 1, or 1/2, in a float32.
+    # Outside, all samples of the beta distribution are 0, 1 or 1/2 in float32.
     "mixup": _Field(_REAL, least=1e-6, most=1e6, or_zero=True),
     "ema_decay": _FRACTION,
     "evaluate_every": dataclasses.replace(_POSITIVE, most=_LARGEST_COUNT),
@@ -152,29 +158,29 @@ _FIELDS = {
     "mesh.data": _Field(_INTEGRAL),
     "mesh.fsdp": _Field(_INTEGRAL),
 }
-# How long to train is said in one of two units; of both, the second counts.
+# The length of a run, in epochs or in steps. With both, the steps decide.
 _EITHER = ("num_epochs", "num_steps")
-# What only some models read.
+# The fields that only some models have.
 _OF_MODELS = tuple(
     f"model.{field}"
     for field in dict.fromkeys(
         field for name in models.MODELS for field in models.fields(name)
     )
 )
-# What only one kind of schedule reads.
+# The fields that only the schedule "step" needs.
 _OPTIONAL = ("schedule.decay_epochs", "schedule.decay_factor")
 
 
 def validate(config: ConfigDict, num_devices: int = 1) -> None:
-    """Checks a config before anything is done with it.
+    """Checks a config, before it is used.
 
     Args:
       config: the config.
-      num_devices: how many devices share a batch.
+      num_devices: the number of devices that share a batch.
 
     Raises:
       ConfigError: a field is unknown, missing, of the wrong type or out of range. The
-        message names it, and says what it may be.
+        message has the field's name and the valid values.
     """
     values = config_lib.flat(config)
     _check_names(values)
@@ -190,10 +196,10 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
 
 
 def check_worker_count(config: ConfigDict) -> None:
-    """Checks that the workers of a config are not too many for this machine.
+    """Checks that a config has at most `most_workers`.
 
     Raises:
-      ConfigError: they are.
+      ConfigError: it has more.
     """
     most = most_workers(config)
     if config.workers > most:
@@ -204,7 +210,7 @@ def check_worker_count(config: ConfigDict) -> None:
 
 
 def most_workers(config: ConfigDict) -> int:
-    """How many workers this machine, and the batches of an epoch, can be of use to."""
+    """Returns the largest useful number of workers, by CPUs and by batches an epoch."""
     return min(_WORKERS_PER_CPU * _cpus(), config_lib.steps(config)[0])
 
 
@@ -213,7 +219,12 @@ def _cpus() -> int:
 
 
 def unknown_field(names: Collection[str], name: str) -> str:
-    """Returns that a config has no field of a name, what it has, and the nearest."""
+    """Returns the error message for an unknown field: known and similar fields.
+
+    Args:
+      names: the full names of all fields, such as "optimizer.momentum".
+      name: the unknown name.
+    """
     section, _, field = name.rpartition(".")
     start = f"{section}." if section else ""
     inside = dict.fromkeys(
@@ -274,7 +285,7 @@ def _check_model(values: dict[str, Any]) -> None:
 
 
 def _check_decay(values: dict[str, Any]) -> None:
-    """Checks when the learning rate falls, which the step schedule alone says."""
+    """Checks `schedule.decay_epochs`, which only the schedule "step" may have."""
     epochs = values.get("schedule.decay_epochs", ())
     if not all(
         isinstance(epoch, int | float) and 0 <= epoch <= _LARGEST_COUNT
@@ -297,12 +308,12 @@ def _check_decay(values: dict[str, Any]) -> None:
 
 
 def _check_profile(steps: tuple[Any, ...]) -> None:
-    """Checks which steps are traced: none, or those from a first to before a last."""
+    """Checks `profile_steps`: empty, or the first traced step and the last plus 1."""
     if not steps:
         return
     if not (
         len(steps) == 2
-        and all(type(step) is int for step in steps)  # which a bool is not
+        and all(type(step) is int for step in steps)  # not a bool
         and 0 <= steps[0] < steps[1] <= _LARGEST_COUNT
     ):
         raise ConfigError(
@@ -312,7 +323,7 @@ def _check_profile(steps: tuple[Any, ...]) -> None:
 
 
 def _check_policy(config: ConfigDict) -> None:
-    """Checks the policy, and that it is the preset's where nothing reads it."""
+    """Checks the policy, and that an unused policy has no field of its own."""
     config_lib.policy(config)
     if config_lib.uses_policy(config):
         return
@@ -346,7 +357,7 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
 
 
 def _check_batch(values: dict[str, Any], num_devices: int) -> None:
-    """Checks that a batch can be split, and that the dataset fills one."""
+    """Checks that a batch can be split evenly, and is no larger than the dataset."""
     size, parts = values["batch_size"], values["accumulate_steps"]
     if size % (parts * num_devices):
         split = f"{num_devices} devices"

@@ -1,1 +1,1 @@
-"""Training steps, and the devices that run them."""
+"""Training and evaluation steps, and the mesh of devices that runs them."""

@@ -1,4 +1,4 @@
-"""Gradients of a batch from its parts, one after the other."""
+"""Computes the gradients of a batch part by part, to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,24 +7,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# Of parameters, batch statistics, batch and random state: gradients of a mean, and with
-# them sums over the batch and the new batch statistics.
+# (params, batch_stats, batch, rng) -> (gradients of the batch's mean loss, (sums of the
+# batch, new batch_stats)).
 GradientFn = Callable[[Any, Any, Any, Array], tuple[Any, tuple[Any, Any]]]
 
 
 def accumulate(gradient_fn: GradientFn, parts: int) -> GradientFn:
-    """The function that calls another on each part of a batch, and adds up.
+    """Returns a function that calls another on each part of a batch, in turn.
 
-    Its memory is that of a part, and a copy of the gradients. Gradients are the mean
-    over the parts; sums are of all; batch statistics go from part to part, so batch
-    norm normalises each part by itself. Every part has its own random state.
+    The function returns the mean of the parts' gradients, the sums over all parts, and
+    the batch statistics, which each part passes to the next. A batch norm normalises
+    each part by itself. Each part has its own random state. The memory is that of a
+    part, plus a copy of the gradients.
 
-    Part i has the examples i, i + parts, i + 2 parts, ...: of a batch whose examples
-    are split over devices in order, each device has as many of every part.
+    Part i has the examples i, i + parts, i + 2 parts, ... If consecutive examples of a
+    batch are on one device, each device has equally many examples of every part: 8
+    examples in 2 parts on 2 devices are the parts (0, 2, 4, 6) and (1, 3, 5, 7).
 
     Args:
-      gradient_fn: of one part.
-      parts: how many; they divide the batch.
+      gradient_fn: the function of a part.
+      parts: the number of parts, a divisor of the batch's size.
     """
 
     def accumulated(

@@ -1,4 +1,4 @@
-"""Loss and accuracy on the test examples."""
+"""Evaluates a state on the test examples."""
 
 from collections.abc import Callable
 
@@ -15,13 +15,13 @@ Evaluate = Callable[[step_lib.State], Meter]
 
 
 def evaluator(job: Job) -> Evaluate:
-    """The function that evaluates a state on all test examples."""
+    """Returns a function that evaluates a state on all test examples."""
     step = mesh_lib.compile_evaluation(
         step_lib.evaluation_step(job.config), job.mesh, job.shardings
     )
 
     def evaluate(state: step_lib.State) -> Meter:
-        meter = Meter(may_diverge=True)  # from which training can still recover
+        meter = Meter(may_diverge=True)  # training can still recover
         batches = data.evaluation_batches(
             job.dataset,
             job.config.batch_size,

@@ -1,4 +1,4 @@
-"""The check that a state has no values that training cannot go on from."""
+"""Checks that the values of a state are finite, and not too large for a norm."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-# Names that are told.
+# The number of names in a message.
 _LONGEST = 3
-# The square of a larger value is infinite, and with it every norm.
+# The square of a larger value is infinite in float32, and so is any norm.
 _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def problem(state: Any) -> str:
-    """Returns which arrays of a pytree have no finite square; empty if all have."""
+    """Returns an error message about arrays with infinite squares or NaN; else ""."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     floating = [(path, x) for path, x in flat if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = jax.device_get(_finite([x for _, x in floating]))

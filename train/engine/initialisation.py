@@ -1,4 +1,4 @@
-"""The state before the first step."""
+"""Makes the state before the first step."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from train.engine.job import Job
 
 
 def initial_state(job: Job) -> step_lib.State:
-    """Random parameters, or the weights of `config.init_from`.
+    """Returns a state with random parameters, or with the weights of `init_from`.
 
     Raises:
       WeightsError: the file cannot be read, or does not fit the model.
@@ -19,7 +19,7 @@ def initial_state(job: Job) -> step_lib.State:
     if not path:
         return step_lib.initialise(job.config, job.shardings)
     wanted = {"params": abstract.params, "batch_stats": abstract.batch_stats}
-    loaded = weights.load(path, wanted)  # first: it may fail, and the rest takes longer
+    loaded = weights.load(path, wanted)  # first, as it may fail and is fast
     state = step_lib.initialise(job.config, job.shardings)
     state = state.replace(
         params=jax.tree.map(_placed, loaded["params"], state.params),
@@ -27,13 +27,16 @@ def initial_state(job: Job) -> step_lib.State:
     )
     if not job.config.ema_decay:
         return state
-    # A copy: a step that is given both must not be given one array twice.
+    # A copy, since a step that donates its state must not get an array twice.
     copy = jax.jit(lambda params: jax.tree.map(jax.numpy.copy, params))
     return state.replace(ema_params=copy(state.params))
 
 
 def _placed(loaded: Any, initial: jax.Array) -> jax.Array:
-    """An array of the file, which every process has whole, where the first one is."""
+    """Returns a loaded array with the sharding of the initial one.
+
+    Every process has loaded the whole array. If the file had none, returns `initial`.
+    """
     if isinstance(loaded, jax.ShapeDtypeStruct):  # the file had none
         return initial
     return jax.make_array_from_callback(

@@ -1,4 +1,4 @@
-"""What a config asks for, made ready for the devices that there are."""
+"""Prepares the training of a config on the available devices."""
 
 import dataclasses
 
@@ -16,13 +16,13 @@ from train.engine import step as step_lib
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A config, and what follows from it.
+    """A config with its dataset, mesh and abstract state.
 
     Attributes:
-      config: what is trained.
-      dataset: what it is trained on.
-      mesh: of all devices of all processes.
-      abstract: the state's shapes, dtypes and shardings.
+      config: the config.
+      dataset: the opened dataset.
+      mesh: the mesh of all devices of all processes.
+      abstract: the state, with `jax.ShapeDtypeStruct`s with shardings for arrays.
     """
 
     config: ConfigDict
@@ -32,19 +32,19 @@ class Job:
 
     @property
     def shardings(self) -> step_lib.State:
-        """Where each array of the state is."""
+        """The sharding of each array of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
     @property
     def state_bytes(self) -> int:
-        """Size of one copy of the state."""
+        """The bytes of one copy of the state."""
         return sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract)
         )
 
 
 def check(config: ConfigDict) -> None:
-    """Checks a config for the devices that there are, before anything is read.
+    """Checks a config for the available devices, without reading data.
 
     Raises:
       ConfigError: the config cannot be run.
@@ -52,7 +52,7 @@ def check(config: ConfigDict) -> None:
     validation.validate(config, jax.device_count())
     if config.layers != "dropit" or config_lib.policy(config).fill != "mean":
         return
-    # Whether there are enough positions for a mean depends on every layer's input.
+    # Tracing checks that every layer's input has enough positions for a mean.
     step, args = step_lib.abstract(config)
     try:
         jax.eval_shape(step, *args)
@@ -61,7 +61,7 @@ def check(config: ConfigDict) -> None:
 
 
 def prepare(config: ConfigDict) -> Job:
-    """Checks a config and opens its dataset; nothing is computed yet.
+    """Returns the job of a config: checks the config, and opens the dataset.
 
     Raises:
       ConfigError: the config cannot be run.
@@ -76,6 +76,6 @@ def prepare(config: ConfigDict) -> Job:
 
 
 def abstract_state(config: ConfigDict, mesh: Mesh) -> step_lib.State:
-    """The shapes, dtypes and shardings of a config's state on a mesh."""
+    """Returns the shapes, dtypes and shardings of a config's state on a mesh."""
     abstract = step_lib.abstract_state(config)
     return mesh_lib.placed(abstract, mesh_lib.state_sharded(mesh, abstract))

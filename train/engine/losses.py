@@ -1,4 +1,4 @@
-"""What is minimised, and what is counted."""
+"""The loss, the top-k accuracy, and the weights of mixed images."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ def cross_entropy(
     labels: Int[Array, "batch"],
     smoothing: float = 0.0,
 ) -> Float[Array, "batch"]:
-    """Cross-entropy with smoothed labels, in nats.
+    """Returns each example's cross-entropy with its smoothed label, in nats.
 
     -(1 - s) log p[label] - s / classes * sum_c log p[c] (Szegedy et al., 2016, §7).
 
     Args:
-      logits: of each class.
+      logits: the logit of each class.
       labels: the right classes.
       smoothing: s, in [0, 1).
     """
@@ -30,10 +30,10 @@ def cross_entropy(
 def is_among_largest(
     logits: Float[Array, "batch classes"], labels: Int[Array, "batch"], count: int
 ) -> Array:
-    """Whether fewer than `count` classes come before the right one.
+    """Returns whether each example's label has one of the `count` largest logits.
 
-    Those of larger logits do and, as for `argmax`, the earlier ones of equal logits.
-    NaN is not among the largest.
+    Of equal logits the earlier class is the larger, as for `argmax`. NaN is not among
+    the largest. For the logits `[[0, 2, 2]]`, the label `[2]` and `count=1`: `[False]`.
     """
     right = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     earlier = jnp.arange(logits.shape[-1])[None, :] < labels[:, None]
@@ -43,10 +43,10 @@ def is_among_largest(
 
 
 def mix_weight(key: Array, alpha: float) -> Float[Array, ""]:
-    """The weight of the first of two images that are mixed (Zhang et al., 2018).
+    """Returns a random weight for the first of two mixed images (Zhang et al., 2018).
 
-    From Beta(alpha, alpha), or 1 minus that, whichever is larger: so that the label of
-    the first is that of the mixed image.
+    It is the larger of a sample of Beta(alpha, alpha) and 1 minus that sample, so that
+    the label of the first image is the label of the mixed image.
     """
     weight = jax.random.beta(key, alpha, alpha)
     return jnp.maximum(weight, 1 - weight)

@@ -1,8 +1,8 @@
-"""Where arrays live: the mesh of all devices, and the shardings on it.
+"""The mesh of all devices, and the shardings of states and batches on it.
 
-The mesh has two axes. A batch is split over both. Along "data" every device has its
-own copy of the state; along "fsdp" the devices share one (fully sharded data parallel:
-Rajbhandari et al., 2020, "ZeRO", stage 3).
+The mesh has two axes, and a batch is split over both. Along "data" every device has its
+own copy of the state. Along "fsdp" the devices share one copy (fully sharded data
+parallel: Rajbhandari et al., 2020, "ZeRO", stage 3).
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ _DATA, _FSDP = "data", "fsdp"
 
 
 def create(config: ConfigDict) -> Mesh:
-    """The mesh of all devices of all processes.
+    """Returns the mesh of all devices of all processes, with axes "data" and "fsdp".
 
     Raises:
-      ValueError: the axes do not take all devices.
+      ValueError: the product of the axes' sizes is not the number of devices.
     """
     devices = np.asarray(jax.devices())
     sizes = mesh_axes.sizes(config.mesh.data, config.mesh.fsdp, devices.size)
@@ -30,20 +30,25 @@ def create(config: ConfigDict) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding with a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices: batches."""
+    """Returns the sharding of a batch: the first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec((_DATA, _FSDP)))
 
 
 def state_sharded(mesh: Mesh, state: Any) -> Any:
-    """Shardings for arrays, or their shapes, of which devices along "fsdp" share one.
+    """Returns the shardings of a state, split over the mesh axis "fsdp".
 
-    Each array is split along its largest axis that can be split evenly; one that has
-    none is replicated.
+    Each array is split along its largest axis that can be split evenly. An array
+    without such an axis is replicated. On 4 devices along "fsdp", (3, 3, 64, 128) is
+    split into (3, 3, 64, 32), and (10,) is replicated.
+
+    Args:
+      mesh: the mesh.
+      state: a pytree of arrays, or of their shapes.
     """
     size = mesh.shape[_FSDP]
 
@@ -58,7 +63,7 @@ def state_sharded(mesh: Mesh, state: Any) -> Any:
 
 
 def placed(abstract: Any, shardings: Any) -> Any:
-    """Shapes and dtypes, with where the arrays are to be."""
+    """Returns `jax.ShapeDtypeStruct`s with shardings for a pytree of shapes."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding
@@ -69,7 +74,7 @@ def placed(abstract: Any, shardings: Any) -> Any:
 
 
 def placer(mesh: Mesh) -> Callable[[Any], Any]:
-    """The function that puts this process's rows of a batch onto its devices."""
+    """Returns a function that puts this process's part of a batch onto its devices."""
     sharding = batch_sharded(mesh)
 
     def place(rows: Any) -> Any:
@@ -81,12 +86,12 @@ def placer(mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def compile_training(step: Callable[..., Any], mesh: Mesh, shardings: Any) -> Any:
-    """A step from state and batch to state and sums, for a mesh; the state is donated.
+    """Returns a jitted training step for a mesh, which donates the state.
 
     Args:
-      step: the function.
-      mesh: what it runs on.
-      shardings: of the state, which stay.
+      step: a function of a state and a batch; returns a state and sums.
+      mesh: the mesh.
+      shardings: the shardings of the state, before and after the step.
     """
     return jax.jit(
         step,
@@ -97,7 +102,13 @@ def compile_training(step: Callable[..., Any], mesh: Mesh, shardings: Any) -> An
 
 
 def compile_evaluation(step: Callable[..., Any], mesh: Mesh, shardings: Any) -> Any:
-    """A step from state and batch to sums, for a mesh, likewise."""
+    """Returns a jitted evaluation step for a mesh.
+
+    Args:
+      step: a function of a state and a batch; returns sums.
+      mesh: the mesh.
+      shardings: the shardings of the state.
+    """
     return jax.jit(
         step,
         in_shardings=(shardings, batch_sharded(mesh)),

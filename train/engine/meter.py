@@ -1,4 +1,4 @@
-"""Running sums of what the steps return, without waiting for them."""
+"""Adds up the sums that steps return, without waiting for the device."""
 
 import collections
 import dataclasses
@@ -10,28 +10,28 @@ import jax
 
 from train.engine.step import Sums
 
-# The host may run so many steps ahead of the device. One keeps the device busy; without
-# a limit the batches of all the steps ahead would pile up in its memory.
+# The most steps that the host may be ahead of the device. One keeps the device busy;
+# without a limit the batches of all steps ahead would fill its memory.
 _MAX_PENDING = 2
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Sums))
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss, or a state after a step, that is infinite or not a number.
+    """The loss of a step, or the state after it, is infinite or NaN.
 
     Attributes:
-      step: the step of which it is the loss or the state, counted from 1.
-      loss: its sum over the batch; NaN for a state.
+      step: the number of the step, counted from 1.
+      loss: the sum of the loss over the batch; NaN if the state is not finite.
     """
 
     def __init__(self, step: int, loss: float, what: str | None = None) -> None:
-        """Says which step it is, and what may help.
+        """Makes the message, with the step and possible remedies.
 
         Args:
-          step: the step.
-          loss: its loss.
-          what: what became of what; `None`: of the loss.
+          step: the number of the step.
+          loss: the loss.
+          what: the beginning of the message; `None`: it is about the loss.
         """
         super().__init__(
             f"{what or f'The loss became {loss}'} at step {step}. In another "
@@ -43,29 +43,34 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Meter:
-    """Sums of loss, correct answers and examples since the last reset.
+    """The sums of loss, correct answers and examples since the last reset.
 
-    Sums are added on the host, in float64 and in the order of the steps, so they do not
-    depend on when they are fetched.
+    The host adds in float64 and in the order of the steps, so the result does not
+    depend on the time at which it fetches the sums of a step.
     """
 
     def __init__(self, *, may_diverge: bool = False) -> None:
         """Starts at zero.
 
         Args:
-          may_diverge: whether a loss that is not finite counts like any other, and is
-            not an error.
+          may_diverge: whether to add an infinite or NaN loss, and raise no error.
         """
         self._may_diverge = may_diverge
         self._pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self.reset()
 
     def reset(self) -> None:
-        """Starts over."""
+        """Sets all sums to zero, and restarts the clock."""
         self.restore(dict.fromkeys(FIELDS, 0.0))
 
     def add(self, step: int, sums: Sums) -> None:
-        """Adds the sums of one step, once the device has them."""
+        """Adds the sums of a step, later if the device has not computed them yet.
+
+        Waits if the device is more than two steps behind.
+
+        Raises:
+          NonFiniteLossError: the loss of this step or an earlier one is not finite.
+        """
         self._pending.append((step, sums))
         while len(self._pending) > _MAX_PENDING:
             self._fetch()
@@ -73,47 +78,55 @@ class Meter:
             self._fetch()
 
     def finish(self) -> None:
-        """Waits for all steps added."""
+        """Waits for all steps passed to `add`, and adds their sums.
+
+        Raises:
+          NonFiniteLossError: the loss of a step is not finite.
+        """
         while self._pending:
             self._fetch()
 
     @property
     def count(self) -> float:
-        """Examples so far."""
+        """The number of examples so far."""
         return self._sums["count"]
 
     @property
     def loss(self) -> float:
-        """Mean loss so far, in nats; NaN before the first example."""
+        """The mean loss so far, in nats; NaN before the first example."""
         return self._mean("loss")
 
     @property
     def accuracy(self) -> float:
-        """Fraction so far classified correctly; NaN before the first example."""
+        """The fraction classified correctly so far; NaN before the first example."""
         return self._mean("correct")
 
     @property
     def top5_accuracy(self) -> float:
-        """Fraction so far whose class is among the five likeliest, likewise."""
+        """The fraction so far with its class among the five likeliest, or NaN."""
         return self._mean("correct_top5")
 
     @property
     def seconds(self) -> float:
-        """Since the last reset or restoration."""
+        """The seconds since the last reset or restoration."""
         return time.monotonic() - self._started
 
     @property
     def rate(self) -> float:
-        """Examples a second, since the last reset or restoration."""
+        """The examples a second, since the last reset or restoration."""
         return (self.count - self._restored) / self.seconds
 
     def state(self) -> dict[str, float]:
-        """The sums so far, of all steps added."""
+        """Returns the sums of all steps passed to `add`, for `restore`; waits for them.
+
+        Raises:
+          NonFiniteLossError: the loss of a step is not finite.
+        """
         self.finish()
         return dict(self._sums)
 
     def restore(self, state: dict[str, float]) -> None:
-        """Goes on from sums that `state` gave."""
+        """Sets the sums to those of `state`; drops pending steps, resets the clock."""
         self._pending.clear()
         self._sums = {name: state[name] for name in FIELDS}
         self._restored = self.count

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate, as a config describes them."""
+"""Makes the optimiser and the learning rate schedule of a config."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ from ml_collections import ConfigDict
 def schedule(
     config: ConfigDict, steps_per_epoch: int, total_steps: int
 ) -> optax.Schedule:
-    """The learning rate at each step.
+    """Returns the learning rate as a function of the step.
 
-    It rises linearly from 0 over `config.warmup_epochs`, and then follows a half cosine
-    to 0 at `total_steps` (`name="cosine"`, Loshchilov and Hutter, 2017), or is
-    multiplied by `config.decay_factor` at each of `config.decay_epochs`
-    (`name="step"`).
+    It rises linearly from 0 to the peak over `warmup_epochs`. With `name="cosine"` it
+    then follows a half cosine to 0 at `total_steps` (Loshchilov and Hutter, 2017). With
+    `name="step"` it is multiplied by `decay_factor` at each of `decay_epochs`.
 
     Args:
-      config: the `schedule` section, and the peak as `learning_rate`.
-      steps_per_epoch: steps in an epoch.
-      total_steps: steps in the whole run.
+      config: the config, with the section `schedule` and the peak,
+        `optimizer.learning_rate`.
+      steps_per_epoch: the number of steps in an epoch.
+      total_steps: the number of steps in the run.
     """
     peak = config.optimizer.learning_rate
     warmup_steps = min(
@@ -39,7 +39,10 @@ def schedule(
 
 
 def values(schedule: optax.Schedule) -> Callable[[int], float]:
-    """A schedule as a function of a step's number, which moves no array unasked."""
+    """Returns a schedule as a function from a Python number to a Python number.
+
+    Its transfers to and from the device are explicit.
+    """
     compiled = jax.jit(schedule)
     return lambda step: float(jax.device_get(compiled(jax.device_put(step))))
 
@@ -47,11 +50,11 @@ def values(schedule: optax.Schedule) -> Callable[[int], float]:
 def optimizer(
     config: ConfigDict, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    """SGD with momentum, and weight decay on kernels (not on biases and norms).
+    """Returns SGD with momentum, with weight decay for kernels only.
 
-    The decay joins the gradient before the momentum, as in PyTorch.
-    Before that, gradients whose norm, of all together, is above `clip_norm` are scaled
-    to it; 0 leaves them as they are.
+    First, if the norm of all gradients together is above `clip_norm`, they are scaled
+    to this norm; 0 disables clipping. Then the decay is added to the gradients, before
+    the momentum, as in PyTorch.
     """
     section = config.optimizer
     clip = (
@@ -67,7 +70,7 @@ def optimizer(
 
 
 def _kernels(params: optax.Params) -> optax.Params:
-    # By name: of blocks that are scanned, biases have two axes as well.
+    # By name, not by rank: biases of scanned blocks have two axes, too.
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params
     )

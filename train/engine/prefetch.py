@@ -1,4 +1,4 @@
-"""Batches on the device before they are asked for."""
+"""Places batches on the device before the training loop needs them."""
 
 import collections
 import time
@@ -9,16 +9,16 @@ from typing import Any, Self
 from train.processes.interrupts import Interrupted
 from train.processes.waiting import Background
 
-# Batches on the device that no step has taken yet. One would do where steps and
-# batches take the same time every time.
+# The number of batches on the device that no step has used yet. With constant times of
+# steps and batches, one would be enough.
 _AHEAD = 2
 
 
 class Prefetch:
-    """An iterator over batches that places two of them ahead; to be used as a context.
+    """An iterator over batches that places two of them ahead, and a context manager.
 
-    Steps are dispatched without waiting for them. So while the device is at work, the
-    next batches are made and cross over, and only what they take longer is waited for.
+    JAX dispatches a step without waiting for it. While the device computes, the next
+    batches are made and transferred. The loop waits only if they take longer.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class Prefetch:
         place: Callable[[Any], Any],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Takes an iterator, which it closes at the end, and what places a batch.
+        """Starts the thread that makes batches.
 
         Args:
-          batches: the iterator.
+          batches: an iterator with a method `close`, called at the end of the context.
           place: puts a batch onto the device.
-          check: ends the waiting for a batch that does not come, by raising.
+          check: called while waiting for a batch; raises to end the waiting.
         """
         self._batches = batches
         self._place = place
@@ -42,7 +42,7 @@ class Prefetch:
         self._waited = 0.0
 
     def take_waited(self) -> float:
-        """Seconds spent waiting for batches to be made since this was last called."""
+        """Returns the seconds of waiting for batches since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -75,7 +75,7 @@ class Prefetch:
     ) -> None:
         self._placed.clear()
         with self._background:
-            # Workers that start when a signal comes are ready before long.
+            # Workers that are starting when a signal comes are ready soon.
             stops = kind is not None and issubclass(kind, Interrupted)
             if self._background.is_idle or (stops and self._background.recovers()):
                 self._background.call(self._batches.close)

@@ -1,4 +1,4 @@
-"""A trace of chosen steps, to be read with xprof or in TensorBoard."""
+"""Writes a trace of some steps, for xprof or TensorBoard."""
 
 from pathlib import Path
 from types import TracebackType
@@ -8,22 +8,28 @@ import jax
 
 
 class Profiler:
-    """Traces the steps from a first to before a last; to be used as a context."""
+    """Traces some consecutive steps; a context manager, which ends a running trace."""
 
     def __init__(self, steps: tuple[int, ...], directory: Path) -> None:
-        """Takes the two numbers, or none, and where the trace goes.
+        """Sets the steps and the directory.
 
-        Each process writes into a directory of its own there.
+        Args:
+          steps: the first traced step and the last plus 1; empty: no step.
+          directory: the directory of the trace, with a subdirectory for each process.
         """
         self._first, self._last = steps or (0, 0)
         self._directory = directory / f"process-{jax.process_index()}"
         self._running = False
 
     def before(self, step: int, state: Any) -> None:
-        """To be called before each step, with how many have been done and their state.
+        """Starts the trace before its first step; called before each step.
 
-        The device is waited for at both ends: the trace has the chosen steps, and of
-        the device nothing else.
+        Waits for the device, here and in `after`: the trace then has no work of other
+        steps.
+
+        Args:
+          step: the number of steps done.
+          state: the state after them.
         """
         if self._first <= step < self._last and not self._running:
             jax.block_until_ready(state)
@@ -31,7 +37,7 @@ class Profiler:
             self._running = True
 
     def after(self, step: int, state: Any) -> None:
-        """To be called after each step, likewise."""
+        """Ends the trace after its last step; called after each step, as `before`."""
         if step >= self._last and self._running:
             jax.block_until_ready(state)
             self._stop()

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, as pure functions."""
+"""Makes the training step and the evaluation step of a config: pure functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +21,16 @@ from train.engine.accumulation import accumulate
 
 
 class State(flax.struct.PyTreeNode):
-    """Everything that a step changes.
+    """The state that a training step updates.
 
     Attributes:
-      step: how many steps have been done.
+      step: the number of steps done.
       params: the parameters.
-      ema_params: their exponential moving average; empty if the config has none.
+      ema_params: the exponential moving average of the parameters; `{}` if
+        `config.ema_decay` is 0.
       batch_stats: the running statistics of the batch norms.
       opt_state: the optimiser's state.
-      rng: the data of a PRNG key; each step folds its number into it.
+      rng: the data of a PRNG key, which never changes; a step folds its number in.
     """
 
     step: Int[Array, ""]
@@ -41,13 +42,13 @@ class State(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model is evaluated with: averaged parameters, if there are any."""
+        """The variables for evaluation, with averaged parameters if there are any."""
         params = self.ema_params or self.params
         return {"params": params, "batch_stats": self.batch_stats}
 
 
 def problem(step: int, state: State) -> str:
-    """Returns why a state is none to go on from after a step; empty if it is one."""
+    """Returns why training cannot resume from a state after a step; "" if it can."""
     if int(jax.device_get(state.step)) != step:
         return f"its state is that of step {state.step}"
     return finite.problem(state)
@@ -57,10 +58,10 @@ class Sums(flax.struct.PyTreeNode):
     """Sums over the examples of a batch.
 
     Attributes:
-      loss: of the loss, in nats.
-      correct: of the examples classified correctly.
-      correct_top5: of the examples whose class is among the five likeliest.
-      count: of the examples.
+      loss: the sum of the losses, in nats.
+      correct: the number of examples classified correctly.
+      correct_top5: the number of examples with their class among the five likeliest.
+      count: the number of examples.
     """
 
     loss: Float[Array, ""]
@@ -69,17 +70,16 @@ class Sums(flax.struct.PyTreeNode):
     count: Float[Array, ""]
 
 
-# Of parameters, batch statistics, a batch and a PRNG key; beside the loss, the sums of
-# the batch and the new batch statistics.
+# (params, batch_stats, batch, key) -> (mean loss, (sums, new batch_stats)).
 LossFn = Callable[[Any, Any, data.Batch, Array], tuple[Array, tuple[Sums, Any]]]
-# The gradient with respect to the parameters, in place of the loss.
+# As `LossFn`, with the gradient with respect to the parameters in place of the loss.
 GradientFn = Callable[[Any, Any, data.Batch, Array], tuple[Any, tuple[Sums, Any]]]
 TrainStep = Callable[[State, data.Batch], tuple[State, Sums]]
 EvaluationStep = Callable[[State, data.Batch], Sums]
 
 
 def create_model(config: ConfigDict) -> nn.Module:
-    """The model that the config describes."""
+    """Returns the model of a config."""
     name = config.model.name
     return models.create(
         name,
@@ -92,12 +92,12 @@ def create_model(config: ConfigDict) -> nn.Module:
 
 
 def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser that the config describes."""
+    """Returns the optimiser of a config."""
     return optim.optimizer(config, optim.schedule(config, *config_lib.steps(config)))
 
 
 def initial_state(config: ConfigDict) -> State:
-    """The state before the first step; it depends on `config.seed` alone."""
+    """Returns the state before the first step; `config.seed` alone makes it random."""
     params_key, rng = jax.random.split(jax.random.key(config.seed))
     inputs = jnp.zeros((1, *_image_shape(config)))
     variables = create_model(config).init(params_key, inputs, train=False)
@@ -112,18 +112,18 @@ def initial_state(config: ConfigDict) -> State:
 
 
 def abstract_state(config: ConfigDict) -> State:
-    """The shapes and dtypes of the state."""
+    """Returns the state's shapes and dtypes, as `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(lambda: initial_state(config))
 
 
 def initialise(config: ConfigDict, shardings: Any = None) -> State:
-    """`initial_state`, computed where it is to be.
+    """Returns `initial_state`, computed on the devices that hold it.
+
+    XLA compiles it without optimisation, in a sixth of the time, as it runs once.
 
     Args:
-      config: what is trained.
-      shardings: one for each array of the state, or one for all.
-
-    It runs once, so it is compiled without optimisation: in a sixth of the time.
+      config: the config.
+      shardings: the sharding of each array of the state, or one sharding for all.
     """
     init = jax.jit(
         lambda: initial_state(config),
@@ -134,7 +134,7 @@ def initialise(config: ConfigDict, shardings: Any = None) -> State:
 
 
 def loss(config: ConfigDict) -> LossFn:
-    """Returns the loss that a training step minimises, with its auxiliary results."""
+    """Returns the function of the loss that a training step minimises."""
     model, normalise = create_model(config), pixels.normaliser(config)
 
     def loss_fn(
@@ -162,7 +162,7 @@ def loss(config: ConfigDict) -> LossFn:
 
 
 def gradient(config: ConfigDict) -> GradientFn:
-    """Returns the gradient that a training step takes."""
+    """Returns the function of a training step's gradient, accumulated over parts."""
     gradient_fn = jax.grad(loss(config), has_aux=True)
     if config.accumulate_steps > 1:
         gradient_fn = accumulate(gradient_fn, config.accumulate_steps)
@@ -170,11 +170,10 @@ def gradient(config: ConfigDict) -> GradientFn:
 
 
 def train_step(config: ConfigDict) -> TrainStep:
-    """The function that updates the state from a batch.
+    """Returns the function `(state, batch) -> (new state, sums)`, to jit.
 
-    It is to be jitted with the state donated. The sums that it returns are of the
-    batch before the update; the loss among them is what is minimised, with smoothed
-    labels and mixed images where the config asks for them.
+    Donate the state. The sums are computed with the old parameters. Their loss is the
+    minimised one, with smoothed labels and mixed images if the config has these.
     """
     gradient_fn, optimizer = gradient(config), create_optimizer(config)
 
@@ -202,7 +201,7 @@ def train_step(config: ConfigDict) -> TrainStep:
 
 
 def evaluation_step(config: ConfigDict) -> EvaluationStep:
-    """The function that sums loss and correct answers over a batch."""
+    """Returns the function `(state, batch) -> sums`, of loss and correct answers."""
     model, normalise = create_model(config), pixels.normaliser(config)
 
     def step(state: State, batch: data.Batch) -> Sums:
@@ -216,16 +215,18 @@ def evaluation_step(config: ConfigDict) -> EvaluationStep:
 def abstract(
     config: ConfigDict, batch_size: int | None = None
 ) -> tuple[TrainStep, tuple[Any, ...]]:
-    """The train step of a config and its arguments, for tools that compile it.
+    """Returns the training step of a config and its abstract arguments, to compile it.
+
+    Reads no data, and allocates no arrays.
 
     Args:
-      config: what is trained.
-      batch_size: of the step; `None`: the config's. It may be more than the dataset
-        has.
+      config: the config.
+      batch_size: the size of a batch, which may exceed the dataset; `None`: the size
+        in the config.
 
     Returns:
-      The function to jit (argument 0, the state, is donated in training), and its
-      arguments as `jax.ShapeDtypeStruct`s. Nothing is read and nothing is allocated.
+      The function to jit, with argument 0, the state, donated; and the arguments, a
+      state and a batch, as `jax.ShapeDtypeStruct`s.
 
     Raises:
       ConfigError: the config cannot be run.
@@ -242,7 +243,7 @@ def abstract(
 
 
 def abstract_images(config: ConfigDict, count: int = 1) -> jax.ShapeDtypeStruct:
-    """What the model is called with, for tools that trace it."""
+    """Returns the model's abstract input, of shape (count, size, size, channels)."""
     return jax.ShapeDtypeStruct((count, *_image_shape(config)), jnp.float32)
 
 
@@ -257,14 +258,14 @@ def _sums(
     smoothing: float = 0.0,
     weight: Float[Array, ""] | None = None,
 ) -> Sums:
-    """The sums of a batch.
+    """Returns the sums of a batch.
 
     Args:
-      logits: of the model.
-      batch: what they are of.
-      smoothing: of the labels.
-      weight: of each image, where it is mixed with the one as far from the end; at
-        least a half, so that its label counts as the right one.
+      logits: the model's logits for the batch.
+      batch: the batch.
+      smoothing: the smoothing of the labels.
+      weight: if images are mixed, the weight of image i, in [0.5, 1]; the image at the
+        mirrored position, -1 - i, has the rest. The right label is that of image i.
     """
     labels, mask = batch["label"], batch["mask"]
     loss = losses.cross_entropy(logits, labels, smoothing)
