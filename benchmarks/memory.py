@@ -1,9 +1,9 @@
-"""Memory of a training step on a GPU, for every preset and its peers.
+"""Prints the memory of a training step on a GPU, for every preset and alternative.
 
 `python -m benchmarks.memory [--target=h100] [--model=NAME] [--json] [--max_batch]`
 
-The GPU need not be there: XLA's own compiler for it is asked. Every row of the table is
-compiled in this run, with the same flags.
+The GPU need not be there: XLA's compiler for the GPU reports the memory. All rows of a
+table are compiled in one run, with the same flags.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MODELS: dict[str, Workload] = {
     each.name: each for each in (*workloads.WORKLOADS, transformer.SCANNED)
 }
 
-# The paper's GPU, and one of today.
+# The paper's GPU, and a newer one.
 _MAX_BATCH_TARGETS = ("a5000", "h100")
 _MAX_BATCH_VARIANTS = (
     "baseline",
@@ -32,9 +32,9 @@ _MAX_BATCH_VARIANTS = (
     "dropit_layers",
     "remat_blocks",
 )
-# Batches are multiples of this.
+# The largest batch is a multiple of this number.
 _MULTIPLE = 8
-# Compilations at a time.
+# The number of concurrent compilations.
 _WORKERS = 2
 
 
@@ -43,23 +43,23 @@ class Result:
     """Memory, operations and traffic of one variant of a training step.
 
     Attributes:
-      model: its name.
-      image_size: side of the images, in pixels; `None`: there are none.
-      batch: images or sequences in the step.
-      dtype: of the computation.
-      variant: which way of saving memory.
-      target: the GPU.
-      temp_bytes: what the step allocates beside arguments and results.
-      ratio: of these to the baseline's.
-      flops: of the compiled step.
-      flops_ratio: of these to the baseline's.
-      flops_ratio_with_attention: of these to the baseline's and those of computing the
-        attention's scores once more.
-      max_batch: by GPU, the largest batch that fits, in multiples of 8; `None`: not
-        asked for, or not of this variant.
-      traffic_bytes: what the kernels of the compiled step read and write; `None`: the
-        result is of a time when it was not counted.
-      traffic_ratio: of these to the baseline's, likewise.
+      model: the name of the model.
+      image_size: the side of the images, in pixels; `None`: there are no images.
+      batch: the number of images or sequences in the step.
+      dtype: the dtype of the computation.
+      variant: the name of the variant.
+      target: the name of the GPU.
+      temp_bytes: the bytes that the step allocates beside arguments and results.
+      ratio: the ratio of `temp_bytes` to the baseline's.
+      flops: the FLOPs of the compiled step.
+      flops_ratio: the ratio of `flops` to the baseline's.
+      flops_ratio_with_attention: the ratio of `flops` to the baseline's plus those of
+        computing the attention's scores once more.
+      max_batch: the largest batch that fits, a multiple of 8, for each GPU; `None`: not
+        measured.
+      traffic_bytes: the bytes that the kernels of the compiled step read and write;
+        `None`: an old result, without this field.
+      traffic_ratio: the ratio of `traffic_bytes` to the baseline's; `None` likewise.
     """
 
     model: str
@@ -79,7 +79,13 @@ class Result:
 
 
 def measure(workload: Workload, target: str, names: Sequence[str]) -> list[Result]:
-    """Compiles variants of a workload's step; the first is the baseline."""
+    """Returns the results of variants of a workload, in order.
+
+    Args:
+      workload: the workload.
+      target: the GPU to compile for.
+      names: the names of the variants; the first is the baseline.
+    """
 
     def report(name: str) -> memory.CompileReport:
         step, args, donate = workload.training_step(workload.variants[name])
@@ -110,13 +116,13 @@ def measure(workload: Workload, target: str, names: Sequence[str]) -> list[Resul
 
 
 def largest_batch(workload: Workload, variant: str, target: str) -> int:
-    """The largest batch whose step fits into a GPU's memory."""
+    """Returns the largest batch whose step fits into a GPU's memory."""
     make_step = functools.partial(workload.training_step, workload.variants[variant])
     return memory.max_batch(make_step, target, multiple_of=_MULTIPLE).batch
 
 
 def with_largest_batch(workload: Workload, result: Result) -> Result:
-    """A result, and the largest batches beside it."""
+    """Returns a result with `max_batch`, if its variant is in `_MAX_BATCH_VARIANTS`."""
     if result.variant not in _MAX_BATCH_VARIANTS:
         return result
     batches = {
@@ -129,7 +135,7 @@ def with_largest_batch(workload: Workload, result: Result) -> Result:
 def _measured(
     workload: Workload, names: Sequence[str], target: str, max_batch: bool
 ) -> list[Result]:
-    """The measured variants of a workload, its baseline first."""
+    """Returns the results of variants of a workload, the baseline first."""
     own = list(workload.variants)
     of_model = [own[0], *(name for name in own[1:] if name in names)]
     results = measure(workload, target, of_model)
@@ -141,7 +147,7 @@ def _measured(
 
 
 def markdown(workload: Workload, results: list[Result]) -> str:
-    """The results of a workload as a table."""
+    """Returns the results of a workload as a table in Markdown."""
     first, mib = results[0], 2**-20
     header = ["variant", "temp MiB", "ratio", "FLOPs ratio", "with attention"]
     header += [] if first.traffic_bytes is None else ["traffic GB", "traffic ratio"]
@@ -198,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints what was asked for."""
+    """Measures the chosen models and variants, and prints the results."""
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""A model that is only measured; the others are those of `train.models`."""
+"""A model for benchmarks only; the other models are in `train.models`."""
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -10,10 +10,10 @@ class HiddenLayer(nn.Module):
     """A dense layer and a ReLU, the block of an `MLP`.
 
     Attributes:
-      features: of the output.
-      reads_image: whether the input is the image itself. Its layer is Flax's (DropIT
-        paper, §3.4).
-      layers: the layers that the block is built of.
+      features: the features of the output.
+      reads_image: whether the input is the image. The dense layer is then Flax's
+        (DropIT paper, §3.4).
+      layers: the layers of which the block is built.
     """
 
     features: int
@@ -22,7 +22,7 @@ class HiddenLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch in"]) -> Float[Array, "batch features"]:
-        """Returns the layer's output."""
+        """Returns the block's output: `(batch, in) -> (batch, features)`."""
         dense = nn.Dense if self.reads_image else self.layers.dense
         return self.layers.relu(dense(self.features, name="dense")(x))
 
@@ -31,11 +31,12 @@ class MLP(nn.Module):
     """A multilayer perceptron that classifies images.
 
     Attributes:
-      num_classes: size of the output.
-      depth: hidden layers.
-      width: features of each of them.
-      layers: the layers that the model is built of.
-      remat: "blocks": the hidden layers are recomputed; "none" and "dots": nothing is.
+      num_classes: the number of classes.
+      depth: the number of hidden layers.
+      width: the features of a hidden layer.
+      layers: the layers of which the model is built.
+      remat: "blocks": recomputes the hidden layers; "none" and "dots": recompute
+        nothing.
     """
 
     num_classes: int

@@ -1,9 +1,9 @@
-"""The largest buffers of a training step at the peak of its memory on a GPU.
+"""Prints the largest buffers of a training step at the peak of its memory on a GPU.
 
 `python -m benchmarks.peak [--model=NAME] [--variants='lean'] [--top=8] [--json]`
 
-Says what holds a figure of `benchmarks.memory`. A row has the buffers of one type that
-one operation makes, in whatever layers.
+The buffers explain a figure of `benchmarks.memory`. A row has all buffers of one type
+that one operation makes, in all layers.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from dropit_jax import memory
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Buffers that are alike.
+    """Buffers of one type that one operation makes.
 
     Attributes:
-      model: its name.
-      variant: which way of saving memory.
-      target: the GPU.
-      buffers: how many.
-      type: of the array in each, such as "float32[128,8,8,256]".
-      operation: that makes them, as JAX calls it.
-      backward: whether the backward pass makes them.
-      nbytes: of all of them.
-      share: of these in all temporary bytes of the step.
+      model: the name of the model.
+      variant: the name of the variant.
+      target: the name of the GPU.
+      buffers: the number of buffers.
+      type: the type of the array in a buffer, such as "float32[128,8,8,256]".
+      operation: JAX's name of the operation.
+      backward: whether the operation is in the backward pass.
+      nbytes: the bytes of all these buffers.
+      share: the fraction of `nbytes` in the temporary bytes of the step.
     """
 
     model: str
@@ -45,7 +45,14 @@ class Held:
 
 
 def measure(workload: Workload, variant: str, target: str, top: int) -> list[Held]:
-    """The buffers at the peak of a variant's step, the largest rows first."""
+    """Returns the buffers at the peak of a variant's step, the largest rows first.
+
+    Args:
+      workload: the workload.
+      variant: the name of the variant.
+      target: the GPU to compile for.
+      top: the number of rows.
+    """
     step, args, donate = workload.training_step(workload.variants[variant])
     report = memory.compile_report(
         step, *args, target=target, donate=donate, num_buffers=_ALL
@@ -74,7 +81,7 @@ _ALL = 1_000_000
 
 
 def markdown(workload: Workload, results: Iterable[Held]) -> str:
-    """The buffers of one variant as a table."""
+    """Returns the buffers of one variant as a table in Markdown."""
     results = list(results)
     first = results[0]
     header = ["buffers", "array", "made by", "pass", "MiB", "share"]
@@ -107,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the tables."""
+    """Measures the chosen models and variants, and prints the tables."""
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:

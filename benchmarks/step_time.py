@@ -1,11 +1,11 @@
-"""Time and memory of a training step, for every way of saving memory.
+"""Prints time and memory of a training step, for every way to save memory.
 
 `python -m benchmarks.step_time [--model=MLP] [--variants=dropit_16,lean] [--json]`
 
-Runs on the devices that JAX finds: by default small models on a CPU, and on a GPU those
-of which `benchmarks.memory` prints the memory. All variants of a model take turns in
-one run, and every ratio is to plain Flax (`flax`), which is always among them. What a
-ratio is, and its spread, is said in `benchmarks.timing` and below the tables.
+Runs on the devices that JAX finds. By default it measures small models on a CPU, and
+the models of `benchmarks.memory` on a GPU. All variants of a model take turns in one
+run, always with plain Flax (`flax`), the baseline of the ratios. `benchmarks.timing`
+defines a ratio and its spread; the definition is printed below the tables.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dropit_jax.memory import memory_stats
 
 _BASELINE = "flax"
 
-# Models, and how many rounds: 15 minutes in all on two cores.
+# Models and their numbers of rounds; all take 15 minutes on two cores.
 CPU_MODELS: dict[str, tuple[Workload, int]] = {
     "MLP": (workloads.mlp(), 25),
     "ResNet-18 (width 16)": (workloads.resnet18(16), 15),
@@ -43,24 +43,25 @@ class Result:
     """Time and memory of one variant of a training step.
 
     Attributes:
-      model: its name.
-      image_size: side of the images, in pixels.
-      batch: images in the step.
-      variant: which way of saving memory.
-      device: what it ran on.
-      dtype: of the computation; parameters are float32.
-      rounds: how often it had its turn.
-      calls: how many steps it made in a turn.
-      median_s: seconds a step, the median over the rounds.
-      ratio: of a step's time to plain Flax's in the same round, the median.
-      ratio_low: its lower quartile.
-      ratio_high: its upper quartile.
-      trace_s: seconds to trace the step and lower it to a program, the median over all
-        times that it was compiled.
-      compile_s: seconds that XLA takes to compile that, likewise.
-      compile_ratio: of the sum of both to plain Flax's, likewise.
-      temp_bytes: temporaries of the compiled step: what is alive at the peak, beside
-        its arguments and results.
+      model: the name of the model.
+      image_size: the side of the images, in pixels.
+      batch: the number of images in the step.
+      variant: the name of the variant.
+      device: the kind of the device.
+      dtype: the dtype of the computation; parameters are float32.
+      rounds: the number of rounds; each variant has a turn in a round.
+      calls: the number of steps in a turn.
+      median_s: the seconds of a step, the median over the rounds.
+      ratio: the ratio of a step's time to that of plain Flax in the same round, the
+        median over the rounds.
+      ratio_low: the lower quartile of the ratio.
+      ratio_high: the upper quartile of the ratio.
+      trace_s: the seconds to trace and lower the step, the median over the rounds of
+        compilation.
+      compile_s: the seconds in which XLA compiles the step, likewise.
+      compile_ratio: the ratio of the sum of both to that of plain Flax, likewise.
+      temp_bytes: the temporary bytes of the compiled step: at the peak, without
+        arguments and results.
     """
 
     model: str
@@ -83,12 +84,12 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step, and what it took to compile.
+    """A compiled step, and the times of its compilations.
 
     Attributes:
       run: the compiled step.
-      trace_s: seconds to trace the step and lower it, each time.
-      compile_s: seconds to compile that, each time.
+      trace_s: the seconds to trace and lower the step, for each round.
+      compile_s: the seconds to compile the step, for each round.
     """
 
     run: jax.stages.Compiled
@@ -97,7 +98,7 @@ class CompiledStep:
 
     @property
     def total_s(self) -> list[float]:
-        """Seconds for both, each time."""
+        """The sums of both times, for each round."""
         return [a + b for a, b in zip(self.trace_s, self.compile_s, strict=True)]
 
 
@@ -108,14 +109,14 @@ def measure(
     compile_rounds: int = 1,
     calls: int = 1,
 ) -> list[Result]:
-    """Times variants of a workload's step.
+    """Returns the results of variants of a workload, in order.
 
     Args:
-      workload: what is trained.
-      names: of the variants, plain Flax first.
-      rounds: how often each step has its turn.
-      compile_rounds: how often each is compiled.
-      calls: steps in a turn.
+      workload: the workload.
+      names: the names of the variants, plain Flax first.
+      rounds: the number of rounds; each step has a turn in a round.
+      compile_rounds: the number of times that each step is compiled.
+      calls: the number of steps in a turn.
     """
     arguments = workloads.real_arguments(workload)
     steps = compile_steps(workload, names, compile_rounds)
@@ -150,8 +151,8 @@ def measure(
 def compile_steps(
     workload: Workload, names: Sequence[str], rounds: int
 ) -> dict[str, CompiledStep]:
-    """Compiles variants of a workload's step in turns, from nothing each time."""
-    _compile(workload, names[0], discard=True)  # imports what tracing needs
+    """Returns the compiled steps of variants; compiles in turns, without caches."""
+    _compile(workload, names[0], discard=True)  # imports the modules for tracing
     found: dict[str, list[tuple[Any, float, float]]] = {name: [] for name in names}
     for order in timing.orders(names, rounds):
         for name in order:
@@ -169,9 +170,12 @@ def compile_steps(
 def _compile(
     workload: Workload, name: str, discard: bool = False
 ) -> tuple[Any, float, float]:
-    """The compiled step, seconds to trace and lower it, and seconds to compile it."""
+    """Returns the compiled step, and the seconds to trace and lower it, and to compile.
+
+    With `discard` it is not compiled: the step is `None`.
+    """
     step, arguments, _ = workload.training_step(TIMED_VARIANTS[name])
-    jax.clear_caches()  # functions that another variant has traced
+    jax.clear_caches()  # drops the traces of other variants
     start = perf_counter()
     lowered = jax.jit(step).lower(*arguments)
     traced = perf_counter()
@@ -180,7 +184,7 @@ def _compile(
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The results of a model as a table."""
+    """Returns the results of a model as a table in Markdown."""
     first = results[0]
     header = ["variant", "step ms", "ratio", "temporaries MiB"]
     header += ["trace s", "compile s", "compile ratio"]
@@ -232,7 +236,7 @@ def _default_models() -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints what was asked for."""
+    """Measures the chosen models and variants, and prints the results."""
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:
@@ -242,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     names = [_BASELINE, *(name for name in names if name != _BASELINE)]
-    # A program from a cache is not compiled.
+    # A program from the cache would not be compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     every: list[Result] = []
     for model in models:

@@ -1,4 +1,4 @@
-"""A training step of any loss."""
+"""Makes a training step for any loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +9,20 @@ import optax
 Step = Callable[..., Any]
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
-# Of the arguments of a step, the variables and the optimizer's state are donated.
+# The donated arguments of a step: the variables and the optimizer's state.
 DONATED = (0, 1)
 
 
 def training_step(loss: Callable[..., Any]) -> Step:
-    """A step of SGD with momentum.
+    """Returns a training step of SGD with momentum.
 
     Args:
-      loss: a function of the parameters, the other variables and a batch that returns a
-        loss, and the other variables after the step.
+      loss: a function `(params, other variables, *batch)` that returns the loss and
+        the new other variables.
 
     Returns:
-      A function of all variables, the optimizer's state and a batch, that returns the
-      first two as they are after the step.
+      A function `(variables, opt_state, *batch)` that returns the new variables and the
+      new optimizer's state. `variables` has the parameters as `"params"`.
     """
 
     def step(

@@ -1,4 +1,4 @@
-"""The ways to save memory in a training step."""
+"""The variants of a training step: presets, DropIT layers and recomputation."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ Loss = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to save memory.
+    """A way to save memory in a training step.
 
     Attributes:
-      preset: the preset of `dropit_jax.drop` around the loss; empty: the plain loss.
+      preset: the preset of `dropit_jax.drop` for the loss; "": the plain loss.
       policy: the policy of DropIT layers; `None`: Flax's layers.
       remat: the blocks that `jax.checkpoint` recomputes, as in `train.models.layers`.
     """
@@ -29,19 +29,19 @@ class Variant:
 
     @property
     def layers(self) -> Layers:
-        """The layers that the model is built of."""
+        """The layers of which the model is built."""
         return layers.FLAX if self.policy is None else layers.dropit(self.policy)
 
     def model(self, make: Callable[..., Any]) -> Any:
-        """Returns a model, made with these layers."""
+        """Returns `make(layers=..., remat=...)`, the model of this variant."""
         return make(layers=self.layers, remat=self.remat)
 
     def applied(self, loss: Loss) -> Loss:
-        """Returns the loss as the step differentiates it."""
+        """Returns the loss with the preset, which the step differentiates."""
         return dropit_jax.drop(loss, self.preset) if self.preset else loss
 
 
-# The paper's policy, but for the type of the kept values, as in the preset "dropit".
+# The paper's policy, except that kept values are bfloat16, as in the preset "dropit".
 _POLICY = DropIT(value_dtype="bfloat16")
 _layers = functools.partial(dataclasses.replace, _POLICY)
 
@@ -53,14 +53,14 @@ VARIANTS: dict[str, Variant] = {
     "lean": Variant("lean"),
     "leanest": Variant("leanest"),
     "lean+remat_blocks": Variant("lean", remat="blocks"),
-    # The kept values in the activations' own type, as in the paper.
+    # Kept values in the activation's dtype, as in the paper.
     "dropit_layers_float32": Variant(policy=_layers(value_dtype=None)),
     "dropit_layers": Variant(policy=_POLICY),
     "remat_dots": Variant(remat="dots"),
     "remat_blocks": Variant(remat="blocks"),
 }
 
-# The variants of functions without layers.
+# The variants for functions without layers.
 OF_FUNCTIONS = (
     "baseline",
     "exact",
@@ -75,7 +75,7 @@ TIMED_VARIANTS: dict[str, Variant] = {
     "flax": Variant(),
     "exact": Variant("exact"),
     "lean": Variant("lean"),
-    # DropIT layers with chunks of so many elements.
+    # DropIT layers; the number is the size of a chunk.
     "dropit_16": Variant(policy=_POLICY),
     "dropit_32": Variant(policy=_layers(chunk_size=32)),
     "dropit_16384": Variant(policy=_layers(chunk_size=2**14)),

@@ -1,4 +1,4 @@
-"""The training steps of models of images that are measured."""
+"""The models of images that the benchmarks train, and their training steps."""
 
 import dataclasses
 import functools
@@ -21,17 +21,19 @@ from train.models.vit import ViT
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model and what it is trained on.
+    """A model with the size of its batches and images.
 
     Attributes:
-      model: its name.
-      image_size: side of the images, in pixels.
-      batch: images in a step.
-      dtype: of the computation; parameters are float32.
+      model: the name of the model.
+      image_size: the side of the images, in pixels.
+      batch: the number of images in a step.
+      dtype: the dtype of the computation; parameters are float32.
       make: makes the model, with the fields `layers` and `remat`.
-      attention: layers, tokens and width of the attention; `None`: there is none.
-      paper_mb: memory of the baseline and of DropIT in the paper (Table 3), in MB.
-      channels: of the images.
+      attention: the numbers of layers and tokens and the width of the attention;
+        `None`: the model has no attention.
+      paper_mb: the memory of the baseline and of DropIT in the paper (Table 3), in MB;
+        `None`: not in the paper.
+      channels: the channels of the images.
     """
 
     model: str
@@ -45,24 +47,24 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """Its name on a command line."""
+        """The name of the workload on a command line."""
         return f"{self.model}, {self.image_size}², {self.dtype}"
 
     @property
     def variants(self) -> dict[str, Variant]:
-        """Those that differ for it; the first is what the others are held against."""
+        """The variants that differ for this workload, the baseline first."""
         without = set()
         if self.attention is None:
-            without.add("remat_dots")  # of a convolution that policy keeps nothing
+            without.add("remat_dots")  # recomputes convolutions, as remat_blocks does
         if self.dtype != "float32":
             without.add("dropit_layers_float32")
         return {name: each for name, each in VARIANTS.items() if name not in without}
 
     @property
     def attention_core_flops(self) -> float:
-        """Operations of the attention's scores of all layers, computed once.
+        """The FLOPs of the attention's scores of all layers, computed once.
 
-        A preset that recomputes the scores adds as much to a step.
+        A preset that recomputes the scores adds as many to a step.
         """
         if self.attention is None:
             return 0.0
@@ -70,21 +72,21 @@ class Workload:
         return 2.0 * layers * self.batch * tokens**2 * width
 
     def title(self, where: str) -> str:
-        """Above a table of it, as the function `title`."""
+        """Returns the title of a table of this workload, as the function `title`."""
         return title(self, where)
 
     def training_step(
         self, variant: Variant, batch: int | None = None
     ) -> tuple[Step, tuple[Any, ...], tuple[int, ...]]:
-        """A step of SGD with momentum on the cross-entropy.
+        """Returns a step of SGD with momentum on the cross-entropy, to compile.
 
         Args:
-          variant: how memory is saved in it.
-          batch: images in the step; `None`: the workload's.
+          variant: the variant of the step.
+          batch: the number of images in the step; `None`: that of the workload.
 
         Returns:
-          The step, its arguments as `jax.ShapeDtypeStruct`s, and which are to be
-          donated.
+          The step, its arguments as `jax.ShapeDtypeStruct`s, and the positions of the
+          arguments to donate.
         """
         size = self.image_size
         images = jax.ShapeDtypeStruct(
@@ -97,9 +99,10 @@ class Workload:
         return step, (variables, opt_state, images, labels), steps.DONATED
 
     def loss(self, variant: Variant) -> Callable[..., tuple[Array, Any]]:
-        """The cross-entropy, of parameters, other variables, images and labels.
+        """Returns the function of the mean cross-entropy of a batch.
 
-        Beside it, the function returns the other variables after the step.
+        The function takes parameters, other variables, images and labels. It returns
+        the cross-entropy and the new other variables.
         """
         model = variant.model(self.make)
 
@@ -117,7 +120,7 @@ class Workload:
 
 @functools.cache
 def _variables(workload: Workload, variant: Variant) -> Any:
-    """The variables of a model, as `jax.ShapeDtypeStruct`s."""
+    """Returns the variables of a model, as `jax.ShapeDtypeStruct`s."""
     model, size = variant.model(workload.make), workload.image_size
     image = jax.ShapeDtypeStruct((1, size, size, workload.channels), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image)
@@ -166,7 +169,7 @@ WORKLOADS = (
 
 
 def mlp(depth: int = 4, batch: int = 256) -> Workload:
-    """Hidden layers of 1024 features on grey images of 28² pixels."""
+    """Returns an MLP of 1024 features on grey images of 28² pixels, in float32."""
     return Workload(
         "MLP",
         image_size=28,
@@ -180,7 +183,7 @@ def mlp(depth: int = 4, batch: int = 256) -> Workload:
 
 
 def resnet18(width: int, batch: int = 32) -> Workload:
-    """ResNet-18 of a width on images of 32² pixels, in float32."""
+    """Returns ResNet-18 of a width on images of 32² pixels, in float32."""
     return Workload(
         f"ResNet-18 (width {width})",
         image_size=32,
@@ -193,7 +196,7 @@ def resnet18(width: int, batch: int = 32) -> Workload:
 
 
 def vit_s16(batch: int = 4) -> Workload:
-    """ViT-S/16 (Touvron et al., 2021, Table 1) on images of 224² pixels, in float32."""
+    """Returns ViT-S/16 (Touvron et al., 2021, Table 1) on images of 224² pixels."""
     return Workload(
         "ViT-S/16",
         image_size=224,
@@ -206,11 +209,11 @@ def vit_s16(batch: int = 4) -> Workload:
 
 
 def title(described: Any, where: str) -> str:
-    """Above a table: what was trained, and where.
+    """Returns the title of a table: the model, its images and batch, and the device.
 
     Args:
-      described: a workload, or a result of one, which has its fields.
-      where: a device, or the GPU that was compiled for.
+      described: a workload, or a result, which has the same fields.
+      where: the name of the device, or of the GPU that was compiled for.
     """
     return (
         f"### {described.model}, {described.image_size}², batch {described.batch}, "
@@ -219,11 +222,11 @@ def title(described: Any, where: str) -> str:
 
 
 def real_arguments(workload: Workload) -> tuple[Any, ...]:
-    """Arguments of a workload's step, the same for every preset.
+    """Returns the arguments of a workload's first step, for any variant.
 
     Returns:
-      Variables and an optimizer's state as before the first step, random images, and
-      random labels.
+      The initial variables, the initial optimizer's state, random images of shape
+      `(batch, size, size, channels)`, and random labels of shape `(batch,)`.
     """
     plain = VARIANTS["baseline"]
     _, (_, opt_state, images, labels), _ = workload.training_step(plain)

@@ -1,12 +1,12 @@
-"""Trains every variant of a grid with every seed, and writes what they reach.
+"""Trains every variant of a grid with every seed, and writes a table of the results.
 
 `python -m train.ablation --config=configs/ablation_cifar10.py --workdir=DIR`
 
-Every run has a workdir of its own, `DIR/VARIANT/seed_N`, and is a run of `train.main`:
-one that was stopped goes on where it stopped, one that is finished is not run again.
-One whose loss became infinite or NaN is left, and told of at the end.
-`DIR/results.csv` has a row for each. The first seed of every variant comes first, so
-that a grid that is stopped has something of each.
+Every run has its own workdir, `DIR/VARIANT/seed_N`, and is a run of `train.main`. If
+started again, the command resumes an interrupted run, and skips a finished one. A run
+with an infinite or NaN loss is skipped, and reported at the end. `DIR/results.csv` has
+a row for each run. The first seed of every variant is trained first, so that an
+interrupted grid has results of all variants.
 """
 
 import copy
@@ -38,7 +38,7 @@ _VARIANTS = flags.DEFINE_list(
 _SECTIONS = ("base", "variants")
 _FIELDS = ("memory", "dropit", "seeds")
 _OPTIONAL = ("layers",)
-# What a row says of the last evaluation.
+# The columns of a row from the last evaluation.
 _REACHED = (
     "step",
     "epoch",
@@ -51,11 +51,11 @@ _REACHED = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One variant, trained with one seed.
+    """A variant with one seed.
 
     Attributes:
-      variant: its name.
-      config: what is trained.
+      variant: the variant's name.
+      config: the config, with the seed.
     """
 
     variant: str
@@ -63,15 +63,15 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Its workdir in that of the grid."""
+        """The run's workdir, relative to the grid's: `VARIANT/seed_N`."""
         return Path(self.variant) / f"seed_{self.config.seed}"
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Trains what is not trained yet; writes the table after every run."""
+    """Trains all runs that are not finished; writes the table after every run."""
     terminal, grid = Terminal(), runs(config)
     chosen = _chosen(grid, _VARIANTS.value)
-    for run in grid:  # before hours are spent on the others
+    for run in grid:  # all of them, before hours of training
         _check(run, workdir)
     job_lib.prepare(grid[0].config)
     diverged = []
@@ -101,7 +101,7 @@ def _chosen(grid: list[Run], names: list[str] | None) -> list[Run]:
 
 
 def _check(run: Run, workdir: Path) -> None:
-    """Checks that a run can be trained, and that what is trained of it is still it."""
+    """Checks a run's config, also against the config of its interrupted training."""
     try:
         job_lib.check(run.config)
     except ConfigError as error:
@@ -117,11 +117,14 @@ def _rows(run: Run, workdir: Path) -> list[records.Row]:
 
 
 def runs(config: ConfigDict) -> list[Run]:
-    """Every variant of a grid with each of its seeds: first the first seed of each.
+    """Returns the runs of a grid, the first seeds of all variants first.
+
+    With the seeds (42, 1) for "a" and (42,) for "b": a/seed_42, b/seed_42, a/seed_1.
 
     Args:
-      config: `base`, the config that all runs share, and `variants`: for each its
-        `memory`, `dropit` and `seeds`, and its `layers` if not those of `base`.
+      config: the sections `base`, the config that all runs share, and `variants`: for
+        each variant `memory`, `dropit` and `seeds`, and `layers` if it differs from
+        `base`.
 
     Raises:
       ConfigError: a section or field is missing, unknown or of the wrong type.
@@ -151,9 +154,9 @@ def runs(config: ConfigDict) -> list[Run]:
 
 
 def table(grid: list[Run], workdir: Path) -> str:
-    """The last evaluation of every run that is finished, in CSV.
+    """Returns the last evaluations of the finished runs in CSV.
 
-    A run whose loss became infinite or NaN has a row that says so.
+    A run with an infinite or NaN loss has the status "diverged", and no evaluation.
     """
     columns = (
         *("variant", "seed", "memory", "layers", *summary.POLICY),

@@ -25,7 +25,7 @@ from train.system.terminal import Terminal
 
 _TARGET = config_flags.target()
 
-# The first is what the others are measured against.
+# The names of the variants; the first is the baseline.
 _FLAX, _DROPIT = "flax", "dropit"
 
 
@@ -34,12 +34,11 @@ class Measurements:
     """The cost and the accuracy of a variant.
 
     Attributes:
-      test_accuracy: after training, in [0, 1].
-      stored_bytes: the bytes that a step stores between forward and backward pass.
+      test_accuracy: the test accuracy after training, in [0, 1].
+      stored_bytes: the bytes that a step stores between forward and backward pass;
+        `None`: not measured, like the fields below.
       temp_bytes: the temporary bytes of a step on the target.
       step_seconds: the median time of a step here.
-
-    A field that could not be measured is `None`.
     """
 
     test_accuracy: float
@@ -51,9 +50,9 @@ class Measurements:
 def main(config: ConfigDict, workdir: Path) -> None:
     """Trains both variants, measures them, and writes the comparison."""
     target, terminal = _TARGET.value, Terminal()
-    memory.target_path(target)  # an unknown one is told before anything is trained
+    memory.target_path(target)  # an unknown target is an error before the training
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
-    job_lib.prepare(config)  # which may be told that it cannot be run
+    job_lib.prepare(config)  # an invalid config is an error before the training
     rows = {
         name: loop.run(variant, workdir / name, terminal)
         for name, variant in variants.items()
@@ -77,10 +76,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
 def _measured(
     variants: dict[str, ConfigDict], target: str, terminal: Terminal
 ) -> dict[str, dict[str, Any]]:
-    """Measures each variant; says why where it cannot.
+    """Returns the measurements by field and variant; prints why one has failed.
 
-    Returns:
-      For each field of `Measurements`, the value of each variant.
+    For instance `{"stored_bytes": {"flax": 4096, "dropit": 1024}, ...}`.
     """
 
     def stored() -> dict[str, int | None]:
@@ -104,14 +102,14 @@ def _measured(
     ):
         try:
             found[field] = measure()
-        except Exception as error:  # what was trained is reported
+        except Exception as error:  # of any type: the training is still reported
             found[field] = dict.fromkeys(variants)
             terminal.say(f"{label} could not be measured: {_reason(error)}")
     return found
 
 
 def _reason(error: Exception) -> str:
-    """Returns the last line of an error's text, which says why."""
+    """Returns the last line of an error's message, which has the reason."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
 
@@ -119,7 +117,7 @@ def _reason(error: Exception) -> str:
 def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
     """Returns a table of the measurements of each variant and their ratios.
 
-    Measurements that failed have no row.
+    A measurement that failed has no row.
     """
     flax, dropit = results[_FLAX], results[_DROPIT]
     shown = rich.table.Table("", "Flax", "DropIT", "DropIT / Flax")
@@ -139,7 +137,7 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
 
 
 def _compact(config: ConfigDict) -> ConfigDict:
-    """Returns the config; a plain one with the preset "dropit"."""
+    """Returns a copy of the config; a plain Flax config gets the preset "dropit"."""
     variant = copy.deepcopy(config)
     if variant.memory == config_lib.BASELINE and variant.layers == "flax":
         variant.memory = "dropit"

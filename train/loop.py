@@ -37,27 +37,27 @@ from train.system.terminal import Terminal
 def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
     """Trains a model, from the start or from the last checkpoint in `workdir`.
 
-    A run that is stopped and started again ends with the metrics of one that is not:
-    parameters, optimiser, step (which is also the place in the data), random state and
-    the sums of the epoch under way are all in the checkpoint.
+    An interrupted and resumed run has the same metrics as an uninterrupted one. A
+    checkpoint has the parameters, the optimiser's state, the step (which determines the
+    position in the data), the random state and the sums of the current epoch.
 
     Args:
-      config: what to train.
-      workdir: where `config.json`, `metrics.csv`, `tensorboard/` and `checkpoints/` go;
-        of several processes, the same directory for all.
-      terminal: where progress is shown.
+      config: the config to train.
+      workdir: the directory for `config.json`, `metrics.csv`, `tensorboard/` and
+        `checkpoints/`; all processes of a run need the same one.
+      terminal: shows the progress.
 
     Returns:
       The rows of `metrics.csv`.
 
     Raises:
-      ConfigError: the config cannot be run, or the workdir holds a run of another.
+      ConfigError: the config cannot be run, or the workdir has a run of another config.
       LockedError: another run writes to the workdir.
       CheckpointError: a checkpoint cannot be written or read.
-      DataError: the dataset is not there, or damaged.
+      DataError: the dataset is missing or damaged.
       WeightsError: `config.init_from` does not fit the model.
-      NonFiniteLossError: the loss, or an array of the state that is to be saved,
-        became infinite or NaN; `failure/` is written.
+      NonFiniteLossError: the loss, or an array of a state to save, became infinite or
+        NaN; `failure/` is written.
       RecordsError: metrics cannot be written.
       Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
       WaitError: the next batch did not come in half an hour.
@@ -127,7 +127,7 @@ def _train(
             bar.update(done, meter.loss, meter.accuracy, meter.rate)
             if done % evaluate_every == 0 or done == total_steps:
                 meter.finish()
-                # Before the evaluation, whose time is not that of the steps.
+                # Before the evaluation, so that the rate has the steps' time alone.
                 row = {
                     "step": done,
                     "epoch": math.ceil(done / steps_per_epoch),
@@ -153,13 +153,13 @@ def _train(
 
 @dataclasses.dataclass(frozen=True)
 class _Saver:
-    """Saves the state after a step, if it is fit to go on from.
+    """Saves the state after a step, if it is finite.
 
     Attributes:
-      checkpoints: where it goes.
-      meter: has the sums of the epoch under way.
-      train_examples: how many there are.
-      total_steps: of the whole run.
+      checkpoints: saves the states.
+      meter: has the sums of the current epoch.
+      train_examples: the number of training examples.
+      total_steps: the number of steps of the run.
     """
 
     checkpoints: Checkpoints
@@ -174,19 +174,25 @@ class _Saver:
         rows: list[Row],
         test: Meter | None = None,
     ) -> None:
-        """Saves the state, and the rows up to it.
+        """Saves the state, and the rows of `metrics.csv` so far.
+
+        Args:
+          done: the number of steps done.
+          state: the state after them.
+          rows: the rows.
+          test: the evaluation of the state; `None`: not evaluated.
 
         Raises:
           NonFiniteLossError: the state is not finite, or the test loss after the last
             step.
         """
-        # First what the steps before say, which may not have been looked at.
+        # First the sums of pending steps: their losses may not be finite.
         position = Position(self.meter.state(), self.train_examples, rows)
         problem = finite.problem(state)
         if test is not None and not math.isfinite(test.loss):
             if done == self.total_steps:
                 problem = problem or f"The test loss became {test.loss}"
-            test = None  # training can still recover, but the best this is not
+            test = None  # training can still recover; this state is not the best
         if problem:
             raise NonFiniteLossError(done, math.nan, problem)
         accuracy = None if test is None else test.accuracy
@@ -195,7 +201,11 @@ class _Saver:
     def stop(
         self, signum: int, done: int, state: step_lib.State, rows: list[Row]
     ) -> NoReturn:
-        """Saves the state and ends the run, as a signal asked."""
+        """Saves the state, and ends the run because of a signal.
+
+        Raises:
+          Interrupted: always.
+        """
         if done:
             self.save(done, state, rows)
             self.checkpoints.wait()
@@ -205,7 +215,10 @@ class _Saver:
 def _beginning(
     job: Job, checkpoints: Checkpoints, meter: Meter
 ) -> tuple[int, step_lib.State, list[Row]]:
-    """The steps done, the state and the rows to go on from; the meter is set."""
+    """Returns the number of steps done, the state and the rows; sets the meter.
+
+    They are from the last checkpoint, or those of a new run.
+    """
     restored = checkpoints.restore_latest(job.abstract)
     if restored is None:
         return 0, initialisation.initial_state(job), []
@@ -217,7 +230,12 @@ def _beginning(
 
 
 def _measured(meter: Meter, waited: float) -> Row:
-    """The columns of the steps since the last row; `waited` for data, in seconds."""
+    """Returns the columns of the steps since the last row.
+
+    Args:
+      meter: the sums of these steps.
+      waited: the seconds of waiting for data.
+    """
     return {
         "train_loss": meter.loss,
         "train_accuracy": meter.accuracy,
@@ -227,7 +245,7 @@ def _measured(meter: Meter, waited: float) -> Row:
 
 
 def _tested(test: Meter) -> Row:
-    """The columns of an evaluation."""
+    """Returns the columns of an evaluation."""
     return {
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
@@ -236,12 +254,12 @@ def _tested(test: Meter) -> Row:
 
 
 def _problem(step: int, state: step_lib.State, position: Any) -> str:
-    """Returns why a checkpoint is none to go on from; empty if it is one."""
+    """Returns why training cannot resume from a checkpoint; "" if it can."""
     return step_lib.problem(step, state) or position_lib.problem(position)
 
 
 def _check_data(job: Job, position: Position) -> None:
-    """Checks that the dataset is that of the checkpoint, wherever it lies.
+    """Checks that the dataset has as many examples as at the start of the run.
 
     Raises:
       ConfigError: it has another number of examples.

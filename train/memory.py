@@ -1,4 +1,4 @@
-"""What a training step of a config allocates on a GPU that need not be there.
+"""Prints the memory of a config's training step on a GPU, which need not be there.
 
 `python -m train.memory --config=configs/FILE.py --target=a5000 [--max_batch] [--json]`
 """
@@ -30,7 +30,7 @@ _BASELINE = "baseline"
 
 
 def main(config: ConfigDict, _: Path) -> None:
-    """Compiles the step, and the same with plain Flax, and prints what they take."""
+    """Compiles the step, and the step with plain Flax, and prints their memory."""
     variants = {name_of(config): config}
     if name_of(config) != _BASELINE:
         variants = {_BASELINE: config_lib.plain(config)} | variants
@@ -50,14 +50,14 @@ def main(config: ConfigDict, _: Path) -> None:
 
 
 def name_of(config: ConfigDict) -> str:
-    """Returns the preset of a config, with its layers and the recomputed parts."""
+    """Returns the name of a config's variant, such as "lean+remat_blocks"."""
     remat = "" if config.remat == "none" else f"+remat_{config.remat}"
     layers = "" if config.layers == "flax" else f"+{config.layers}_layers"
     return f"{config.memory}{layers}{remat}"
 
 
 def plan(config: ConfigDict, target: str) -> memory.BatchPlan | None:
-    """The largest batch of a config that fits; `None`: not even one image does."""
+    """Returns the largest batch of a config that fits; `None` if one image does not."""
     abstract = functools.partial(step_lib.abstract, config)
     try:
         return memory.max_batch(lambda batch: (*abstract(batch), 0), target)
@@ -70,7 +70,7 @@ def table(
     reports: dict[str, memory.CompileReport],
     plans: dict[str, memory.BatchPlan | None],
 ) -> rich.table.Table:
-    """The reports side by side."""
+    """Returns a table of the reports, with a column for each variant."""
     target = next(iter(reports.values())).target
     title = f"A training step of {batch} images on {target}"
     shown = rich.table.Table("", *reports, title=title)
@@ -95,7 +95,7 @@ def table(
 
 
 def buffers(name: str, each: memory.CompileReport) -> rich.table.Table:
-    """The largest buffers alive at the peak."""
+    """Returns a table of a variant's largest buffers at the peak of memory."""
     shown = rich.table.Table("MiB", "array", title=f"At the peak of {name}")
     for column in ("layer", "operation", "pass"):
         shown.add_column(column, overflow="fold")
@@ -113,7 +113,10 @@ def buffers(name: str, each: memory.CompileReport) -> rich.table.Table:
 def as_dict(
     reports: dict[str, memory.CompileReport], plans: dict[str, memory.BatchPlan | None]
 ) -> dict[str, Any]:
-    """Everything, by variant."""
+    """Returns the reports and largest batches of all variants, for JSON.
+
+    For instance `{"lean": {"temp_bytes": 1024, ..., "max_batch": 256}}`.
+    """
     every: dict[str, Any] = {
         name: dataclasses.asdict(each) | {"peak_bytes": each.peak_bytes}
         for name, each in reports.items()

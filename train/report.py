@@ -1,11 +1,12 @@
-"""Tables and figures of finished runs, side by side.
+"""Writes tables and figures that compare finished runs.
 
 `python -m train.report --output=DIR [--baseline=NAME] [--target=h100] RUNS...`
 
-Every argument is a workdir, or holds some: that of `train.ablation`, for instance. Runs
-that differ by the seed alone are one variant, named after its directory. Each is held
-against the baseline's runs of the same seeds. DIR then has `report.md` with its
-figures, `summary.csv`, a row a variant, and `curves.csv`, a row an evaluation.
+Every argument is a workdir or contains workdirs, as the workdir of `train.ablation`
+does. Runs that differ by the seed alone are one variant, named after its directory.
+Each variant is compared with the baseline's runs of the same seeds. DIR gets
+`report.md` with its figures, `summary.csv` with a row for each variant, and
+`curves.csv` with a row for each evaluation.
 """
 
 import statistics
@@ -44,7 +45,7 @@ _HISTOGRAMS = flags.DEFINE_list(
 
 
 def main(directories: list[Path]) -> None:
-    """Reads the runs, measures what their steps cost, and writes the report."""
+    """Reads the runs, measures memory and time of their steps, writes the report."""
     terminal, output, target = Terminal(), output_path(), _TARGET.value
     baseline = _BASELINE.value
     variants = _with_first(saved_runs.find(directories, terminal.say), baseline)
@@ -54,7 +55,7 @@ def main(directories: list[Path]) -> None:
         job_lib.check(each[0].config)
     output.mkdir(parents=True, exist_ok=True)
 
-    # First what can fail, and last what is written.
+    # Everything that can fail comes before the writing.
     terminal.say(f"Compiling {len(variants)} steps for {target} ...")
     temp_bytes = {
         name: measurements.allocated(each[0].config, target).temp_bytes
@@ -121,7 +122,11 @@ def _drawn(names: list[str], chosen: list[str] | None) -> list[str]:
 
 
 def _common_seed(variants: list[list[SavedRun]]) -> int:
-    """The first seed that all have; they begin with the same parameters."""
+    """Returns the first seed that all variants have, so with equal initial parameters.
+
+    Raises:
+      ConfigError: they have no seed in common.
+    """
     seeds = [[run.config.seed for run in each] for each in variants]
     for seed in seeds[0]:
         if all(seed in each for each in seeds):
