@@ -1,4 +1,4 @@
-"""An error in place of a wrong second derivative, `once`."""
+"""Raises an error instead of a wrong second derivative."""
 
 import functools
 
@@ -10,20 +10,20 @@ _PLAIN = "the plain Flax layer or jax.nn function"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def differentiable_once(x: Array, what: str, instead: str = _PLAIN) -> Array:
-    """Returns `x`, and raises an error where the result is differentiated.
+    """Returns `x`; raises an error if the result is differentiated.
 
-    It is for the inputs of a backward pass whose residuals have no derivative, such as
-    codes of 8 bits. A second derivative would silently lack the part of the gradient
-    that depends on `x` through the residuals. A gradient under `jax.lax.stop_gradient`
-    raises no error, as it is not differentiated.
+    For arrays that a backward pass reads together with residuals that have no
+    derivative, such as codes of 8 bits: a second derivative would silently lack the
+    part of the gradient that depends on `x` through the residuals. A gradient under
+    `jax.lax.stop_gradient` raises no error, as it is not differentiated.
 
     Args:
-      x: an array that the backward pass is given or rebuilds.
+      x: an array that the backward pass gets or recomputes.
       what: the operation, for the error message.
-      instead: what to use in its place, for the error message.
+      instead: the replacement of the operation, for the error message.
 
     Raises:
-      TypeError: it is differentiated; in forward mode, JAX's own error.
+      TypeError: the result is differentiated; in forward mode, JAX's own error.
     """
     del what, instead
     return x

@@ -1,6 +1,6 @@
-"""A small integer for every element, packed, as what a backward pass reads.
+"""Residuals of one small integer, a code, for each element of an array.
 
-What is packed has a name for the policies of `jax.checkpoint`
+The packed codes have a `checkpoint_name`, for the policies of `jax.checkpoint`
 (`jax.checkpoint_policies.save_only_these_names`).
 """
 
@@ -26,12 +26,12 @@ from dropit_jax.xla.platforms import by_platform
 )
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """Packed integers, one for each element of an array.
+    """Packed codes, one for each element of an array.
 
     Attributes:
-      packed: the integers.
-      bits: of each.
-      group: what is sharded like the array.
+      packed: the packed codes: one bit each for the shape `(8, 64)` is `(8, 8)` bytes.
+      bits: the bits of a code.
+      group: the number of the array's sharding group.
     """
 
     packed: UInt[Array, "*rows bytes"]
@@ -45,13 +45,15 @@ def store(
     bits: int,
     name: str = "codes",
 ) -> tuple[Float[Array, "*shape"], Codes]:
-    """The array to go on with, and the codes of its elements.
+    """Returns `x`, sharded like its codes, and the packed codes of its elements.
+
+    Use the returned array in place of `x`.
 
     Args:
       x: an array.
-      code: gives each element its code, in [0, 2**bits).
-      bits: 1, 2, 4, 8 or 16.
-      name: of the packed codes.
+      code: returns the code of each element, in [0, 2**bits).
+      bits: the bits of a code: 1, 2, 4, 8 or 16.
+      name: the `checkpoint_name` of the packed codes.
     """
     group = shardings.new_group()
     x = shardings.join_group(x, group)
@@ -61,17 +63,20 @@ def store(
 def store_apart(
     x: Inexact[Array, "*shape"], code: Shaped[Array, "..."], bits: int, name: str
 ) -> tuple[Inexact[Array, "*shape"], Shaped[Array, "*shape"], Codes]:
-    """The array and its codes to go on with, where these are not computed from it.
+    """Returns `x` with given codes, which need not be computed from `x`.
+
+    Use the returned arrays in place of `x` and `code`.
 
     Args:
       x: an array.
-      code: in [0, 2**bits); of a shape that broadcasts to that of `x`, where a code
-        stands for more than one element.
+      code: the codes, in [0, 2**bits), of a shape that broadcasts to the shape of `x`:
+        a code may be for several elements, as `(8, 1)` for `(8, 64)`.
       bits: as in `store`.
-      name: of the packed codes.
+      name: the `checkpoint_name` of the packed codes.
 
     Returns:
-      `x`, the code of each of its elements, and the codes packed.
+      `x`, sharded like its codes; the codes in the shape of `x`; and the packed codes,
+      in the shape of `code`.
     """
     group = shardings.new_group()
     x = shardings.join_group(x, group)
@@ -87,14 +92,14 @@ def load(
     cotangent: Inexact[Array, "*shape"],
     shape: Shape | None = None,
 ) -> UInt[Array, "*shape"]:
-    """The codes of an array, not unpacked before its cotangent is computed.
+    """Returns the codes of an array in its shape; unpacks them after the cotangent.
 
     Args:
-      codes: what was stored.
-      cotangent: of the array.
-      shape: of the codes, where it is not the array's.
+      codes: the packed codes.
+      cotangent: the cotangent of the array.
+      shape: the shape of `code` in `store_apart`; `None`: the shape of the array.
     """
-    # Else XLA may unpack early and keep what is unpacked alive.
+    # Otherwise XLA may unpack early, and keep the unpacked codes in memory.
     packed = barriers.read_after(cotangent, codes.packed)
     shape = cotangent.shape if shape is None else shape
     unpacked = _unpacked(packed, cotangent, codes.bits, shape)
@@ -108,13 +113,13 @@ def apply(
     cotangent: Inexact[Array, "*shape"],
     function: Callable[[Array, Array], Array],
 ) -> Inexact[Array, "*shape"]:
-    """`function(code, cotangent)`, element by element, as one loop.
+    """Returns `function(load(codes, cotangent), cotangent)`, computed in one loop.
 
     Args:
-      codes: what was stored of the array.
-      cotangent: of the array.
-      function: of `load(codes, cotangent)` and the cotangent; one that equals it is the
-        same to JAX.
+      codes: the packed codes of the array.
+      cotangent: the cotangent of the array.
+      function: a function of two arrays, element by element. JAX reuses the trace of
+        an equal function.
     """
     packed = barriers.read_after(cotangent, codes.packed)
     applied = _applied(packed, cotangent, codes.bits, function)
@@ -124,7 +129,7 @@ def apply(
 def _packed(
     x: Array, code: Callable[[Array], Array], bits: int, group: int, name: str
 ) -> Codes:
-    # The code of a byte may be of one layer alone.
+    # The function of codes of whole bytes may differ for each layer: no shared call.
     pack = _packed_rows if bits >= 8 else _packed_in_call
     return Codes(checkpoint_name(pack(x, code, bits), name), bits, group)
 
@@ -133,27 +138,26 @@ def _packed_rows(x: Array, code: Callable[[Array], Array], bits: int) -> Array:
     return _pack(chunking.as_rows(code(x), _rows(x.shape, bits)), bits)
 
 
-# Traced once for all layers of one shape; codes are compared by identity.
+# Jitted, so that all layers of one shape share one trace, for one `code` function.
 @functools.partial(jax.jit, static_argnames=("code", "bits"), inline=True)
 def _packed_in_call(x: Array, code: Callable[[Array], Array], bits: int) -> Array:
     pack = functools.partial(_packed_rows, code=code, bits=bits)
-    # In one loop with what is before or after, they are vector instructions that take
-    # long to compile for a CPU, and are compiled for each layer anew: XLA compiles two
-    # loops once only where they are the same.
+    # Fused with the operations around, packing becomes vector instructions that take
+    # long to compile for a CPU, in every layer. XLA compiles equal loops only once.
     return by_platform(pack, cpu=calls.not_inlined(pack))(x)
 
 
-# Likewise.
+# Jitted, so that all layers of one shape share one trace.
 @functools.partial(jax.jit, static_argnames=("bits", "shape"), inline=True)
 def _unpacked(packed: Array, cotangent: Array, bits: int, shape: Shape) -> Array:
     def unpacked(packed: Array) -> Array:
         return _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
 
-    # Whole bytes are read by what they are used for.
+    # Codes of whole bytes need no unpacking, and no call.
     return barriers.call_after(cotangent if bits < 8 else None, unpacked, packed)
 
 
-# Likewise.
+# Jitted, so that all layers of one shape share one trace.
 @functools.partial(jax.jit, static_argnames=("bits", "function"), inline=True)
 def _applied(
     packed: Array,
@@ -175,7 +179,7 @@ def _unchanged(code: Array) -> Array:
 
 
 def _rows(shape: Shape, bits: int) -> chunking.Chunking:
-    """Rows of whole bytes."""
+    """Returns the rows of an array, in chunks that fill a byte with codes."""
     return chunking.chunking_of(shape, max(1, 8 // bits))
 
 

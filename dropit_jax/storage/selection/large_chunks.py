@@ -65,7 +65,7 @@ def indices_of_set_bits(
 
     Args:
       words: words with at least k set bits in each chunk.
-      k: how many.
+      k: the number of indices of a chunk.
     """
     before = bit_vectors.count_before_words(words)
     word = _word_of_each(before, k)
@@ -125,7 +125,7 @@ def scatter(
 def _kth_largest(
     scores: Int[Array, "..."], lead: int, k: Int[np.ndarray, "*#chunks"]
 ) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
-    """Returns each chunk's k-th largest score, and how many equal to it are kept.
+    """Returns each chunk's k-th largest score, and the number of equal ones to keep.
 
     The score is built from its highest bit down: a bit is set if at least k scores are
     then no less. The last rejected candidate is the score plus 1, so its count is the
@@ -133,8 +133,8 @@ def _kth_largest(
 
     Args:
       scores: chunks of several axes, `(*rows, *chunk)`.
-      lead: number of axes before those of a chunk.
-      k: how many of each chunk, or for each chunk of a row.
+      lead: the number of axes before the axes of a chunk.
+      k: as in `largest_words`.
     """
     none = lax.full_like(scores, 0, shape=scores.shape[:lead])
     none = shardings.reshard(none, shardings.explicit_spec(scores)[:lead])
@@ -164,8 +164,8 @@ def _word_of_each(before: Int[Array, "*rows words"], k: int) -> Int[Array, "*row
     """Returns the word of each of the first k set bits, found by bisection.
 
     Args:
-      before: how many bits are set before each word.
-      k: how many.
+      before: the number of bits that are set before each word.
+      k: the number of set bits to find in a chunk.
     """
     last = before.shape[-1] - 1
 

@@ -1,6 +1,6 @@
 """Max pooling whose residual is the place of each window's largest element.
 
-JAX's own rule keeps the whole input.
+JAX's own rule stores the whole input.
 """
 
 import dataclasses
@@ -31,18 +31,21 @@ def largest_of_windows(
 ) -> Shaped[Array, "*out"]:
     """Returns the largest element of each window, `(*shape) -> (*out)`.
 
-    The residual takes 4 bits for each element of the result where a window has up to 16
-    elements, 8 bits up to 256, and 16 bits beyond. The value is `lax.reduce_window`'s
-    to the last bit. So is the gradient, on a CPU and for windows of more than one
-    element: of equal elements the first has it, padding included; in a window with NaN,
-    the largest after the last NaN, or that NaN; and where windows overlap, their
-    cotangents are added to an element in row-major order.
+    Windows (1, 2, 2, 1) with equal strides: `(8, 32, 32, 64) -> (8, 16, 16, 64)`. The
+    residual takes 4 bits for each element of the result if a window has up to 16
+    elements, 8 bits up to 256, and 16 bits beyond.
+
+    The value is bit-identical to that of `lax.reduce_window`. So is the gradient, on a
+    CPU and for windows of more than one element. Of equal elements, padding included,
+    the first gets the cotangent. In a window with NaN, the largest element after the
+    last NaN gets it, or else that NaN. If windows overlap, their cotangents are added
+    to an element in row-major order.
 
     Args:
-      x: of a real floating-point dtype.
+      x: an array of a real floating-point dtype.
       shape: the size of a window along each axis.
-      strides: from window to window, along each axis.
-      padding: elements before and after, along each axis.
+      strides: the step from window to window along each axis.
+      padding: the numbers of padding elements before and after, along each axis.
     """
     return _pool(_Windows(x.shape, tuple(shape), tuple(strides), tuple(padding)), x)
 
@@ -53,9 +56,9 @@ class _Windows:
 
     Attributes:
       inputs: the shape of the array.
-      shape: of a window.
-      strides: from window to window.
-      padding: elements before and after.
+      shape: the shape of a window.
+      strides: the steps from window to window.
+      padding: the numbers of padding elements before and after.
     """
 
     inputs: Shape
@@ -65,7 +68,7 @@ class _Windows:
 
     @property
     def widths(self) -> list[Any]:
-        """Elements from the first window's first element to the last window's."""
+        """The elements from the first window's first element to the last window's."""
         padded = (
             n + sum(pad) for n, pad in zip(self.inputs, self.padding, strict=True)
         )
@@ -93,22 +96,23 @@ class _Windows:
         pads = [(*pad, 0) for pad in self.padding]
         padded = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), pads)
         for place in itertools.product(*map(range, self.shape)):
-            # Where there are no windows, neither is there a first element.
+            # Without windows there is no first element.
             start = [i if n else 0 for i, n in zip(place, self.widths, strict=True)]
             stop = [i + n for i, n in zip(start, self.widths, strict=True)]
             yield lax.slice(padded, start, stop, self.strides)
 
     def shares(self, index: Array, cotangent: Array) -> Iterator[Array]:
-        """Yields each element's share of the windows over it, the first window's first.
+        """Yields parts of the gradient, one for each of the windows over an element.
 
-        With the stride s an element at s m + r, r < s, counted from the first of the
-        padding, is at place r + s a of window m - a, for a = 0, 1, ... A window's place
-        and cotangent are thus read once for each a, and not once for each place. A
-        share has an axis for r after that for m, where the stride is not 1.
+        The windows are in order, the first one first. With the stride s an element at
+        s m + r, r < s, counted from the start of the padding, is at place r + s a of
+        window m - a, for a = 0, 1, ... So a window's place and cotangent are read once
+        for each a, and not once for each place. A part has an axis for m and, if the
+        stride is not 1, a next axis for r.
         """
-        # -0 would stay where nothing is added to it, and XLA takes a sum with 0 out.
+        # Without other parts -0 would remain, since XLA removes a sum with 0.
         cotangent = jnp.where(cotangent == 0, 0, cotangent)
-        # Padded in memory, or a GPU checks for each element whether it is padding.
+        # Padded in memory: otherwise a GPU checks each element for padding.
         index, cotangent = barriers.barrier(
             (self._surrounded(index), self._surrounded(cotangent))
         )
@@ -125,9 +129,10 @@ class _Windows:
         return [-(-size // stride) for size, stride in sizes]
 
     def _places(self, back: tuple[int, ...]) -> np.ndarray:
-        """Returns elements' places in the window `back` steps before theirs.
+        """Returns the places of elements in the window `back` steps before theirs.
 
-        It broadcasts to a share. The number of a window's places stands for no place.
+        The result broadcasts to a part of the gradient. An element outside the window
+        has the number of a window's elements as its place.
         """
         place, exists = np.asarray(0), np.asarray(True)
         for size, stride, windows in zip(self.shape, self.strides, back, strict=True):
@@ -138,7 +143,7 @@ class _Windows:
         return np.where(exists, place, count).astype(np.min_scalar_type(count))
 
     def _surrounded(self, of_windows: Array) -> Array:
-        """Pads an array of one number a window with zeros for the windows outside."""
+        """Returns an array of one number a window, padded by 0 for windows outside."""
         pads = [
             (overlap - 1, steps - count, 0)
             for overlap, steps, count in zip(
@@ -148,7 +153,7 @@ class _Windows:
         return lax.pad(of_windows, jnp.zeros((), of_windows.dtype), pads)
 
     def _over_elements(self, surrounded: Array, back: tuple[int, ...]) -> Array:
-        """Returns the numbers of the windows `back` steps before, to broadcast."""
+        """Returns the numbers of windows `back` steps before; broadcasts to a part."""
         start = [n - 1 - i for n, i in zip(self._overlaps, back, strict=True)]
         stop = [i + n for i, n in zip(start, self._steps, strict=True)]
         shifted = lax.slice(surrounded, start, stop)
@@ -158,10 +163,10 @@ class _Windows:
         )
 
     def elements(self, share: Array) -> Array:
-        """Returns a share, or a sum of shares, in the shape of the array."""
+        """Returns a part of the gradient, or a sum of parts, in the array's shape."""
         pads = []
         for axis, stride in enumerate(self.strides):
-            if stride > 1:  # one by one: so explicit shardings of the others stay
+            if stride > 1:  # axis by axis, which keeps other axes' explicit shardings
                 share = lax.collapse(share, axis, axis + 2)
             before, _ = self.padding[axis]
             after = before + self.inputs[axis] - share.shape[axis]
@@ -170,7 +175,7 @@ class _Windows:
 
     @property
     def _steps(self) -> list[Any]:
-        """Strides from the start of the padding to the end of the array."""
+        """The number of strides from the start of the padding to the array's end."""
         return [
             max(0, -(-(n + before) // stride))
             for n, (before, _), stride in zip(
