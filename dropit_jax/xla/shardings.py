@@ -1,9 +1,9 @@
 """Reads and sets explicit shardings, and constrains the shardings that XLA chooses.
 
-Explicit shardings (`jax.sharding.AxisType.Explicit`) are known while tracing. `spec`,
-`shards`, `gather`, `like` and `to` are for these, and do nothing to others. XLA chooses
-all others: `join` tells it which arrays to shard alike, and `whole_rows` which axis not
-to shard.
+Explicit shardings (`jax.sharding.AxisType.Explicit`) are known while tracing.
+`explicit_spec`, `shards`, `gather`, `reshard_like` and `reshard` are for these, and
+ignore all others. XLA chooses the others: `join_group` makes it shard arrays alike, and
+`whole_rows` makes it leave an axis unsharded.
 """
 
 import itertools

@@ -30,7 +30,7 @@ _MOST_PIXELS = 80_000_000
 # Pillow opens many more formats, some by starting another program.
 _FORMATS = ("JPEG", "PNG")
 
-# Pillow only warns of an image above its first limit; `opened` raises on its own.
+# Pillow only warns of an image above its first limit; `open_image` raises an error.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # Some photographs of ImageNet have corrupt EXIF data, which is not used here.
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data", UserWarning)

@@ -40,7 +40,7 @@ def shorten(
 
 
 def shorten_repr(value: object) -> str:
-    """Returns the `repr` of a value, shortened like `shown`."""
+    """Returns the `repr` of a value, shortened as by `shorten`."""
     return shorten(value, write=repr)
 
 
