@@ -204,7 +204,8 @@ class _Saver:
         """Saves the state, and ends the run because of a signal.
 
         Raises:
-          Interrupted: always.
+          Interrupted: the state is saved.
+          NonFiniteLossError: as `save`.
         """
         if done:
             self.save(done, state, rows)

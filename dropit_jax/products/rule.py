@@ -82,7 +82,8 @@ def cached_product(
     """Returns `product(lhs, rhs, *offset)`, and stores `lhs` compressed.
 
     Args:
-      product: a function of the product, linear in `lhs` and in `rhs`, plus `offset`.
+      product: a function `(lhs, rhs, *offset)`: a product, linear in each operand, to
+        which it may add the arrays of `offset`.
       lhs: the activation, whose gradient is exact.
       rhs: the kernel, whose gradient is computed from the decompressed `lhs`.
       offset: a tuple of arrays, such as a layer's bias; their gradients are exact.
