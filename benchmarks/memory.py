@@ -53,8 +53,8 @@ class Result:
       ratio: the ratio of `temp_bytes` to the baseline's.
       flops: the FLOPs of the compiled step.
       flops_ratio: the ratio of `flops` to the baseline's.
-      flops_ratio_with_attention: the ratio of `flops` to the baseline's plus those of
-        computing the attention's scores once more.
+      flops_ratio_with_attention: the ratio of `flops` to the FLOPs of the baseline and
+        of computing the attention's scores once more.
       max_batch: the largest batch that fits, a multiple of 8, for each GPU; `None`: not
         measured.
       traffic_bytes: the bytes that the kernels of the compiled step read and write;

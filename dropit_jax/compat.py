@@ -123,7 +123,7 @@ def __getattr__(name: str) -> Any:
 # `CUSTOM_VJP` is not differentiated yet.
 CUSTOM_VJP = "custom_vjp_call"
 NAME = "name"  # `jax.ad_checkpoint.checkpoint_name`
-REDUCE_PRECISION = "reduce_precision"  # with it `jax.checkpoint` marks what it saves
+REDUCE_PRECISION = "reduce_precision"  # `jax.checkpoint` puts it on residuals
 SCAN = "scan"
 # Primitives that call a Python function on the host. A program with one of them cannot
 # be compiled for another machine.

@@ -218,7 +218,7 @@ def _beginning(
 ) -> tuple[int, step_lib.State, list[Row]]:
     """Returns the number of steps done, the state and the rows; sets the meter.
 
-    They are from the last checkpoint, or those of a new run.
+    They are from the last checkpoint, or of a new run.
     """
     restored = checkpoints.restore_latest(job.abstract)
     if restored is None:

@@ -159,7 +159,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
         inputs_v: Float[Array, "*batch kv_length features_v"] | None = None,
         **kwargs: Any,
     ) -> Float[Array, "*batch length out"]:
-        """Applies attention; the arguments are those of Flax's layer."""
+        """Returns the output of the attention; the arguments are as in Flax's layer."""
         call = compat.without_flax_wrapper(super().__call__)
         with caching.cached_children(self, self.dropit):
             return call(inputs_q, inputs_k, inputs_v, **kwargs)
@@ -186,7 +186,7 @@ class SelfAttention(nn.SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> Float[Array, "*batch length out"]:
-        """Applies attention; the arguments are those of Flax's layer."""
+        """Returns the output of the attention; the arguments are as in Flax's layer."""
         call = compat.without_flax_wrapper(super().__call__)
         with caching.cached_children(self, self.dropit):
             return call(inputs_q, *args, **kwargs)
