@@ -198,16 +198,14 @@ def _quantize_rows(
     rows = rows.astype(dtypes.wide(x.dtype))
     segments = _split_groups(rows, groups)
     offsets = _offsets(key, rows, groups)
-    group_ranges = [group_ranges(values, levels) for values in segments]
+    ranges = [group_ranges(values, levels) for values in segments]
     codes = [
         _codes(values, *group_range, offset, levels)
-        for values, group_range, offset in zip(
-            segments, group_ranges, offsets, strict=True
-        )
+        for values, group_range, offset in zip(segments, ranges, offsets, strict=True)
     ]
     minimum, scale = (
         chunking.concatenate(segments_values).astype(jnp.bfloat16)
-        for segments_values in zip(*group_ranges, strict=True)
+        for segments_values in zip(*ranges, strict=True)
     )
     return packing.pack(_join_groups(codes, groups), bits), minimum, scale
 

@@ -95,9 +95,14 @@ class DistributedTest(parameterized.TestCase):
         self.assertEqual(results[lost][0], -signal.SIGKILL)
         status, _, errors = results[1 - lost]
         self.assertEqual(status, 2, errors)
-        (line,) = errors.splitlines()  # and no page of JAX's
-        self.assertStartsWith(line, f"error: process {lost} (")
-        self.assertIn("is gone. Start all processes again: the same command", line)
+        # Where the first process is lost, XLA's threads may notice at the same moment
+        # and print a page of their own; nothing can keep them from it.
+        pattern = (
+            rf"(?m)^error: process {lost} \(.* is gone\. Start all processes again"
+        )
+        self.assertRegex(errors, pattern)
+        if lost:
+            self.assertLen(errors.splitlines(), 1, errors)
 
     def test_processes_of_different_configs_do_not_train(self):
         workdir = self.directory / "different"

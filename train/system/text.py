@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 _MAX_CHARACTERS = 100
 _MAX_ITEMS = 10
 _CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
