@@ -51,7 +51,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Trains both variants, measures them, and writes the comparison."""
     target, terminal = _TARGET.value, Terminal()
     memory.target_path(target)  # an unknown target is an error before the training
-    variants = {_FLAX: config_lib.plain(config), _DROPIT: _compact(config)}
+    variants = {_FLAX: config_lib.plain(config), _DROPIT: _dropping(config)}
     job_lib.prepare(config)  # an invalid config is an error before the training
     rows = {
         name: loop.run(variant, workdir / name, terminal)
@@ -136,7 +136,7 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
     return shown
 
 
-def _compact(config: ConfigDict) -> ConfigDict:
+def _dropping(config: ConfigDict) -> ConfigDict:
     """Returns a copy of the config; a plain Flax config gets the preset "dropit"."""
     variant = copy.deepcopy(config)
     if variant.memory == config_lib.BASELINE and variant.layers == "flax":

@@ -10,21 +10,21 @@ from dropit_jax.xla.partitioning import on_every_device
 
 
 def kernel_or_definition(
-    kernel: Callable[..., Any], twin: Callable[..., Any], results: int
+    kernel: Callable[..., Any], definition: Callable[..., Any], results: int
 ) -> Callable[..., Any]:
-    """Returns `kernel` on every device, or `twin` where JAX cannot lower GPU kernels.
+    """Returns `kernel` on every device, or `definition` where JAX cannot lower GPU kernels.
 
     The choice is made when the function is traced.
 
     Args:
       kernel: a GPU kernel as `on_every_device` takes it.
-      twin: the same function of the same arrays in plain JAX.
+      definition: the same function of the same arrays in plain JAX.
       results: the number of arrays that both return.
     """
 
     def traced(*operands: Array) -> Any:
         if compat.has_triton():
             return on_every_device(kernel, results)(*operands)
-        return twin(*operands)
+        return definition(*operands)
 
     return traced
