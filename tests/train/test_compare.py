@@ -93,7 +93,7 @@ class CompareTest(parameterized.TestCase):
     ):
         config = digits_resnet18.get_config()
         config.memory, config.layers = memory, layers
-        compared = compare._compact(config)
+        compared = compare._dropping(config)
         self.assertEqual((compared.memory, compared.layers), (expected, layers))
 
     def test_the_table_has_values_and_ratios(self):

@@ -12,9 +12,10 @@ from dropit_jax.xla.partitioning import on_every_device
 def kernel_or_definition(
     kernel: Callable[..., Any], definition: Callable[..., Any], results: int
 ) -> Callable[..., Any]:
-    """Returns `kernel` on every device, or `definition` where JAX cannot lower GPU kernels.
+    """Returns a function that runs `kernel` on every device.
 
-    The choice is made when the function is traced.
+    Where JAX cannot lower GPU kernels it runs `definition`. The choice is made when the
+    function is traced.
 
     Args:
       kernel: a GPU kernel as `on_every_device` takes it.
