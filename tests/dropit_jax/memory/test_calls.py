@@ -72,7 +72,7 @@ class JittedTest(parameterized.TestCase):
     def test_calls_of_the_host_are_for_the_device_at_hand(self, step):
         report = memory.compile_report(step, _W, _X)
         self.assertEqual(report.output_bytes, _BYTES)
-        with pytest.raises(ValueError, match=r"on the host \(.*test_memory_calls.py:"):
+        with pytest.raises(ValueError, match=r"on the host \(.*test_calls.py:"):
             memory.compile_report(step, _W, _X, target="h100")
 
 
