@@ -268,8 +268,7 @@ def _smooth_forward(
 ) -> tuple[Array, Codes]:
     x = derivatives.differentiable_once(x, "An activation")
     value, code = _value_and_code(x, function, scale)
-    value, _, saved = element_codes.store_apart(value, code, bits=8, name=name)
-    return value, saved
+    return element_codes.store_apart(value, code, bits=8, name=name)
 
 
 # Jitted, so that all activations of one shape share one trace.

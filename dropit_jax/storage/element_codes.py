@@ -61,49 +61,34 @@ def store(
 
 
 def store_apart(
-    x: Inexact[Array, "*shape"], code: Shaped[Array, "..."], bits: int, name: str
-) -> tuple[Inexact[Array, "*shape"], Shaped[Array, "*shape"], Codes]:
+    x: Inexact[Array, "*shape"], code: Shaped[Array, "*shape"], bits: int, name: str
+) -> tuple[Inexact[Array, "*shape"], Codes]:
     """Returns `x` with given codes, which need not be computed from `x`.
 
-    Use the returned arrays in place of `x` and `code`.
+    Use the returned array in place of `x`, as it is sharded like the codes.
 
     Args:
       x: an array.
-      code: the codes, in [0, 2**bits), of a shape that broadcasts to the shape of `x`:
-        a code may be for several elements, as `(8, 1)` for `(8, 64)`.
+      code: the codes, in [0, 2**bits).
       bits: as in `store`.
       name: the `checkpoint_name` of the packed codes.
-
-    Returns:
-      `x`, sharded like its codes; the codes in the shape of `x`; and the packed codes,
-      in the shape of `code`.
     """
     group = shardings.new_group()
     x = shardings.join_group(x, group)
-    each = shardings.reshard_like(jnp.broadcast_to(code, x.shape), x)
-    each = shardings.join_group(each, group)
-    if code.shape == x.shape:
-        code = each
-    return x, each, _packed(code, _unchanged, bits, group, name)
+    code = shardings.join_group(shardings.reshard_like(code, x), group)
+    return x, _packed(code, _unchanged, bits, group, name)
 
 
-def load(
-    codes: Codes,
-    cotangent: Inexact[Array, "*shape"],
-    shape: Shape | None = None,
-) -> UInt[Array, "*shape"]:
+def load(codes: Codes, cotangent: Inexact[Array, "*shape"]) -> UInt[Array, "*shape"]:
     """Returns the codes of an array in its shape; unpacks them after the cotangent.
 
     Args:
       codes: the packed codes.
       cotangent: the cotangent of the array.
-      shape: the shape of `code` in `store_apart`; `None`: the shape of the array.
     """
     # Otherwise XLA may unpack early, and keep the unpacked codes in memory.
     packed = barriers.read_after(cotangent, codes.packed)
-    shape = cotangent.shape if shape is None else shape
-    unpacked = _unpacked(packed, cotangent, codes.bits, shape)
-    unpacked = jnp.broadcast_to(unpacked, cotangent.shape)
+    unpacked = _unpacked(packed, cotangent, codes.bits, cotangent.shape)
     unpacked = shardings.reshard_like(unpacked, cotangent)
     return shardings.join_group(unpacked, codes.group)
 

@@ -732,7 +732,7 @@ class PlacesTest(_SavedTestCase):
                 functools.partial(checkpoints.restore, 2),
             ):
                 with pytest.raises(CheckpointError, match=r"format 3, .* up to 2"):
-                    restore(_abstract(_state()))
+                    restore({"another": jax.ShapeDtypeStruct((3,), jnp.float32)})
         with self._open(read_only=True) as checkpoints:
             self.assertEqual(checkpoints.steps(), [1, 2])
 

@@ -265,7 +265,7 @@ class MigrationTest(parameterized.TestCase):
         ({"memory": "dropit", "drop": ""}, ("baseline", "dropit")),
         ({"memory": "dropit", "drop": "exact"}, ("exact", "dropit")),
         ({"memory": "baseline", "drop": "lean"}, ("lean", "flax")),
-        ({"memory": "lean", "drop": ""}, ("lean", "flax")),
+        ({"memory": "lean", "drop": ""}, ("baseline", "flax")),
         ({"memory": "lean", "layers": "dropit"}, ("lean", "dropit")),
     )
     def test_a_config_of_an_early_run_is_read(self, fields, expected):
@@ -274,6 +274,19 @@ class MigrationTest(parameterized.TestCase):
         self.assertEqual(
             found.to_dict(), {"memory": memory, "layers": layers, "seed": 1}
         )
+
+    def test_fields_that_nothing_reads_any_more_are_reset(self):
+        old = {"memory": "lean", "dropit": {"rate": 0.5}}
+        found = config_lib.from_json(json.dumps(old))
+        self.assertEqual(found.dropit.rate, "preset")
+
+    def test_a_run_of_layers_that_are_gone_does_not_go_on(self):
+        with pytest.raises(
+            config_lib.ConfigError, match="layers 'lean' of an early version"
+        ):
+            config_lib.check_can_go_on('{"memory": "lean", "drop": ""}')
+        config_lib.check_can_go_on('{"memory": "lean", "layers": "flax"}')
+        config_lib.check_can_go_on('{"memory": "dropit", "drop": ""}')
 
 
 class DifferencesTest(parameterized.TestCase):

@@ -183,16 +183,31 @@ def from_json(text: str) -> ConfigDict:
 def _migrated(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a config; renames the fields of configs of early runs.
 
-    In an early config `memory` selected the layers, of which "lean" stored 8 bits
-    without `drop`, and the field `drop` was the preset of the loss.
+    In an early config `memory` selected the layers, and the field `drop` was the preset
+    of the loss. The layers "lean" are gone: their parameters are those of Flax's.
     """
     if "layers" in fields or "memory" not in fields:
         return fields
-    memory, preset = fields["memory"], fields.get("drop", "")
-    layers = "dropit" if memory == "dropit" else "flax"
-    memory = preset or ("lean" if memory == "lean" else BASELINE)
     others = {name: value for name, value in fields.items() if name != "drop"}
-    return others | {"memory": memory, "layers": layers}
+    layers = "dropit" if fields["memory"] == "dropit" else "flax"
+    if layers == "flax" and "dropit" in fields:
+        others["dropit"] = dict.fromkeys(fields["dropit"], _OF_PRESET)
+    return others | {"memory": fields.get("drop") or BASELINE, "layers": layers}
+
+
+def check_can_go_on(text: str) -> None:
+    """Checks that a run with this config in JSON can be trained further.
+
+    Raises:
+      ConfigError: the run has the layers "lean" of early versions, which are gone.
+    """
+    fields = json.loads(text)
+    if "layers" not in fields and fields.get("memory") == "lean":
+        raise ConfigError(
+            "This run was trained with the layers 'lean' of an early version, which "
+            "are gone: it can be evaluated and exported, and not go on. Start another "
+            "with --config.memory=lean."
+        )
 
 
 def differences(old: str, new: str) -> list[str]:

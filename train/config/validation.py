@@ -225,6 +225,8 @@ def unknown_field(names: Collection[str], name: str) -> str:
       names: the full names of all fields, such as "optimizer.momentum".
       name: the unknown name.
     """
+    if name == "drop":  # as it was called in early versions
+        return "config.drop is not a field that a config has: config.memory is."
     section, _, field = name.rpartition(".")
     start = f"{section}." if section else ""
     inside = dict.fromkeys(

@@ -23,8 +23,8 @@ _SLOWEST_DISK = 10_000_000
 _MAX_CHARACTERS = 300
 # Field that a saved position has in addition: the test accuracy, or None if unknown.
 _ACCURACY_FIELD = "test_accuracy"
-# Field with the version of the format. Version 1 has no such field, and no rows of
-# `metrics.csv` in the position; `Position.from_json` reads it.
+# Field with the version of the format. Version 1 has no such field, and at first had no
+# rows of `metrics.csv` in the position; `Position.from_json` reads it.
 _VERSION_FIELD = "version"
 _VERSION = 2
 
@@ -295,6 +295,10 @@ class Checkpoints:
             return problem or "a file has changed"
         result: Any = None
         try:
+            # First: a later format may have other arrays.
+            self._check_version(
+                step, self._background.call(lambda: self._read_position(step))
+            )
             self._check_structure(step, abstract)
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),
@@ -311,17 +315,17 @@ class Checkpoints:
         if any_process(bool(problem)):
             return problem or "another process cannot read it"
         state, position = result["state"], result["position"]
-        self._check_version(step, position)
         if self._problem and (problem := self._problem(step, state, position)):
             return problem
         return state, position
 
+    def _read_position(self, step: int) -> Any:
+        args = ocp.args.Composite(position=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["position"]
+
     def _read_accuracy(self, step: int) -> dict[int, float]:
         try:
-            args = ocp.args.Composite(position=ocp.args.JsonRestore())
-            accuracy = self._manager.restore(step, args=args)["position"][
-                _ACCURACY_FIELD
-            ]
+            accuracy = self._read_position(step)[_ACCURACY_FIELD]
         except Exception:  # any type: the checkpoint is damaged, as `restore` reports
             return {}
         return {step: accuracy} if isinstance(accuracy, float) else {}

@@ -100,9 +100,11 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
     """Checks that the run in a workdir has this config.
 
     Raises:
-      ConfigError: the run has another config, or its config cannot be read.
+      ConfigError: the run has another config, one that is gone, or one that cannot be
+        read.
     """
     before = config_lib.to_json(read_config(workdir))
+    config_lib.check_can_go_on((workdir / _CONFIG_FILE).read_text())
     if changed := config_lib.differences(before, config_lib.to_json(config)):
         raise ConfigError(
             f"{workdir} holds a run of another config. Take another --workdir, or "

@@ -136,7 +136,7 @@ def form(given: Any, field: str = "form") -> Form:
     """
     if isinstance(given, DropIT):
         return Selected(given)
-    if isinstance(given, Exact | Codes | Selected):
+    if isinstance(given, Selected) or any(given == each for each in _FORMS.values()):
         return given
     known = ", ".join(map(repr, _FORMS))
     if not isinstance(given, str):

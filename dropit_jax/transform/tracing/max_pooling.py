@@ -191,10 +191,9 @@ def _pool(windows: _Windows, x: Array) -> Array:
 
 def _pool_forward(windows: _Windows, x: Array) -> tuple[Array, Codes]:
     index = _first_largest(windows, lax.stop_gradient(x))
-    largest, _, saved = element_codes.store_apart(
+    return element_codes.store_apart(
         windows.largest(x), index, windows.bits, "max_pool"
     )
-    return largest, saved
 
 
 def _first_largest(windows: _Windows, x: Array) -> UInt[Array, "..."]:
