@@ -46,10 +46,11 @@ def runs_next_call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_layer_call(context: Any) -> bool:
-    """Returns whether an interceptor intercepts the `__call__` of one of `LAYERS`.
+    """Returns whether an intercepted method is the `__call__` of one of `LAYERS`.
 
-    The `__call__` is Flax's, or this library's directly around Flax's. False for a
-    layer that runs as a product, or whose product is a caching one already.
+    The code must be Flax's, or this library's directly around Flax's: a method that the
+    user overrides does not count, nor a layer that runs as a product or whose product
+    caches already.
 
     Args:
       context: a `flax.linen.module.InterceptorContext`.

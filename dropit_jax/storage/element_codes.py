@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Inexact, Shaped, UInt
 
 from dropit_jax.storage import chunking, packing
 from dropit_jax.storage.shapes import Shape
-from dropit_jax.xla import barriers, calls, shardings
+from dropit_jax.xla import barriers, cpu_calls, shardings
 from dropit_jax.xla.platforms import by_platform
 
 
@@ -129,7 +129,7 @@ def _packed_in_call(x: Array, code: Callable[[Array], Array], bits: int) -> Arra
     pack = functools.partial(_packed_rows, code=code, bits=bits)
     # Fused with the operations around, packing becomes vector instructions that take
     # long to compile for a CPU, in every layer. XLA compiles equal loops only once.
-    return by_platform(pack, cpu=calls.not_inlined(pack))(x)
+    return by_platform(pack, cpu=cpu_calls.not_inlined(pack))(x)
 
 
 # Jitted, so that all layers of one shape share one trace.
@@ -155,7 +155,7 @@ def _applied(
         code = _unpack(packed, bits, _rows(shape, bits).row_size).reshape(shape)
         return function(shardings.reshard_like(code, cotangent), cotangent)
 
-    in_call = calls.not_inlined(applied)
+    in_call = cpu_calls.not_inlined(applied)
     return by_platform(applied, cpu=in_call)(packed, cotangent)
 
 

@@ -17,7 +17,7 @@ from dropit_jax.storage import chunking, packing
 from dropit_jax.storage.chunking import Chunking
 from dropit_jax.storage.kernels import dispatch, plan
 from dropit_jax.storage.selection import elements
-from dropit_jax.xla import barriers, calls, shardings
+from dropit_jax.xla import barriers, cpu_calls, shardings
 from dropit_jax.xla.platforms import by_platform
 
 
@@ -144,7 +144,9 @@ def _encode_any(
     )
     operands = (x,) if scores is None else (x, scores)
     results: tuple[Array, Array]
-    results = by_platform(encode_plain, cpu=calls.not_inlined(encode_plain))(*operands)
+    results = by_platform(encode_plain, cpu=cpu_calls.not_inlined(encode_plain))(
+        *operands
+    )
     return results
 
 

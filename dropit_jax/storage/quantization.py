@@ -24,7 +24,7 @@ from jaxtyping import Array, BFloat16, Float, Shaped, UInt8
 
 from dropit_jax.storage import chunking, dtypes, last_axis, packing
 from dropit_jax.storage.shapes import Shape
-from dropit_jax.xla import barriers, calls, shardings
+from dropit_jax.xla import barriers, cpu_calls, shardings
 from dropit_jax.xla.platforms import by_platform
 
 # An upper bound of the relative error of rounding to bfloat16.
@@ -140,11 +140,9 @@ def _spread_to_elements(x: Array, groups: chunking.Chunking) -> list[Array]:
 
 
 def _rows_are_groups(groups: chunking.Chunking) -> bool:
-    """Returns whether each row is one group; arrays then have no axis of groups.
-
-    Without that axis, attention heads (each a row of one group) take the same loops on
-    a CPU as the groups of rows of all heads, and XLA compiles these loops once.
-    """
+    """Returns whether each row is one group; arrays then have no axis of groups."""
+    # So attention heads (each a row of one group) take the same loops on a CPU as the
+    # groups of rows of all heads, and XLA compiles these loops once.
     return groups.count == 1 and not groups.tail
 
 
@@ -181,7 +179,7 @@ def quantize(
     """
     quantize_rows = functools.partial(_quantize_rows, bits=bits, group_size=group_size)
     operands = (x,) if key is None else (x, key)
-    operation = by_platform(quantize_rows, cpu=calls.not_inlined(quantize_rows))
+    operation = by_platform(quantize_rows, cpu=cpu_calls.not_inlined(quantize_rows))
     codes, minimum, scale = operation(*operands)
     if _rows_are_groups(chunking.chunking_of(x.shape, group_size)):
         minimum, scale = (lax.expand_dims(x, (x.ndim,)) for x in (minimum, scale))

@@ -22,7 +22,7 @@ _FIRST_BODY = 2**31
 
 
 class PlannedFunction:
-    """A traced function that stores what its planner chooses.
+    """A traced function with a derivative that stores the values its planner selects.
 
     `key` is the PRNG key of the forms that draw random numbers, or `None`.
     """

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from dropit_jax.compat import Primitive, ad, batching, mlir
-from dropit_jax.xla import calls
+from dropit_jax.xla import cpu_calls
 from dropit_jax.xla.partitioning import any_element
 from dropit_jax.xla.platforms import by_platform
 
@@ -68,7 +68,7 @@ def call_after(
     """
     if after is None:
         return function(*operands)
-    operation = by_platform(function, cpu=calls.call_after_operand(function))
+    operation = by_platform(function, cpu=cpu_calls.call_after_operand(function))
     result: Array = operation(*operands, after=after)
     return result
 

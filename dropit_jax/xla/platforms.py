@@ -151,10 +151,11 @@ def _gpu_types(avals: tuple[Any, ...], mesh: Any) -> tuple[tuple[Any, ...], Any]
 
 @functools.cache
 def _custom_partitioning() -> Any:
-    """Returns a jaxpr that is never run, of an operation with custom partitioning.
+    """Returns a jaxpr with a `custom_partitioning` equation, which never runs.
 
-    If JAX finds such an operation, it lowers a step for the devices that it knows. It
-    looks before the GPU's implementation is traced, and finds this one in its place.
+    JAX searches the parameters of equations for one, and if it finds one lowers the
+    step for the devices that it knows. The GPU's implementation may have one, but is
+    traced only after the search: this jaxpr stands in for it.
     """
 
     def unused(x: Any, *_: Any) -> Any:

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from dropit_jax.memory.compiled import devices, gpu_compiler, report
-from dropit_jax.memory.compiled.call import CompiledCall
+from dropit_jax.memory.compiled.compiled_call import CompiledCall
 
 
 def compiled(function, args, target="h100", options=None):

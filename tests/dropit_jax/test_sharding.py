@@ -6,6 +6,7 @@ so many digits that the same elements are kept of them.
 
 import collections
 import functools
+import itertools
 import re
 
 import chex
@@ -212,9 +213,18 @@ def _input(features):
 
 @functools.cache
 def _variables(model, features):
-    init = jax.jit(_MODELS[model](None, features).init)
-    variables = init(jax.random.key(1), _input(features))
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    """Numbers as of an initialisation, which need not be compiled."""
+    init = _MODELS[model](None, features).init
+    shapes = jax.eval_shape(init, jax.random.key(1), _input(features))
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        if path[-1].key == "kernel":
+            return rng.normal(size=leaf.shape) / features**0.5
+        start = 1 if path[-1].key in ("scale", "var") else 0
+        return start + rng.uniform(0, 0.1, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def _gradient(model, variables):
@@ -268,19 +278,42 @@ def _on_mesh(model, features, policy, mesh_name, axis_type):
 
 _SMALL = DropIT(0.75)
 _LARGE = DropIT(0.8, chunk_size=2**14)
-# For each number of features; where they are not sharded, the first says no more than
-# the second.
-_POLICIES = {128: (_SMALL,), 72: (_SMALL, _LARGE)}
-_FEATURES = {
-    "data": (72,),
-    "fsdp": (72,),
-    "tensor": (128, 72),
-    "data_tensor": (128, 72),
-}
+# (mesh, number of features): 128 are whole chunks on each device and 72 are not; where
+# features are not sharded, the first says no more than the second.
+_SIZES = (
+    ("data", 72),
+    ("fsdp", 72),
+    ("tensor", 128),
+    ("tensor", 72),
+    ("data_tensor", 128),
+    ("data_tensor", 72),
+)
+_AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
 # Models of layers that are tested alone on every mesh, and layers as they are in shapes
 # of another rank; these two meshes have all that the others have.
 _LIKE_OTHERS = ("vectors", "dense_general", "resnet", "vit")
 _TWO_MESHES = ("fsdp", "data_tensor")
+
+
+def _policies(model, features):
+    if features == 128:
+        return (_SMALL,)
+    return (_LARGE,) if model in ("resnet", "vit") else (_SMALL, _LARGE)
+
+
+def _alternating(*cases, start=0):
+    """Every case with one type of axes: as often with either."""
+    return tuple((*case, _AXIS_TYPES[(start + i) % 2]) for i, case in enumerate(cases))
+
+
+def _models_on_meshes():
+    """A dense layer in all ways, and the others with one type of axes in each."""
+    for axis_type in _AXIS_TYPES:
+        yield from (("dense", *size, axis_type) for size in _SIZES)
+    yield from _alternating(*(("conv", *size) for size in _SIZES))
+    for start, model in enumerate(_LIKE_OTHERS):
+        sizes = [size for size in _SIZES if size[0] in _TWO_MESHES]
+        yield from _alternating(*((model, *size) for size in sizes), start=start)
 
 
 class ShardingTest(parameterized.TestCase):
@@ -292,20 +325,11 @@ class ShardingTest(parameterized.TestCase):
         expected = _on_one_device(*case)
         chex.assert_trees_all_close(gradients, expected, rtol=1e-9, atol=1e-9)
 
-    @parameterized.product(
-        model_mesh_and_features=tuple(
-            (model, mesh, features)
-            for model in _MODELS
-            for mesh in (_TWO_MESHES if model in _LIKE_OTHERS else _MESHES)
-            for features in _FEATURES[mesh]
-        ),
-        axis_type=(AxisType.Auto, AxisType.Explicit),
-    )
-    def test_min_k_elements(self, model_mesh_and_features, axis_type):
-        model, mesh, features = model_mesh_and_features
+    @parameterized.parameters(*_models_on_meshes())
+    def test_min_k_elements(self, model, mesh, features, axis_type):
         flax, _ = _on_mesh(model, features, None, mesh, axis_type)
         shards = _MESHES[mesh][0].get("model", 1)
-        for policy in _POLICIES[features]:
+        for policy in _policies(model, features):
             case = model, features, policy
             collectives, gradients = _on_mesh(*case, mesh, axis_type)
             self._assert_gradients_are_those_of_one_device(gradients, *case)
@@ -316,15 +340,17 @@ class ShardingTest(parameterized.TestCase):
             self.assertEqual(collectives - flax, added)
             self.assertEqual(flax - collectives, collections.Counter())
 
-    @parameterized.product(
-        policy=(
-            DropIT(0.0),
-            DropIT(0.5, value_dtype="int4", group_size=8),
-            DropIT(0.75, value_dtype="bfloat16", encoding="bitmap"),
-            DropIT(0.75, fill="mean"),
-        ),
-        mesh=tuple(_MESHES),
-        axis_type=(AxisType.Auto, AxisType.Explicit),
+    @parameterized.parameters(
+        case
+        for start, policy in enumerate(
+            (
+                DropIT(0.0),
+                DropIT(0.5, value_dtype="int4", group_size=8),
+                DropIT(0.75, value_dtype="bfloat16", encoding="bitmap"),
+                DropIT(0.75, fill="mean"),
+            )
+        )
+        for case in _alternating(*((policy, mesh) for mesh in _MESHES), start=start)
     )
     def test_values_and_fill_move_nothing(self, policy, mesh, axis_type):
         # 16 features on a device, and of these 8 in a group.
@@ -334,9 +360,7 @@ class ShardingTest(parameterized.TestCase):
         self._assert_gradients_are_those_of_one_device(gradients, *case)
         self.assertEqual(collectives, flax)
 
-    @parameterized.product(
-        mesh=("data", "fsdp"), axis_type=(AxisType.Auto, AxisType.Explicit)
-    )
+    @parameterized.product(mesh=("data", "fsdp"), axis_type=_AXIS_TYPES)
     def test_channels_add_the_sum_of_their_norms(self, mesh, axis_type):
         case = "dense", 72, DropIT(0.75, granularity="channel")
         flax, _ = _on_mesh("dense", 72, None, mesh, axis_type)
@@ -344,13 +368,13 @@ class ShardingTest(parameterized.TestCase):
         self._assert_gradients_are_those_of_one_device(gradients, *case)
         self.assertEqual(collectives, flax + collections.Counter({"all-reduce": 2}))
 
-    @parameterized.product(
-        policy=(
-            DropIT(0.75, chunk_size=None),
-            DropIT(0.75, granularity="channel"),
+    @parameterized.parameters(
+        *_alternating(*((DropIT(0.75, chunk_size=None), mesh) for mesh in _MESHES)),
+        *itertools.product(
+            [DropIT(0.75, granularity="channel")],
+            ["tensor", "data_tensor"],
+            _AXIS_TYPES,
         ),
-        mesh=tuple(_MESHES),
-        axis_type=(AxisType.Auto, AxisType.Explicit),
     )
     def test_choices_over_the_whole_batch_are_those_of_one_device(
         self, policy, mesh, axis_type

@@ -226,7 +226,8 @@ def unknown_field(names: Collection[str], name: str) -> str:
       name: the unknown name.
     """
     if name == "drop":  # as it was called in early versions
-        return "config.drop is not a field that a config has: config.memory is."
+        preset = "config.memory is the preset of dropit_jax.drop"
+        return f"config.drop is not a field that a config has: {preset}."
     section, _, field = name.rpartition(".")
     start = f"{section}." if section else ""
     inside = dict.fromkeys(

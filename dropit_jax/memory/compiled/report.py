@@ -24,7 +24,7 @@ from dropit_jax.memory.compiled import (
     traffic,
 )
 from dropit_jax.memory.compiled.buffers import Buffer
-from dropit_jax.memory.compiled.call import CompiledCall
+from dropit_jax.memory.compiled.compiled_call import CompiledCall
 from dropit_jax.memory.compiled.toolchain import CompilerError
 from dropit_jax.xla import platforms
 

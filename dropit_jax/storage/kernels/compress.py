@@ -178,7 +178,10 @@ def _large_chunks(
 
 
 def _large_width(plan: ChunkStorage) -> int:
-    """Returns the columns of a large chunk and of those before it in its first byte."""
+    """Returns the width of a block that holds a large chunk, a power of two.
+
+    Up to 7 bits of the chunk before share the first byte of the chunk's bit mask.
+    """
     return power_of_two(plan.size + (7 if plan.unit > 1 else 0))
 
 

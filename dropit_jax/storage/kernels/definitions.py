@@ -1,7 +1,7 @@
 """The results of the GPU kernels, defined in plain JAX.
 
 The GPU kernels are tested against these functions. Values are copied as bits, and cast
-only to `Plan.value_dtype` and back.
+only to `ChunkStorage.value_dtype` and back.
 """
 
 import functools
@@ -54,9 +54,10 @@ def compress(
 def first_index_operand(
     units: Sequence[int], plan: ChunkStorage
 ) -> UInt8[Array, "*rows units"] | None:
-    """Returns the argument `before` of `compress`; `None` where the plan has none.
+    """Returns the bytes that `compress` starts its first pass with, one for each unit.
 
-    Only the default chunks (D = 16, k = 2) have it; smaller ones are slower with it.
+    They are `BEFORE_FIRST`; `None` unless D = 16 and k = 2, as other chunks are slower
+    with them.
 
     Args:
       units: the leading axes, (*rows, units).
@@ -154,7 +155,7 @@ def _is_large_bitmap(plan: ChunkStorage) -> bool:
 def _select_large(
     x: Float[Array, "*rows units elements"], plan: ChunkStorage
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
-    """Does `_select` for whole units where `_is_large_bitmap`."""
+    """Returns the kept values and the bit masks of units with large chunks."""
     segments = ((plan.unit, plan.size),)
     magnitudes = elements.magnitude(x)
     bits, bitmap = elements.top_k_bitmap(to_bits(x), segments, (plan.kept,), magnitudes)

@@ -15,7 +15,7 @@ from dropit_jax.storage.kernels import plan as plans
 from dropit_jax.storage.kernels.definitions import Positions
 from dropit_jax.storage.kernels.on_gpu import kernel_or_definition
 from dropit_jax.storage.kernels.plan import ChunkStorage
-from dropit_jax.xla import calls
+from dropit_jax.xla import cpu_calls
 from dropit_jax.xla.platforms import by_platform
 
 # A function of arrays with the same leading axes, which its results have too.
@@ -152,7 +152,7 @@ def _compress_call(plan: ChunkStorage, for_one_device: bool = False) -> _Operati
         x = x.reshape(*rows, units * elements)
         x = lax.squeeze(x, [axis for axis in ones if axis != len(rows)])
         operands = (x,) if before is None else (x, before)
-        results = calls.not_inlined(inside)(*operands)
+        results = cpu_calls.not_inlined(inside)(*operands)
         return jax.tree.map(lambda x: lax.expand_dims(x, ones), results)
 
     return call
@@ -177,7 +177,9 @@ def _decompress_call(definition: _Operation) -> _Operation:
             return lax.squeeze(activation, ones)
 
         call_inside = (
-            calls.call_after_operand(inside) if after else calls.not_inlined(inside)
+            cpu_calls.call_after_operand(inside)
+            if after
+            else cpu_calls.not_inlined(inside)
         )
         squeezed = (lax.squeeze(x, ones) for x in (values, positions))
         return lax.expand_dims(call_inside(*after, *squeezed), ones)

@@ -89,7 +89,9 @@ def top_k_bitmap(
     kept: Sequence[int],
     scores: Int[Array, "*rows size"] | None = None,
 ) -> tuple[Shaped[Array, "*rows kept"], UInt8[Array, "*rows bytes"]]:
-    """Returns the top-k of large chunks and perhaps a shorter one, by one search a row.
+    """Returns the kept elements and the bit mask of rows of large chunks.
+
+    One bisection serves all chunks of a row, also a shorter last one.
 
     Args:
       x: rows of chunks.

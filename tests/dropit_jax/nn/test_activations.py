@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, PartitionSpec
 
 import dropit_jax
-from dropit_jax.xla import calls
+from dropit_jax.xla import cpu_calls
 from tests.dropit_jax import pullbacks, reference
 
 _SHAPES = ((), (7,), (3, 10), (2, 3, 16), (2, 5, 5, 3), (4, 0))
@@ -217,7 +217,7 @@ class CpuProgramTest(parameterized.TestCase):
         self.assertLen(re.findall("kind=kLoop", program.as_text()), 1)
 
     def test_and_would_not_be_if_packing_were_inlined(self):
-        with mock.patch.object(calls, "not_inlined", lambda function: function):
+        with mock.patch.object(cpu_calls, "not_inlined", lambda function: function):
             self.assertGreater(self.computed((64, 32, 16)), 1)
 
 

@@ -1,8 +1,8 @@
 """JAX's and Flax's transformations of models with DropIT layers.
 
-`vmap`, `scan` and `checkpoint` of single operations are in
-`test_ops_transformations.py`, lifted transformations without keys in `test_linen.py`,
-meshes in `test_sharding.py`.
+`vmap`, `scan` and `checkpoint` of single operations are in `test_mapped_operations.py`,
+lifted transformations without keys in `linen/test_layers.py`, meshes in
+`test_sharding.py`.
 """
 
 import collections

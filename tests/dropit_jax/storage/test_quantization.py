@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 
 from dropit_jax import DropIT, compress
 from dropit_jax.storage.quantization import Quantized, quantize
-from dropit_jax.xla import calls
+from dropit_jax.xla import cpu_calls
 from tests.dropit_jax import reference
 
 _SHAPES = ((1,), (7,), (3, 1), (3, 64), (2, 5, 21), (4, 130), (2, 3, 4, 16))
@@ -353,7 +353,7 @@ class CpuProgramTest(parameterized.TestCase):
         self.assertEqual(self.computed(lambda x: quantize(x, 4, 64)), 1)
 
     def test_and_would_not_be_if_it_were_inlined(self):
-        with mock.patch.object(calls, "not_inlined", lambda function: function):
+        with mock.patch.object(cpu_calls, "not_inlined", lambda function: function):
             # Of another size of group, or JAX takes what it has traced.
             self.assertGreater(self.computed(lambda x: quantize(x, 4, 32)), 1)
 
