@@ -143,10 +143,8 @@ def _encode_any(
         _encode_plain, chunks=chunks, dropit=dropit, value_dtype=value_dtype
     )
     operands = (x,) if scores is None else (x, scores)
-    results: tuple[Array, Array]
-    results = by_platform(encode_plain, cpu=cpu_calls.not_inlined(encode_plain))(
-        *operands
-    )
+    in_call = cpu_calls.not_inlined(encode_plain)
+    results: tuple[Array, Array] = by_platform(encode_plain, cpu=in_call)(*operands)
     return results
 
 

@@ -106,7 +106,9 @@ class _Windows:
 
         A part has a window's cotangent at the largest element of the window, and zero
         elsewhere. With windows of 3 and a stride of 2 an element is in up to two
-        windows, so there are two parts. The windows are in order, the first one first. With the stride s an element at
+        windows, so there are two parts. The first part is of the first windows.
+
+        With the stride s an element at
         s m + r, r < s, counted from the start of the padding, is at place r + s a of
         window m - a, for a = 0, 1, ... So a window's place and cotangent are read once
         for each a, and not once for each place. A part has an axis for m and, if the
