@@ -20,15 +20,22 @@ from train import data, evaluate, models
 from train.config import config as config_lib
 from train.system.disk import CheckpointError
 
-_PLAIN = "--config.memory=baseline"  # none of this is about memory
+# A model with running statistics; none of this is about memory.
+_SMALL = (
+    "--config=configs/digits_resnet18.py",
+    "--config.image_size=8",
+    "--config.model.width=4",
+    "--config.batch_size=32",
+    "--config.optimizer.learning_rate=0.05",
+    "--config.memory=baseline",
+    "--config.dtype=bfloat16",
+)
 _RUN = (
-    _PLAIN,
-    "--config.num_epochs=3",
+    "--config.num_epochs=2",
     "--config.ema_decay=0.9",
     "--config.mixup=0.2",
     "--config.label_smoothing=0.1",
     "--config.accumulate_steps=2",
-    "--config.dtype=bfloat16",
     "--config.profile_steps=(3,5)",
 )
 
@@ -50,7 +57,7 @@ class AfterTrainingTest(parameterized.TestCase):
         super().setUpClass()
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.workdir = cls.directory / "run"
-        arguments = (*commands.TINY, *_RUN, f"--workdir={cls.workdir}")
+        arguments = (*_SMALL, *_RUN, f"--workdir={cls.workdir}")
         status, _, errors = commands.run("train.main", *arguments)
         assert (status, errors) == (0, ""), errors
         cls.rows = commands.metrics(cls.workdir)
@@ -109,13 +116,11 @@ class AfterTrainingTest(parameterized.TestCase):
         workdir = self.directory / "second"
         status, _, errors = commands.run(
             "train.main",
-            *commands.TINY,
+            *_SMALL,
             f"--workdir={workdir}",
-            _PLAIN,
             f"--config.init_from={path}",
             "--config.num_steps=1",
             "--config.optimizer.learning_rate=1e-9",
-            "--config.dtype=bfloat16",
         )
         self.assertEqual((status, errors), (0, ""))
         (row,) = commands.metrics(workdir)

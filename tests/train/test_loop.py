@@ -53,9 +53,8 @@ class LoopTest(parameterized.TestCase):
         self.assertLess(rows[-1]["train_loss"], rows[0]["train_loss"])
         self.assertGreater(rows[-1]["test_accuracy"], 0.5)
         config = _config(self.whole)
-        self.assertEqual(
-            config["model"], {"name": "resnet18", "stem": "cifar", "width": 4}
-        )
+        model = config["model"]
+        self.assertEqual((model["name"], model["patch_size"]), ("vit_mu", 2))
         self.assertEqual((config["memory"], config["remat"]), ("dropit", "none"))
         self.assertEqual(config["dropit"]["rate"], "preset")
         self.assertNotEmpty(list((self.whole / "tensorboard").glob("events.*")))
@@ -215,7 +214,7 @@ class LoopTest(parameterized.TestCase):
 
     @parameterized.parameters(
         (["--config.dropit.rat=0.5"], "config.dropit has chunk_size, encoding, fill, "),
-        (["--config.modle.width=8"], "Did you mean config.model.width?"),
+        (["--config.modle.pool=cls"], "Did you mean config.model.pool?"),
         (["--config.seed=a"], "invalid literal for int() with base 10: 'a'"),
         (["--config=configs/digits_resnet18.py:x"], "There is no variant 'x'"),
         (["--wrkdir=x"], "Did you mean: workdir ?"),
@@ -260,48 +259,45 @@ class LoopTest(parameterized.TestCase):
 
 
 class RowTest(absltest.TestCase):
-    def test_rates_are_of_the_steps_and_not_of_the_evaluation(self):
+    """Two steps in this process, and a signal in an evaluation that takes long."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
         clock = [0.0]
 
         def monotonic():
             clock[0] += 1e-3
             return clock[0]
 
-        def slow(job):
+        def stopped(job):
             def evaluate(state):
                 clock[0] += 1e9
+                os.kill(os.getpid(), signal.SIGTERM)
                 return fast(state)
 
             fast = evaluator.evaluator(job)
             return evaluate
 
-        with mock.patch.object(meter.time, "monotonic", monotonic):
-            (row,) = self._run(slow)
+        config = digits_vit.get_config()
+        config.update(memory="baseline", num_epochs=1, batch_size=480)
+        cls.workdir = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        with (
+            mock.patch.object(meter.time, "monotonic", monotonic),
+            mock.patch.object(loop, "evaluator", stopped),
+            pytest.raises(interrupts.Interrupted) as cls.raised,
+        ):
+            loop.run(config, cls.workdir, terminal.Terminal())
+
+    def test_rates_are_of_the_steps_and_not_of_the_evaluation(self):
+        (row,) = records.read(self.workdir / "metrics.csv")
         self.assertGreater(row["images_per_second"], 1)
         self.assertBetween(row["data_wait"], 0, 1e6)
 
     def test_a_signal_after_the_last_step_ends_a_run_that_is_done(self):
-        def stopped(job):
-            def evaluate(state):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return evaluator.evaluator(job)(state)
-
-            return evaluate
-
-        with pytest.raises(
-            interrupts.Interrupted, match="step 2, the last: the run is"
-        ):
-            self._run(stopped)
+        self.raised.match("step 2, the last: the run is")
         self.assertEqual(commands.steps(self.workdir), [2])
         self.assertLen(commands.metrics(self.workdir), 1)
-
-    def _run(self, evaluator):
-        """Two steps in this process, with another evaluation."""
-        config = digits_vit.get_config()
-        config.update(memory="baseline", num_epochs=1, batch_size=480)
-        self.workdir = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        with mock.patch.object(loop, "evaluator", evaluator):
-            return loop.run(config, self.workdir, terminal.Terminal())
 
 
 if __name__ == "__main__":
