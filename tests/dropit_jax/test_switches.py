@@ -14,8 +14,12 @@ from tests.dropit_jax.operations import OPERATIONS
 
 # Of the switches that act on mixed types.
 _FEW = ("gelu", "relu", "dot_general_indices", "Dense")
-# Of which each operation is compiled by itself, for long.
-_ALIKE = ("dot_general_bitmap", "dot_general_int4", "swish", "relu6")
+# Of which each operation is compiled by itself, for long. (Indices are those of Dense,
+# random choices those of ConvTranspose.)
+_ALIKE = (
+    *("dot_general_bitmap", "dot_general_int4", "swish", "relu6"),
+    *("dot_general_indices", "dot_general_random"),
+)
 _DTYPES = {
     "strict": ("float32", "bfloat16", "float16"),
     "x64": ("float32", "bfloat16", "float16", "float64"),

@@ -36,7 +36,7 @@ _CASES = {
 
 class TwinTest(parameterized.TestCase):
     @hypothesis.given(**_CASES)
-    @hypothesis.settings(max_examples=40)
+    @hypothesis.settings(max_examples=20)
     def test_residual_is_the_twins(
         self, shape, features, chunk_size, rate, encoding, method, dtype, seed
     ):
@@ -69,10 +69,12 @@ class TwinTest(parameterized.TestCase):
         expected = flat[list(itertools.chain.from_iterable(kept))]
         reference.assert_same_bits(residual.values.reshape(-1), expected)
 
-    @parameterized.product(
-        shape=((1,), (3,), (1, 1), (2, 5), (1, 17), (3, 15), (2, 3, 100)),
-        chunk_size=(1, 16, 64, 128, 2**14, None),
-        encoding=("index", "bitmap"),
+    @parameterized.parameters(
+        (shape, chunk_size, ("index", "bitmap")[(i + j) % 2])
+        for i, shape in enumerate(
+            ((1,), (3,), (1, 1), (2, 5), (1, 17), (3, 15), (2, 3, 100))
+        )
+        for j, chunk_size in enumerate((1, 16, 64, 128, 2**14, None))
     )
     def test_awkward_sizes(self, shape, chunk_size, encoding):
         for x in (
