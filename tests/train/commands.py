@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 from dropit_jax import memory
+from train import models
 from train.runs import records
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,10 @@ _ENVIRONMENT = {
     ),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
+
+# A ResNet-18 of two blocks: most of the time is that of compilation.
+SMALL_RESNET = {"resnet18": models._resnet(models.BasicBlock, 1, 1)}
+_SMALL_RESNET = "DROPIT_JAX_TESTS_SMALL_RESNET"
 
 # Not the commands themselves, which run as `__main__`.
 _IMPORTED = ("sklearn.datasets", "train.cli", "train.loop", "train.reports.plots")
@@ -99,6 +104,8 @@ def _execute(module, arguments, variables, out, errors):
     """Runs a module in this new process, which ends with it."""
     os.environ.update(variables)
     os.chdir(ROOT)
+    if _SMALL_RESNET in variables:
+        models._MODELS.update(SMALL_RESNET)
     # Which the tests may have been told to ignore, in the background or by `nohup`.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
@@ -116,20 +123,24 @@ def _execute(module, arguments, variables, out, errors):
     sys.exit(status)
 
 
-def start(module, *arguments, devices=1, variables=()):
-    """Starts `python -m module`."""
+def start(module, *arguments, devices=1, variables=(), small=False):
+    """Starts `python -m module`; with `small`, a ResNet-18 is `SMALL_RESNET`."""
     settings = {
         **_ENVIRONMENT,
         # Compiled as for users: rounding decides what is trained in the end.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         **dict(variables),
+        **({_SMALL_RESNET: "1"} if small else {}),
     }
     return Command(module, [*map(str, arguments)], settings)
 
 
-def run(module, *arguments, devices=1, variables=()):
-    """Runs `python -m module` to its end: (exit status, output, errors)."""
-    process = start(module, *arguments, devices=devices, variables=variables)
+def run(module, *arguments, **settings):
+    """Runs `python -m module` to its end: (exit status, output, errors).
+
+    The settings are those of `start`.
+    """
+    process = start(module, *arguments, **settings)
     out, errors = process.communicate()
     if process.returncode == 2 and errors.startswith("error: XLA's GPU compiler"):
         raise memory.CompilerMissingError(errors)

@@ -47,7 +47,8 @@ def _logits(path, dtype):
     dataset = data.load("digits", "", 8, "none")
     (batch,) = data.evaluation_batches(dataset, info.test_examples)
     images = (batch["image"] - np.float32(info.mean)) / np.float32(info.std)
-    model = models.create("resnet18", 10, dtype, width=4, stem="cifar")
+    with mock.patch.dict(models._MODELS, commands.SMALL_RESNET):
+        model = models.create("resnet18", 10, dtype, width=4, stem="cifar")
     return model.apply(variables, images, train=False), batch["label"]
 
 
@@ -58,7 +59,7 @@ class AfterTrainingTest(parameterized.TestCase):
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.workdir = cls.directory / "run"
         arguments = (*_SMALL, *_RUN, f"--workdir={cls.workdir}")
-        status, _, errors = commands.run("train.main", *arguments)
+        status, _, errors = commands.run("train.main", *arguments, small=True)
         assert (status, errors) == (0, ""), errors
         cls.rows = commands.metrics(cls.workdir)
 
@@ -80,6 +81,7 @@ class AfterTrainingTest(parameterized.TestCase):
             f"--workdir={self.workdir}",
             f"--step={step}",
             devices=devices,
+            small=True,
         )
         self.assertEqual((status, errors), (0, ""))
         if devices == 1:  # else the batch is another one, and rounds in another order
@@ -92,7 +94,10 @@ class AfterTrainingTest(parameterized.TestCase):
     def test_plain_flax_takes_exported_weights(self):
         path = self.directory / "weights.safetensors"
         status, _, errors = commands.run(
-            "train.export", f"--workdir={self.workdir}", f"--output={path}"
+            "train.export",
+            f"--workdir={self.workdir}",
+            f"--output={path}",
+            small=True,
         )
         self.assertEqual((status, errors), (0, ""))
         logits, labels = _logits(path, "bfloat16")
@@ -112,7 +117,7 @@ class AfterTrainingTest(parameterized.TestCase):
     def test_exported_weights_start_another_run(self):
         path = self.directory / "first.safetensors"
         flags = (f"--workdir={self.workdir}", f"--output={path}", "--step=last")
-        self.assertEqual(commands.run("train.export", *flags)[0], 0)
+        self.assertEqual(commands.run("train.export", *flags, small=True)[0], 0)
         workdir = self.directory / "second"
         status, _, errors = commands.run(
             "train.main",
@@ -121,6 +126,7 @@ class AfterTrainingTest(parameterized.TestCase):
             f"--config.init_from={path}",
             "--config.num_steps=1",
             "--config.optimizer.learning_rate=1e-9",
+            small=True,
         )
         self.assertEqual((status, errors), (0, ""))
         (row,) = commands.metrics(workdir)
@@ -137,6 +143,7 @@ class AfterTrainingTest(parameterized.TestCase):
 
         flags.FLAGS.mark_as_parsed()
         with (
+            mock.patch.dict(models._MODELS, commands.SMALL_RESNET),
             mock.patch.object(evaluate, "evaluator", evaluator),
             pytest.raises(CheckpointError, match="has a test loss of inf: take anoth"),
         ):
