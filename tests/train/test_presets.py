@@ -42,6 +42,7 @@ class PresetsTest(parameterized.TestCase):
             *way,
             f"--config.seed={seed}",
             f"--workdir={workdir}",
+            small=True,
         )
         self.assertEqual((status, errors), (0, ""))
         rows = records.read(workdir / "metrics.csv")
