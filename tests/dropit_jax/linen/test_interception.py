@@ -44,17 +44,25 @@ def _variables(model, x=_X):
     )
 
 
-def _run(model, variables, x=_X, **kwargs):
+def _runner(model):
     """Output, and the gradients of the parameters, as a flat dict, and of the input."""
 
     @jax.jit
-    def run(variables, x):
-        out, pullback = jax.vjp(lambda v, x: model.apply(v, x, **kwargs), variables, x)
+    def run(variables, x, rngs):
+        out, pullback = jax.vjp(lambda v, x: model.apply(v, x, rngs=rngs), variables, x)
         cotangent = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
         return out, *pullback(cotangent.astype(out.dtype))
 
-    out, of_variables, of_x = run(variables, x)
-    return out, flax.traverse_util.flatten_dict(of_variables["params"], sep="/"), of_x
+    def flat(variables, x=_X, rngs=None):
+        out, of_variables, of_x = run(variables, x, rngs)
+        params = flax.traverse_util.flatten_dict(of_variables["params"], sep="/")
+        return out, params, of_x
+
+    return flat
+
+
+def _run(model, *args, **kwargs):
+    return _runner(model)(*args, **kwargs)
 
 
 def _gradient(model, x=_X, **kwargs):
@@ -551,7 +559,8 @@ class RandomTest(parameterized.TestCase):
         rngs = [{"dropout": key(0), "dropit": key(seed)} for seed in (0, 1, 0)]
         expected = _run(model, variables, x, rngs=rngs[0])
         with dn.intercept(_RANDOM) as report:
-            one, other, same = (_run(model, variables, x, rngs=r) for r in rngs)
+            run = _runner(model)
+            one, other, same = (run(variables, x, each) for each in rngs)
         for out, _, of_x in (one, other):  # dropout is as without
             reference.assert_same_bits(out, expected[0])
             reference.assert_same_bits(of_x, expected[2])
