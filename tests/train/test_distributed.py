@@ -71,7 +71,7 @@ class DistributedTest(parameterized.TestCase):
 
     def test_sigterm_to_one_stops_both_after_the_same_step(self):
         workdir = self.directory / "stopped"
-        processes = _start_two(workdir)
+        processes = _start_two(workdir, _PLAIN)
         commands.wait_for(lambda: commands.steps(workdir), processes[0])
         processes[1].send_signal(signal.SIGTERM)
         results = _finish(processes)
@@ -80,10 +80,10 @@ class DistributedTest(parameterized.TestCase):
         self.assertLess(saved, 3 * _STEPS_PER_EPOCH)
         for _, _, errors in results:
             self.assertIn(f"Stopped by SIGTERM after step {saved}", errors)
-        results = _finish(_start_two(workdir))
+        results = _finish(_start_two(workdir, _PLAIN))
         self.assertEqual([result[0] for result in results], [0, 0], results)
         self.assertIn(f"goes on after step {saved} of", results[0][1])
-        self._assert_same(workdir)
+        self._assert_same(workdir, _PLAIN)
 
     @parameterized.parameters(0, 1)
     def test_a_process_that_is_lost_is_named_by_the_other(self, lost):
