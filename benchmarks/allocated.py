@@ -19,9 +19,10 @@ from typing import Any
 
 import jax
 
-from benchmarks import command, timing, workloads
+from benchmarks.printing import command, timing
 from benchmarks.step_time import GPU_MODELS
-from benchmarks.variants import VARIANTS
+from benchmarks.workloads import image_models
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import memory
 
 
@@ -81,7 +82,7 @@ def run(
     workload = dataclasses.replace(workload, batch=batch or workload.batch)
     step, _, donate = workload.training_step(workload.variants[variant])
     try:
-        variables, opt_state, *data = workloads.real_arguments(workload)
+        variables, opt_state, *data = image_models.real_arguments(workload)
         lowered = jax.jit(step, donate_argnums=donate).lower(
             variables, opt_state, *data
         )
@@ -159,7 +160,7 @@ def markdown(results: Sequence[Result]) -> str:
         ]
         for each in results
     ]
-    return command.table(workloads.title(first, first.device), header, rows)
+    return command.table(image_models.title(first, first.device), header, rows)
 
 
 def _mib(nbytes: int | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import command
+from benchmarks.printing import command
 from dropit_jax import DropIT, Residual, compress
 
 # A row of the activation: the paper's D (§4.1).

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import command, workloads
-from benchmarks.variants import VARIANTS
-from benchmarks.workloads import Workload
+from benchmarks.printing import command
+from benchmarks.workloads import image_models
+from benchmarks.workloads.image_models import Workload
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import drop, plan
 
 MODELS: dict[str, Workload] = {
-    "ViT-S/16": workloads.vit_s16(batch=4),
-    "ResNet-18 (width 16)": workloads.resnet18(16, batch=16),
+    "ViT-S/16": image_models.vit_s16(batch=4),
+    "ResNet-18 (width 16)": image_models.resnet18(16, batch=16),
 }
 PRESETS = ("exact", "lean", "leanest")
 # The standard deviation of the random numbers added to the parameters.
@@ -97,7 +98,7 @@ def _gradient(loss: Any, arguments: tuple[Any, ...]) -> Any:
 
 def _arguments(workload: Workload) -> tuple[Any, ...]:
     """Returns arguments of the loss, with random numbers added to the parameters."""
-    variables, _, images, labels = workloads.real_arguments(workload)
+    variables, _, images, labels = image_models.real_arguments(workload)
     others = {name: each for name, each in variables.items() if name != "params"}
     leaves, structure = jax.tree.flatten(variables["params"])
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -126,7 +127,7 @@ def markdown(results: Sequence[Result]) -> str:
         for result in results
     ]
     device = command.machine(jax.devices()[0].device_kind)
-    return command.table(workloads.title(first, device), header, rows)
+    return command.table(image_models.title(first, device), header, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,16 +16,18 @@ from typing import Any
 
 import jax
 
-from benchmarks import command, step_time, timing, workloads
-from benchmarks.transformer import UNROLLED, Transformer
-from benchmarks.variants import VARIANTS
-from benchmarks.workloads import Workload
+from benchmarks import step_time
+from benchmarks.printing import command, timing
+from benchmarks.workloads import image_models
+from benchmarks.workloads.image_models import Workload
+from benchmarks.workloads.transformer import UNROLLED, Transformer
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import plan
 
 # The models, and the number of rounds for each.
 MODELS: dict[str, tuple[Workload, int]] = {
-    "ViT-S/16": (workloads.vit_s16(batch=8), 9),
-    "ResNet-18 (width 64)": (workloads.resnet18(64), 9),
+    "ViT-S/16": (image_models.vit_s16(batch=8), 9),
+    "ResNet-18 (width 64)": (image_models.resnet18(64), 9),
 }
 _NAMES = ("flax", "exact", "lean", "remat_blocks")
 _COMPILE_ROUNDS = 3

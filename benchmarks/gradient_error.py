@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks import command, gradient_error_plots
-from benchmarks.captured import Layer, capture
+from benchmarks.printing import command, gradient_error_plots
+from benchmarks.workloads.layer_captures import Layer, capture
 from dropit_jax import DropIT, compress
 from train import cli, loop
 from train.config import config as config_lib

@@ -12,15 +12,16 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks import command, transformer, workloads
-from benchmarks.transformer import Transformer
-from benchmarks.variants import VARIANTS
+from benchmarks.printing import command
+from benchmarks.workloads import image_models, transformer
+from benchmarks.workloads.transformer import Transformer
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import memory
 
-Workload = workloads.Workload | Transformer
+Workload = image_models.Workload | Transformer
 
 MODELS: dict[str, Workload] = {
-    each.name: each for each in (*workloads.WORKLOADS, transformer.SCANNED)
+    each.name: each for each in (*image_models.WORKLOADS, transformer.SCANNED)
 }
 
 # The paper's GPU, and a newer one.

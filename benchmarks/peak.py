@@ -11,9 +11,9 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from benchmarks import command
 from benchmarks.memory import MODELS, Workload
-from benchmarks.variants import VARIANTS
+from benchmarks.printing import command
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import memory
 
 

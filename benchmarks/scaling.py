@@ -29,9 +29,10 @@ from typing import Any, TypeAlias
 
 import jax
 
-from benchmarks import command, scaling_plots, sharded, sweeps, timing, workloads
-from benchmarks.sharded import DEVICES, OnDevices
-from benchmarks.sweeps import SWEEPS, VARIANTS, Fit, Point, Sweep
+from benchmarks.printing import command, scaling_plots, timing
+from benchmarks.workloads import image_models, sharded, sweeps
+from benchmarks.workloads.sharded import DEVICES, OnDevices
+from benchmarks.workloads.sweeps import SWEEPS, VARIANTS, Fit, Point, Sweep
 
 PARTS = (*SWEEPS, "devices")
 _DEVICES_FLAG = f"--xla_force_host_platform_device_count={max(DEVICES)}"
@@ -129,7 +130,7 @@ def _run_devices(output: Path | None, quiet: bool) -> Any:
         results = _in_a_process_with_devices()
     else:
         print(f"devices: {', '.join(map(str, DEVICES))}", file=sys.stderr)
-        results = sharded.measure_devices(workloads.resnet18(16))
+        results = sharded.measure_devices(image_models.resnet18(16))
     if output is not None:
         scaling_plots.draw_devices(results, output / "scaling_devices.png")
     if not quiet:

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from benchmarks import bounds, command, timing
+from benchmarks import bounds
 from benchmarks.bounds import CHUNK_SIZES, ROW, Bound
+from benchmarks.printing import command, timing
 from dropit_jax import DropIT, Residual, compress
 
 _COPY, _TOP_K, _APPROX = "copy", "lax.top_k", "lax.approx_max_k"

@@ -4,7 +4,7 @@
 
 Runs on the devices that JAX finds. By default it measures small models on a CPU, and
 the models of `benchmarks.memory` on a GPU. All variants of a model take turns in one
-run, always with plain Flax (`flax`), the baseline of the ratios. `benchmarks.timing`
+run, always with plain Flax (`flax`), the baseline of the ratios. `printing.timing`
 defines a ratio and its spread; the definition is printed below the tables.
 """
 
@@ -18,22 +18,23 @@ from typing import Any
 
 import jax
 
-from benchmarks import command, timing, workloads
-from benchmarks.variants import TIMED_VARIANTS
-from benchmarks.workloads import Workload
+from benchmarks.printing import command, timing
+from benchmarks.workloads import image_models
+from benchmarks.workloads.image_models import Workload
+from benchmarks.workloads.variants import TIMED_VARIANTS
 from dropit_jax.memory import memory_stats
 
 _BASELINE = "flax"
 
 # Models and their numbers of rounds; all take 15 minutes on two cores.
 CPU_MODELS: dict[str, tuple[Workload, int]] = {
-    "MLP": (workloads.mlp(), 25),
-    "ResNet-18 (width 16)": (workloads.resnet18(16), 15),
-    "ResNet-18 (width 64)": (workloads.resnet18(64), 7),
-    "ViT-S/16": (workloads.vit_s16(), 9),
+    "MLP": (image_models.mlp(), 25),
+    "ResNet-18 (width 16)": (image_models.resnet18(16), 15),
+    "ResNet-18 (width 64)": (image_models.resnet18(64), 7),
+    "ViT-S/16": (image_models.vit_s16(), 9),
 }
 GPU_MODELS: dict[str, tuple[Workload, int]] = {
-    each.name: (each, 9) for each in workloads.WORKLOADS
+    each.name: (each, 9) for each in image_models.WORKLOADS
 }
 MODELS = CPU_MODELS | GPU_MODELS
 
@@ -118,7 +119,7 @@ def measure(
       compile_rounds: the number of times that each step is compiled.
       calls: the number of steps in a turn.
     """
-    arguments = workloads.real_arguments(workload)
+    arguments = image_models.real_arguments(workload)
     steps = compile_steps(workload, names, compile_rounds)
     runs = {
         name: functools.partial(each.run, *arguments) for name, each in steps.items()
@@ -201,7 +202,7 @@ def markdown(results: Sequence[Result]) -> str:
         for result in results
     ]
     where = f"{command.machine(first.device)}, {first.rounds} rounds"
-    title = workloads.title(first, where)
+    title = image_models.title(first, where)
     return command.table(title, header, rows)
 
 

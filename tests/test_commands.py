@@ -14,7 +14,7 @@ class CommandsTest(parameterized.TestCase):
     def test_every_module_can_be_imported_beside_the_others(self, package):
         # absl refuses a flag that two modules define.
         names = [each.name for each in pkgutil.iter_modules(package.__path__)]
-        self.assertIn("command" if package is benchmarks else "report", names)
+        self.assertContainsSubset(["memory"], names)
         for name in names:
             importlib.import_module(f"{package.__name__}.{name}")
 

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 
-from benchmarks import sharded, sweeps, timing, workloads
-from benchmarks.models import MLP
+from benchmarks.printing import timing
+from benchmarks.workloads import image_models, sharded, sweeps
+from benchmarks.workloads.models import MLP
 
 
 def mlp(depth, width=32, batch=4):
     """A training step of a tiny MLP."""
     return dataclasses.replace(
-        workloads.mlp(depth, batch),
+        image_models.mlp(depth, batch),
         model="tiny",
         image_size=8,
         make=functools.partial(MLP, 10, depth=depth, width=width),

@@ -9,9 +9,10 @@ import jax
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import allocated, workloads
+from benchmarks import allocated
 from benchmarks.step_time import GPU_MODELS
-from benchmarks.variants import VARIANTS
+from benchmarks.workloads import image_models
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import memory
 from tests.benchmarks import examples
 
@@ -125,7 +126,7 @@ class RunTest(parameterized.TestCase):
     def test_only_a_lack_of_memory_is_a_result(self):
         for message in ("RESOURCE_EXHAUSTED: out of memory", "INTERNAL: no"):
             error = jax.errors.JaxRuntimeError(message)
-            real = mock.patch.object(workloads, "real_arguments", side_effect=error)
+            real = mock.patch.object(image_models, "real_arguments", side_effect=error)
             with self.subTest(message), real:
                 if "RESOURCE" in message:
                     self.assertIsNone(allocated.run("tiny", "lean", 8, "/cache"))

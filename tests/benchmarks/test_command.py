@@ -4,7 +4,7 @@ import json
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import command
+from benchmarks.printing import command
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from benchmarks import drop_error
-from benchmarks.variants import VARIANTS
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import plan
 from tests.benchmarks import examples
 

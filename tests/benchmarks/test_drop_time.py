@@ -8,7 +8,8 @@ import jax
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import drop_time, step_time, transformer
+from benchmarks import drop_time, step_time
+from benchmarks.workloads import transformer
 from tests.benchmarks import examples
 
 _STEPS = examples.mlp(1, width=16)

@@ -15,8 +15,9 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import captured, gradient_error
-from benchmarks.captured import Layer
+from benchmarks import gradient_error
+from benchmarks.workloads import layer_captures
+from benchmarks.workloads.layer_captures import Layer
 from configs import digits_resnet18, digits_vit
 from dropit_jax import DropIT
 from train import data, models
@@ -60,7 +61,7 @@ class CaptureTest(parameterized.TestCase):
         config = config_lib.plain(_tiny(file.get_config()))
         config.label_smoothing = 0.0  # as captured
         state, batch = step_lib.initialise(config), _batch(config)
-        layers = captured.capture(config, state, batch)
+        layers = layer_captures.capture(config, state, batch)
         key = jax.random.key(0)
         gradients, _ = jax.jit(step_lib.gradient(config))(
             state.params, state.batch_stats, batch, key
@@ -90,7 +91,7 @@ class CaptureTest(parameterized.TestCase):
             mock.patch.object(step_lib, "create_model", return_value=Twice()),
             pytest.raises(ValueError, match="dense is called twice"),
         ):
-            captured.capture(config, state, _batch(config))
+            layer_captures.capture(config, state, _batch(config))
 
 
 class MeasureTest(parameterized.TestCase):
@@ -220,7 +221,7 @@ class CommandTest(parameterized.TestCase):
         found = []
 
         def capture(*arguments):  # once for all, as compilation takes long
-            found.extend([] if found else captured.capture(*arguments))
+            found.extend([] if found else layer_captures.capture(*arguments))
             return found
 
         self.enterContext(mock.patch.object(gradient_error, "capture", capture))

@@ -9,8 +9,8 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from benchmarks import memory as benchmark
-from benchmarks import transformer, workloads
-from benchmarks.variants import VARIANTS
+from benchmarks.workloads import image_models, transformer
+from benchmarks.workloads.variants import VARIANTS
 from dropit_jax import memory
 from train.models.layers import FLAX
 
@@ -43,7 +43,7 @@ class BarsTest(parameterized.TestCase):
     @parameterized.parameters(0, 3)
     def test_presets_save_what_they_are_for_on_an_h100(self, index):
         names = tuple(variant for row, variant in _BARS if row == index)
-        workload = _shallow(workloads.WORKLOADS[index])
+        workload = _shallow(image_models.WORKLOADS[index])
         results = benchmark.measure(workload, "h100", ("baseline", *names))
         for result in results[1:]:
             bar = _BARS[index, result.variant]
@@ -62,7 +62,7 @@ class BarsTest(parameterized.TestCase):
 
     def test_the_workloads_are_those_of_the_paper(self):
         described = [
-            (w.model, w.image_size, w.batch, w.dtype) for w in workloads.WORKLOADS
+            (w.model, w.image_size, w.batch, w.dtype) for w in image_models.WORKLOADS
         ]
         self.assertEqual(
             described,
@@ -105,7 +105,7 @@ def _results(workload, max_batch=None):
 
 class PrintingTest(parameterized.TestCase):
     def test_markdown_has_a_row_for_each_variant_and_the_papers_figures(self):
-        workload = workloads.WORKLOADS[2]
+        workload = image_models.WORKLOADS[2]
         text = benchmark.markdown(workload, _results(workload))
         self.assertIn("### ViT-B/16, 224², batch 128, float32, l4", text)
         self.assertIn("| with attention | traffic GB | traffic ratio |\n", text)
@@ -113,14 +113,14 @@ class PrintingTest(parameterized.TestCase):
         self.assertIn("20,290 MB, with DropIT 16,052 MB, ratio 0.791", text)
 
     def test_markdown_has_the_largest_batches_where_asked_for(self):
-        workload = workloads.WORKLOADS[3]
+        workload = image_models.WORKLOADS[3]
         text = benchmark.markdown(workload, _results(workload, {"a5000": 1024}))
         self.assertIn("| traffic ratio | largest batch, a5000 |", text)
         self.assertIn("| 1.200 | 1,024 |", text)
         self.assertNotIn("The paper", text)
 
     def test_results_without_traffic_have_no_columns_of_it(self):
-        workload = workloads.WORKLOADS[2]
+        workload = image_models.WORKLOADS[2]
         results = [
             dataclasses.replace(each, traffic_bytes=None, traffic_ratio=None)
             for each in _results(workload)
@@ -130,7 +130,7 @@ class PrintingTest(parameterized.TestCase):
         self.assertIn("| lean | 256 | 0.250 | 1.000 | 0.960 |\n", text)
 
     def test_json_is_a_list_of_objects(self):
-        results = [dataclasses.asdict(r) for r in _results(workloads.WORKLOADS[0])]
+        results = [dataclasses.asdict(r) for r in _results(image_models.WORKLOADS[0])]
         wanted = [
             "model",
             "batch",
@@ -147,7 +147,7 @@ class PrintingTest(parameterized.TestCase):
             self.assertContainsSubset(wanted, result)
 
     def test_the_largest_batch_is_searched_with_the_variants_own_step(self):
-        workload = workloads.WORKLOADS[0]
+        workload = image_models.WORKLOADS[0]
         with mock.patch.object(memory, "max_batch") as search:
             benchmark.largest_batch(workload, "lean", "a5000")
         make_step, target = search.call_args.args
@@ -189,7 +189,7 @@ class CommandTest(parameterized.TestCase):
             self.assertContainsSubset(of_all, names)
         _, names = asked[transformer.SCANNED.name]
         self.assertCountEqual(names, ["baseline", *of_all])
-        for workload in workloads.WORKLOADS:
+        for workload in image_models.WORKLOADS:
             _, names = asked[workload.name]
             self.assertContainsSubset(["dropit", "dropit_layers"], names)
             # These differ from others in some of the models alone.

@@ -10,7 +10,8 @@ import jax
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import scaling, sweeps
+from benchmarks import scaling
+from benchmarks.workloads import sweeps
 from tests.benchmarks import examples
 
 

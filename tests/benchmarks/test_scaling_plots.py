@@ -3,8 +3,9 @@ from pathlib import Path
 
 from absl.testing import absltest, parameterized
 
-from benchmarks import colours, scaling_plots, sweeps
-from benchmarks.variants import TIMED_VARIANTS
+from benchmarks.printing import scaling_plots, styles
+from benchmarks.workloads import sweeps
+from benchmarks.workloads.variants import TIMED_VARIANTS
 from tests.benchmarks import examples
 
 
@@ -24,9 +25,9 @@ class PlotsTest(parameterized.TestCase):
             self.assertStartsWith(path.read_bytes(), b"\x89PNG")
 
     def test_every_variant_has_a_colour_of_its_own(self):
-        self.assertContainsSubset(TIMED_VARIANTS, colours.COLOURS)
-        self.assertContainsSubset(TIMED_VARIANTS, colours.MARKERS)
-        self.assertLen(set(colours.COLOURS.values()), len(colours.COLOURS))
+        self.assertContainsSubset(TIMED_VARIANTS, styles.COLOURS)
+        self.assertContainsSubset(TIMED_VARIANTS, styles.MARKERS)
+        self.assertLen(set(styles.COLOURS.values()), len(styles.COLOURS))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import sharded
+from benchmarks.workloads import sharded
 from tests.benchmarks import examples
 
 _VARIANTS = ("flax", "dropit_16")

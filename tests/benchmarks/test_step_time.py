@@ -10,8 +10,9 @@ import jax
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import step_time, workloads
-from benchmarks.variants import TIMED_VARIANTS
+from benchmarks import step_time
+from benchmarks.workloads import image_models
+from benchmarks.workloads.variants import TIMED_VARIANTS
 from dropit_jax import memory
 from tests.benchmarks import examples
 
@@ -137,7 +138,7 @@ class WorkloadsTest(parameterized.TestCase):
 
     def test_a_gpu_has_the_models_of_the_paper(self):
         workloads_here = [each for each, _ in step_time.GPU_MODELS.values()]
-        self.assertEqual(workloads_here, [*workloads.WORKLOADS])
+        self.assertEqual(workloads_here, [*image_models.WORKLOADS])
         names = [*step_time.GPU_MODELS]
         self.assertEqual(names[-1], "ViT-B/16, 224², bfloat16")
         for backend, expected in (("gpu", names), ("cpu", [*step_time.CPU_MODELS])):
@@ -161,7 +162,7 @@ class WorkloadsTest(parameterized.TestCase):
         self.assertEqual(sum(leaf.size for leaf in leaves), count)
 
     def test_arguments_are_those_that_every_kind_of_variant_takes(self):
-        arguments = workloads.real_arguments(_TINY)
+        arguments = image_models.real_arguments(_TINY)
         for name in ("lean", "dropit_16", "remat_blocks"):
             _, abstract, _ = _TINY.training_step(TIMED_VARIANTS[name])
             chex.assert_trees_all_equal_shapes_and_dtypes(arguments, abstract)
@@ -170,7 +171,7 @@ class WorkloadsTest(parameterized.TestCase):
         self.assertBetween(int(labels.max()), 0, 9)
 
     def test_what_loses_nothing_changes_no_gradient_of_the_mlp(self):
-        arguments = workloads.real_arguments(_TINY)
+        arguments = image_models.real_arguments(_TINY)
         updated = {}
         for name in ("flax", "exact", "remat_blocks", "remat_dots"):
             step, _, _ = _TINY.training_step(TIMED_VARIANTS[name])

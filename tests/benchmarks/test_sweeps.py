@@ -3,7 +3,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from benchmarks import sweeps
+from benchmarks.workloads import sweeps
 from tests.benchmarks import examples
 
 _VARIANTS = ("flax", "dropit_16")

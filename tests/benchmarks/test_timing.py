@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import absltest, parameterized
 
-from benchmarks import timing
+from benchmarks.printing import timing
 
 
 class Clock:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from benchmarks import memory, transformer
-from benchmarks.transformer import SCANNED, UNROLLED, Transformer
-from benchmarks.variants import VARIANTS
+from benchmarks import memory
+from benchmarks.workloads import transformer
+from benchmarks.workloads.transformer import SCANNED, UNROLLED, Transformer
+from benchmarks.workloads.variants import VARIANTS
 
 _TINY = Transformer(
     layers=2, width=8, heads=2, tokens=5, batch=3, dtype="float32", scan=True

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 import dropit_jax
-from benchmarks import timing, workloads
-from benchmarks.variants import TIMED_VARIANTS, Variant
-from benchmarks.workloads import Workload
+from benchmarks.printing import timing
+from benchmarks.workloads import image_models
+from benchmarks.workloads.image_models import Workload
+from benchmarks.workloads.variants import TIMED_VARIANTS, Variant
 from dropit_jax import memory
 
 # The first is the baseline of the others.
@@ -47,7 +48,7 @@ SWEEPS = {
             "ResNet-18 of width 16, 32²",
             "batch",
             (8, 16, 32, 64),
-            lambda batch: workloads.resnet18(16, batch),
+            lambda batch: image_models.resnet18(16, batch),
             lambda batch: batch,
         ),
         Sweep(
@@ -55,7 +56,7 @@ SWEEPS = {
             "ResNet-18, 32², batch 16",
             "width²",
             (8, 16, 32, 64),
-            lambda width: workloads.resnet18(width, 16),
+            lambda width: image_models.resnet18(width, 16),
             lambda width: width**2,
         ),
         Sweep(
@@ -63,7 +64,7 @@ SWEEPS = {
             "MLP of 1024 features, batch 256",
             "hidden layers",
             (2, 4, 8, 16),
-            workloads.mlp,
+            image_models.mlp,
             lambda depth: depth,
         ),
     )
@@ -152,7 +153,7 @@ def measure(sweep: Sweep, rounds: int) -> list[Point]:
     runs = {}
     for value in sweep.values:
         workload = sweep.make(value)
-        arguments = workloads.real_arguments(workload)
+        arguments = image_models.real_arguments(workload)
         for name in VARIANTS:
             step, _, _ = workload.training_step(TIMED_VARIANTS[name])
             runs[f"{name}, {value}"] = functools.partial(jax.jit(step), *arguments)

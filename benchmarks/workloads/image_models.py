@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from benchmarks import steps
-from benchmarks.models import MLP
-from benchmarks.steps import Step
-from benchmarks.variants import VARIANTS, Variant
+from benchmarks.workloads import steps
+from benchmarks.workloads.models import MLP
+from benchmarks.workloads.steps import Step
+from benchmarks.workloads.variants import VARIANTS, Variant
 from train.models.resnet import ResNet
 from train.models.vit import ViT
 

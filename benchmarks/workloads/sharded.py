@@ -16,9 +16,9 @@ from jax.interpreters import partial_eval
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.sweeps import VARIANTS
-from benchmarks.variants import TIMED_VARIANTS
-from benchmarks.workloads import Workload
+from benchmarks.workloads.image_models import Workload
+from benchmarks.workloads.sweeps import VARIANTS
+from benchmarks.workloads.variants import TIMED_VARIANTS
 from dropit_jax import memory
 
 DEVICES = (1, 2, 4, 8)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from benchmarks import steps
-from benchmarks.steps import Step
-from benchmarks.variants import OF_FUNCTIONS, VARIANTS, Variant
+from benchmarks.workloads import steps
+from benchmarks.workloads.steps import Step
+from benchmarks.workloads.variants import OF_FUNCTIONS, VARIANTS, Variant
 
 _Tokens = Float[Array, "batch length width"]
 _Params = dict[str, Array]

@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.colours import COLOURS, MARKERS
-from benchmarks.sharded import OnDevices
-from benchmarks.sweeps import VARIANTS, Fit, Point, Sweep
+from benchmarks.printing.styles import COLOURS, MARKERS
+from benchmarks.workloads.sharded import OnDevices
+from benchmarks.workloads.sweeps import VARIANTS, Fit, Point, Sweep
 from train.reports import png
 
 

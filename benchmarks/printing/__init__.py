@@ -1,0 +1,1 @@
+"""Command lines, timing, tables and figures of the benchmarks."""

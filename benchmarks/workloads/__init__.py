@@ -1,0 +1,1 @@
+"""The training steps that are measured: models, arguments and variants."""
