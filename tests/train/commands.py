@@ -22,12 +22,14 @@ from train.runs import records
 
 ROOT = Path(__file__).parents[2]
 
-# A model of one block, of which the program is small.
+# A model with running statistics; to be run with `small=True`.
 TINY = (
-    "--config=configs/digits_vit.py",
+    "--config=configs/digits_resnet18.py",
+    "--config.image_size=8",
+    "--config.model.width=4",
     "--config.batch_size=32",
     "--config.num_epochs=6",
-    "--config.optimizer.learning_rate=0.1",
+    "--config.optimizer.learning_rate=0.05",
 )
 
 _ENVIRONMENT = {

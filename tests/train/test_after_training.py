@@ -20,13 +20,9 @@ from train import data, evaluate, models
 from train.config import config as config_lib
 from train.system.disk import CheckpointError
 
-# A model with running statistics; none of this is about memory.
+# None of this is about memory.
 _SMALL = (
-    "--config=configs/digits_resnet18.py",
-    "--config.image_size=8",
-    "--config.model.width=4",
-    "--config.batch_size=32",
-    "--config.optimizer.learning_rate=0.05",
+    *commands.TINY,
     "--config.memory=baseline",
     "--config.dtype=bfloat16",
 )

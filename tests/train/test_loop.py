@@ -40,7 +40,8 @@ class LoopTest(parameterized.TestCase):
     @classmethod
     def _train(cls, workdir, *more, **kwargs):
         flag = f"--workdir={workdir}"
-        return commands.run("train.main", *commands.TINY, flag, *more, **kwargs)
+        arguments = (*commands.TINY, flag, *more)
+        return commands.run("train.main", *arguments, small=True, **kwargs)
 
     def test_a_run_leaves_metrics_config_events_and_checkpoints(self):
         status, out, errors = self.result
@@ -53,8 +54,9 @@ class LoopTest(parameterized.TestCase):
         self.assertLess(rows[-1]["train_loss"], rows[0]["train_loss"])
         self.assertGreater(rows[-1]["test_accuracy"], 0.5)
         config = _config(self.whole)
-        model = config["model"]
-        self.assertEqual((model["name"], model["patch_size"]), ("vit_mu", 2))
+        self.assertEqual(
+            config["model"], {"name": "resnet18", "stem": "cifar", "width": 4}
+        )
         self.assertEqual((config["memory"], config["remat"]), ("dropit", "none"))
         self.assertEqual(config["dropit"]["rate"], "preset")
         self.assertNotEmpty(list((self.whole / "tensorboard").glob("events.*")))
@@ -113,7 +115,7 @@ class LoopTest(parameterized.TestCase):
     def _stop_after(self, step, workdir, signum, *more, **kwargs):
         """Starts a run and stops it once it has a checkpoint of a later step."""
         flags = (*commands.TINY, f"--workdir={workdir}", *more)
-        process = commands.start("train.main", *flags, **kwargs)
+        process = commands.start("train.main", *flags, small=True, **kwargs)
         commands.wait_for(
             lambda: max(commands.steps(workdir), default=0) > step, process
         )
@@ -214,7 +216,7 @@ class LoopTest(parameterized.TestCase):
 
     @parameterized.parameters(
         (["--config.dropit.rat=0.5"], "config.dropit has chunk_size, encoding, fill, "),
-        (["--config.modle.pool=cls"], "Did you mean config.model.pool?"),
+        (["--config.modle.width=8"], "Did you mean config.model.width?"),
         (["--config.seed=a"], "invalid literal for int() with base 10: 'a'"),
         (["--config=configs/digits_resnet18.py:x"], "There is no variant 'x'"),
         (["--wrkdir=x"], "Did you mean: workdir ?"),

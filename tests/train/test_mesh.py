@@ -287,7 +287,7 @@ class TrainStepTest(parameterized.TestCase):
         *_ON_EACH_MESH,
         # Whatever else a config asks for.
         ((4, 2), {"model": "resnet", "policy": "layers"}),
-        ((8, 1), {"policy": "dropit", "ema_decay": 0.9, "accumulate_steps": 2}),
+        ((4, 2), {"policy": "dropit", "ema_decay": 0.9, "accumulate_steps": 2}),
         (
             (4, 2),
             {"policy": "lean", "mixup": 0.2, "label_smoothing": 0.1, "remat": "blocks"},
