@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests.train import tiny_weights as tiny
+from tests.train.weights import tiny_weights as tiny
 from train import weights
 
 

@@ -12,8 +12,8 @@ import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from tests.train import tiny_weights as tiny
-from tests.train import vit_reference as reference
+from tests.train.models import vit_reference as reference
+from tests.train.weights import tiny_weights as tiny
 from train import models, weights
 from train.weights.positions import resize
 

@@ -15,12 +15,13 @@ import safetensors
 from absl.testing import absltest, parameterized
 
 from dropit_jax import memory
-from tests.train import commands, vit_reference
+from tests.train import commands
+from tests.train.models import vit_reference
 from train import weights
 from train.engine import step as step_lib
 from train.runs import records
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 _DATA = _ROOT / "tests" / "data" / "tensorflow_datasets"
 _FILES = sorted(path.stem for path in (_ROOT / "configs").glob("*.py"))
 # Not the grids, which have a test of their own (test_ablation).

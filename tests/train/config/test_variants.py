@@ -16,7 +16,7 @@ from train.config import validation, variants
 from train.config.defaults import get_defaults
 from train.engine import step as step_lib
 
-_CONFIGS = Path(__file__).parents[2] / "configs"
+_CONFIGS = Path(__file__).parents[3] / "configs"
 _NAMES = (
     *("digits_resnet18", "digits_vit"),
     *("resnet18_cifar10", "resnet18_cifar100", "resnet18_imagenet"),

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from absl.testing import parameterized
 
-from tests.train import vit_reference as reference
+from tests.train.models import vit_reference as reference
 from train import weights
 from train.models.resnet import ResNet
 from train.models.vit import ViT
