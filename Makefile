@@ -8,8 +8,8 @@ DEVICE ?= cpu
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# Beside the environment's packages: dropit_jax/memory/compiled/toolchain.py says why, and looks
-# for it here.
+# Beside the environment's packages: dropit_jax/memory/compiled/toolchain.py says why,
+# and looks for it here.
 COMPILER := $(VENV)/gpu-compiler
 ifeq ($(DEVICE),cpu)
 export JAX_PLATFORMS := cpu

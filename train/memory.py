@@ -26,14 +26,12 @@ _TARGET = config_flags.target()
 _MAX_BATCH = flags.DEFINE_bool("max_batch", False, "Also find the largest batch.")
 _JSON = flags.DEFINE_bool("json", False, "Print an object, not tables.")
 
-_BASELINE = "baseline"
-
 
 def main(config: ConfigDict, _: Path) -> None:
     """Compiles the step, and the step with plain Flax, and prints their memory."""
     variants = {name_of(config): config}
-    if name_of(config) != _BASELINE:
-        variants = {_BASELINE: config_lib.plain(config)} | variants
+    if name_of(config) != config_lib.BASELINE:
+        variants = {config_lib.BASELINE: config_lib.plain(config)} | variants
     reports = {
         name: measurements.allocated(each, _TARGET.value)
         for name, each in variants.items()

@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from train.models.layers import FLAX, Layers, Remat
+from train.models.layers import FLAX, Layers, Remat, remat
 
 
 class HiddenLayer(nn.Module):
@@ -35,8 +35,7 @@ class MLP(nn.Module):
       depth: the number of hidden layers.
       width: the features of a hidden layer.
       layers: the layers of which the model is built.
-      remat: "blocks": recomputes the hidden layers; "none" and "dots": recompute
-        nothing.
+      remat: the parts of hidden layers that are recomputed: as in `layers.remat`.
     """
 
     num_classes: int
@@ -51,7 +50,7 @@ class MLP(nn.Module):
     ) -> Float[Array, "batch classes"]:
         """Returns the logits of a batch of images; `train` makes no difference."""
         del train
-        block = nn.remat(HiddenLayer) if self.remat == "blocks" else HiddenLayer
+        block = remat(HiddenLayer, self.remat, static_argnums=())
         x = x.reshape(x.shape[0], -1)
         for number in range(self.depth):
             x = block(

@@ -60,7 +60,7 @@ def dropit(policy: DropIT) -> Layers:
     )
 
 
-def remat(kind: Any, how: Remat) -> Any:
+def remat(kind: Any, how: Remat, static_argnums: tuple[int, ...] = (2,)) -> Any:
     """Returns a block that the backward pass recomputes, entirely or partly.
 
     Args:
@@ -68,10 +68,11 @@ def remat(kind: Any, how: Remat) -> Any:
         of a module.
       how: "none": returns the block unchanged; "blocks": recomputes the whole block;
         "dots": recomputes all but the outputs of products with parameters.
+      static_argnums: the arguments of the call that are no arrays; 0 is `self`.
     """
     if how == "none":
         return kind
     policy = None
     if how == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return nn.remat(kind, static_argnums=(2,), policy=policy)
+    return nn.remat(kind, static_argnums=static_argnums, policy=policy)

@@ -73,18 +73,18 @@ class Exact:
     needs_key = False
 
     def nbytes(self, aval: Any) -> float:
-        """As in `Form`."""
+        """Returns the bytes of the value."""
         return programs.nbytes(aval)
 
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
     ) -> Array:
-        """As in `Form`."""
+        """Returns the value itself."""
         del order, key
         return x
 
     def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
-        """As in `Form`."""
+        """Returns the value."""
         del aval, order
         return stored
 
@@ -103,18 +103,18 @@ class Bits:
     needs_key = False
 
     def nbytes(self, aval: Any) -> float:
-        """As in `Form`."""
+        """Returns the bytes of the bit mask."""
         return math.prod(aval.shape[:-1]) * _packed_size(aval, 1)
 
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
     ) -> Array:
-        """As in `Form`."""
+        """Returns the booleans as a bit mask."""
         del key
         return packing.pack(_in_layout(jnp.atleast_1d(x), order), 1)
 
     def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
-        """As in `Form`."""
+        """Returns the booleans of a bit mask."""
         bits = packing.unpack(_in_layout(stored, order), 1, (aval.shape or (1,))[-1])
         return bits.astype(bool).reshape(aval.shape)
 
@@ -140,7 +140,7 @@ class Codes:
     needs_key = False
 
     def nbytes(self, aval: Any) -> float:
-        """As in `Form`."""
+        """Returns the bytes of codes, minima and scales; infinite for other types."""
         *rows, last = aval.shape
         _, count = _groups(last)
         return math.prod(rows) * (_packed_size(aval, self.bits) + 4 * count)
@@ -148,7 +148,7 @@ class Codes:
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
     ) -> tuple[Array, Array, Array]:
-        """As in `Form`."""
+        """Returns packed codes, minima and scales."""
         del key
         x = _in_layout(x, order)
         last, levels = x.shape[-1], 2**self.bits - 1
@@ -164,7 +164,7 @@ class Codes:
     def decode(
         self, stored: tuple[Array, Array, Array], aval: Any, order: Order | None = None
     ) -> Array:
-        """As in `Form`."""
+        """Returns the values that the codes stand for."""
         packed, minimum, scale = stored
         last = aval.shape[-1]
         size, _ = _groups(last)
@@ -192,22 +192,22 @@ class Selected:
 
     @property
     def needs_key(self) -> bool:
-        """As in `Form`."""
+        """Returns whether the policy draws random numbers."""
         return self.policy.needs_key
 
     def nbytes(self, aval: Any) -> float:
-        """As in `Form`."""
+        """Returns the bytes of the residual; infinite for types that are refused."""
         return _selected_bytes(self.policy, tuple(aval.shape), aval.dtype)
 
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
     ) -> Residual:
-        """As in `Form`."""
+        """Returns the residual of the policy."""
         del order
         return residual.compress(x, self.policy, key)
 
     def decode(self, stored: Residual, aval: Any, order: Order | None = None) -> Array:
-        """As in `Form`."""
+        """Returns the kept elements in their places."""
         del aval, order
         return stored.decompress()
 
