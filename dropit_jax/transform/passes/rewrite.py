@@ -132,16 +132,22 @@ def run_backward(
     products = _final_products(backward, final)
     program = _products_first(backward, products)
     last = programs.last_uses(program)
-    linear = {v for v in halves.cotangents if v not in backward.constants}
-    broadcasts: dict[int, tuple[Node, Any]] = {}
+    steps = _steps(
+        program, [v for v in halves.cotangents if v not in backward.constants]
+    )
     for node in program.nodes:
-        cotangent = next((value for value in node.operands if value in linear), None)
-        if cotangent is None and not node.equation.effects:
+        if node not in steps:
             reader.defer(node)
-            continue
+    wanted_with = _wanted_element_by_element(steps, reader)
+    broadcasts: dict[int, tuple[Node, Any]] = {}
+    for node, cotangent in steps.items():
         wanted = reader.wanted(node)
         if cotangent is not None:
-            _add_barrier(rebuild, wanted, cotangent, known, broadcasts)
+            # A reader of the cotangent alone waits too, if one of the forward values
+            # follows: XLA would make a tuple of its result and the cotangent in one
+            # kernel, and does not reuse the memory of a tuple's elements.
+            early = wanted or wanted_with.get(cotangent, ())
+            _add_barrier(rebuild, early, cotangent, known, broadcasts)
         operands = [*map(reader, node.inputs)]
         results = programs.bind(node, *operands)
         if node.name == "broadcast_in_dim" and len(operands) == 1:
@@ -153,10 +159,44 @@ def run_backward(
             if _is_wider(program, node, cotangent):
                 rebuild.forget(wanted)
         known.update(zip(node.outputs, results, strict=True))
-        linear.update(node.outputs)
         for value in last[node]:
             known.pop(value, None)
     return [reader(atom) for atom in program.outputs]
+
+
+def _steps(program: Program, cotangents: Sequence[int]) -> dict[Node, int | None]:
+    """Returns the equations that depend on cotangents or have effects, in order.
+
+    Each has its first operand that depends on a cotangent; `None`: it has effects.
+    """
+    linear = set(cotangents)
+    steps: dict[Node, int | None] = {}
+    for node in program.nodes:
+        operand = next((value for value in node.operands if value in linear), None)
+        if operand is not None or node.equation.effects:
+            steps[node] = operand
+            linear.update(node.outputs)
+    return steps
+
+
+def _wanted_element_by_element(
+    steps: Mapping[Node, int | None], reader: "_Reader"
+) -> dict[int, Sequence[int]]:
+    """Returns, for a cotangent, the forward values that are first read with it.
+
+    Products are left out: no kernel computes them together with another reader.
+
+    Args:
+      steps: as `_steps` returns them.
+      reader: has all deferred equations.
+    """
+    found: dict[int, Sequence[int]] = {}
+    for node, cotangent in steps.items():
+        if cotangent is None or cotangent in found or node.name in primitives.PRODUCTS:
+            continue
+        if wanted := reader.wanted(node):
+            found[cotangent] = wanted
+    return found
 
 
 def _add_barrier(
