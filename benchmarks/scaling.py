@@ -85,12 +85,12 @@ def devices_markdown(results: Sequence[OnDevices]) -> str:
             str(result.devices),
             result.variant,
             ", ".join(f"{n} {kind}" for kind, n in result.collectives.items()) or "0",
-            f"{result.cached_bytes * 2**-20:,.2f}",
+            f"{result.residual_bytes * 2**-20:,.2f}",
             f"{result.temp_bytes * 2**-20:,.2f}",
         ]
         for result in results
     ]
-    header = ["devices", "variant", "collectives", "cached MiB", "temp MiB"]
+    header = ["devices", "variant", "collectives", "residuals MiB", "temp MiB"]
     title = (
         f"### Devices: {SWEEPS['batch'].title}, batch {results[0].batch_per_device} on "
         "each, bytes on one of them"

@@ -67,7 +67,7 @@ def draw_devices(results: Sequence[OnDevices], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     panels: tuple[tuple[str, Callable[[OnDevices], float]], ...] = (
         ("collectives in a step", lambda r: sum(r.collectives.values())),
-        ("cached on a device (MiB)", lambda r: r.cached_bytes * 2**-20),
+        ("residuals on a device (MiB)", lambda r: r.residual_bytes * 2**-20),
         ("temporaries on a device (MiB)", lambda r: r.temp_bytes * 2**-20),
     )
     for axis, (label, value) in zip(axes, panels, strict=True):

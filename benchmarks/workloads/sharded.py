@@ -39,7 +39,7 @@ class OnDevices:
       variant: the variant's name, a way to save memory.
       batch_per_device: images on each device.
       collectives: the number of collectives in the compiled step, by kind.
-      cached_bytes: bytes of the residuals on one device, with the parameters among
+      residual_bytes: bytes of the residuals on one device, with the parameters among
         them, but not constants.
       temp_bytes: temporary bytes of the compiled step on one device.
     """
@@ -49,7 +49,7 @@ class OnDevices:
     variant: str
     batch_per_device: int
     collectives: dict[str, int]
-    cached_bytes: int
+    residual_bytes: int
     temp_bytes: int
 
 

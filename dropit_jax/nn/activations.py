@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from dropit_jax import derivatives
 from dropit_jax.storage import dtypes, element_codes
-from dropit_jax.storage.element_codes import Codes
+from dropit_jax.storage.element_codes import ElementCodes
 
 _Activation = Callable[[Array], Array]
 
@@ -182,7 +182,9 @@ def _two_sided(sides: _Sides, name: str, x: Array) -> Array:
     return sides.function(x)
 
 
-def _two_sided_forward(sides: _Sides, name: str, x: Array) -> tuple[Array, Codes]:
+def _two_sided_forward(
+    sides: _Sides, name: str, x: Array
+) -> tuple[Array, ElementCodes]:
     if sides.of_value:
         return element_codes.store(sides.function(x), sides.inside, bits=1, name=name)
     x, saved = element_codes.store(x, sides.inside, bits=1, name=name)
@@ -190,7 +192,7 @@ def _two_sided_forward(sides: _Sides, name: str, x: Array) -> tuple[Array, Codes
 
 
 def _two_sided_backward(
-    sides: _Sides, name: str, saved: Codes, cotangent: Array
+    sides: _Sides, name: str, saved: ElementCodes, cotangent: Array
 ) -> tuple[Array]:
     del name
     gradient = _zero_outside if sides.zero_outside else _gradient_of(sides.function)
@@ -265,7 +267,7 @@ def _smooth(function: _Activation, scale: _Scale, name: str, x: Array) -> Array:
 
 def _smooth_forward(
     function: _Activation, scale: _Scale, name: str, x: Array
-) -> tuple[Array, Codes]:
+) -> tuple[Array, ElementCodes]:
     x = derivatives.differentiable_once(x, "An activation")
     value, code = _value_and_code(x, function, scale)
     return element_codes.store_apart(value, code, bits=8, name=name)
@@ -284,7 +286,11 @@ def _value_and_code(
 
 
 def _smooth_backward(
-    function: _Activation, scale: _Scale, name: str, saved: Codes, cotangent: Array
+    function: _Activation,
+    scale: _Scale,
+    name: str,
+    saved: ElementCodes,
+    cotangent: Array,
 ) -> tuple[Array]:
     del function, name
     code = element_codes.load(saved, cotangent)

@@ -25,7 +25,7 @@ from dropit_jax.xla.platforms import by_platform
     meta_fields=("bits", "group"),
 )
 @dataclasses.dataclass(frozen=True)
-class Codes:
+class ElementCodes:
     """Packed codes, one for each element of an array.
 
     Attributes:
@@ -44,7 +44,7 @@ def store(
     code: Callable[[Array], Shaped[Array, "*shape"]],
     bits: int,
     name: str = "codes",
-) -> tuple[Float[Array, "*shape"], Codes]:
+) -> tuple[Float[Array, "*shape"], ElementCodes]:
     """Returns `x`, sharded like its codes, and the packed codes of its elements.
 
     Use the returned array in place of `x`.
@@ -62,7 +62,7 @@ def store(
 
 def store_apart(
     x: Inexact[Array, "*shape"], code: Shaped[Array, "*shape"], bits: int, name: str
-) -> tuple[Inexact[Array, "*shape"], Codes]:
+) -> tuple[Inexact[Array, "*shape"], ElementCodes]:
     """Returns `x` with given codes, which need not be computed from `x`.
 
     Use the returned array in place of `x`, as it is sharded like the codes.
@@ -79,7 +79,9 @@ def store_apart(
     return x, _packed(code, _unchanged, bits, group, name)
 
 
-def load(codes: Codes, cotangent: Inexact[Array, "*shape"]) -> UInt[Array, "*shape"]:
+def load(
+    codes: ElementCodes, cotangent: Inexact[Array, "*shape"]
+) -> UInt[Array, "*shape"]:
     """Returns the codes of an array in its shape; unpacks them after the cotangent.
 
     Args:
@@ -94,7 +96,7 @@ def load(codes: Codes, cotangent: Inexact[Array, "*shape"]) -> UInt[Array, "*sha
 
 
 def apply(
-    codes: Codes,
+    codes: ElementCodes,
     cotangent: Inexact[Array, "*shape"],
     function: Callable[[Array, Array], Array],
 ) -> Inexact[Array, "*shape"]:
@@ -113,10 +115,10 @@ def apply(
 
 def _packed(
     x: Array, code: Callable[[Array], Array], bits: int, group: int, name: str
-) -> Codes:
+) -> ElementCodes:
     # The function of codes of whole bytes may differ for each layer: no shared call.
     pack = _packed_rows if bits >= 8 else _packed_in_call
-    return Codes(checkpoint_name(pack(x, code, bits), name), bits, group)
+    return ElementCodes(checkpoint_name(pack(x, code, bits), name), bits, group)
 
 
 def _packed_rows(x: Array, code: Callable[[Array], Array], bits: int) -> Array:

@@ -27,9 +27,9 @@ class DevicesTest(parameterized.TestCase):
 
     def test_a_device_caches_the_same_however_many_there_are(self):
         alone, alone_dropit, two, two_dropit = self.results
-        self.assertEqual(two.cached_bytes, alone.cached_bytes)
-        self.assertEqual(two_dropit.cached_bytes, alone_dropit.cached_bytes)
-        self.assertLess(alone_dropit.cached_bytes, alone.cached_bytes)
+        self.assertEqual(two.residual_bytes, alone.residual_bytes)
+        self.assertEqual(two_dropit.residual_bytes, alone_dropit.residual_bytes)
+        self.assertLess(alone_dropit.residual_bytes, alone.residual_bytes)
 
     def test_bytes_are_those_of_the_shards(self):
         mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])

@@ -186,7 +186,7 @@ class WorkloadsTest(parameterized.TestCase):
             saved = memory.saved_residuals(
                 variant.model(_TINY.make).apply, variables, images, True
             )
-            return [each.shape for each in saved.residuals if each.is_cached]
+            return [each.shape for each in saved.residuals if each.adds_memory]
 
         # What enters the second hidden layer and the head; plain Flax keeps the flags
         # of the ReLUs beside it.

@@ -36,8 +36,8 @@ class SavedResidual:
     kind: str
 
     @property
-    def is_cached(self) -> bool:
-        """Returns whether the array is no argument and no constant: it adds memory."""
+    def adds_memory(self) -> bool:
+        """Returns whether the array takes memory: it is no argument and no constant."""
         return self.kind not in (origins.ARGUMENT, origins.CONSTANT)
 
 
@@ -54,14 +54,14 @@ class SavedResiduals:
     @property
     def total_bytes(self) -> int:
         """The bytes of all residuals except arguments and constants."""
-        return sum(each.nbytes for each in self.residuals if each.is_cached)
+        return sum(each.nbytes for each in self.residuals if each.adds_memory)
 
     @property
     def by_kind(self) -> dict[str, int]:
         """The parts of `total_bytes` by `SavedResidual.kind`, largest first."""
         sizes: collections.Counter[str] = collections.Counter()
         for each in self.residuals:
-            if each.is_cached:
+            if each.adds_memory:
                 sizes[each.kind] += each.nbytes
         return dict(sizes.most_common())
 
@@ -69,7 +69,7 @@ class SavedResiduals:
         rows = [("bytes", "type", "kind", "layer")]
         for each in self.residuals:
             shape = ",".join(map(str, each.shape))
-            kind = each.kind if each.is_cached else f"({each.kind})"
+            kind = each.kind if each.adds_memory else f"({each.kind})"
             rows.append(
                 (f"{each.nbytes:,}", f"{each.dtype}[{shape}]", kind, each.layer)
             )

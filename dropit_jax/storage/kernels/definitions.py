@@ -63,7 +63,7 @@ def first_index_operand(
       units: the leading axes, (*rows, units).
       plan: how chunks are stored.
     """
-    if not _in_halves(plan) or (plan.size, plan.kept) != (16, 2):
+    if not _has_index_pairs(plan) or (plan.size, plan.kept) != (16, 2):
         return None
     return lax.full(units, small_chunks.BEFORE_FIRST, jnp.uint8)
 
@@ -125,14 +125,14 @@ def _at_indices(
     by_reduction: bool,
 ) -> Shaped[Array, "*chunks size"]:
     """Returns chunks with the kept elements at their stored indices, else zero."""
-    halves = _in_halves(plan)
-    if plan.packed and not halves:  # a byte may hold indices of two chunks
+    paired = _has_index_pairs(plan)
+    if plan.packed and not paired:  # a byte may hold indices of two chunks
         positions = packing.unpack(positions, 4, plan.unit * plan.kept)
-    if not halves:
+    if not paired:
         positions = positions.reshape(kept.shape)
     if by_reduction and plan.size <= elements.MAX_SMALL:
-        return small_chunks.place_by_reduction(kept, positions, plan.size, halves)
-    if halves:
+        return small_chunks.place_by_reduction(kept, positions, plan.size, paired)
+    if paired:
         return small_chunks.place_nibbles(kept, positions, plan.size)
     return elements.place(kept, positions, plan.size)
 
@@ -142,7 +142,7 @@ def _in_chunks(x: Array, unit: int, size: int) -> Array:
     return x if unit == 1 else x.reshape(*x.shape[:-1], unit, size)
 
 
-def _in_halves(plan: ChunkStorage) -> bool:
+def _has_index_pairs(plan: ChunkStorage) -> bool:
     """Returns whether each byte holds two indices of one chunk (D <= 16, even k)."""
     return plan.ordered and plan.packed and plan.unit == 1
 
@@ -178,13 +178,13 @@ def _select(
     """
     k = plan.kept
     if plan.ordered:
-        halves = _in_halves(plan)
+        paired = _has_index_pairs(plan)
         if before is not None:
             values, indices = small_chunks.top_2_of_magnitudes(chunks, before)
         else:
-            values, apart = small_chunks.top_k_of_magnitudes(chunks, k, halves)
+            values, apart = small_chunks.top_k_of_magnitudes(chunks, k, paired)
             indices = small_chunks.stack(apart)
-        if plan.packed and not halves:
+        if plan.packed and not paired:
             indices = indices.reshape(*leading, plan.unit * k)
             return values, packing.pack(indices, plan.index_bits)
     else:

@@ -53,31 +53,31 @@ def top_k(
 
 
 def top_k_of_magnitudes(
-    x: Float[Array, "*rows size"], k: int, halves: bool = False
+    x: Float[Array, "*rows size"], k: int, paired: bool = False
 ) -> tuple[Float[Array, "*rows {k}"], list[UInt8[Array, "*rows"]]]:
     """Returns `top_k` with the elements' magnitudes as scores.
 
     For `[1, -5, 2, 4]` and k = 2: elements `[-5, 4]` and indices `[1], [3]`; with
-    `halves`, the byte `[0x31]`.
+    `paired`, the byte `[0x31]`.
 
     Args:
       x: chunks.
       k: how many elements of each chunk to keep.
-      halves: whether to pack two indices, which are below 16, into a byte, the first
+      paired: whether to pack two indices, which are below 16, into a byte, the first
         in its lower half; k is even.
 
     Returns:
       The elements, largest first, and their indices: an array for each rank, or with
-      `halves` for each two.
+      `paired` for each two.
     """
     signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
     if k <= _MAX_PASSES:
-        found = _take_largest(signed, k, halves)
+        found = _take_largest(signed, k, paired)
         values = _from_bits(stack([bits for bits, _ in found]), x)
-        return values, [tag for _, tag in (found[1::2] if halves else found)]
+        return values, [tag for _, tag in (found[1::2] if paired else found)]
     values, indices = top_k(x, signed & np.iinfo(signed.dtype).max, k)
     apart = [indices[..., i].astype(jnp.uint8) for i in range(k)]
-    if halves:
+    if paired:
         apart = [a | b << 4 for a, b in zip(apart[::2], apart[1::2], strict=True)]
     return values, apart
 
@@ -85,7 +85,7 @@ def top_k_of_magnitudes(
 def top_2_of_magnitudes(
     x: Float[Array, "*rows size"], before: UInt8[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows 2"], UInt8[Array, "*rows"]]:
-    """Returns `top_k_of_magnitudes` for k = 2 with `halves`, by one loop run twice.
+    """Returns `top_k_of_magnitudes` for k = 2 with `paired`, by one loop run twice.
 
     Args:
       x: chunks.
@@ -155,7 +155,7 @@ def place_by_reduction(
     values: Shaped[Array, "*rows k"],
     positions: UInt8[Array, "*rows stored"],
     size: int,
-    halves: bool,
+    paired: bool,
 ) -> Shaped[Array, "*rows {size}"]:
     """Returns `place` or `place_nibbles`, by the same few operations for any k.
 
@@ -164,13 +164,13 @@ def place_by_reduction(
 
     Args:
       values: values of each chunk.
-      positions: their indices, or with `halves` bytes of two indices.
+      positions: their indices, or with `paired` bytes of two indices.
       size: elements of a chunk.
-      halves: as in `top_k_of_magnitudes`.
+      paired: as in `top_k_of_magnitudes`.
     """
     bits = last_axis.repeat_in_blocks(_bits(values), size)
     slots = np.arange(size, dtype=np.uint8)
-    if halves:
+    if paired:
         at = last_axis.repeat_in_blocks(positions, 2, size).reshape(bits.shape)
         half = np.stack([np.full_like(slots, 0x0F), np.full_like(slots, 0xF0)])
         wanted = np.stack([slots, slots << 4])
@@ -239,17 +239,17 @@ def _largest_first(scores: Int[Array, "*rows size"], k: int) -> Array:
 
 
 def _take_largest(
-    signed: Int[Array, "*rows size"], k: int, halves: bool = False
+    signed: Int[Array, "*rows size"], k: int, paired: bool = False
 ) -> list[tuple[Int[Array, "*rows"], UInt8[Array, "*rows"]]]:
     """Finds the k elements of largest magnitude one by one, ties to the lower index.
 
     Args:
       signed: integers, or the bits of floats; the sign bit is not compared.
       k: how many.
-      halves: as in `top_k_of_magnitudes`.
+      paired: as in `top_k_of_magnitudes`.
 
     Returns:
-      Elements and their indices. With `halves`, each second index is the byte of two.
+      Elements and their indices. With `paired`, each second index is the byte of two.
     """
     size, ones = signed.shape[-1], np.iinfo(signed.dtype).max
     magnitudes = signed & ones
@@ -266,7 +266,7 @@ def _take_largest(
             last = last_axis.repeat_in_blocks(found[-1][0] & ones, size)
             after = magnitudes - (slots > at).astype(signed.dtype) < last
         # The lower half of these tags is the same in a chunk: it changes no order.
-        second = halves and i % 2 == 1
+        second = paired and i % 2 == 1
         tags = slots << np.uint8(4) | at if second else slots
         remaining = lax.select(after, signed, none), lax.select(after, tags, no_slot)
         bits, tag = _max_and_tag(*remaining)

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Shaped, UInt
 
 from dropit_jax.storage import element_codes
-from dropit_jax.storage.element_codes import Codes
+from dropit_jax.storage.element_codes import ElementCodes
 from dropit_jax.storage.shapes import Shape
 from dropit_jax.xla import barriers
 
@@ -193,7 +193,7 @@ def _pool(windows: _Windows, x: Array) -> Array:
     return windows.largest(x)
 
 
-def _pool_forward(windows: _Windows, x: Array) -> tuple[Array, Codes]:
+def _pool_forward(windows: _Windows, x: Array) -> tuple[Array, ElementCodes]:
     index = _first_largest(windows, lax.stop_gradient(x))
     return element_codes.store_apart(
         windows.largest(x), index, windows.bits, "max_pool"
@@ -214,7 +214,9 @@ def _first_largest(windows: _Windows, x: Array) -> UInt[Array, "..."]:
     return index
 
 
-def _pool_backward(windows: _Windows, saved: Codes, cotangent: Array) -> tuple[Array]:
+def _pool_backward(
+    windows: _Windows, saved: ElementCodes, cotangent: Array
+) -> tuple[Array]:
     index = element_codes.load(saved, cotangent)
     shares = windows.shares(index, cotangent)
     return (windows.elements(functools.reduce(operator.add, shares)),)

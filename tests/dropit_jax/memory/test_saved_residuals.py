@@ -22,7 +22,7 @@ _only = jax.checkpoint_policies.save_only_these_names
 
 def _cached(residuals):
     """The kinds of what is cached, in order, and how often."""
-    kinds = (each.kind for each in residuals.residuals if each.is_cached)
+    kinds = (each.kind for each in residuals.residuals if each.adds_memory)
     return collections.Counter(kinds)
 
 
