@@ -291,29 +291,46 @@ _SIZES = (
 _AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
 # Models of layers that are tested alone on every mesh, and layers as they are in shapes
 # of another rank; these two meshes have all that the others have.
-_LIKE_OTHERS = ("vectors", "dense_general", "resnet", "vit")
-_TWO_MESHES = ("fsdp", "data_tensor")
+_LIKE_OTHERS = {
+    "vectors": (("fsdp", 72), ("data_tensor", 128), ("data_tensor", 72)),
+    "dense_general": (("data_tensor", 128), ("data_tensor", 72), ("fsdp", 72)),
+    "resnet": (("data_tensor", 72), ("fsdp", 72)),
+    "vit": (("data_tensor", 128), ("data_tensor", 72)),
+}
 
 
-def _policies(model, features):
-    if features == 128:
-        return (_SMALL,)
-    return (_LARGE,) if model in ("resnet", "vit") else (_SMALL, _LARGE)
+def _models_on_meshes():
+    """Model, policy, mesh, features and type of axes.
+
+    A dense layer is in all ways, and the others with one policy and one type of axes
+    in each.
+    """
+    for axis_type in _AXIS_TYPES:
+        yield from (("dense", _SMALL, *size, axis_type) for size in _SIZES)
+    of_72 = [size for size in _SIZES if size[1] == 72]
+    yield from _alternating(*(("dense", _LARGE, *size) for size in of_72), start=1)
+    for start, model in enumerate(("conv", *_LIKE_OTHERS)):
+        sizes = _LIKE_OTHERS.get(model, _SIZES)
+        policies = _policies(model, sizes, start)
+        cases = zip(policies, sizes, strict=True)
+        yield from _alternating(
+            *((model, policy, *size) for policy, size in cases), start=start
+        )
+
+
+def _policies(model, sizes, start):
+    """The two in turn, but one for whole chunks and one for models of many layers."""
+    both = itertools.cycle((_SMALL, _LARGE) if start % 2 else (_LARGE, _SMALL))
+    for _, features in sizes:
+        if features == 128:
+            yield _SMALL
+        else:
+            yield _LARGE if model in ("resnet", "vit") else next(both)
 
 
 def _alternating(*cases, start=0):
     """Every case with one type of axes: as often with either."""
     return tuple((*case, _AXIS_TYPES[(start + i) % 2]) for i, case in enumerate(cases))
-
-
-def _models_on_meshes():
-    """A dense layer in all ways, and the others with one type of axes in each."""
-    for axis_type in _AXIS_TYPES:
-        yield from (("dense", *size, axis_type) for size in _SIZES)
-    yield from _alternating(*(("conv", *size) for size in _SIZES))
-    for start, model in enumerate(_LIKE_OTHERS):
-        sizes = [size for size in _SIZES if size[0] in _TWO_MESHES]
-        yield from _alternating(*((model, *size) for size in sizes), start=start)
 
 
 class ShardingTest(parameterized.TestCase):
@@ -326,31 +343,32 @@ class ShardingTest(parameterized.TestCase):
         chex.assert_trees_all_close(gradients, expected, rtol=1e-9, atol=1e-9)
 
     @parameterized.parameters(*_models_on_meshes())
-    def test_min_k_elements(self, model, mesh, features, axis_type):
+    def test_min_k_elements(self, model, policy, mesh, features, axis_type):
         flax, _ = _on_mesh(model, features, None, mesh, axis_type)
         shards = _MESHES[mesh][0].get("model", 1)
-        for policy in _policies(model, features):
-            case = model, features, policy
-            collectives, gradients = _on_mesh(*case, mesh, axis_type)
-            self._assert_gradients_are_those_of_one_device(gradients, *case)
-            added = collections.Counter()
-            if shards > 1 and features // shards % policy.chunk_size:
-                # A chunk whose elements are on several devices: they have to meet.
-                added["all-gather"] = _SHARDED_ACTIVATIONS[model]
-            self.assertEqual(collectives - flax, added)
-            self.assertEqual(flax - collectives, collections.Counter())
+        case = model, features, policy
+        collectives, gradients = _on_mesh(*case, mesh, axis_type)
+        self._assert_gradients_are_those_of_one_device(gradients, *case)
+        added = collections.Counter()
+        if shards > 1 and features // shards % policy.chunk_size:
+            # A chunk whose elements are on several devices: they have to meet.
+            added["all-gather"] = _SHARDED_ACTIVATIONS[model]
+        self.assertEqual(collectives - flax, added)
+        self.assertEqual(flax - collectives, collections.Counter())
 
     @parameterized.parameters(
         case
-        for start, policy in enumerate(
+        for start, (policy, *more) in enumerate(
             (
-                DropIT(0.0),
-                DropIT(0.5, value_dtype="int4", group_size=8),
-                DropIT(0.75, value_dtype="bfloat16", encoding="bitmap"),
-                DropIT(0.75, fill="mean"),
+                (DropIT(0.0),),
+                (DropIT(0.5, value_dtype="int4", group_size=8), "fsdp"),
+                (DropIT(0.75, value_dtype="bfloat16", encoding="bitmap"),),
+                (DropIT(0.75, fill="mean"), "data"),
             )
         )
-        for case in _alternating(*((policy, mesh) for mesh in _MESHES), start=start)
+        for case in _alternating(
+            *((policy, mesh) for mesh in ("tensor", "data_tensor", *more)), start=start
+        )
     )
     def test_values_and_fill_move_nothing(self, policy, mesh, axis_type):
         # 16 features on a device, and of these 8 in a group.
@@ -360,7 +378,7 @@ class ShardingTest(parameterized.TestCase):
         self._assert_gradients_are_those_of_one_device(gradients, *case)
         self.assertEqual(collectives, flax)
 
-    @parameterized.product(mesh=("data", "fsdp"), axis_type=_AXIS_TYPES)
+    @parameterized.parameters(*_alternating(("data",), ("fsdp",)))
     def test_channels_add_the_sum_of_their_norms(self, mesh, axis_type):
         case = "dense", 72, DropIT(0.75, granularity="channel")
         flax, _ = _on_mesh("dense", 72, None, mesh, axis_type)
@@ -370,10 +388,11 @@ class ShardingTest(parameterized.TestCase):
 
     @parameterized.parameters(
         *_alternating(*((DropIT(0.75, chunk_size=None), mesh) for mesh in _MESHES)),
-        *itertools.product(
-            [DropIT(0.75, granularity="channel")],
-            ["tensor", "data_tensor"],
-            _AXIS_TYPES,
+        *_alternating(
+            *(
+                (DropIT(0.75, granularity="channel"), mesh)
+                for mesh in ("tensor", "data_tensor")
+            )
         ),
     )
     def test_choices_over_the_whole_batch_are_those_of_one_device(

@@ -1,5 +1,6 @@
 """Reports of functions that are jitted already, and under switches of JAX."""
 
+import contextlib
 import functools
 import math
 
@@ -34,17 +35,17 @@ def _calling(w, x):
 
 
 class JittedTest(parameterized.TestCase):
-    @parameterized.product(
-        target=("h100", None),
-        options=({"donate_argnums": 0}, {"donate_argnames": "w"}),
+    @parameterized.parameters(
+        (None, {"donate_argnums": 0}),
+        (None, {"donate_argnames": "w"}),
+        ("h100", {"donate_argnames": "w"}),
     )
     def test_its_donation_is_heeded(self, target, options):
         report = memory.compile_report(jax.jit(_step, **options), _W, _X, target=target)
         self.assertEqual(report.aliased_bytes, _BYTES)
 
-    @parameterized.parameters("h100", None)
-    def test_the_reports_donation_is_heeded(self, target):
-        report = memory.compile_report(jax.jit(_step), _W, _X, target=target, donate=0)
+    def test_the_reports_donation_is_heeded(self):
+        report = memory.compile_report(jax.jit(_step), _W, _X, donate=0)
         self.assertEqual(report.aliased_bytes, _BYTES)
 
     def test_both_is_an_error(self):
@@ -52,7 +53,7 @@ class JittedTest(parameterized.TestCase):
         with pytest.raises(ValueError, match=r"donate=1: the function is jitted, and"):
             memory.compile_report(step, _W, _X, donate=1)
 
-    @parameterized.product(target=("h100", None), count=(1, 3))
+    @parameterized.parameters(("h100", 3), (None, 1), (None, 3))
     def test_arguments_may_be_static(self, target, count):
         step = jax.jit(_repeated, static_argnums=0, donate_argnums=1)
         report = memory.compile_report(step, count, _W, _X, target=target)
@@ -78,20 +79,27 @@ class JittedTest(parameterized.TestCase):
 
 class SwitchesTest(parameterized.TestCase):
     @parameterized.named_parameters(
-        ("x64", lambda: jax.enable_x64(True)),
-        ("strict", lambda: jax.numpy_dtype_promotion("strict")),
-        ("rank", lambda: jax.numpy_rank_promotion("raise")),
-        ("no_jit", jax.disable_jit),
-        ("nans", lambda: jax.debug_nans(True)),
-        ("rbg", lambda: jax.default_prng_impl("rbg")),
-        ("precision", lambda: jax.default_matmul_precision("highest")),
+        (
+            "types",
+            lambda: jax.enable_x64(True),
+            lambda: jax.numpy_dtype_promotion("strict"),
+            lambda: jax.numpy_rank_promotion("raise"),
+        ),
+        ("eager", jax.disable_jit, lambda: jax.default_prng_impl("rbg")),
+        (
+            "numbers",
+            lambda: jax.debug_nans(True),
+            lambda: jax.default_matmul_precision("highest"),
+        ),
     )
-    def test_they_reach_the_compiler(self, switch):
+    def test_they_reach_the_compiler(self, *switches):
         def step(w, x):
             noise = jax.random.normal(jax.random.key(0), (8,))
             return _step(w, x), jnp.arange(10), noise
 
-        with switch():
+        with contextlib.ExitStack() as stack:
+            for switch in switches:
+                stack.enter_context(switch())
             report = memory.compile_report(step, _W, _X, target="h100")
             results = jax.eval_shape(step, _W, _X)
         sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(results)]
