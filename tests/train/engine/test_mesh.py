@@ -36,7 +36,6 @@ _MODELS = {
 # layers, and fields of the policy.
 _POLICIES = {
     "baseline": ("baseline", "flax", {}),
-    "exact": ("exact", "flax", {}),
     "dropit": ("dropit", "flax", {}),
     "lean": ("lean", "flax", {}),
     "layers": ("baseline", "dropit", {"chunk_size": 2**14, "value_dtype": None}),
@@ -53,14 +52,6 @@ def setUpModule():
 
 def tearDownModule():
     _SMALL.stop()
-
-
-# Steps that are compiled anyway, on each of the meshes.
-_ON_EACH_MESH = (
-    ((8, 1), {"policy": "exact"}),
-    ((4, 2), {"policy": "dropit", "model": "vit_scanned"}),
-    ((1, 8), {"model": "resnet", "policy": "dropit"}),
-)
 
 
 def _config(model="vit", policy="baseline", **fields):
@@ -96,43 +87,22 @@ def _batch(size=_BATCH):
 
 @functools.cache
 def _state(**fields):
-    """A state of NumPy arrays, its floating-point numbers in float64.
+    """A state of NumPy arrays, its floating-point numbers random and in float64.
 
-    The head is not zero, as that of an untrained ViT is, so that all gradients differ
+    No kernel is zero, as the head of an untrained ViT is, so that all gradients differ
     from zero; nor is the momentum.
     """
-    config, rng = _config(**fields), np.random.default_rng(1)
+    state, rng = step_lib.abstract_state(_config(**fields)), np.random.default_rng(1)
 
-    def wide(leaf):
-        leaf = np.asarray(leaf)
-        return leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf
+    def numbers(leaf):
+        if leaf.dtype == np.float32:
+            return 0.2 * rng.normal(size=leaf.shape)
+        return np.zeros(leaf.shape, leaf.dtype)
 
-    def moved(leaf):
-        return leaf + 0.1 * rng.normal(size=leaf.shape)
-
-    state = jax.tree.map(wide, step_lib.initialise(config))
-    return state.replace(
-        params=jax.tree.map(moved, state.params),
-        opt_state=jax.tree.map(
-            lambda leaf: moved(leaf) if leaf.dtype == np.float64 else leaf,
-            state.opt_state,
-        ),
+    return jax.tree.map(numbers, state).replace(
+        # Means and variances.
+        batch_stats=jax.tree.map(lambda leaf: np.ones(leaf.shape), state.batch_stats)
     )
-
-
-@functools.cache
-def _one_step_on_one_device(**fields):
-    step = jax.jit(step_lib.train_step(_config(**fields)))
-    return jax.device_get(step(_state(**fields), _batch()))
-
-
-@functools.cache
-def _one_step_on_mesh(shape, **fields):
-    """The shardings of the state; the state and the batch; and what the step gives."""
-    mesh, shardings, state, batch = _on_mesh(shape, **fields)
-    step = step_lib.train_step(_config(**fields))
-    step = mesh_lib.compile_training(step, mesh, shardings)
-    return shardings, state, batch, step(state, batch)
 
 
 def _on_mesh(shape, **fields):
@@ -284,48 +254,59 @@ class TrainStepTest(parameterized.TestCase):
         self.enterContext(jax.enable_x64(True))
 
     @parameterized.parameters(
-        *_ON_EACH_MESH,
-        # Whatever else a config asks for.
-        ((4, 2), {"model": "resnet", "policy": "layers"}),
-        ((4, 2), {"policy": "dropit", "ema_decay": 0.9, "accumulate_steps": 2}),
+        (
+            (8, 1),
+            {
+                "policy": "dropit",
+                "model": "vit_scanned",
+                "ema_decay": 0.9,
+                "accumulate_steps": 2,
+            },
+        ),
         (
             (4, 2),
             {"policy": "lean", "mixup": 0.2, "label_smoothing": 0.1, "remat": "blocks"},
         ),
+        ((4, 2), {"model": "resnet", "policy": "layers"}),
+        ((1, 8), {"model": "resnet", "policy": "dropit"}),
     )
     def test_is_that_of_one_device(self, shape, fields):
-        _, _, _, (new, sums) = _one_step_on_mesh(shape, **fields)
-        expected, expected_sums = _one_step_on_one_device(**fields)
+        """And each device keeps its part of the state, which is donated."""
+        mesh, shardings, state, batch = _on_mesh(shape, **fields)
+        step = step_lib.train_step(_config(**fields))
+        compiled = mesh_lib.compile_training(step, mesh, shardings)
+        new, sums = compiled(state, batch)
+        self._check_donated(state, batch)
+        self._check_parts(new, shardings, shape[1])
+        for leaf in jax.tree.leaves(sums):
+            self.assertTrue(leaf.sharding.is_fully_replicated)
+        expected, expected_sums = jax.jit(step)(_state(**fields), _batch())
         chex.assert_trees_all_equal_shapes_and_dtypes(new, expected)
-        new, sums = jax.device_get((new, sums))
-        chex.assert_trees_all_close(sums, expected_sums, rtol=1e-6)
-        chex.assert_trees_all_close(new, expected, rtol=1e-6, atol=1e-7)
+        found, expected = jax.device_get(((new, sums), (expected, expected_sums)))
+        chex.assert_trees_all_close(found[1], expected[1], rtol=1e-6)
+        chex.assert_trees_all_close(found[0], expected[0], rtol=1e-6, atol=1e-7)
 
-    @parameterized.parameters(*_ON_EACH_MESH)
-    def test_each_device_keeps_its_part_of_the_state(self, shape, fields):
-        shardings, _, _, (state, sums) = _one_step_on_mesh(shape, **fields)
+    def _check_donated(self, state, batch):
+        """Checks that the state is donated, and the batch is not."""
+        kept = [leaf.shape for leaf in jax.tree.leaves(state) if not leaf.is_deleted()]
+        self.assertEmpty(kept)
+        self.assertFalse(batch["image"].is_deleted())
+
+    def _check_parts(self, state, shardings, fsdp):
+        """Checks that each device keeps its part of a state, and no more."""
         not_there = 0
         for leaf, sharding in zip(
             jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
         ):
             self.assertTrue(leaf.sharding.is_equivalent_to(sharding, leaf.ndim))
-            even = any(n % shape[1] == 0 for n in leaf.shape)
-            part = leaf.size // shape[1] if even else leaf.size
+            even = any(n % fsdp == 0 for n in leaf.shape)
+            part = leaf.size // fsdp if even else leaf.size
             sizes = [shard.data.size for shard in leaf.addressable_shards]
             self.assertEqual(sizes, [part] * _DEVICES)
             not_there += leaf.size - part
         # Next to nothing is on all devices.
         total = sum(leaf.size for leaf in jax.tree.leaves(state))
-        self.assertAlmostEqual(not_there / total, 1 - 1 / shape[1], delta=1e-3)
-        for leaf in jax.tree.leaves(sums):
-            self.assertTrue(leaf.sharding.is_fully_replicated)
-
-    @parameterized.parameters(*_ON_EACH_MESH)
-    def test_the_state_is_donated_and_the_batch_is_not(self, shape, fields):
-        _, state, batch, _ = _one_step_on_mesh(shape, **fields)
-        kept = [leaf.shape for leaf in jax.tree.leaves(state) if not leaf.is_deleted()]
-        self.assertEmpty(kept)
-        self.assertFalse(batch["image"].is_deleted())
+        self.assertAlmostEqual(not_there / total, 1 - 1 / fsdp, delta=1e-3)
 
     @parameterized.parameters(*_MESHES)
     def test_a_part_of_a_batch_is_spread_over_all_devices(self, *shape):
