@@ -46,8 +46,9 @@ def _round_trip(x):
     return values, positions, _decompress(values, positions)
 
 
+@jax.jit
 def _expected(x):
-    values, positions = jax.jit(definitions.compress, static_argnums=1)(x, _PLAN)
+    values, positions = definitions.compress(x, _PLAN)
     return (
         values,
         positions,
@@ -68,7 +69,12 @@ class MeshTest(parameterized.TestCase):
         for result, expected in zip(results, _expected(self.x), strict=True):
             reference.assert_same_bits(np.asarray(result), np.asarray(expected))
 
-    @parameterized.product(spec=_SPECS, axis_type=(AxisType.Auto, AxisType.Explicit))
+    @parameterized.parameters(
+        (_SPECS[0], AxisType.Auto),
+        (_SPECS[1], AxisType.Explicit),
+        (_SPECS[2], AxisType.Auto),
+        (_SPECS[3], AxisType.Explicit),
+    )
     def test_each_device_computes_its_part(self, spec, axis_type):
         mesh = _mesh(axis_type)
         with jax.set_mesh(mesh):
@@ -93,8 +99,6 @@ class MeshTest(parameterized.TestCase):
 
     @parameterized.parameters(
         (AxisType.Auto, P(None, None, "model")),
-        (AxisType.Auto, P("model", None, None)),
-        (AxisType.Explicit, P(None, None, "model")),
         (AxisType.Explicit, P("model", None, None)),
     )
     def test_devices_may_have_an_odd_number_of_chunks(self, axis_type, spec):
@@ -138,15 +142,21 @@ class MeshTest(parameterized.TestCase):
         result = jax.jit(mapped)(self.x)
         np.testing.assert_array_equal(result, jax.jit(round_trip)(self.x))
 
-    @parameterized.parameters(0, 1, 2)
+    @parameterized.parameters(0, 2)
     def test_vmap(self, axis):
         self.assert_as_the_twins(jax.jit(jax.vmap(_round_trip, axis, axis))(self.x))
 
     def test_vmap_of_one_operand(self):
-        values, positions = definitions.compress(self.x, _PLAN)
-        whole = jax.vmap(_decompress, (None, 0))(values[0], positions)
-        one = jnp.broadcast_to(values[0], values.shape)
-        expected = definitions.decompress(one, positions, _PLAN, "float32")
+        @jax.jit
+        def run(x):
+            values, positions = definitions.compress(x, _PLAN)
+            one = jnp.broadcast_to(values[0], values.shape)
+            return (
+                jax.vmap(_decompress, (None, 0))(values[0], positions),
+                definitions.decompress(one, positions, _PLAN, "float32"),
+            )
+
+        whole, expected = run(self.x)
         np.testing.assert_array_equal(whole, expected)
 
 
@@ -209,15 +219,17 @@ class PlatformTest(parameterized.TestCase):
 
     def test_decompression_is_differentiable(self):
         x, weights = np.random.default_rng(1).normal(size=(2, 4, 64)).astype("float32")
-        residual = dropit_jax.compress(x, DropIT())
+        residual = jax.jit(lambda x: dropit_jax.compress(x, DropIT()))(x)
 
+        @jax.jit
+        @jax.grad
         def weighted(values):
             whole = dataclasses.replace(residual, values=values).decompress()
             return (whole * weights).sum()
 
         places = np.concatenate(reference.kept_indices(x, 0.875, 16))
         expected = weights.reshape(-1)[places]
-        gradient = jax.grad(weighted)(residual.values)
+        gradient = weighted(residual.values)
         np.testing.assert_array_equal(gradient.reshape(-1), expected)
 
 
@@ -269,9 +281,7 @@ class CpuProgramTest(parameterized.TestCase):
         self.assertLen(loops, 2)
         self.assertEqual(*map(_without_names, loops))
 
-    @parameterized.parameters(
-        (2**4, 4, 2), (2**5, 10, 2), (2**10, 22, 4), (2**14, 24, 4)
-    )
+    @parameterized.parameters((2**4, 4, 2), (2**5, 10, 2), (2**14, 24, 4))
     def test_few_loops_are_compiled(self, size, packing, unpacking):
         # Each takes as long to compile, however little is in it.
         policy = DropIT(chunk_size=size, value_dtype="bfloat16")
@@ -315,10 +325,8 @@ class GpuProgramTest(parameterized.TestCase):
 
     def test_kernels_compress_and_decompress_in_one_pass(self):
         policies = [
-            DropIT(chunk_size=8),
             DropIT(),
-            DropIT(value_dtype="bfloat16"),
-            DropIT(0.5),
+            DropIT(0.5, value_dtype="bfloat16"),
             DropIT(chunk_size=32),
             DropIT(chunk_size=64, encoding="bitmap"),
             DropIT(chunk_size=2**10),
@@ -330,7 +338,7 @@ class GpuProgramTest(parameterized.TestCase):
             # The addresses of the results, in blocks of 256 bytes.
             self.assertLess(temp_bytes, 512 * len(policies))
 
-    @parameterized.parameters((16, 2), (16, 4), (64, 8))
+    @parameterized.parameters((16, 2), (64, 8))
     def test_without_kernels_small_chunks_take_a_pass_for_each_kept(self, size, k):
         policy = DropIT(1 - k / size, chunk_size=size, selection="xla")
         packing, unpacking, (residual,) = self.round_trips([policy])

@@ -49,7 +49,7 @@ _CASES = (
 )
 
 # Targets, and the card for which XLA then writes PTX.
-_TARGETS = (("h100", "sm_90a"), ("a100", "sm_80"), ("a5000", "sm_86"))
+_TARGETS = (("h100", "sm_90a"), ("a5000", "sm_86"))
 
 # Compiles all the kernels as one program for every target, and prints what it takes.
 _COMPILER = """
@@ -173,6 +173,13 @@ def _packed(order, plan, lead):
     return packed.reshape(*lead, -1)
 
 
+def _cast(x, dtype):
+    """As XLA does it, which sees to NaN in its own way."""
+    if x.dtype == dtype:
+        return x
+    return jax.jit(lambda x: x.astype(dtype))(x)
+
+
 class TwinTest(parameterized.TestCase):
     @parameterized.parameters(*_CASES)
     def test_keeps_what_a_stable_sort_puts_first(self, *case):
@@ -180,11 +187,11 @@ class TwinTest(parameterized.TestCase):
         x = np.asarray(x)
         order = _order(x, plan)
         kept = np.take_along_axis(x.reshape(-1, plan.size), order, axis=1)
-        kept = jax.jit(lambda kept: kept.astype(plan.value_dtype))(kept)
+        kept = _cast(kept, plan.value_dtype)
         reference.assert_same_bits(values, kept.reshape(values.shape))
         reference.assert_same_bits(positions, _packed(order, plan, x.shape[:-1]))
         placed = np.zeros((len(order), plan.size), x.dtype)
-        back = jax.jit(lambda kept: kept.astype(x.dtype))(kept)
+        back = _cast(kept, x.dtype)
         np.put_along_axis(placed, order, np.asarray(back), axis=1)
         reference.assert_same_bits(whole, placed.reshape(x.shape))
 
@@ -197,14 +204,14 @@ class KernelTest(parameterized.TestCase):
         for one, other in zip(jax.jit(kernel)(x), expected, strict=True):
             reference.assert_same_bits(one, other)
 
-    @parameterized.parameters(*_CASES[::3], *_CASES[2::3])
+    @parameterized.parameters(*_CASES[::2])
     def test_decompress_is_its_twin(self, *case):
         plan, x, (values, positions), whole = _case(*case)
         args = {"plan": plan, "dtype": x.dtype, "interpret": _EMULATED}
         kernel = functools.partial(decompress, **args)
         reference.assert_same_bits(jax.jit(kernel)(values, positions), whole)
 
-    @parameterized.parameters(((270, 1),), ((2, 3, 11, 3),), ((0, 1),), ((3, 0, 2),))
+    @parameterized.parameters(((270, 1),), ((2, 3, 5, 1),), ((0, 1),), ((3, 0, 2),))
     def test_any_leading_axes(self, shape):
         plan = ChunkStorage(8, 3, "index", "bfloat16")
         x = _chunks(plan, "float32", shape)

@@ -82,7 +82,7 @@ class MinKChannelsTest(parameterized.TestCase):
     # Sums of squares of whole numbers are exact in any order, so that equal norms are
     # equal to the last bit.
     @hypothesis.given(**_CASES)
-    @hypothesis.settings(max_examples=20)
+    @hypothesis.settings(max_examples=12)
     def test_the_channels_of_largest_norm_are_kept(self, shape, rate, dtype, seed):
         x = reference.integers(seed, shape, dtype)
         channels = reference.kept_channels(x, rate)
@@ -98,7 +98,7 @@ class MinKChannelsTest(parameterized.TestCase):
             self.assertEqual(residual.positions.tolist(), channels)
 
     @parameterized.product(
-        dtype=("float32", "bfloat16", "float16"), magnitude=(1e-3, 1.0, 30.0)
+        dtype=("float32", "bfloat16", "float16"), magnitude=(1e-3, 30.0)
     )
     def test_norms_of_real_numbers(self, dtype, magnitude):
         rng = np.random.default_rng(0)
@@ -172,7 +172,7 @@ class RandomTest(parameterized.TestCase):
         encoding=st.sampled_from(("index", "bitmap")),
         **_CASES,
     )
-    @hypothesis.settings(max_examples=9)
+    @hypothesis.settings(max_examples=7)
     def test_elements(self, shape, rate, dtype, seed, chunk_size, encoding):
         policy = DropIT(
             rate, strategy="random", chunk_size=chunk_size, encoding=encoding
@@ -191,7 +191,7 @@ class RandomTest(parameterized.TestCase):
         self.assertEqual(residual.nbytes, expected)
 
     @hypothesis.given(**_CASES)
-    @hypothesis.settings(max_examples=9)
+    @hypothesis.settings(max_examples=7)
     def test_channels(self, shape, rate, dtype, seed):
         policy = DropIT(rate, strategy="random", granularity="channel")
         x, key = reference.integers(seed, shape, dtype), jax.random.key(seed)
@@ -226,18 +226,24 @@ class RandomTest(parameterized.TestCase):
 
     @parameterized.parameters((2, 5, 21), (130,))
     def test_the_way_of_storing_does_not(self, *shape):
-        x, key = reference.activation(0, shape), jax.random.key(0)
-        rebuilt = [
-            _run(x, DropIT(0.8, strategy="random", **fields), key)[1]
-            for fields in (
-                {"encoding": "index"},
-                {"encoding": "bitmap"},
-                {"encoding": "index", "selection": "top_k"},
-                {"encoding": "bitmap", "selection": "top_k"},
+        x = reference.activation(0, shape)
+        policies = [
+            DropIT(0.8, strategy="random", encoding=encoding, selection=selection)
+            for encoding, selection in (
+                ("index", "auto"),
+                ("bitmap", "auto"),
+                ("index", "top_k"),
+                ("bitmap", "top_k"),
             )
         ]
-        for other in rebuilt[1:]:
-            reference.assert_same_bits(other, rebuilt[0])
+
+        @jax.jit
+        def run(x, key):
+            return [compress(x, policy, key).decompress() for policy in policies]
+
+        first, *others = run(x, jax.random.key(0))
+        for other in others:
+            reference.assert_same_bits(other, first)
 
     def test_keys_of_the_old_kind_are_taken(self):
         x, policy = reference.integers(0, (4, 32)), DropIT(strategy="random")
@@ -248,8 +254,9 @@ class RandomTest(parameterized.TestCase):
     def test_every_example_of_a_batch_has_its_own_sample(self):
         policy = DropIT(0.75, strategy="random")
         x, keys = reference.integers(0, (3, 4, 32)), _keys(3)
-        batched = jax.vmap(lambda x, key: compress(x, policy, key))(x, keys)
-        rebuilt = jax.vmap(Residual.decompress)(batched)
+        batched = jax.vmap(lambda x, key: compress(x, policy, key))
+        rebuilt = jax.jit(lambda *args: jax.vmap(Residual.decompress)(batched(*args)))
+        rebuilt = rebuilt(x, keys)
         for i in range(3):
             reference.assert_same_bits(rebuilt[i], _run(x[i], policy, keys[i])[1])
 
