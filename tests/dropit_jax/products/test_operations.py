@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import re
 
 import chex
@@ -67,9 +68,9 @@ _SELECTIONS = ((0.875, 16), (0.5, 10), (0.8, 100), (0.9, None))
 
 
 def _selected(cases):
-    """Every case with two of the selections, in turn."""
-    for i, case in enumerate(cases):
-        yield from ((case, *selection) for selection in _SELECTIONS[i % 2 :: 2])
+    """Every case with one of the selections, in turn."""
+    for case, selection in zip(cases, itertools.cycle(_SELECTIONS), strict=False):
+        yield case, *selection
 
 
 @functools.cache
@@ -177,7 +178,7 @@ class DotGeneralTest(parameterized.TestCase):
             _dot(case), dropped, lhs, rhs, rate, chunk_size, _order(case)
         )
 
-    @parameterized.product(dtype=("bfloat16", "float16"), encoding=("index", "bitmap"))
+    @parameterized.parameters(("bfloat16", "index"), ("float16", "bitmap"))
     def test_half_precision(self, dtype, encoding):
         dropped = _dot("tokens", DropIT(0.5, encoding=encoding))
         lhs, rhs = _operands(_DOTS["tokens"], dtype)
@@ -186,8 +187,8 @@ class DotGeneralTest(parameterized.TestCase):
         )
 
     @parameterized.parameters(
-        *((chunk_size, "min_k") for chunk_size in (16, 24, 48, 100, None)),
-        *((chunk_size, "random") for chunk_size in (24, 100, None)),
+        *((chunk_size, "min_k") for chunk_size in (16, 24, 100, None)),
+        *((chunk_size, "random") for chunk_size in (24, None)),
     )
     def test_several_axes_of_channels_are_cut_as_one(self, chunk_size, strategy):
         # Whole numbers, whose sums are exact in any order.
@@ -208,7 +209,7 @@ class DotGeneralTest(parameterized.TestCase):
         gradient = jax.jit(jax.grad(loss), static_argnums=1)
         apart = gradient(kernel, (0, 1))
         merged = gradient(kernel.reshape(96, 7), (0,))
-        np.testing.assert_array_equal(apart.reshape(merged.shape), merged)
+        np.testing.assert_array_equal(np.reshape(apart, merged.shape), merged)
 
     def test_options_reach_the_product(self):
         options = {
@@ -265,7 +266,7 @@ class ConvGeneralDilatedTest(parameterized.TestCase):
             _conv(case), dropped, lhs, rhs, rate, chunk_size, _conv_order(case)
         )
 
-    @parameterized.product(dtype=("bfloat16", "float16"), encoding=("index", "bitmap"))
+    @parameterized.parameters(("bfloat16", "bitmap"), ("float16", "index"))
     def test_half_precision(self, dtype, encoding):
         dropped = _conv("same", DropIT(0.5, encoding=encoding))
         lhs, rhs = _operands(_CONVS["same"], dtype)
@@ -301,7 +302,7 @@ class ConvGeneralDilatedTest(parameterized.TestCase):
 
 
 class ResidualTest(parameterized.TestCase):
-    @parameterized.parameters("dense", "tokens", "odd")
+    @parameterized.parameters("tokens", "odd")
     def test_rate_zero_is_the_plain_operation(self, case):
         lhs, rhs = _operands(_DOTS[case])
         chex.assert_trees_all_equal(
@@ -342,8 +343,11 @@ class ResidualTest(parameterized.TestCase):
         self.assertEqual(memory.cached_bytes(frozen, lhs, rhs), 0)
         frozen = jax.grad(stopped)
         self.assertEqual(memory.cached_bytes(frozen, (lhs, rhs)), 0)
-        expected = jax.grad(lambda lhs: jnp.sum(_conv("same")(lhs, rhs) ** 2))(lhs)
-        chex.assert_trees_all_close(jax.grad(loss)(lhs, rhs), expected, rtol=1e-6)
+        plain = jax.grad(lambda lhs, rhs: jnp.sum(_conv("same")(lhs, rhs) ** 2))
+        expected = jax.jit(plain)(lhs, rhs)
+        chex.assert_trees_all_close(
+            jax.jit(jax.grad(loss))(lhs, rhs), expected, rtol=1e-6
+        )
 
     def test_evaluation_selects_nothing(self):
         lhs, rhs = _operands(_CONVS["same"])
