@@ -26,6 +26,11 @@ def _config(workdir):
     return json.loads((workdir / "config.json").read_text())
 
 
+def _train(workdir, *more, **kwargs):
+    arguments = (*commands.TINY, f"--workdir={workdir}", *more)
+    return commands.run("train.main", *arguments, small=True, **kwargs)
+
+
 class LoopTest(parameterized.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -35,13 +40,7 @@ class LoopTest(parameterized.TestCase):
         # A run that never came to a checkpoint may be another one.
         cls.whole.mkdir()
         (cls.whole / "config.json").write_text('{"dataset": "cifar10"}')
-        cls.result = cls._train(cls.whole)
-
-    @classmethod
-    def _train(cls, workdir, *more, **kwargs):
-        flag = f"--workdir={workdir}"
-        arguments = (*commands.TINY, flag, *more)
-        return commands.run("train.main", *arguments, small=True, **kwargs)
+        cls.result = _train(cls.whole)
 
     def test_a_run_leaves_metrics_config_events_and_checkpoints(self):
         status, out, errors = self.result
@@ -92,25 +91,10 @@ class LoopTest(parameterized.TestCase):
             # The step that ran is saved.
             self.assertEqual(status, 128 + signum)
             self.assertIn(f"Stopped by {signum.name} after step {saved}", errors)
-        status, out, _ = self._train(workdir)
+        status, out, _ = _train(workdir)
         self.assertEqual(status, 0)
         self.assertIn(f"goes on after step {saved} of", out)
         self.assertEqual(commands.metrics(workdir), commands.metrics(self.whole))
-
-    def test_it_goes_on_with_other_devices(self):
-        """Of which there are fewer than the state was sharded over."""
-        workdir = self.directory / "elsewhere"
-        four = ("--config.mesh.fsdp=4",)
-        self._stop_after(0, workdir, signal.SIGTERM, *four, devices=4)
-        saved = commands.steps(workdir)[-1]
-        status, out, errors = self._train(workdir, "--config.mesh.fsdp=2", devices=2)
-        self.assertEqual((status, errors), (0, ""))
-        self.assertIn(f"goes on after step {saved} of", out)
-        rows, expected = (commands.metrics(d) for d in (workdir, self.whole))
-        self.assertEqual([r["step"] for r in rows], [r["step"] for r in expected])
-        # The same sums in another order, again and again.
-        for name in ("train_loss", "test_accuracy"):
-            self.assertAlmostEqual(rows[-1][name], expected[-1][name], delta=0.1)
 
     def _stop_after(self, step, workdir, signum, *more, **kwargs):
         """Starts a run and stops it once it has a checkpoint of a later step."""
@@ -126,7 +110,7 @@ class LoopTest(parameterized.TestCase):
     def test_another_config_does_not_touch_the_run(self):
         before = (self.whole / "metrics.csv").read_bytes()
         changes = ("--config.dropit.rate=0.5", "--config.augmentation=shift")
-        status, _, errors = self._train(self.whole, *changes)
+        status, _, errors = _train(self.whole, *changes)
         self.assertEqual(status, 2)
         self.assertIn("config.dropit.rate: 'preset' -> 0.5", errors)
         self.assertIn("config.augmentation: 'none' -> 'shift'", errors)
@@ -142,7 +126,7 @@ class LoopTest(parameterized.TestCase):
         workdir = self._copy("lost")
         shutil.rmtree(workdir / "checkpoints")
         before = (workdir / "metrics.csv").read_bytes()
-        status, _, errors = self._train(workdir)
+        status, _, errors = _train(workdir)
         self.assertEqual(status, 2)
         self.assertIn("holds the metrics of a run, and no checkpoint", errors)
         self.assertEqual((workdir / "metrics.csv").read_bytes(), before)
@@ -152,7 +136,7 @@ class LoopTest(parameterized.TestCase):
         workdir = self._copy("unrecorded")
         before = (workdir / "metrics.csv").read_bytes()
         (workdir / "metrics.csv").unlink()
-        status, out, errors = self._train(workdir)
+        status, out, errors = _train(workdir)
         self.assertEqual(status, 0)
         self.assertIn("lacks 6 of 6 rows", out + errors)
         self.assertEqual((workdir / "metrics.csv").read_bytes(), before)
@@ -161,34 +145,21 @@ class LoopTest(parameterized.TestCase):
         """And what changes no result may change."""
         before = (self.whole / "metrics.csv").read_bytes()
         free = ("--config.workers=1", "--config.checkpoint_steps=7")
-        status, out, errors = self._train(self.whole, *free)
+        status, out, errors = _train(self.whole, *free)
         self.assertEqual((status, errors), (0, ""))
         self.assertIn("after step 264 of 264", out)
         self.assertEqual((self.whole / "metrics.csv").read_bytes(), before)
 
-    def test_several_devices_share_a_batch(self):
-        results = {}
-        for devices in (1, 4):
-            workdir = self.directory / f"{devices}_devices"
-            status, _, errors = commands.run(
-                "train.main",
-                "--config=configs/digits_vit.py",
-                "--config.num_epochs=1",
-                "--config.batch_size=360",
-                f"--workdir={workdir}",
-                devices=devices,
-            )
-            self.assertEqual((status, errors), (0, ""))
-            (results[devices],) = commands.metrics(workdir)
-            self.assertEqual(_config(workdir)["dropit"]["rate"], "preset")
-        # The same sums in another order.
-        np.testing.assert_allclose(
-            list(results[4].values()), list(results[1].values()), rtol=1e-3
-        )
+
+class CommandTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
 
     def test_a_batch_that_devices_cannot_share_is_refused(self):
         workdir = self.directory / "uneven"
-        status, _, errors = self._train(workdir, devices=3)
+        status, _, errors = _train(workdir, devices=3)
         self.assertEqual(status, 2)
         self.assertIn("config.batch_size=32 cannot be split evenly over 3", errors)
         self.assertFalse(workdir.exists())
@@ -235,7 +206,7 @@ class LoopTest(parameterized.TestCase):
     def test_a_wrong_command_is_told_in_a_line(self, arguments, message):
         """And leaves no directory behind."""
         workdir = self.directory / "wrong"
-        status, out, errors = self._train(workdir, *arguments)
+        status, out, errors = _train(workdir, *arguments)
         self.assertEqual(status, 2)
         self.assertIn(message, out + errors)
         self.assertNotIn("Traceback", out + errors)
@@ -258,6 +229,48 @@ class LoopTest(parameterized.TestCase):
         self.assertEqual((status, out), (2, ""))
         self.assertIn(message, errors)
         self.assertLen(errors.splitlines(), 1)
+
+
+class DevicesTest(absltest.TestCase):
+    def test_several_share_a_batch_and_the_run_goes_on_with_fewer(self):
+        """Of which there are fewer than the state was sharded over."""
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        one, several = directory / "one", directory / "several"
+        self._train(one)
+        self._train(several, "--config.mesh.fsdp=4", devices=4)
+        self.assertEqual(_config(several)["dropit"]["rate"], "preset")
+        self._assert_close(several, one)
+        first, last = commands.steps(several)
+        # As if it had been killed in the second epoch.
+        shutil.rmtree(several / "checkpoints" / str(last))
+        rows = (several / "metrics.csv").read_text().splitlines(keepends=True)
+        (several / "metrics.csv").write_text("".join(rows[:-1]))
+        out = self._train(several, devices=2)
+        self.assertIn(f"goes on after step {first} of {last}", out)
+        self._assert_close(several, one)
+
+    def _train(self, workdir, *more, devices=1):
+        status, out, errors = commands.run(
+            "train.main",
+            *commands.TINY,
+            "--config.num_epochs=2",
+            "--config.batch_size=360",
+            f"--workdir={workdir}",
+            *more,
+            devices=devices,
+            small=True,
+        )
+        self.assertEqual((status, errors), (0, ""))
+        return out
+
+    def _assert_close(self, workdir, expected):
+        """Checks metrics: they are of the same sums in another order."""
+        rows, others = commands.metrics(workdir), commands.metrics(expected)
+        self.assertLen(rows, 2)
+        for row, other in zip(rows, others, strict=True):
+            np.testing.assert_allclose(
+                list(row.values()), list(other.values()), rtol=1e-3
+            )
 
 
 class RowTest(absltest.TestCase):
@@ -291,12 +304,11 @@ class RowTest(absltest.TestCase):
         ):
             loop.run(config, cls.workdir, terminal.Terminal())
 
-    def test_rates_are_of_the_steps_and_not_of_the_evaluation(self):
+    def test_a_signal_after_the_last_step_ends_a_run_that_is_done(self):
+        """And its rates are of the steps, and not of the evaluation."""
         (row,) = records.read(self.workdir / "metrics.csv")
         self.assertGreater(row["images_per_second"], 1)
         self.assertBetween(row["data_wait"], 0, 1e6)
-
-    def test_a_signal_after_the_last_step_ends_a_run_that_is_done(self):
         self.raised.match("step 2, the last: the run is")
         self.assertEqual(commands.steps(self.workdir), [2])
         self.assertLen(commands.metrics(self.workdir), 1)
