@@ -8,6 +8,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from configs import ablation_drop
+from tests import xla_flags
 from tests.train import commands, tiny_grid
 from train import ablation
 from train.config import config as config_lib
@@ -17,6 +18,12 @@ from train.reports import measurements
 from train.runs import records
 
 _GRID = "--config=tests/train/tiny_grid.py"
+# What is trained does not matter here: compiled in less time, as in other tests.
+_QUICK = {"XLA_FLAGS": xla_flags.devices(1)}
+
+
+def _run(module, *arguments):
+    return commands.run(module, *arguments, variables=_QUICK)
 
 
 class GridTest(parameterized.TestCase):
@@ -143,14 +150,12 @@ class CommandTest(parameterized.TestCase):
     def test_it_trains_what_is_not_trained_yet(self):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         where = f"--workdir={directory}"
-        status, _, errors = commands.run(
-            "train.ablation", _GRID, where, "--variants=half"
-        )
+        status, _, errors = _run("train.ablation", _GRID, where, "--variants=half")
         self.assertEqual((status, errors), (0, ""))
         self.assertEqual(self.results(directory), [("half", "3")])
         before = records.read(directory / "half/seed_3/metrics.csv")
 
-        status, _, errors = commands.run("train.ablation", _GRID, where)
+        status, _, errors = _run("train.ablation", _GRID, where)
         self.assertEqual((status, errors), (0, ""))
         self.assertEqual(
             self.results(directory),
@@ -167,9 +172,7 @@ class CommandTest(parameterized.TestCase):
 
         # The report of these runs.
         output = directory / "report"
-        status, _, errors = commands.run(
-            "train.report", f"--output={output}", directory
-        )
+        status, _, errors = _run("train.report", f"--output={output}", directory)
         self.assertEqual((status, errors), (0, ""))
         self.check_report(output, directory)
 
@@ -178,7 +181,7 @@ class CommandTest(parameterized.TestCase):
         shutil.rmtree(directory / "half/seed_3/checkpoints")
         table = (directory / "results.csv").read_text()
         changed = ("--config.variants.half.dropit.rate=0.6", "--variants=baseline")
-        status, _, errors = commands.run("train.ablation", _GRID, where, *changed)
+        status, _, errors = _run("train.ablation", _GRID, where, *changed)
         self.assertEqual(status, 2)
         self.assertIn("half/seed_3 holds a run of another config", errors)
         self.assertIn("config.dropit.rate: 0.5 -> 0.6", errors)
@@ -186,9 +189,7 @@ class CommandTest(parameterized.TestCase):
 
         # Histograms need the last checkpoint.
         output = directory / "other"
-        status, _, errors = commands.run(
-            "train.report", f"--output={output}", directory
-        )
+        status, _, errors = _run("train.report", f"--output={output}", directory)
         self.assertEqual(status, 2)
         self.assertRegex(errors, "half/seed_3 has no checkpoint of step 80, its last")
         self.assertEqual(list(output.iterdir()), [])
@@ -240,7 +241,7 @@ class CommandTest(parameterized.TestCase):
 
     def test_a_loss_that_is_not_finite_ends_its_run_alone(self):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        status, _, errors = commands.run(
+        status, _, errors = _run(
             "train.ablation",
             _GRID,
             f"--workdir={directory}",
@@ -259,7 +260,7 @@ class CommandTest(parameterized.TestCase):
 
     def test_a_variant_that_cannot_be_trained_is_named(self):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory())) / "new"
-        status, _, errors = commands.run(
+        status, _, errors = _run(
             "train.ablation",
             _GRID,
             f"--workdir={directory}",
@@ -272,7 +273,7 @@ class CommandTest(parameterized.TestCase):
     def test_a_variant_that_there_is_not(self):
         directory = Path(self.enterContext(tempfile.TemporaryDirectory())) / "new"
         arguments = (_GRID, f"--workdir={directory}", "--variants=third")
-        status, _, errors = commands.run("train.ablation", *arguments)
+        status, _, errors = _run("train.ablation", *arguments)
         self.assertEqual(status, 2)
         self.assertIn("--variants=third: the config has baseline, half.", errors)
         self.assertFalse(directory.exists())
