@@ -2,7 +2,9 @@
 
 import math
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 from dropit_jax import drop, memory, plan
@@ -16,6 +18,14 @@ _FEW, _MORE = 2, 3
 def _temp_bytes(loss, params):
     report = memory.compile_report(jax.grad(loss), params, X, target="h100")
     return report.temp_bytes
+
+
+class _Stem(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(64, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=False)(x))
+        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
 class GpuMemoryTest(parameterized.TestCase):
@@ -32,6 +42,28 @@ class GpuMemoryTest(parameterized.TestCase):
         self.assertBetween(taken, 0.9 * stored, 1.1 * stored + weights)
         if name in _GATED:
             self.assertLess(dropped, _temp_bytes(loss, more))
+
+    def test_the_gradient_of_a_norm_reuses_the_memory_of_its_cotangent(self):
+        images = jax.ShapeDtypeStruct((32, 128, 128, 3), jnp.float32)
+        stem = _Stem()
+        variables = jax.eval_shape(stem.init, jax.random.key(0), images)
+
+        def loss(params, stats, images):
+            variables = {"params": params, "batch_stats": stats}
+            y, _ = stem.apply(variables, images, mutable=["batch_stats"])
+            return jnp.mean(y**2)
+
+        report = memory.compile_report(
+            jax.grad(drop(loss, "exact")),
+            variables["params"],
+            variables["batch_stats"],
+            images,
+            target="h100",
+        )
+        activation = 4 * math.prod((32, 128, 128, 64))
+        # The stored input of the norm, and one array for the cotangents of its output
+        # and of its input; the cotangent of the pooling's output is a quarter.
+        self.assertLess(report.temp_bytes, 2.5 * activation)
 
 
 if __name__ == "__main__":
