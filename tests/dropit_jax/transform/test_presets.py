@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dropit_jax import DropIT, Preset, drop, plan, preset
 from dropit_jax.transform.forms.presets import PRESETS
 from dropit_jax.transform.forms.storage import Codes
+from tests.dropit_jax.transform.comparing import primitives
 from tests.dropit_jax.transform.features import PARAMS, X
 
 
@@ -141,15 +142,20 @@ class PolicyTest(parameterized.TestCase):
             drop(_rectified, chosen)
         dropped = drop(_rectified, chosen, key="rng")
         gradient = jax.jit(jax.grad(dropped))
+        params = {"w": PARAMS["w"][:1]}
         first, again, second = (
-            gradient(PARAMS, X, rng=jax.random.key(seed))["w"] for seed in (0, 0, 1)
+            gradient(params, X, rng=jax.random.key(seed))["w"] for seed in (0, 0, 1)
         )
         np.testing.assert_array_equal(first, again)
         self.assertFalse(np.array_equal(first, second))
-        raw = gradient(PARAMS, X, jax.random.PRNGKey(0))["w"]
+        raw = gradient(params, X, jax.random.PRNGKey(0))["w"]
         np.testing.assert_array_equal(raw, first)
-        planned = plan(dropped)(PARAMS, X, jax.random.key(0))
-        jax.grad(drop(_rectified, planned, key="rng"))(PARAMS, X, jax.random.key(0))
+        args = params, X, jax.random.key(0)
+        planned = plan(dropped)(*args)
+        of_plan = jax.make_jaxpr(jax.grad(drop(_rectified, planned, key="rng")))(*args)
+        self.assertEqual(
+            primitives(of_plan), primitives(jax.make_jaxpr(jax.grad(dropped))(*args))
+        )
 
     def test_turns_of_a_loop_draw_for_themselves(self):
         chosen = preset("dropit", kernel=DropIT(0.5, "random"))
@@ -163,7 +169,7 @@ class PolicyTest(parameterized.TestCase):
         # Each turn drops half of the same input: were it the same half, half of the
         # gradient's rows that have one input alone would be zero.
         x, w, identity = jnp.full((1, 64), 1.5), jnp.ones((64, 1)), jnp.eye(64)
-        gradient = jax.grad(drop(function, chosen, key="rng"))
+        gradient = jax.jit(jax.grad(drop(function, chosen, key="rng")))
         rows = gradient(w, x, jax.random.key(0))[:, 0]
         self.assertIn(1.5, np.unique(rows))
         self.assertLen(np.unique(rows), 3)
@@ -181,10 +187,14 @@ class PolicyTest(parameterized.TestCase):
 
 def _check_gradients(test, dropped):
     """The gradient of the input is exact, that of parameters is not."""
-    (expected_w, expected), (found_w, found) = (
-        jax.jit(jax.grad(function, argnums=(0, 1)))(PARAMS, X)
-        for function in (_rectified, dropped)
-    )
+
+    @jax.jit
+    def gradients(*args):
+        functions = _rectified, dropped
+        return [jax.grad(function, argnums=(0, 1))(*args) for function in functions]
+
+    params = {"w": PARAMS["w"][:2]}
+    (expected_w, expected), (found_w, found) = gradients(params, X)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     test.assertFalse(np.allclose(found_w["w"], expected_w["w"], rtol=1e-3))
 

@@ -35,12 +35,6 @@ def _of_layer(params, i):
     return {name: value[i] for name, value in params.items()}
 
 
-def _mlp(params, x):
-    for i in range(2):
-        x = _layer(x, _of_layer(params, i))
-    return jnp.sum(x**2)
-
-
 def _attention(params, x):
     query, value = (x @ params["w"][i] for i in range(2))
     causal = jnp.tril(jnp.ones((8, 8), bool))
@@ -74,7 +68,7 @@ def _convolved(params, x):
 
 _FUNCTIONS = {
     function.__name__[1:]: function
-    for function in (_mlp, _attention, _scan, _checkpointed, _convolved)
+    for function in (_attention, _scan, _checkpointed, _convolved)
 }
 _SWITCHES = {
     "jax_debug_nans": True,
@@ -116,9 +110,24 @@ def _expected(name, dtype):
         return gradient(*_arguments(dtype))
 
 
-# The others act when a function is traced, which is the same eagerly: one function
-# of all is run that way.
-_AT_RUN_TIME = ("jax_debug_nans", "jax_disable_jit")
+# What is traced in another way is so in every function; a check of numbers matters
+# where there are infinities, the search for leaks takes seconds, and JAX's
+# implementations to come are of loops and of what is computed again.
+_JITTED = {
+    "jax_debug_nans": ("attention", "convolved"),
+    "jax_enable_x64": tuple(_FUNCTIONS),
+    "jax_numpy_dtype_promotion": tuple(_FUNCTIONS),
+    "jax_numpy_rank_promotion": tuple(_FUNCTIONS),
+    "jax_check_tracer_leaks": ("attention", "checkpointed"),
+    "jax_remat3": ("scan", "checkpointed"),
+    "jax_custom_vjp3": ("attention", "scan", "checkpointed"),
+}
+# The switches that act at run time; with the others one function is run eagerly, as
+# they act when it is traced, which is the same.
+_EAGER = {
+    "jax_debug_nans": ("attention", "scan"),
+    "jax_disable_jit": ("attention", "convolved", "checkpointed"),
+}
 
 
 class SwitchTest(parameterized.TestCase):
@@ -130,18 +139,21 @@ class SwitchTest(parameterized.TestCase):
         if switch == "jax_debug_nans" and transform is not jax.jit:
             jax.clear_caches()  # not all that is compiled already is checked
         rounding = 1e-12 if dtype == np.float64 else 1e-5
-        for preset in presets:
-            gradient = jax.grad(drop(_FUNCTIONS[name], preset), argnums=(0, 1))
-            found = transform(gradient)(*_arguments(dtype))
+
+        def gradients(*args):
+            functions = [drop(_FUNCTIONS[name], preset) for preset in presets]
+            return [jax.grad(f, argnums=(0, 1))(*args) for f in functions]
+
+        every = transform(gradients)(*_arguments(dtype))
+        for preset, found in zip(presets, every, strict=True):
             chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
             bound = rounding if preset == "exact" else 0.02
             self.assertLess(error(found, expected), bound, preset)
 
     @parameterized.named_parameters(
         (f"{switch}_{name}", switch, name)
-        for switch in _SWITCHES
-        for name in _FUNCTIONS
-        if switch != "jax_disable_jit"
+        for switch, names in _JITTED.items()
+        for name in names
     )
     def test_jitted(self, switch, name):
         # A leak is looked for with patience: one preset is enough to find it.
@@ -152,12 +164,11 @@ class SwitchTest(parameterized.TestCase):
         (f"{switch}_{name}", switch, name)
         for switch in _SWITCHES
         for name in _FUNCTIONS
-        if switch in _AT_RUN_TIME or name == "scan"
+        if name == "scan" or name in _EAGER.get(switch, ())
     )
     def test_eagerly(self, switch, name):
         # What is lean has the arithmetic of what is exact too, and more.
-        presets = {"jax_debug_nans": ("exact", "lean"), "jax_disable_jit": ("lean",)}
-        presets = presets.get(switch, ("exact",))
+        presets = ("lean",) if switch in _EAGER else ("exact",)
         self._check(switch, name, presets, lambda gradient: gradient)
 
 
