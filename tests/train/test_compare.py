@@ -1,6 +1,9 @@
+import atexit
+import functools
 import io
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from absl.testing import absltest, parameterized
 from configs import digits_resnet18
 from dropit_jax import memory
 from dropit_jax.memory.compiled import toolchain
+from tests import xla_flags
 from tests.train import commands
 from train import compare
 from train.config import config as config_lib
@@ -21,14 +25,34 @@ _TINY = (
     "--config.batch_size=32",
     "--config.num_epochs=1",
 )
+# What is trained does not matter here: compiled in less time, as in other tests.
+_QUICK = {"XLA_FLAGS": xla_flags.devices(1)}
+
+
+@functools.cache
+def _without_compiler():
+    """The workdir of a comparison without a GPU compiler, and what the run returned."""
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    workdir = directory / "run"
+    nowhere = {memory.COMPILER_PATH_VARIABLE: str(directory / "none")}
+    arguments = (*_TINY, f"--workdir={workdir}")
+    result = commands.run("train.compare", *arguments, variables=_QUICK | nowhere)
+    return workdir, result
 
 
 class CompareTest(parameterized.TestCase):
     def test_the_command_prints_the_table_and_writes_it_and_the_curves(self):
         toolchain.find()  # or this cannot be tested here
-        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        trained, _ = _without_compiler()
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory())) / "run"
+        shutil.copytree(trained, directory)
+        for name in ("comparison.json", "curves.png"):
+            (directory / name).unlink()
         arguments = (*_TINY, f"--workdir={directory}")
-        status, out, errors = commands.run("train.compare", *arguments)
+        status, out, errors = commands.run(
+            "train.compare", *arguments, variables=_QUICK
+        )
         self.assertEqual((status, errors), (0, ""))
         results = json.loads((directory / "comparison.json").read_text())
         flax, dropit = results["flax"], results["dropit"]
@@ -51,12 +75,7 @@ class CompareTest(parameterized.TestCase):
             self.assertEqual(figure.format, "PNG")
 
     def test_what_cannot_be_measured_is_said_after_training(self):
-        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        arguments = (*_TINY, f"--workdir={directory}")
-        nowhere = {memory.COMPILER_PATH_VARIABLE: str(directory / "none")}
-        status, out, errors = commands.run(
-            "train.compare", *arguments, variables=nowhere
-        )
+        directory, (status, out, errors) = _without_compiler()
         self.assertEqual((status, errors), (0, ""))
         results = json.loads((directory / "comparison.json").read_text())
         for result in results.values():
