@@ -13,12 +13,8 @@ from tests.dropit_jax.transform.features import FEATURES, PARAMS, X
 
 # Those of which a program of the dropped function could differ.
 _UNLIKE = (
-    "complex_values",
-    "cond",
-    "convolved",
     "custom_vjp",
     "dropit_layer",
-    "integers",
     "ordered_effects",
     "pooled",
     "scan_of_checkpointed",

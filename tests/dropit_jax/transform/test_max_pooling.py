@@ -64,8 +64,8 @@ def _assert_is_flaxs(x, *args, seed=1):
 class MaxPoolTest(parameterized.TestCase):
     @parameterized.parameters(
         *((case, "float32") for case in _CASES),
-        *((case, "bfloat16") for case in _CASES[:4]),
-        *((case, "float16") for case in _CASES[2:4]),
+        *((case, "bfloat16") for case in _CASES[:2]),
+        *((case, "float16") for case in _CASES[3:4]),
     )
     def test_is_flaxs_to_the_bit(self, case, dtype):
         shape, *args = case
@@ -181,9 +181,7 @@ class TransformationsTest(parameterized.TestCase):
         cached = [leaf.nbytes for leaf in jax.tree.leaves(pullback)]
         self.assertEqual(cached, [3 * 2 * 8 // 2])
 
-    @parameterized.product(
-        axis_type=(AxisType.Auto, AxisType.Explicit), channels=(3, 16)
-    )
+    @parameterized.parameters((AxisType.Auto, 16), (AxisType.Explicit, 3))
     def test_on_a_mesh_nothing_moves(self, axis_type, channels):
         axes = ("data", "model")
         mesh = jax.make_mesh((4, 2), axes, axis_types=(axis_type,) * 2)

@@ -68,13 +68,13 @@ def _on_one_device(name, preset):
     return jax.device_get(jax.jit(jax.grad(function))(program.params, program.x))
 
 
-# Every program and every mesh with both types of axes.
+# Every program and every mesh with both types of axes, and each type with "exact".
 _CASES = (
     ("mlp", "fsdp", AUTO, "exact", "lean"),
     ("mlp", "data", EXPLICIT, "lean"),
-    ("convs", "data", AUTO, "exact", "lean"),
+    ("convs", "data", AUTO, "lean"),
     ("convs", "data_tensor", EXPLICIT, "lean"),
-    ("transformer", "data_tensor", AUTO, "exact", "lean"),
+    ("transformer", "data_tensor", AUTO, "lean"),
     ("transformer", "tensor", EXPLICIT, "lean"),
     ("scanned", "tensor", AUTO, "lean"),
     ("scanned", "fsdp", EXPLICIT, "exact", "lean"),
