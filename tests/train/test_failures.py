@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from tests import xla_flags
 from tests.data import write_tiny_datasets as tiny
 from tests.train import commands
 from train import data
@@ -24,6 +25,8 @@ _SMALL = (
     "--config.num_epochs=2",
 )
 _EPOCH, _ALL = 179, 358
+# What is trained does not matter here: compiled in less time, as in other tests.
+_QUICK = {"XLA_FLAGS": xla_flags.devices(1)}
 
 
 class FailuresTest(parameterized.TestCase):
@@ -38,7 +41,7 @@ class FailuresTest(parameterized.TestCase):
     @classmethod
     def _train(cls, workdir, *more):
         flag = f"--workdir={workdir}"
-        return commands.run("train.main", *_SMALL, flag, *more)
+        return commands.run("train.main", *_SMALL, flag, *more, variables=_QUICK)
 
     def _copy(self, name):
         """The run, as if it had been stopped before its last row was written."""
@@ -89,7 +92,8 @@ class FailuresTest(parameterized.TestCase):
     )
     def test_a_full_disk_costs_no_checkpoint(self, limit, message):
         workdir = self.directory / f"full_{limit}"
-        process = commands.start("train.main", *_SMALL, f"--workdir={workdir}")
+        flags = (*_SMALL, f"--workdir={workdir}")
+        process = commands.start("train.main", *flags, variables=_QUICK)
         commands.wait_for(lambda: commands.steps(workdir), process)
         # No file may grow from here on: as good as a full disk.
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
@@ -112,14 +116,14 @@ class FailuresTest(parameterized.TestCase):
             "--config.image_size=32",
             "--config.model.patch_size=8",
             "--config.num_epochs=1",
-            f"--workdir={self.directory / 'moved'}",
         )
-        status, _, errors = commands.run("train.main", *_SMALL, *flags)
+        workdir = self.directory / "moved"
+        status, _, errors = self._train(workdir, *flags)
         self.assertEqual((status, errors), (0, ""))
         shutil.rmtree(data_dir)
         with mock.patch.dict(tiny.EXAMPLES, train=40):
             tiny.write(data_dir)
-        status, _, errors = commands.run("train.main", *_SMALL, *flags)
+        status, _, errors = self._train(workdir, *flags)
         self.assertEqual(status, 2)
         self.assertIn("began with 48 training examples of 'cifar10'", errors)
         self.assertNotIn("Traceback", errors)
