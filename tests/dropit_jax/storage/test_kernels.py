@@ -49,7 +49,7 @@ _CASES = (
 )
 
 # Targets, and the card for which XLA then writes PTX.
-_TARGETS = (("h100", "sm_90a"), ("a5000", "sm_86"))
+_TARGETS = (("h100", "sm_90a"), ("a100", "sm_80"), ("a5000", "sm_86"))
 
 # Compiles all the kernels as one program for every target, and prints what it takes.
 _COMPILER = """
