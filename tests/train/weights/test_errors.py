@@ -238,9 +238,9 @@ _HOSTILE = {
     ),
     "a bomb that the model does not have": (
         lambda: _npz(
-            **{"params/bomb": _npy(_header(shape=f"({2**26},)"), bytes(4 * 2**26))}
+            **{"params/bomb": _npy(_header(shape=f"({2**24},)"), bytes(4 * 2**24))}
         ),
-        "params/bomb (67108864,): in the file alone",
+        "params/bomb (16777216,): in the file alone",
     ),
     "positions of a bomb": (
         lambda: _npz(
@@ -289,9 +289,9 @@ _HOSTILE = {
         lambda: _safetensors({"params/" + "a" * 10**6: ("F32", [1], 4)}, bytes(4)),
         "aaa ... aaa",
     ),
-    "a hundred thousand names": (
-        lambda: _safetensors({f"params/{n}": ("F32", [0], 0) for n in range(100_000)}),
-        "It has 100000 names, as no model does",
+    "twenty thousand names": (
+        lambda: _safetensors({f"params/{n}": ("F32", [0], 0) for n in range(20_000)}),
+        "It has 20000 names, as no model does",
     ),
 }
 
@@ -314,7 +314,7 @@ class HostileTest(tiny.TestCase):
         self.assertIn(part, message)
         self.assertIn(str(path), message)
         self.assertLess(len(message), 2500)
-        self.assertLess(peak, 100 * 2**20 if "thousand" in name else 20 * 2**20)
+        self.assertLess(peak, 20 * 2**20)
 
     def test_a_value_is_read_when_all_fits(self):
         """Of a file with one array too many, none is read."""
