@@ -12,7 +12,7 @@ from tests.dropit_jax.transform.small_models import MODELS, X, parameters
 
 # Layers of which the product of two branches is stored beside both by JAX.
 _GATED = ("geglu", "sigmoid_gate", "swiglu")
-_FEW, _MORE = 2, 3
+_FEW, _MORE = 4, 7
 
 
 def _temp_bytes(loss, params):
