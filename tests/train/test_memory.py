@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import io
 import json
 from unittest import mock
@@ -10,6 +12,7 @@ from dropit_jax import memory
 from tests.train import commands
 from train import memory as command
 from train.engine import step as step_lib
+from train.reports import measurements
 
 # A model of one block.
 _TINY = ("--config=configs/digits_vit.py", "--config.batch_size=32", "--target=l4")
@@ -21,6 +24,21 @@ def _config():
     return config
 
 
+@functools.cache
+def _report():
+    """What the library reports of plain Flax."""
+    config = _config()
+    config.memory = "baseline"
+    step, args = step_lib.abstract(config)
+    return memory.compile_report(step, *args, target="l4", donate=0)
+
+
+def _flags(**values):
+    return mock.patch.multiple(
+        command, **{name: mock.Mock(value=value) for name, value in values.items()}
+    )
+
+
 def _shown(*tables):
     console = rich.console.Console(file=io.StringIO(), width=200)
     console.print(*tables)
@@ -29,23 +47,29 @@ def _shown(*tables):
 
 class CommandTest(parameterized.TestCase):
     def test_prints_what_a_preset_takes_beside_plain_flax(self):
-        status, out, errors = commands.run(
-            "train.memory", *_TINY, "--config.memory=lean"
-        )
-        self.assertEqual((status, errors), (0, ""))
+        config, out = _config(), io.StringIO()
+        config.memory = "lean"
+        report = _report()
+        with (
+            _flags(_TARGET="l4", _MAX_BATCH=False, _JSON=False),
+            mock.patch.object(measurements, "allocated", return_value=report) as asked,
+            contextlib.redirect_stdout(out),
+            mock.patch.dict("os.environ", COLUMNS="200"),
+        ):
+            command.main(config, None)
+        compiled = [(call.args[0].memory, call.args[1]) for call in asked.mock_calls]
+        self.assertEqual(compiled, [("baseline", "l4"), ("lean", "l4")])
+        out = out.getvalue()
         for text in ("32 images on l4", "baseline", "temporaries", "the peak of lean"):
             self.assertIn(text, out)
-        self.assertRegex(out, r"head +│ dot_general +│ backward")
+        self.assertRegex(out, r"MlpBlock_3/Dense_1 +│ dot_general +│ backward")
 
     def test_json_is_what_the_library_reports(self):
         arguments = (*_TINY, "--config.memory=baseline", "--json")
         status, out, errors = commands.run("train.memory", *arguments)
         self.assertEqual((status, errors), (0, ""))
         printed = json.loads(out)
-        config = _config()
-        config.memory = "baseline"
-        step, args = step_lib.abstract(config)
-        report = memory.compile_report(step, *args, target="l4", donate=0)
+        report = _report()
         self.assertEqual(set(printed), {"baseline"})
         self.assertEqual(printed["baseline"]["temp_bytes"], report.temp_bytes)
         self.assertEqual(printed["baseline"]["peak_bytes"], report.peak_bytes)
