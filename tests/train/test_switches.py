@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl.testing import absltest
 
+from tests import xla_flags
 from tests.train import commands
 
 
@@ -18,6 +19,7 @@ class SwitchesTest(absltest.TestCase):
             "JAX_NUMPY_DTYPE_PROMOTION": "strict",
             "JAX_NUMPY_RANK_PROMOTION": "raise",
             "JAX_TRANSFER_GUARD": "disallow",
+            "XLA_FLAGS": xla_flags.devices(1),  # of eight, compiling takes longer
         }
         result = subprocess.run(
             [

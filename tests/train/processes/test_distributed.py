@@ -10,8 +10,11 @@ from absl.testing import absltest, parameterized
 
 from tests.train import commands
 
-_SHORT = ("--config=configs/digits_vit.py", "--config.num_epochs=3")
-_PLAIN = "--config.memory=baseline"
+_SHORT = (
+    "--config=configs/digits_vit.py",
+    "--config.num_epochs=3",
+    "--config.mesh.fsdp=2",
+)
 _STEPS_PER_EPOCH = 1437 // 64
 
 
@@ -48,30 +51,10 @@ class DistributedTest(parameterized.TestCase):
         super().setUpClass()
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
 
-    def _assert_same(self, workdir, *more):
-        """Checks the metrics against those of one process with two devices."""
-        one = workdir.with_name(f"{workdir.name}_one")
-        arguments = (*_SHORT, *more, f"--workdir={one}")
-        status, _, errors = commands.run("train.main", *arguments, devices=2)
-        self.assertEqual((status, errors), (0, ""))
-        rows, expected = commands.metrics(workdir), commands.metrics(one)
-        self.assertLen(rows, 3)
-        for row, other in zip(rows, expected, strict=True):
-            np.testing.assert_allclose(
-                list(row.values()), list(other.values()), rtol=1e-6
-            )
-
     def test_two_processes_do_what_two_devices_of_one_do(self):
-        workdir, fsdp = self.directory / "fsdp", "--config.mesh.fsdp=2"
-        results = _finish(_start_two(workdir, fsdp))
-        self.assertEqual([result[0] for result in results], [0, 0], results)
-        self.assertIn("epoch 3", results[0][1])
-        self.assertNotIn("epoch", results[1][1])  # one of them tells
-        self._assert_same(workdir, fsdp)
-
-    def test_sigterm_to_one_stops_both_after_the_same_step(self):
+        """Though SIGTERM to one of them stops both, after the same step."""
         workdir = self.directory / "stopped"
-        processes = _start_two(workdir, _PLAIN)
+        processes = _start_two(workdir)
         commands.wait_for(lambda: commands.steps(workdir), processes[0])
         processes[1].send_signal(signal.SIGTERM)
         results = _finish(processes)
@@ -80,15 +63,31 @@ class DistributedTest(parameterized.TestCase):
         self.assertLess(saved, 3 * _STEPS_PER_EPOCH)
         for _, _, errors in results:
             self.assertIn(f"Stopped by SIGTERM after step {saved}", errors)
-        results = _finish(_start_two(workdir, _PLAIN))
+        results = _finish(_start_two(workdir))
         self.assertEqual([result[0] for result in results], [0, 0], results)
         self.assertIn(f"goes on after step {saved} of", results[0][1])
-        self._assert_same(workdir, _PLAIN)
+        self.assertIn("epoch 3", results[0][1])
+        self.assertNotIn("epoch", results[1][1])  # one of them tells
+        self._assert_like_one(workdir)
+
+    def _assert_like_one(self, workdir):
+        """Checks the metrics against those of one process with two devices."""
+        one = self.directory / "one"
+        status, _, errors = commands.run(
+            "train.main", *_SHORT, f"--workdir={one}", devices=2
+        )
+        self.assertEqual((status, errors), (0, ""))
+        rows, expected = commands.metrics(workdir), commands.metrics(one)
+        self.assertLen(rows, 3)
+        for row, other in zip(rows, expected, strict=True):
+            np.testing.assert_allclose(
+                list(row.values()), list(other.values()), rtol=1e-6
+            )
 
     @parameterized.parameters(0, 1)
     def test_a_process_that_is_lost_is_named_by_the_other(self, lost):
         workdir = self.directory / f"lost_{lost}"
-        processes = _start_two(workdir, _PLAIN)
+        processes = _start_two(workdir, "--config.checkpoint_steps=1")
         commands.wait_for(lambda: commands.steps(workdir), processes[0])
         processes[lost].send_signal(signal.SIGKILL)
         results = _finish(processes)
