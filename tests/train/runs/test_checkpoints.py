@@ -188,7 +188,11 @@ class RoundTripTest(_TestCase):
     )
     def test_empty_parts_of_an_optimizer_come_back(self, optimizer):
         params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
-        state = {"params": params, "optimizer": optimizer.init(params)}
+        optimizer_state = jax.tree.map(
+            lambda leaf: jnp.asarray(np.full(leaf.shape, 3, leaf.dtype)),
+            jax.eval_shape(optimizer.init, params),
+        )
+        state = {"params": params, "optimizer": optimizer_state}
         with self._open() as checkpoints:
             checkpoints.save(1, state, {}, None)
             checkpoints.wait()
@@ -244,7 +248,7 @@ def _kept_by_twin(accuracies):
 
 
 class KeptTest(parameterized.TestCase):
-    @hypothesis.settings(max_examples=8)
+    @hypothesis.settings(max_examples=5)
     @hypothesis.given(
         st.lists(
             st.tuples(
@@ -394,10 +398,16 @@ class DamagedTest(_SavedTestCase):
         self.assertGreater(len(names), 10)
         return names
 
-    @parameterized.parameters(*_DAMAGES)
-    def test_the_one_before_any_damaged_file_is_used(self, damage):
+    @parameterized.parameters(
+        # Every file in two ways; which of them does not depend on the file.
+        ("flip", slice(None)),
+        ("truncate", slice(0, None, 3)),
+        ("empty", slice(1, None, 3)),
+        ("delete", slice(2, None, 3)),
+    )
+    def test_the_one_before_any_damaged_file_is_used(self, damage, which):
         first = _snapshot(self.directory / "1")
-        for name in self._names():
+        for name in self._names()[which]:
             with self.subTest(name), tempfile.TemporaryDirectory() as root:
                 self.said.clear()
                 directory = Path(root) / "checkpoints"
