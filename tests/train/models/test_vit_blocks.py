@@ -49,8 +49,7 @@ def _stacked(params):
 
 def _run(model, params, seed=0, preset=None):
     """Logits and gradients of a training step."""
-    # Keys whose numbers XLA draws: a smaller program than Threefry's.
-    dropout, dropit = jax.random.split(jax.random.key(seed, impl="rbg"))
+    dropout, dropit = jax.random.split(jax.random.key(seed))
     rngs = {"dropout": dropout, "dropit": dropit}
     gradients, logits = _step(model, preset)(params, rngs)
     return logits, gradients
