@@ -225,15 +225,16 @@ class ApplyTest(parameterized.TestCase):
             runs.cached_bytes(copy, self.x), runs.cached_bytes(self.model, self.x)
         )
 
-    @parameterized.product(
-        make=[
-            lambda rngs: nnx.Linear(64, 3, use_bias=False, rngs=rngs),
+    @parameterized.parameters(
+        (lambda rngs: nnx.Linear(64, 3, use_bias=False, rngs=rngs), (3,)),
+        (lambda rngs: nnx.Linear(64, 3, use_bias=False, rngs=rngs), (2, 2)),
+        (
             lambda rngs: nnx.LinearGeneral((64,), (3, 1), use_bias=False, rngs=rngs),
-            lambda rngs: nnx.Einsum("...i,io->...o", (64, 3), rngs=rngs),
-            lambda rngs: nnx.Conv(64, 3, (1,), use_bias=False, rngs=rngs),
-            lambda rngs: nnx.ConvTranspose(64, 3, (1,), use_bias=False, rngs=rngs),
-        ],
-        sizes=[(3,), (2, 2)],
+            (2, 2),
+        ),
+        (lambda rngs: nnx.Einsum("...i,io->...o", (64, 3), rngs=rngs), (3,)),
+        (lambda rngs: nnx.Conv(64, 3, (1,), use_bias=False, rngs=rngs), (2, 2)),
+        (lambda rngs: nnx.ConvTranspose(64, 3, (1,), use_bias=False, rngs=rngs), (3,)),
     )
     def test_stacked_layers_drop_elements_of_their_own(self, make, sizes):
         for size in sizes:
@@ -247,7 +248,7 @@ class ApplyTest(parameterized.TestCase):
 
         for _ in sizes:
             call = nnx.vmap(call, in_axes=(0, None))
-        gradient = nnx.grad(lambda layer: call(layer, x).sum())(stacked)
+        gradient = nnx.jit(nnx.grad(lambda layer: call(layer, x).sum()))(stacked)
         # Of one sample and a sum, it is the sparse input itself.
         sparse = gradient["kernel"][...].reshape(*sizes, 64, 3)[..., 0]
         chex.assert_trees_all_equal(sparse, jnp.where(sparse == 0, 0, x[0, 0]))
@@ -270,7 +271,7 @@ class ApplyTest(parameterized.TestCase):
             )
             return jnp.sum(scan(self.x, stacked))
 
-        gradient = nnx.grad(call)(stacked)
+        gradient = nnx.jit(nnx.grad(call))(stacked)
         self.assertEqual(gradient.kernel.shape, (16, 3, 16))
 
     def test_stacks_of_one_size_may_be_taken_apart_along_other_axes(self):
@@ -284,7 +285,8 @@ class ApplyTest(parameterized.TestCase):
             )
             return scan(one(x), other)
 
-        out = nnx.vmap(call, in_axes=(0, None, None))(model.one, model.other, self.x)
+        many = nnx.jit(nnx.vmap(call, in_axes=(0, None, None)))
+        out = many(model.one, model.other, self.x)
         self.assertEqual(out.shape, (3, *self.x.shape))
 
     def test_stacked_layers_in_a_scan(self):

@@ -46,9 +46,18 @@ class Net(nn.Module):
 _X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 32)), jnp.float32)
 
 
+def _variables(model):
+    """Variables of an initialisation's types, which need not be compiled."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 8, leaf.dtype),
+        jax.eval_shape(model.init, jax.random.key(0), _X),
+    )
+
+
 @functools.cache
 def _params():
-    return jax.jit(Net(None).init)(jax.random.key(0), _X)["params"]
+    return _variables(Net(None))["params"]
 
 
 def _loss(params, x, dropit=_POLICY, rngs=None):
@@ -160,7 +169,7 @@ class ForwardModeTest(parameterized.TestCase):
     def test_it_is_refused(self, layer, shape):
         x = jnp.ones(shape)
         shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
-        variables = jax.tree.map(lambda s: jnp.ones(s.shape), shapes)
+        variables = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
         message = "DropIT has no forward-mode differentiation.*dropit=None"
         with pytest.raises(TypeError, match=message):
             jax.jvp(lambda v: layer.apply(v, x), (variables,), (variables,))
@@ -180,7 +189,7 @@ class SecondDerivativeTest(parameterized.TestCase):
     def test_of_kernels_it_is_refused(self, derivative):
         loss = functools.partial(_loss, x=_X)
         with pytest.raises(TypeError, match=r"DropIT has no second derivative|forward"):
-            derivative(loss)(_params())
+            jax.jit(derivative(loss)).lower(_params())
 
     @parameterized.named_parameters(
         ("eager", lambda f: f, lambda step, params: step(params, None)[0]),
@@ -222,7 +231,7 @@ class SecondDerivativeTest(parameterized.TestCase):
 class ManyTest(parameterized.TestCase):
     """One batch in parts, or one model for several."""
 
-    @parameterized.parameters(1, 2, 4)
+    @parameterized.parameters(1, 4)
     def test_accumulated_gradients_are_the_batchs(self, size):
         batches = _X.reshape(-1, size, *_X.shape[1:])
 
@@ -254,8 +263,8 @@ class ManyTest(parameterized.TestCase):
         )
         chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
 
-    @parameterized.product(
-        axis_type=(AxisType.Auto, AxisType.Explicit), check_vma=(True, False)
+    @parameterized.parameters(
+        (AxisType.Auto, True), (AxisType.Explicit, True), (AxisType.Explicit, False)
     )
     def test_shard_map(self, axis_type, check_vma):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
@@ -290,7 +299,7 @@ class ManyTest(parameterized.TestCase):
             )
             return lifted(_POLICY)
 
-        variables = jax.jit(ensemble(Net).init)(jax.random.key(0), _X)
+        variables = _variables(ensemble(Net))
 
         @jax.jit
         @jax.grad
@@ -324,7 +333,7 @@ class KeyTest(parameterized.TestCase):
             def __call__(self, x):
                 return lift(Layer)(name="layers")(x, None)[0]
 
-        variables = jax.jit(Stack().init)(jax.random.key(0), _X)
+        variables = _variables(Stack())
 
         def loss(variables, seed):
             rngs = {"dropit": jax.random.key(seed)}
@@ -342,17 +351,18 @@ class KeyTest(parameterized.TestCase):
         )
 
     @parameterized.parameters(
-        DropIT(0.75, strategy="random"),
-        DropIT(0.5, value_dtype="int4", rounding="stochastic"),
-        DropIT(0.5, strategy="random", granularity="channel"),
+        ("scan", DropIT(0.75, strategy="random")),
+        ("remat", DropIT(0.75, strategy="random")),
+        ("scan", DropIT(0.5, value_dtype="int4", rounding="stochastic")),
+        ("remat", DropIT(0.5, strategy="random", granularity="channel")),
     )
-    def test_lifted_transformations(self, policy):
-        for lift in (self._scanned(True), nn.remat):
-            gradients = self._kernel_gradients(policy, lift)
-            one, again, other = (gradients(seed) for seed in (1, 1, 2))
-            chex.assert_trees_all_equal(one, again)
-            difference = optax.tree.norm(optax.tree.sub(one, other))
-            self.assertGreater(float(difference), 0)
+    def test_lifted_transformations(self, name, policy):
+        lift = self._scanned(True) if name == "scan" else nn.remat
+        gradients = self._kernel_gradients(policy, lift)
+        one, again, other = (gradients(seed) for seed in (1, 1, 2))
+        chex.assert_trees_all_equal(one, again)
+        (one,), (other,) = jax.tree.leaves(one), jax.tree.leaves(other)
+        self.assertFalse(np.array_equal(one, other))
 
     def test_layers_of_a_scan_draw_apart_if_told_to(self):
         policy = DropIT(0.75, strategy="random", granularity="channel")
