@@ -15,7 +15,7 @@ from jaxtyping import Array, UInt8
 from dropit_jax.policy import DropIT
 from dropit_jax.storage import chunking, packing
 from dropit_jax.storage.chunking import Chunking
-from dropit_jax.storage.kernels import dispatch, plan
+from dropit_jax.storage.kernels import chunk_storage, dispatch
 from dropit_jax.storage.selection import elements
 from dropit_jax.xla import barriers, cpu_calls, shardings
 from dropit_jax.xla.platforms import by_platform
@@ -49,16 +49,16 @@ def encode(
       scores: not negative, to rank elements by; `None`: their magnitude.
       value_dtype: the floating dtype of the kept values.
     """
-    kernel_plan = _kernel_plan(chunks, dropit, value_dtype)
+    kernel_storage = _kernel_storage(chunks, dropit, value_dtype)
     shards = shardings.shards(x, -1) if x.ndim else 1
     if (
-        kernel_plan is not None
+        kernel_storage is not None
         and scores is None
-        and plan.supported(x.dtype, kernel_plan)
-        and chunks.count // kernel_plan.unit % shards == 0
+        and chunk_storage.supported(x.dtype, kernel_storage)
+        and chunks.count // kernel_storage.unit % shards == 0
     ):
-        units = _split_units(x, chunks.count // kernel_plan.unit)
-        values, positions = dispatch.compress(units, kernel_plan)
+        units = _split_units(x, chunks.count // kernel_storage.unit)
+        values, positions = dispatch.compress(units, kernel_storage)
         return _merge_units(values), _merge_units(positions)
     return _encode_any(x, scores, chunks, dropit, jnp.dtype(value_dtype))
 
@@ -84,12 +84,12 @@ def decode(
     Returns:
       The rows, of shape `(*rows, row_size)`.
     """
-    kernel_plan = _kernel_plan(chunks, dropit, values.dtype)
-    if kernel_plan is not None and plan.supported(dtype, kernel_plan):
-        count = chunks.count // kernel_plan.unit
+    kernel_storage = _kernel_storage(chunks, dropit, values.dtype)
+    if kernel_storage is not None and chunk_storage.supported(dtype, kernel_storage):
+        count = chunks.count // kernel_storage.unit
         if all(count % shardings.shards(x, -1) == 0 for x in (values, positions)):
             units = _split_units(values, count), _split_units(positions, count)
-            whole = dispatch.decompress(*units, kernel_plan, dtype, after)
+            whole = dispatch.decompress(*units, kernel_storage, dtype, after)
             return chunking.keep_rows_whole(_merge_units(whole), chunks)
     decode_rows = functools.partial(
         _decode_any, chunks=chunks, dropit=dropit, dtype=jnp.dtype(dtype)
@@ -98,22 +98,25 @@ def decode(
     return chunking.keep_rows_whole(rows, chunks)
 
 
-def _kernel_plan(
+def _kernel_storage(
     chunks: Chunking, dropit: DropIT, value_dtype: jax.typing.DTypeLike
-) -> plan.ChunkStorage | None:
+) -> chunk_storage.ChunkStorage | None:
     """Returns the task of a GPU kernel, or `None` if no kernel supports these chunks.
 
     Kernels take whole chunks, in units whose positions fill whole bytes.
     """
     if dropit.selection != "auto" or chunks.tail or not chunks.count:
         return None
-    candidate = plan.ChunkStorage(
+    candidate = chunk_storage.ChunkStorage(
         size=chunks.size,
         kept=dropit.kept(chunks.size),
         encoding=choose_encoding(chunks, dropit),
         value_dtype=jnp.dtype(value_dtype).name,
     )
-    whole = plan.supported("float32", candidate) and chunks.count % candidate.unit == 0
+    whole = (
+        chunk_storage.supported("float32", candidate)
+        and chunks.count % candidate.unit == 0
+    )
     return candidate if whole else None
 
 

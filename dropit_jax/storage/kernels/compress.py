@@ -16,10 +16,13 @@ from jaxtyping import Array, Bool, Float, Int32, Integer, UInt32
 
 from dropit_jax.compat import pallas as pl
 from dropit_jax.compat import triton as plgpu
-from dropit_jax.storage.kernels import plan as plans
-from dropit_jax.storage.kernels import search
+from dropit_jax.storage.kernels import chunk_storage, search
+from dropit_jax.storage.kernels.chunk_storage import (
+    MAX_ORDERED,
+    ChunkStorage,
+    power_of_two,
+)
 from dropit_jax.storage.kernels.definitions import Positions
-from dropit_jax.storage.kernels.plan import MAX_ORDERED, ChunkStorage, power_of_two
 
 _Integers = Int32[Array, "rows columns"]
 _Column = Int32[Array, "rows 1"]
@@ -35,71 +38,73 @@ _PER_WARP = 1024
 
 def compress(
     x: Float[Array, "*rows units elements"],
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
     """Keeps the largest magnitudes of each chunk, in one pass.
 
     Args:
-      x: whole units, `elements = plan.unit * plan.size`.
-      plan: how chunks are stored.
+      x: whole units, `elements = storage.unit * storage.size`.
+      storage: how chunks are stored.
       interpret: whether the GPU kernel is emulated, on any device.
 
     Returns:
-      The kept values, (*rows, units, plan.unit * plan.kept), and their positions,
-      (*rows, units, plan.positions).
+      The kept values, (*rows, units, storage.unit * storage.kept), and their positions,
+      (*rows, units, storage.positions).
 
     Raises:
       ValueError: there is no GPU kernel for this, or `x` is not of whole units.
     """
-    elements = plan.unit * plan.size
-    plans.check(x.dtype, plan, x.size // elements)
+    elements = storage.unit * storage.size
+    chunk_storage.check(x.dtype, storage, x.size // elements)
     if x.ndim < 2 or x.shape[-1] != elements:
         raise ValueError(f"x is (..., units, {elements}), not {x.shape}.")
-    units, chunks = x.size // elements, x.size // plan.size
+    units, chunks = x.size // elements, x.size // storage.size
     outputs = [
-        plans.result((chunks, plan.kept), plans.bits_dtype(plan.value_dtype), x),
-        plans.result((units, plan.positions), plan.position_dtype, x),
+        chunk_storage.result(
+            (chunks, storage.kept), chunk_storage.bits_dtype(storage.value_dtype), x
+        ),
+        chunk_storage.result((units, storage.positions), storage.position_dtype, x),
     ]
     if units:
-        bits = plans.to_bits(x).reshape(chunks, plan.size)
-        values, positions = _launch(bits, x.dtype, plan, outputs, interpret)
+        bits = chunk_storage.to_bits(x).reshape(chunks, storage.size)
+        values, positions = _launch(bits, x.dtype, storage, outputs, interpret)
     else:
         values, positions = (jnp.zeros(out.shape, out.dtype) for out in outputs)
-    values = plans.from_bits(values, plan.value_dtype)
+    values = chunk_storage.from_bits(values, storage.value_dtype)
     return (
-        values.reshape(*x.shape[:-1], plan.unit * plan.kept),
-        positions.reshape(*x.shape[:-1], plan.positions),
+        values.reshape(*x.shape[:-1], storage.unit * storage.kept),
+        positions.reshape(*x.shape[:-1], storage.positions),
     )
 
 
 def _launch(
     x: Integer[Array, "chunks size"],
     dtype: jnp.dtype,
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     outputs: list[jax.ShapeDtypeStruct],
     interpret: bool,
 ) -> Sequence[Array]:
     """Runs the GPU kernel for this D over all chunks, given by their bits."""
-    if plan.size <= MAX_ORDERED:
-        rows = max(plan.unit, _BLOCK // power_of_two(plan.size))
+    if storage.size <= MAX_ORDERED:
+        rows = max(storage.unit, _BLOCK // power_of_two(storage.size))
         kernel, warps = _small_chunks, _WARPS
     else:
-        rows = plan.unit
+        rows = storage.unit
         kernel = _large_chunks
-        warps = min(16, max(1, _large_width(plan) // _PER_WARP))
+        warps = min(16, max(1, _large_width(storage) // _PER_WARP))
 
     def block(array: Any, rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, array.shape[-1]), lambda i: (i, 0))
 
     values, positions = outputs
     return pl.pallas_call(
-        functools.partial(kernel, dtype=dtype, plan=plan, count=x.shape[0]),
+        functools.partial(kernel, dtype=dtype, storage=storage, count=x.shape[0]),
         out_shape=outputs,
         grid=(pl.cdiv(x.shape[0], rows),),
         in_specs=[block(x, rows)],
-        out_specs=[block(values, rows), block(positions, rows // plan.unit)],
+        out_specs=[block(values, rows), block(positions, rows // storage.unit)],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="dropit_compress",
@@ -112,31 +117,35 @@ def _small_chunks(
     positions_ref: Any,
     *,
     dtype: jnp.dtype,
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     count: int,
 ) -> None:
     """Compresses a block of chunks, for D <= `MAX_ORDERED`."""
     rows = x_ref.shape[0]
     first = pl.program_id(0) * rows
-    row, column = search.places((rows, power_of_two(plan.size)))
-    inside = (first + row < count) & (column < plan.size)
+    row, column = search.places((rows, power_of_two(storage.size)))
+    inside = (first + row < count) & (column < storage.size)
     bits = _load_bits(x_ref, row, column, inside)
-    cast = functools.partial(plans.cast_bits, dtype=dtype, new_dtype=plan.value_dtype)
-    pack = functools.partial(_store_packed, plan=plan, units=count // plan.unit)
-    if plan.ordered:
-        taken, indices = search.largest_first(bits, inside, plan.kept, dtype)
+    cast = functools.partial(
+        chunk_storage.cast_bits, dtype=dtype, new_dtype=storage.value_dtype
+    )
+    pack = functools.partial(
+        _store_packed, storage=storage, units=count // storage.unit
+    )
+    if storage.ordered:
+        taken, indices = search.largest_first(bits, inside, storage.kept, dtype)
         row, slot = search.places(taken.shape)
-        stored = (first + row < count) & (slot < plan.kept)
+        stored = (first + row < count) & (slot < storage.kept)
         _store(values_ref, row, slot, cast(taken), stored)
-        if plan.packed:
-            words = _words(indices, slot, plan.index_bits)
-            pack(positions_ref, words, plan.kept * plan.index_bits)
+        if storage.packed:
+            words = _words(indices, slot, storage.index_bits)
+            pack(positions_ref, words, storage.kept * storage.index_bits)
         else:
             _store(positions_ref, row, slot, indices, stored)
     else:
-        keep, slot = search.largest(bits, inside, plan.kept, dtype)
+        keep, slot = search.largest(bits, inside, storage.kept, dtype)
         _store(values_ref, row, slot, cast(bits), keep)
-        pack(positions_ref, _words(keep, column, 1), plan.size)
+        pack(positions_ref, _words(keep, column, 1), storage.size)
 
 
 def _large_chunks(
@@ -145,44 +154,46 @@ def _large_chunks(
     positions_ref: Any,
     *,
     dtype: jnp.dtype,
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     count: int,
 ) -> None:
     """Compresses the chunks of a unit, one after the other, for D > `MAX_ORDERED`."""
     del count  # each program has one whole unit: no row is out of range
-    cast = functools.partial(plans.cast_bits, dtype=dtype, new_dtype=plan.value_dtype)
-    shape = (1, _large_width(plan))
+    cast = functools.partial(
+        chunk_storage.cast_bits, dtype=dtype, new_dtype=storage.value_dtype
+    )
+    shape = (1, _large_width(storage))
 
     def chunk(i: Any, open_byte: _Column) -> _Column:
         row, column = search.places(shape)
         row += i
         # Column 0 is the first bit of a byte of the unit, so that every 8 columns are a
         # byte: the first `i * D % 8` columns belong to the chunk before.
-        column -= i * plan.size & 7
-        inside = (column >= 0) & (column < plan.size)
+        column -= i * storage.size & 7
+        inside = (column >= 0) & (column < storage.size)
         bits = _load_bits(x_ref, row, column, inside)
-        keep, slot = search.largest(bits, inside, plan.kept, dtype)
+        keep, slot = search.largest(bits, inside, storage.kept, dtype)
         _store(values_ref, row, slot, cast(bits), keep)
-        if plan.packed:
+        if storage.packed:
             return _store_bytes(
-                positions_ref, keep, i * plan.size, plan.size, open_byte
+                positions_ref, keep, i * storage.size, storage.size, open_byte
             )
         _store(positions_ref, row, slot, column, keep)
         return open_byte
 
     none = jnp.zeros((1, 1), jnp.int32)
-    if plan.unit == 1:
+    if storage.unit == 1:
         chunk(0, none)
     else:
-        lax.fori_loop(0, plan.unit, chunk, none)
+        lax.fori_loop(0, storage.unit, chunk, none)
 
 
-def _large_width(plan: ChunkStorage) -> int:
+def _large_width(storage: ChunkStorage) -> int:
     """Returns the width of a block that holds a large chunk, a power of two.
 
     Up to 7 bits of the chunk before share the first byte of the chunk's bit mask.
     """
-    return power_of_two(plan.size + (7 if plan.unit > 1 else 0))
+    return power_of_two(storage.size + (7 if storage.unit > 1 else 0))
 
 
 def _load_bits(ref: Any, row: _Integers, column: _Integers, inside: _Mask) -> _Integers:
@@ -228,7 +239,7 @@ def _store_packed(
     ref: Any,
     words: list[UInt32[Array, "rows 1"]],
     bits: int,
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     units: int,
 ) -> None:
     """Stores the words of each chunk side by side in the bytes of its unit.
@@ -237,19 +248,19 @@ def _store_packed(
     0x21, 0x43 and 0x65.
 
     Args:
-      ref: the bytes, (units, plan.positions).
+      ref: the bytes, (units, storage.positions).
       words: the words of all chunks of the block, the lowest first.
       bits: bits of a chunk.
-      plan: how chunks are stored.
+      storage: how chunks are stored.
       units: how many units there are in all.
     """
-    rows = words[0].shape[0] // plan.unit
-    shape = (rows, plan.unit, power_of_two(ref.shape[1]))
+    rows = words[0].shape[0] // storage.unit
+    shape = (rows, storage.unit, power_of_two(ref.shape[1]))
     chunk = lax.broadcasted_iota(jnp.int32, shape, 1)
     byte = lax.broadcasted_iota(jnp.int32, shape, 2)
     packed = jnp.zeros(shape, jnp.uint32)
     for i, column in enumerate(words):
-        word = column.reshape(rows, plan.unit, 1)
+        word = column.reshape(rows, storage.unit, 1)
         # The first bit of the byte, counted from the first bit of the word.
         start = 8 * byte - chunk * bits - 32 * i
         right = word >> jnp.clip(start, 0, 31).astype(jnp.uint32)

@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from dropit_jax.compat import pallas as pl
 from dropit_jax.compat import triton as plgpu
-from dropit_jax.storage.kernels import plan as plans
+from dropit_jax.storage.kernels import chunk_storage
+from dropit_jax.storage.kernels.chunk_storage import ChunkStorage, power_of_two
 from dropit_jax.storage.kernels.definitions import Positions
-from dropit_jax.storage.kernels.plan import ChunkStorage, power_of_two
 from dropit_jax.storage.kernels.search import places
 
 _Integers = Int32[Array, "rows columns"]
@@ -48,7 +48,7 @@ _NOWHERE = 2**20
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     dtype: jax.typing.DTypeLike,
     *,
     interpret: bool = False,
@@ -58,81 +58,84 @@ def decompress(
     Args:
       values: as `compress` returns them.
       positions: as `compress` returns them.
-      plan: the plan that `compress` had.
+      storage: the storage that `compress` had.
       dtype: the type of the result.
       interpret: whether the GPU kernel is emulated, on any device.
 
     Raises:
-      ValueError: there is no GPU kernel for this, or the shapes are not the plan's.
+      ValueError: there is no GPU kernel for this storage, or it has other shapes.
     """
-    _check(values, positions, plan, dtype)
-    shape = (*values.shape[:-1], plan.unit * plan.size)
+    _check(values, positions, storage, dtype)
+    shape = (*values.shape[:-1], storage.unit * storage.size)
     units = math.prod(values.shape[:-1])
     if not units:
         return jnp.zeros(shape, dtype)
-    count = units * plan.unit
-    rows, warps = _block(plan)
-    unit_rows = max(1, rows // plan.unit)
+    count = units * storage.unit
+    rows, warps = _block(storage)
+    unit_rows = max(1, rows // storage.unit)
 
     def positions_block(i: Any) -> tuple[Any, int]:
         # Several blocks of less than a unit read the positions of one unit.
-        return i >> _log2(max(1, plan.unit // rows)), 0
+        return i >> _log2(max(1, storage.unit // rows)), 0
 
     bits = pl.pallas_call(
         functools.partial(
             _kernel,
-            plan=plan,
+            storage=storage,
             dtypes=(values.dtype, jnp.dtype(dtype)),
             count=count,
             interpret=interpret,
         ),
-        out_shape=plans.result((count, plan.size), plans.bits_dtype(dtype), values),
+        out_shape=chunk_storage.result(
+            (count, storage.size), chunk_storage.bits_dtype(dtype), values
+        ),
         grid=(pl.cdiv(count, rows),),
         in_specs=[
-            pl.BlockSpec((rows, plan.kept), lambda i: (i, 0)),
-            pl.BlockSpec((unit_rows, plan.positions), positions_block),
+            pl.BlockSpec((rows, storage.kept), lambda i: (i, 0)),
+            pl.BlockSpec((unit_rows, storage.positions), positions_block),
         ],
-        out_specs=pl.BlockSpec((rows, plan.size), lambda i: (i, 0)),
+        out_specs=pl.BlockSpec((rows, storage.size), lambda i: (i, 0)),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="dropit_decompress",
     )(
-        plans.to_bits(values).reshape(count, plan.kept),
-        positions.reshape(units, plan.positions),
+        chunk_storage.to_bits(values).reshape(count, storage.kept),
+        positions.reshape(units, storage.positions),
     )
-    return plans.from_bits(bits, dtype).reshape(shape)
+    return chunk_storage.from_bits(bits, dtype).reshape(shape)
 
 
 def _check(
-    values: Array, positions: Array, plan: ChunkStorage, dtype: jax.typing.DTypeLike
+    values: Array, positions: Array, storage: ChunkStorage, dtype: jax.typing.DTypeLike
 ) -> None:
     units = math.prod(values.shape[:-1])
-    plans.check(dtype, plan, units)
-    plans.check(values.dtype, plan, units)
-    stored = (*values.shape[:-1], plan.positions)
-    if values.ndim < 2 or values.shape[-1] != plan.unit * plan.kept:
+    chunk_storage.check(dtype, storage, units)
+    chunk_storage.check(values.dtype, storage, units)
+    stored = (*values.shape[:-1], storage.positions)
+    if values.ndim < 2 or values.shape[-1] != storage.unit * storage.kept:
         raise ValueError(
-            f"values are (..., units, {plan.unit * plan.kept}), not {values.shape}."
+            f"values are (..., units, {storage.unit * storage.kept}), "
+            f"not {values.shape}."
         )
-    if positions.shape != stored or positions.dtype != plan.position_dtype:
+    if positions.shape != stored or positions.dtype != storage.position_dtype:
         raise ValueError(
-            f"positions are {plan.position_dtype.name}{stored}, not "
+            f"positions are {storage.position_dtype.name}{stored}, not "
             f"{positions.dtype.name}{positions.shape}."
         )
 
 
-def _compared(plan: ChunkStorage) -> bool:
+def _compared(storage: ChunkStorage) -> bool:
     """Returns whether indices are compared with every column."""
-    return plan.ordered and plan.kept <= _MAX_COMPARED
+    return storage.ordered and storage.kept <= _MAX_COMPARED
 
 
-def _block(plan: ChunkStorage) -> tuple[int, int]:
+def _block(storage: ChunkStorage) -> tuple[int, int]:
     """Returns the chunks of a block, and the warps that share it."""
-    columns = power_of_two(plan.size)
-    least = min(_COMPARED_ROWS, _MAX_BLOCK // columns) if _compared(plan) else 1
+    columns = power_of_two(storage.size)
+    least = min(_COMPARED_ROWS, _MAX_BLOCK // columns) if _compared(storage) else 1
     rows = max(_BLOCK // columns, least, 1)
     warps = max(1, rows * columns // _PER_WARP)
-    if _compared(plan):
+    if _compared(storage):
         # With at most as many threads as rows, Triton gives each thread a row, and
         # loads an index once; with more threads it loads one again for every column.
         warps = min(warps, max(1, rows // 32))
@@ -148,15 +151,15 @@ class _Chunks:
     """A stored block of chunks, to load from.
 
     Attributes:
-      plan: how chunks are stored.
+      storage: how chunks are stored.
       value_dtype: the type of the kept values.
       dtype: the type of the result, to which loaded values are cast.
-      values: the reference to the bits of kept values, (rows, plan.kept).
-      positions: the reference to positions, (units, plan.positions).
+      values: the reference to the bits of kept values, (rows, storage.kept).
+      positions: the reference to positions, (units, storage.positions).
       first: the number of the block's first chunk.
     """
 
-    plan: ChunkStorage
+    storage: ChunkStorage
     value_dtype: jnp.dtype
     dtype: jnp.dtype
     values: Any
@@ -166,31 +169,31 @@ class _Chunks:
     def load_values(self, row: _Integers, slot: _Integers, inside: _Mask) -> _Values:
         """Loads the bits of kept values, cast to `dtype`."""
         bits = plgpu.load(self.values.at[row, slot], mask=inside, other=0)
-        return plans.cast_bits(bits, self.value_dtype, self.dtype)
+        return chunk_storage.cast_bits(bits, self.value_dtype, self.dtype)
 
     def load_indices(self, row: _Integers, slot: _Integers, inside: _Mask) -> _Integers:
         """Loads the indices of kept values."""
-        if self.plan.packed:
-            first = self._of_unit(row) * self.plan.kept
-            return self._load_codes(row, first + slot, self.plan.index_bits, inside)
+        if self.storage.packed:
+            first = self._of_unit(row) * self.storage.kept
+            return self._load_codes(row, first + slot, self.storage.index_bits, inside)
         ref = self.positions.at[row, slot]
         return plgpu.load(ref, mask=inside, other=0).astype(jnp.int32)
 
     def load_mask(self, row: _Integers, column: _Integers, inside: _Mask) -> _Integers:
         """Loads bits of the bitmap: 1 where an element is kept, else 0."""
-        first = self._of_unit(row) * self.plan.size
+        first = self._of_unit(row) * self.storage.size
         return self._load_codes(row, first + column, 1, inside)
 
     def _of_unit(self, row: _Integers) -> Any:
         """Returns the number of each row's chunk in its unit."""
-        return self.first + row & self.plan.unit - 1
+        return self.first + row & self.storage.unit - 1
 
     def _load_codes(
         self, row: _Integers, place: _Integers, bits: int, inside: _Mask
     ) -> _Integers:
         """Loads codes of `bits` bits by their place in the row's unit."""
         bit = place * bits
-        ref = self.positions.at[row >> _log2(self.plan.unit), bit >> 3]
+        ref = self.positions.at[row >> _log2(self.storage.unit), bit >> 3]
         byte = plgpu.load(ref, mask=inside, other=0).astype(jnp.int32)
         return byte >> (bit & 7) & ((1 << bits) - 1)
 
@@ -200,7 +203,7 @@ def _kernel(
     positions_ref: Any,
     out_ref: Any,
     *,
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     dtypes: tuple[jnp.dtype, jnp.dtype],
     count: int,
     interpret: bool,
@@ -208,13 +211,13 @@ def _kernel(
     """Decompresses a block of chunks."""
     rows = values_ref.shape[0]
     first = pl.program_id(0) * rows
-    chunks = _Chunks(plan, *dtypes, values_ref, positions_ref, first)
-    row, column = places((rows, power_of_two(plan.size)))
-    inside = (first + row < count) & (column < plan.size)
-    if plan.encoding == "bitmap":
+    chunks = _Chunks(storage, *dtypes, values_ref, positions_ref, first)
+    row, column = places((rows, power_of_two(storage.size)))
+    inside = (first + row < count) & (column < storage.size)
+    if storage.encoding == "bitmap":
         _store(out_ref.at[row, column], _from_bitmap(chunks, inside), inside)
         return
-    if _compared(plan):
+    if _compared(storage):
         placed = _from_indices(chunks, column, count)
         _store(out_ref.at[row, column], placed, inside)
         return
@@ -223,8 +226,8 @@ def _kernel(
     # are written: the values come last.
     if not interpret:
         plgpu.debug_barrier()
-    row, slot = places((rows, power_of_two(plan.kept)))
-    kept = (first + row < count) & (slot < plan.kept)
+    row, slot = places((rows, power_of_two(storage.kept)))
+    kept = (first + row < count) & (slot < storage.kept)
     values = chunks.load_values(row, slot, kept)
     # Where a store is masked, the emulation writes the old value back: slots that pad
     # the block need an index of their own, which no value has.
@@ -242,10 +245,10 @@ def _from_bitmap(chunks: _Chunks, inside: _Mask) -> _Values:
 
 def _from_indices(chunks: _Chunks, column: _Integers, count: int) -> _Values:
     """Returns the block, with the kept values at their indices."""
-    placed = jnp.zeros(column.shape, plans.bits_dtype(chunks.dtype))
+    placed = jnp.zeros(column.shape, chunk_storage.bits_dtype(chunks.dtype))
     row, first = places((column.shape[0], 1))
     exists = chunks.first + row < count
-    for slot in range(chunks.plan.kept):
+    for slot in range(chunks.storage.kept):
         # One index and one value for each row, which Triton broadcasts to its columns.
         index = chunks.load_indices(row, first + slot, exists)
         value = chunks.load_values(row, first + slot, exists)

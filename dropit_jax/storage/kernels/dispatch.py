@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from dropit_jax.storage.kernels import definitions
-from dropit_jax.storage.kernels import plan as plans
+from dropit_jax.storage.kernels import chunk_storage, definitions
+from dropit_jax.storage.kernels.chunk_storage import ChunkStorage
 from dropit_jax.storage.kernels.definitions import Positions
 from dropit_jax.storage.kernels.on_gpu import kernel_or_definition
-from dropit_jax.storage.kernels.plan import ChunkStorage
 from dropit_jax.xla import cpu_calls
 from dropit_jax.xla.platforms import by_platform
 
@@ -23,33 +22,33 @@ _Operation = Callable[..., Any]
 
 
 # `jax.jit` keeps traces: layers of one shape are traced once, not each.
-@functools.partial(jax.jit, static_argnames="plan", inline=True)
+@functools.partial(jax.jit, static_argnames="storage", inline=True)
 def compress(
-    x: Float[Array, "*rows units elements"], plan: ChunkStorage
+    x: Float[Array, "*rows units elements"], storage: ChunkStorage
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
-    """Returns `definitions.compress(x, plan)`, in one pass where a GPU kernel exists.
+    """Returns `definitions.compress(x, storage)`; one pass if a GPU kernel exists.
 
     It has no gradient: residuals are for computing one.
     """
-    definition = functools.partial(definitions.compress, plan=plan)
-    kernel = functools.partial(_compress_kernel, plan=plan)
+    definition = functools.partial(definitions.compress, storage=storage)
+    kernel = functools.partial(_compress_kernel, storage=storage)
     x = lax.stop_gradient(x)
-    if not _may_use_kernel(plan, x):
+    if not _may_use_kernel(storage, x):
         return definition(x)
     operation = by_platform(
         definition,
-        cpu=_compress_call(plan),
-        one_cpu=_compress_call(plan, for_one_device=True),
+        cpu=_compress_call(storage),
+        one_cpu=_compress_call(storage, for_one_device=True),
         cuda=kernel_or_definition(kernel, definition, results=2),
     )
     return operation(x)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "dtype"), inline=True)
+@functools.partial(jax.jit, static_argnames=("storage", "dtype"), inline=True)
 def decompress(
     values: Float[Array, "*rows units kept"],
     positions: Positions,
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     dtype: jax.typing.DTypeLike,
     after: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, "*rows units elements"]:
@@ -58,20 +57,20 @@ def decompress(
     On a CPU it is not computed before `after` is.
     """
     dtype = jnp.dtype(dtype)
-    return _decompress_differentiably(plan, dtype, values, positions, after)
+    return _decompress_differentiably(storage, dtype, values, positions, after)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decompress_differentiably(
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     dtype: jnp.dtype,
     values: Array,
     positions: Array,
     after: Array | None,
 ) -> Array:
-    definition = functools.partial(definitions.decompress, plan=plan, dtype=dtype)
-    kernel = functools.partial(_decompress_kernel, plan=plan, dtype=dtype)
-    if not _may_use_kernel(plan, values):
+    definition = functools.partial(definitions.decompress, storage=storage, dtype=dtype)
+    kernel = functools.partial(_decompress_kernel, storage=storage, dtype=dtype)
+    if not _may_use_kernel(storage, values):
         return definition(values, positions)
     operation = by_platform(
         definition,
@@ -82,7 +81,7 @@ def _decompress_differentiably(
 
 
 def _decompress_forward(
-    plan: ChunkStorage,
+    storage: ChunkStorage,
     dtype: jnp.dtype,
     values: Array,
     positions: Array,
@@ -90,17 +89,17 @@ def _decompress_forward(
 ) -> tuple[Array, Any]:
     # Neither a GPU kernel nor the bits that its definition works on have a gradient.
     def placed(values: Array) -> Array:
-        return definitions.place_kept(values.astype(dtype), positions, plan)
+        return definitions.place_kept(values.astype(dtype), positions, storage)
 
     _, pullback = jax.vjp(placed, values)
-    activation = _decompress_differentiably(plan, dtype, values, positions, after)
+    activation = _decompress_differentiably(storage, dtype, values, positions, after)
     return activation, pullback
 
 
 def _decompress_backward(
-    plan: ChunkStorage, dtype: jnp.dtype, pullback: Any, cotangent: Array
+    storage: ChunkStorage, dtype: jnp.dtype, pullback: Any, cotangent: Array
 ) -> tuple[Array, None, None]:
-    del plan, dtype
+    del storage, dtype
     return (*pullback(cotangent), None, None)
 
 
@@ -108,21 +107,21 @@ _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
 # Importing Pallas takes long: these do so only for a program for a GPU.
-def _compress_kernel(x: Array, plan: ChunkStorage) -> Any:
+def _compress_kernel(x: Array, storage: ChunkStorage) -> Any:
     from dropit_jax.storage.kernels import compress  # noqa: PLC0415
 
-    return compress.compress(x, plan)
+    return compress.compress(x, storage)
 
 
 def _decompress_kernel(
-    values: Array, positions: Array, plan: ChunkStorage, dtype: jnp.dtype
+    values: Array, positions: Array, storage: ChunkStorage, dtype: jnp.dtype
 ) -> Array:
     from dropit_jax.storage.kernels import decompress  # noqa: PLC0415
 
-    return decompress.decompress(values, positions, plan, dtype)
+    return decompress.decompress(values, positions, storage, dtype)
 
 
-def _compress_call(plan: ChunkStorage, for_one_device: bool = False) -> _Operation:
+def _compress_call(storage: ChunkStorage, for_one_device: bool = False) -> _Operation:
     """Returns `definitions.compress` as a call that XLA's CPU compiler does not inline.
 
     The call takes rows, (*rows, units * elements), as matrix products do, and without
@@ -130,7 +129,7 @@ def _compress_call(plan: ChunkStorage, for_one_device: bool = False) -> _Operati
     and would copy arrays with axes of size 1.
 
     Args:
-      plan: how chunks are stored.
+      storage: how chunks are stored.
       for_one_device: whether the program is for one device; it then has the operand
         `definitions.first_index_operand` too.
     """
@@ -140,13 +139,15 @@ def _compress_call(plan: ChunkStorage, for_one_device: bool = False) -> _Operati
         ones = _axes_of_size_1(x)
         squeezed = [size for size in (*rows, units) if size != 1]
         before = (
-            definitions.first_index_operand(squeezed, plan) if for_one_device else None
+            definitions.first_index_operand(squeezed, storage)
+            if for_one_device
+            else None
         )
 
         def inside(x: Array, *before: Array) -> Any:
             chunks = x.reshape(*squeezed, elements)
             x, *others = (lax.expand_dims(x, ones) for x in (chunks, *before))
-            results = definitions.compress(x, plan, *others)
+            results = definitions.compress(x, storage, *others)
             return jax.tree.map(lambda x: lax.squeeze(x, ones), results)
 
         x = x.reshape(*rows, units * elements)
@@ -192,12 +193,12 @@ def _axes_of_size_1(x: Array) -> list[int]:
     return [axis for axis, size in enumerate(x.shape[:-1]) if size == 1]
 
 
-def _may_use_kernel(plan: ChunkStorage, x: Array) -> bool:
+def _may_use_kernel(storage: ChunkStorage, x: Array) -> bool:
     """Returns whether a GPU kernel may be used here.
 
-    It cannot address more than `plans.fits` allows. On a mesh whose axes differ in type
-    it would have to be partitioned in two ways at once.
+    It cannot address more than `chunk_storage.fits` allows. On a mesh whose axes differ
+    in type it would have to be partitioned in two ways at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_uniform = len(set(mesh.axis_types)) <= 1
-    return is_uniform and plans.fits(plan, math.prod(x.shape[:-1]))
+    return is_uniform and chunk_storage.fits(storage, math.prod(x.shape[:-1]))

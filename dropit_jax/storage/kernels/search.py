@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from dropit_jax.storage.kernels.plan import MAX_ORDERED, power_of_two
+from dropit_jax.storage.kernels.chunk_storage import MAX_ORDERED, power_of_two
 
 _Carry = TypeVar("_Carry")
 _Integers = Int32[Array, "rows columns"]

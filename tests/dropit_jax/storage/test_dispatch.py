@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 import dropit_jax
 from dropit_jax import DropIT
 from dropit_jax.storage.kernels import definitions, dispatch
+from dropit_jax.storage.kernels.chunk_storage import ChunkStorage
 from dropit_jax.storage.kernels.compress import compress
 from dropit_jax.storage.kernels.decompress import decompress
-from dropit_jax.storage.kernels.plan import ChunkStorage
 from dropit_jax.xla.partitioning import on_every_device
 from tests.dropit_jax import gpu_programs, reference
 
-_PLAN = ChunkStorage(16, 3, "index", "bfloat16")
-_SHAPE = (8, 2, 4, _PLAN.unit * 16)
+_STORAGE = ChunkStorage(16, 3, "index", "bfloat16")
+_SHAPE = (8, 2, 4, _STORAGE.unit * 16)
 _SPECS = (
     P("data"),
     P("data", None, "model"),
@@ -35,9 +35,11 @@ _SPECS = (
 _MOVES = re.compile(r" (all-\w+|reduce-scatter|collective-permute)(-start)?\(")
 
 # Emulated, and otherwise as on a GPU.
-_compress = on_every_device(functools.partial(compress, plan=_PLAN, interpret=True), 2)
+_compress = on_every_device(
+    functools.partial(compress, storage=_STORAGE, interpret=True), 2
+)
 _decompress = on_every_device(
-    functools.partial(decompress, plan=_PLAN, dtype="float32", interpret=True), 1
+    functools.partial(decompress, storage=_STORAGE, dtype="float32", interpret=True), 1
 )
 
 
@@ -48,11 +50,11 @@ def _round_trip(x):
 
 @jax.jit
 def _expected(x):
-    values, positions = definitions.compress(x, _PLAN)
+    values, positions = definitions.compress(x, _STORAGE)
     return (
         values,
         positions,
-        definitions.decompress(values, positions, _PLAN, "float32"),
+        definitions.decompress(values, positions, _STORAGE, "float32"),
     )
 
 
@@ -149,11 +151,11 @@ class MeshTest(parameterized.TestCase):
     def test_vmap_of_one_operand(self):
         @jax.jit
         def run(x):
-            values, positions = definitions.compress(x, _PLAN)
+            values, positions = definitions.compress(x, _STORAGE)
             one = jnp.broadcast_to(values[0], values.shape)
             return (
                 jax.vmap(_decompress, (None, 0))(values[0], positions),
-                definitions.decompress(one, positions, _PLAN, "float32"),
+                definitions.decompress(one, positions, _STORAGE, "float32"),
             )
 
         whole, expected = run(self.x)
@@ -260,21 +262,21 @@ class CpuProgramTest(parameterized.TestCase):
             x = jnp.maximum(x * 3.0 + 1.0, 0.0)
             return x, pack(x.reshape(64, 64, -1))
 
-        x = jax.ShapeDtypeStruct((64, 64 * 16 * _PLAN.unit), jnp.float32)
+        x = jax.ShapeDtypeStruct((64, 64 * 16 * _STORAGE.unit), jnp.float32)
         text = jax.jit(step).lower(x).compile().as_text()
         return len(re.findall(r"f32\S* multiply\(", text))
 
     def test_what_is_compressed_is_computed_once(self):
-        pack = functools.partial(dispatch.compress, plan=_PLAN)
+        pack = functools.partial(dispatch.compress, storage=_STORAGE)
         self.assertEqual(self.multiplications(pack), 1)
 
     def test_and_would_not_be_if_the_twin_were_inlined(self):
-        pack = functools.partial(definitions.compress, plan=_PLAN)
+        pack = functools.partial(definitions.compress, storage=_STORAGE)
         self.assertGreater(self.multiplications(pack), 1)
 
     def test_the_first_and_the_second_element_are_found_by_one_loop(self):
-        plan = ChunkStorage(16, 2, "index", "bfloat16")
-        compress = functools.partial(dispatch.compress, plan=plan)
+        storage = ChunkStorage(16, 2, "index", "bfloat16")
+        compress = functools.partial(dispatch.compress, storage=storage)
         x = jax.ShapeDtypeStruct((8, 24, 16), jnp.float32)
         text = jax.jit(compress).lower(x).compile().as_text()
         loops = [loop for loop in _fused_computations(text) if " reduce(" in loop]

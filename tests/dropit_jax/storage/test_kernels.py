@@ -16,9 +16,9 @@ from absl.testing import absltest, parameterized
 from dropit_jax import memory
 from dropit_jax.memory.compiled import toolchain
 from dropit_jax.storage.kernels import definitions
+from dropit_jax.storage.kernels.chunk_storage import ChunkStorage, supported
 from dropit_jax.storage.kernels.compress import compress
 from dropit_jax.storage.kernels.decompress import decompress
-from dropit_jax.storage.kernels.plan import ChunkStorage, supported
 from tests import xla_flags
 from tests.dropit_jax import reference
 
@@ -60,29 +60,29 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from dropit_jax.storage.kernels.compress import compress
 from dropit_jax.storage.kernels.decompress import decompress
-from dropit_jax.storage.kernels.plan import ChunkStorage
+from dropit_jax.storage.kernels.chunk_storage import ChunkStorage
 
 cases, *targets = json.loads(sys.argv[1])
-plans, shapes = [], []
+storages, shapes = [], []
 for size, kept, encoding, value_dtype, dtype in cases:
-    plan = ChunkStorage(size, kept, encoding, value_dtype)
-    plans.append((plan, dtype))
+    storage = ChunkStorage(size, kept, encoding, value_dtype)
+    storages.append((storage, dtype))
     shapes.append([
         jax.ShapeDtypeStruct((9, 49, 2, last), kind)
         for last, kind in (
-            (plan.unit * size, dtype),
-            (plan.unit * kept, value_dtype),
-            (plan.positions, plan.position_dtype),
+            (storage.unit * size, dtype),
+            (storage.unit * kept, value_dtype),
+            (storage.positions, storage.position_dtype),
         )
     ])
 
 def kernels(args):
     return [
         (
-            compress(x, plan),
-            decompress(values, positions, plan, dtype),
+            compress(x, storage),
+            decompress(values, positions, storage, dtype),
         )
-        for (plan, dtype), (x, values, positions) in zip(plans, args)
+        for (storage, dtype), (x, values, positions) in zip(storages, args)
     ]
 
 some = jax.sharding.AbstractDevice("NVIDIA A100", None, "gpu")
@@ -111,7 +111,7 @@ _COMPILED = (
 )
 
 
-def _chunks(plan, dtype, shape, seed=0):
+def _chunks(storage, dtype, shape, seed=0):
     """Chunks of every kind: random, tied, constant, and full of special numbers."""
     rng = np.random.default_rng(seed)
     dtype = jnp.dtype(dtype)
@@ -122,7 +122,7 @@ def _chunks(plan, dtype, shape, seed=0):
     special = np.array(
         positive + [1 << (width - 1) | x for x in positive], f"u{width // 8}"
     )
-    x = rng.normal(size=(math.prod(shape) * plan.unit, plan.size)).astype(dtype)
+    x = rng.normal(size=(math.prod(shape) * storage.unit, storage.size)).astype(dtype)
     kinds = np.arange(len(x)) % 6
     x[kinds == 1] = np.round(x[kinds == 1])
     x[kinds == 2] = 0
@@ -130,46 +130,48 @@ def _chunks(plan, dtype, shape, seed=0):
     strewn = (kinds == 4)[:, None] & (rng.random(x.shape) < 0.5)
     x[strewn] = rng.choice(special, strewn.sum()).view(dtype)
     x[kinds == 5] = np.maximum(x[kinds == 5], 0)
-    return jnp.asarray(x.reshape(*shape, plan.unit * plan.size))
+    return jnp.asarray(x.reshape(*shape, storage.unit * storage.size))
 
 
-def _shape(plan):
-    """Rows and units, of which blocks of `plan.size` are no multiple."""
-    chunks = 1 if plan.size > 1000 else max(7, 2500 // plan.size)
-    return (3, max(1, chunks // plan.unit // 6) | 1, 2)
+def _shape(storage):
+    """Rows and units, of which blocks of `storage.size` are no multiple."""
+    chunks = 1 if storage.size > 1000 else max(7, 2500 // storage.size)
+    return (3, max(1, chunks // storage.unit // 6) | 1, 2)
 
 
 @functools.lru_cache
 def _case(size, kept, encoding, value_dtype, dtype):
-    """A plan, chunks, what the twin keeps of them, and what it puts back."""
-    plan = ChunkStorage(size, kept, encoding, value_dtype)
-    x = _chunks(plan, dtype, _shape(plan))
+    """Returns a storage, chunks, and the results of the definitions for them."""
+    storage = ChunkStorage(size, kept, encoding, value_dtype)
+    x = _chunks(storage, dtype, _shape(storage))
 
-    kept = jax.jit(functools.partial(definitions.compress, plan=plan))(x)
+    kept = jax.jit(functools.partial(definitions.compress, storage=storage))(x)
     # A program of its own: in one, a GPU's compiler leaves out a cast and its reverse.
-    whole = functools.partial(definitions.decompress, plan=plan, dtype=dtype)
-    return plan, x, kept, jax.jit(whole)(*kept)
+    whole = functools.partial(definitions.decompress, storage=storage, dtype=dtype)
+    return storage, x, kept, jax.jit(whole)(*kept)
 
 
-def _order(x, plan):
+def _order(x, storage):
     """The indices kept of each chunk, by Python's stable sort."""
-    order = [reference.top_k(chunk, plan.kept) for chunk in x.reshape(-1, plan.size)]
-    if plan.encoding == "bitmap" or plan.size > 64:
+    order = [
+        reference.top_k(chunk, storage.kept) for chunk in x.reshape(-1, storage.size)
+    ]
+    if storage.encoding == "bitmap" or storage.size > 64:
         order = [sorted(indices) for indices in order]
     return np.array(order)
 
 
-def _packed(order, plan, lead):
+def _packed(order, storage, lead):
     """Positions as they are stored."""
-    if plan.encoding == "bitmap":
-        mask = np.zeros((len(order), plan.size), bool)
+    if storage.encoding == "bitmap":
+        mask = np.zeros((len(order), storage.size), bool)
         np.put_along_axis(mask, order, values=True, axis=1)
         packed = np.packbits(mask.reshape(*lead, -1), axis=-1, bitorder="little")
-    elif plan.size <= 16:
+    elif storage.size <= 16:
         pairs = order.reshape(*lead, -1, 2).astype(np.uint8)
         packed = pairs[..., 0] | pairs[..., 1] << 4
     else:
-        packed = order.astype(np.uint8 if plan.size <= 256 else np.uint16)
+        packed = order.astype(np.uint8 if storage.size <= 256 else np.uint16)
     return packed.reshape(*lead, -1)
 
 
@@ -183,14 +185,14 @@ def _cast(x, dtype):
 class TwinTest(parameterized.TestCase):
     @parameterized.parameters(*_CASES)
     def test_keeps_what_a_stable_sort_puts_first(self, *case):
-        plan, x, (values, positions), whole = _case(*case)
+        storage, x, (values, positions), whole = _case(*case)
         x = np.asarray(x)
-        order = _order(x, plan)
-        kept = np.take_along_axis(x.reshape(-1, plan.size), order, axis=1)
-        kept = _cast(kept, plan.value_dtype)
+        order = _order(x, storage)
+        kept = np.take_along_axis(x.reshape(-1, storage.size), order, axis=1)
+        kept = _cast(kept, storage.value_dtype)
         reference.assert_same_bits(values, kept.reshape(values.shape))
-        reference.assert_same_bits(positions, _packed(order, plan, x.shape[:-1]))
-        placed = np.zeros((len(order), plan.size), x.dtype)
+        reference.assert_same_bits(positions, _packed(order, storage, x.shape[:-1]))
+        placed = np.zeros((len(order), storage.size), x.dtype)
         back = _cast(kept, x.dtype)
         np.put_along_axis(placed, order, np.asarray(back), axis=1)
         reference.assert_same_bits(whole, placed.reshape(x.shape))
@@ -199,29 +201,29 @@ class TwinTest(parameterized.TestCase):
 class KernelTest(parameterized.TestCase):
     @parameterized.parameters(*_CASES)
     def test_compress_is_its_twin(self, *case):
-        plan, x, expected, _ = _case(*case)
-        kernel = functools.partial(compress, plan=plan, interpret=_EMULATED)
+        storage, x, expected, _ = _case(*case)
+        kernel = functools.partial(compress, storage=storage, interpret=_EMULATED)
         for one, other in zip(jax.jit(kernel)(x), expected, strict=True):
             reference.assert_same_bits(one, other)
 
     @parameterized.parameters(*_CASES[::2])
     def test_decompress_is_its_twin(self, *case):
-        plan, x, (values, positions), whole = _case(*case)
-        args = {"plan": plan, "dtype": x.dtype, "interpret": _EMULATED}
+        storage, x, (values, positions), whole = _case(*case)
+        args = {"storage": storage, "dtype": x.dtype, "interpret": _EMULATED}
         kernel = functools.partial(decompress, **args)
         reference.assert_same_bits(jax.jit(kernel)(values, positions), whole)
 
     @parameterized.parameters(((270, 1),), ((2, 3, 5, 1),), ((0, 1),), ((3, 0, 2),))
     def test_any_leading_axes(self, shape):
-        plan = ChunkStorage(8, 3, "index", "bfloat16")
-        x = _chunks(plan, "float32", shape)
+        storage = ChunkStorage(8, 3, "index", "bfloat16")
+        x = _chunks(storage, "float32", shape)
 
         @jax.jit
         def run(x):
-            kept = compress(x, plan, interpret=_EMULATED)
-            whole = decompress(*kept, plan, "float16", interpret=_EMULATED)
-            expected = definitions.compress(x, plan)
-            placed = definitions.decompress(*expected, plan, "float16")
+            kept = compress(x, storage, interpret=_EMULATED)
+            whole = decompress(*kept, storage, "float16", interpret=_EMULATED)
+            expected = definitions.compress(x, storage)
+            placed = definitions.decompress(*expected, storage, "float16")
             return (*kept, whole), (*expected, placed)
 
         actual, expected = run(x)
@@ -249,21 +251,21 @@ class SupportTest(parameterized.TestCase):
         ("float32", ChunkStorage(2**14 + 1, 16, "index", "float32")),
         ("float32", ChunkStorage(2**17, 16, "index", "float32")),
     )
-    def test_nothing_else(self, dtype, plan):
-        self.assertFalse(supported(dtype, plan))
+    def test_nothing_else(self, dtype, storage):
+        self.assertFalse(supported(dtype, storage))
         if dtype == "float64":
             return  # JAX has none here.
-        x = jax.ShapeDtypeStruct((1, plan.unit * plan.size), dtype)
+        x = jax.ShapeDtypeStruct((1, storage.unit * storage.size), dtype)
         with pytest.raises(ValueError, match="There is no kernel for"):
-            jax.eval_shape(functools.partial(compress, plan=plan), x)
+            jax.eval_shape(functools.partial(compress, storage=storage), x)
 
     def test_shapes_are_the_plans(self):
-        plan = ChunkStorage(16, 3, "index", "float32")  # 2 chunks a unit
+        storage = ChunkStorage(16, 3, "index", "float32")  # 2 chunks a unit
         x = jnp.zeros((4, 16))
         with pytest.raises(ValueError, match=r"\(\.\.\., units, 32\), not \(4, 16\)"):
-            compress(x, plan, interpret=_EMULATED)
+            compress(x, storage, interpret=_EMULATED)
         values, positions = jnp.zeros((4, 6)), jnp.zeros((4, 3), jnp.uint8)
-        whole = decompress(values, positions, plan, "float32", interpret=_EMULATED)
+        whole = decompress(values, positions, storage, "float32", interpret=_EMULATED)
         self.assertEqual(whole.shape, (4, 32))
         for wrong in (
             (values[:, :5], positions),
@@ -271,16 +273,16 @@ class SupportTest(parameterized.TestCase):
             (values, positions.astype(jnp.uint16)),
         ):
             with pytest.raises(ValueError, match=r"are .*, not "):
-                decompress(*wrong, plan, "float32", interpret=_EMULATED)
+                decompress(*wrong, storage, "float32", interpret=_EMULATED)
 
     def test_no_array_that_pallas_cannot_address(self):
-        plan = ChunkStorage(64, 63, "index", "float32")
+        storage = ChunkStorage(64, 63, "index", "float32")
         x = jax.ShapeDtypeStruct((2**25, 64), jnp.float32)
-        shapes = jax.eval_shape(functools.partial(compress, plan=plan), x)
+        shapes = jax.eval_shape(functools.partial(compress, storage=storage), x)
         self.assertEqual(shapes[1].shape, (2**25, 63))
         x = jax.ShapeDtypeStruct((2**26, 64), jnp.float32)
         with pytest.raises(ValueError, match="no kernel for 67108864 units"):
-            jax.eval_shape(functools.partial(compress, plan=plan), x)
+            jax.eval_shape(functools.partial(compress, storage=storage), x)
 
 
 class CompileTest(parameterized.TestCase):

@@ -89,37 +89,41 @@ class ChunkStorage:
         return self.kept * self.index_bits
 
 
-def supported(x_dtype: jax.typing.DTypeLike, plan: ChunkStorage) -> bool:
-    """Returns whether there are GPU kernels for this plan and type of activation."""
+def supported(x_dtype: jax.typing.DTypeLike, storage: ChunkStorage) -> bool:
+    """Returns whether there are GPU kernels for this storage and type of activation."""
     return (
         jnp.dtype(x_dtype).name in _FLOATS
-        and plan.value_dtype in _FLOATS
-        and plan.encoding in ("index", "bitmap")
-        and 2 <= plan.size <= _MAX_SIZE
-        and 1 <= plan.kept < plan.size
+        and storage.value_dtype in _FLOATS
+        and storage.encoding in ("index", "bitmap")
+        and 2 <= storage.size <= _MAX_SIZE
+        and 1 <= storage.kept < storage.size
     )
 
 
-def fits(plan: ChunkStorage, units: int) -> bool:
+def fits(storage: ChunkStorage, units: int) -> bool:
     """Returns whether a GPU kernel can count the chunks and address their positions.
 
     `False` for a symbolic number of units (`jax.export`), whose value is not known.
     """
     if jax.export.is_symbolic_dim(units):
         return False
-    return units * plan.positions <= _MAX_STORED and units * plan.unit < _MAX_CHUNKS
+    return (
+        units * storage.positions <= _MAX_STORED and units * storage.unit < _MAX_CHUNKS
+    )
 
 
-def check(dtype: jax.typing.DTypeLike, plan: ChunkStorage, units: int) -> None:
-    """Checks that there is a GPU kernel for this type, plan and number of units.
+def check(dtype: jax.typing.DTypeLike, storage: ChunkStorage, units: int) -> None:
+    """Checks that there is a GPU kernel for this type, storage and number of units.
 
     Raises:
       ValueError: there is none.
     """
-    if not supported(dtype, plan):
-        raise ValueError(f"There is no kernel for {jnp.dtype(dtype).name} and {plan}.")
-    if not fits(plan, units):
-        raise ValueError(f"There is no kernel for {units} units of {plan}.")
+    if not supported(dtype, storage):
+        raise ValueError(
+            f"There is no kernel for {jnp.dtype(dtype).name} and {storage}."
+        )
+    if not fits(storage, units):
+        raise ValueError(f"There is no kernel for {units} units of {storage}.")
 
 
 def bits_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
