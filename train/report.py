@@ -55,15 +55,15 @@ def main(directories: list[Path]) -> None:
         job_lib.check(each[0].config)
     output.mkdir(parents=True, exist_ok=True)
 
-    # Everything that can fail comes before the writing.
+    # Everything that can fail comes before the writing, and what takes longest last.
+    terminal.say(f"Computing gradients of {', '.join(drawn)} ...")
+    found = {
+        name: _distributions(_of_seed(variants[name], seed), terminal) for name in drawn
+    }
     terminal.say(f"Compiling {len(variants)} steps for {target} ...")
     temp_bytes = {
         name: measurements.allocated(each[0].config, target).temp_bytes
         for name, each in variants.items()
-    }
-    terminal.say(f"Computing gradients of {', '.join(drawn)} ...")
-    found = {
-        name: _distributions(_of_seed(variants[name], seed), terminal) for name in drawn
     }
     terminal.say(f"Timing {len(variants)} steps ...")
     summaries = _summaries(variants, baseline, temp_bytes)
