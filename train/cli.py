@@ -94,13 +94,13 @@ def launch_on_directories(job: Callable[[list[Path]], None]) -> None:
     def checked(directories: list[str]) -> None:
         if _CONFIG.value is not None or _WORKDIR.value is not None:
             raise ConfigError(
-                "Runs are named without a flag: leave out --config and --workdir."
+                "Give the directories of runs without --config and --workdir."
             )
         if not directories:
-            raise ConfigError("Name the directories of runs.")
+            raise ConfigError("Give the directories of runs.")
         for directory in directories:
             if not user_path(directory).is_dir():
-                raise ConfigError(f"{shorten(directory)} is no directory.")
+                raise ConfigError(f"{shorten(directory)} is not a directory.")
         job([user_path(directory) for directory in directories])
 
     _run(checked, [])
@@ -114,7 +114,7 @@ def _workdir() -> Path:
 
 def _check_no_arguments(arguments: list[str]) -> None:
     if arguments:
-        raise ConfigError(f"Not an argument: {shorten(repr(arguments[0]))}.")
+        raise ConfigError(f"Unexpected argument: {shorten(repr(arguments[0]))}.")
 
 
 def _run(job: Callable[[list[str]], None], required: list[str]) -> None:

@@ -107,8 +107,8 @@ def _with_first(
         if seeds.isdisjoint(run.config.seed for run in each):
             raise ConfigError(
                 f"No run of {name} has the seed of one of {first}: "
-                f"{', '.join(map(str, sorted(seeds)))}. What a seed does is not to be "
-                f"taken for what {name} does: train it with one of these."
+                f"{', '.join(map(str, sorted(seeds)))}. Train {name} with one "
+                "of these seeds: results of different seeds cannot be compared."
             )
     return {first: variants[first]} | variants
 

@@ -163,7 +163,7 @@ def _first_layer(
 
     jax.eval_shape(traced, state)
     if not called:
-        raise ValueError("The call in skip_first comes to none of the model's layers.")
+        raise ValueError("The call in skip_first calls none of the model's layers.")
     return called[0]
 
 

@@ -157,7 +157,9 @@ class Settings:
         if isinstance(given, Plan):
             chosen, choices = given.preset, given.forms
             if rules is not None:
-                raise ValueError("A plan has rules of its own: make it with these.")
+                raise ValueError(
+                    "A plan has its own rules: give rules to dropit_jax.plan."
+                )
         elif isinstance(given, str):
             chosen = presets.preset(given)
         if not isinstance(chosen, Preset):

@@ -210,7 +210,7 @@ class FailuresTest(parameterized.TestCase):
     @parameterized.parameters(
         (["--config.init_from=ViT-B_16.npz"], "imagenet21k/ViT-B_16.npz"),
         (["--config.dataset=cifar10", "--config.data_dir=/nowhere"], "train.prepare"),
-        (["--config.mesh.fsdp=3"], "are not the 1 that there are"),
+        (["--config.mesh.fsdp=3"], "are asked for, and there are 1"),
     )
     def test_what_cannot_be_run_is_told_and_leaves_no_claim(self, arguments, message):
         workdir = self.directory / "refused"

@@ -198,7 +198,7 @@ class CommandTest(parameterized.TestCase):
             ["--config.seed=99999999999999999999"],
             "config.seed must be at most 9,223,372,036,854,775,807",
         ),
-        (["stray"], "Not an argument: 'stray'"),
+        (["stray"], "Unexpected argument: 'stray'"),
         (["--config.workers=1000000"], "config.workers=1000000 is more than"),
         (["--config.init_from=~nosuchuser/a.npz"], "is no name of a file"),
         (["--config.init_from=/nowhere.npz"], "/nowhere.npz does not exist"),

@@ -171,13 +171,13 @@ def from_json(text: str) -> ConfigDict:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"It is no JSON: {shorten(error)}.") from error
+        raise ConfigError(f"Not JSON: {shorten(error)}.") from error
     if not isinstance(content, dict):
-        raise ConfigError("It is no JSON object.")
+        raise ConfigError("Not a JSON object.")
     try:
         return ConfigDict(_migrated(_with_tuples(content)))
     except Exception as error:  # of many types, for names that no field can have
-        raise ConfigError(f"It is no config: {shorten(error)}") from error
+        raise ConfigError(f"Not a config: {shorten(error)}") from error
 
 
 def _migrated(fields: dict[str, Any]) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def _check_names(values: dict[str, Any]) -> None:
         if name not in _FIELDS:
             raise ConfigError(unknown_field(_FIELDS, name))
     if all(values.get(name) is None for name in _EITHER):
-        raise ConfigError("A config has config.num_epochs or config.num_steps.")
+        raise ConfigError("Set config.num_epochs or config.num_steps.")
     for name in _FIELDS:
         if name not in (*values, *_EITHER, *_OPTIONAL, *_OF_MODELS):
             raise ConfigError(f"config.{name} is missing.")
@@ -354,8 +354,8 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
     except ValueError as error:
         raise ConfigError(
             f"config.mesh: {text.shorten(data_axis)} x {text.shorten(fsdp_axis)} "
-            f"devices are not the {num_devices} that there are. Set "
-            "config.mesh.data=-1 for all that are left."
+            f"devices are asked for, and there are {num_devices}. Set "
+            "config.mesh.data=-1 to use all of them."
         ) from error
 
 
@@ -379,6 +379,6 @@ def _check_batch(values: dict[str, Any], num_devices: int) -> None:
     steps = (values.get("num_epochs") or 0) * (examples // size)
     if values.get("num_steps") is None and steps > _LARGEST_COUNT:
         raise ConfigError(
-            f"config.num_epochs={values['num_epochs']} are {steps:,} steps, and "
-            f"{_LARGEST_COUNT:,} are counted at most."
+            f"config.num_epochs={values['num_epochs']} takes {steps:,} steps; the most "
+            f"is {_LARGEST_COUNT:,}."
         )

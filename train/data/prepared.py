@@ -211,7 +211,7 @@ def _check_format(directory: Path) -> None:
     if FILE_FORMAT not in formats:
         raise DataError(
             f"The dataset in {directory} is in the format {' and '.join(formats)}, "
-            f"which has no random access; needed is {FILE_FORMAT}. "
+            f"which has no random access; {FILE_FORMAT} is needed. "
             f"{_remedy(directory)}"
         )
 

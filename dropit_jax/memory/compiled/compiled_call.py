@@ -67,8 +67,8 @@ class CompiledCall:
             return cls(step, own, arguments, static, tuple(donated))
         if static or any(donated):
             raise ValueError(
-                f"donate={donate!r}: the function is jitted, and says itself what it "
-                "donates; say so there, by jax.jit(..., donate_argnums=...)."
+                f"donate={donate!r}: the function is jitted. Name its donated "
+                "arguments there, in jax.jit(..., donate_argnums=...)."
             )
         return cls.of(functools.partial(step), arguments, wanted)
 

@@ -118,8 +118,8 @@ class Planner:
         if self._given is not None:
             if key not in self._given:
                 raise PlanError(
-                    "The plan is of another function, or of arguments of other types: "
-                    "make it of these, with dropit_jax.plan."
+                    "The plan was made for another function, or for arguments of other "
+                    "types: make one for these, with dropit_jax.plan."
                 )
             return self._given[key]
         case = key, self.preset

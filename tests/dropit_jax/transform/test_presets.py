@@ -108,7 +108,7 @@ class RulesTest(parameterized.TestCase):
 
     def test_a_plan_takes_no_rules(self):
         planned = plan(_scoped)(PARAMS, X)
-        with pytest.raises(ValueError, match="A plan has rules of its own"):
+        with pytest.raises(ValueError, match="A plan has its own rules"):
             drop(_scoped, planned, rules={"head": "exact"})
 
 

@@ -219,26 +219,26 @@ class JsonTest(parameterized.TestCase):
         self.assertEqual(config_lib.steps(found), config_lib.steps(config))
 
     @parameterized.parameters(
-        ("", "It is no JSON: Expecting value"),
-        ("{", "It is no JSON: Expecting property name"),
-        ('{"a": 1', "It is no JSON: Expecting ',' delimiter"),
-        ('{"seed": 1} x', "It is no JSON: Extra data"),
-        ("[]", r"It is no JSON object\."),
-        ("[" * 100_000, r"It is no JSON: "),
-        ('{"seed": ' + "9" * 5000 + "}", r"It is no JSON: "),
-        ('{"__class__": 1}', "It is no config: "),
-        ('{"a": ' * 100_000, r"It is no JSON: "),
-        ("3", r"It is no JSON object\."),
-        ("null", r"It is no JSON object\."),
-        ('"seed"', r"It is no JSON object\."),
-        ('{"model.name": "vit_b"}', "It is no config: .*model.name"),
+        ("", "Not JSON: Expecting value"),
+        ("{", "Not JSON: Expecting property name"),
+        ('{"a": 1', "Not JSON: Expecting ',' delimiter"),
+        ('{"seed": 1} x', "Not JSON: Extra data"),
+        ("[]", r"Not a JSON object\."),
+        ("[" * 100_000, r"Not JSON: "),
+        ('{"seed": ' + "9" * 5000 + "}", r"Not JSON: "),
+        ('{"__class__": 1}', "Not a config: "),
+        ('{"a": ' * 100_000, r"Not JSON: "),
+        ("3", r"Not a JSON object\."),
+        ("null", r"Not a JSON object\."),
+        ('"seed"', r"Not a JSON object\."),
+        ('{"model.name": "vit_b"}', "Not a config: .*model.name"),
     )
     def test_other_text_is_an_error(self, text, message):
         with pytest.raises(config_lib.ConfigError, match=message):
             config_lib.from_json(text)
 
     @parameterized.parameters(
-        ("{}", r"A config has config\.num_epochs or config\.num_steps"),
+        ("{}", r"Set config\.num_epochs or config\.num_steps"),
         ('{"datset": "digits"}', r"config\.datset is not a field"),
         ('{"model": {"name": []}}', "num_epochs or"),
     )

@@ -156,10 +156,22 @@ class ValidateTest(parameterized.TestCase):
         ("mesh.fsdp", -2, r"config\.mesh\.fsdp must be above 0, or -1 .*, got -2"),
         ("mesh.fsdp", None, r"config\.mesh\.fsdp must be of type integral, got None"),
         ("mesh.data", 2.0, r"config\.mesh\.data must be of type integral, got 2\.0"),
-        ("mesh.data", 1, r"config\.mesh: 1 x 1 devices are not the 2 that there are"),
-        ("mesh.data", 4, r"config\.mesh: 4 x 1 devices are not .*mesh\.data=-1"),
-        ("mesh.fsdp", 4, r"config\.mesh: -1 x 4 devices are not the 2 that"),
-        ("mesh.fsdp", 3, r"config\.mesh: -1 x 3 devices are not the 2 that"),
+        (
+            "mesh.data",
+            1,
+            r"config\.mesh: 1 x 1 devices are asked for, and there are 2\.",
+        ),
+        ("mesh.data", 4, r"config\.mesh: 4 x 1 devices are asked .*mesh\.data=-1"),
+        (
+            "mesh.fsdp",
+            4,
+            r"config\.mesh: -1 x 4 devices are asked for, and there are 2",
+        ),
+        (
+            "mesh.fsdp",
+            3,
+            r"config\.mesh: -1 x 3 devices are asked for, and there are 2",
+        ),
         ("mesh.tensor", 2, r"config\.mesh\.tensor is not a field that a config has"),
         (
             "model.pool",
@@ -201,7 +213,7 @@ class ValidateTest(parameterized.TestCase):
         ("schedule.decay_epochs", (1e308,), r"numbers of epochs, got \(1e\+308,\)"),
         ("mixup", 1e300, r"config\.mixup must be at most 1,000,000"),
         ("mixup", 1e-300, r"config\.mixup must be 0, or at least 1e-06, got 1e-300"),
-        ("num_epochs", 10**8, r"num_epochs=100000000 are 2,200,000,000 steps, and 2"),
+        ("num_epochs", 10**8, "num_epochs=100000000 takes 2,200,000,000 steps; the"),
         ("profile_steps", (1, 2**40), r"config\.profile_steps takes .* got \(1, 1099"),
         (
             "batch_size",
@@ -268,7 +280,7 @@ class ValidateTest(parameterized.TestCase):
             return
         message = rf"config\.{name} is missing"
         if name == "num_epochs":
-            message = r"A config has config\.num_epochs or config\.num_steps"
+            message = r"Set config\.num_epochs or config\.num_steps"
         with pytest.raises(config_lib.ConfigError, match=message):
             validation.validate(config)
 
