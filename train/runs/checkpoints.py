@@ -261,6 +261,7 @@ class Checkpoints:
         if is_first():
             assert self._saving is not None
             (path,) = step_directories.half_written(self._directory, self._saving)
+            checksums.wait_for_orbax(path)
             checksums.write(path, self._saving)
 
     def _check_version(self, step: int, position: Any) -> None:

@@ -6,6 +6,7 @@ another step.
 """
 
 import json
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _BLOCK_BYTES = 2**20
 # time to the first, which is therefore left out of its checksum; the second is empty.
 _ORBAX_METADATA, _ORBAX_TIME = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"
 _ORBAX_SUCCESS_FILE = "commit_success.txt"
+# The field that Orbax adds before, from a thread that it does not wait for.
+_ORBAX_LAST_FIELD = "item_handlers"
+_MOST_SECONDS = 10.0
 
 
 def write(directory: Path, step: int) -> None:
@@ -36,6 +40,25 @@ def write(directory: Path, step: int) -> None:
     files = {name: _crc32(path) for name, path in sorted(_files(directory).items())}
     content = {"version": _VERSION, "step": step, "files": files}
     write_atomically(directory / _NAME, json.dumps(content, indent=1))
+
+
+def wait_for_orbax(directory: Path) -> None:
+    """Waits until Orbax has written all of its metadata but the commit time.
+
+    Orbax writes them from a thread, and a checksum of half of them would be wrong. Gives
+    up after ten seconds.
+
+    Args:
+      directory: directory of the checkpoint, which Orbax is about to rename.
+    """
+    path, end = directory / _ORBAX_METADATA, time.monotonic() + _MOST_SECONDS
+    while time.monotonic() < end:
+        try:
+            if _table(path.read_bytes()).get(_ORBAX_LAST_FIELD) is not None:
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.01)
 
 
 def problem(directory: Path, step: int) -> str:
@@ -122,11 +145,17 @@ def _crc32(path: Path) -> int:
 
 def _without_time(text: bytes) -> bytes:
     """Returns Orbax's metadata without the commit time, in a canonical form."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
+    content = _table(text)
+    if not content:
         return text  # damaged: its checksum differs from the written one
     content.pop(_ORBAX_TIME, None)
     return json.dumps(content, sort_keys=True).encode()
+
+
+def _table(text: bytes) -> dict[str, Any]:
+    """Returns a table in JSON; an empty one, if the text is something else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

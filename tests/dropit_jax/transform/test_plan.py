@@ -105,7 +105,7 @@ class PlanTest(parameterized.TestCase):
 
     def test_of_other_arguments_it_is_an_error(self):
         planned = plan(FEATURES["mlp"])(PARAMS, X)
-        with pytest.raises(PlanError, match="another function, or of arguments"):
+        with pytest.raises(PlanError, match="another function, or for arguments"):
             jax.grad(drop(FEATURES["mlp"], planned))(PARAMS, X[:4])
 
     @parameterized.parameters("", "{}", "[]", '{"preset": 1}')

@@ -1,9 +1,11 @@
 """What a checkpoint says of itself, held against every way to be something else."""
 
+import itertools
 import json
 import tempfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -70,6 +72,35 @@ class ChecksumsTest(parameterized.TestCase):
         ):
             path.write_text(text)
             self.assertIn("_CHECKPOINT_METADATA has changed", self._problem())
+
+    @parameterized.parameters("", "{}", '{"item_handlers": null}', '{"item_h')
+    def test_what_orbax_writes_meanwhile_is_waited_for(self, before):
+        """From a thread of its own, in which it is not always done."""
+        path, whole = self.root / "_CHECKPOINT_METADATA", {"item_handlers": {"a": "b"}}
+        if before:
+            path.write_text(before)
+        looks = []
+
+        def look(seconds):
+            looks.append(seconds)
+            if len(looks) == 3:
+                path.write_text(json.dumps(whole))
+
+        with mock.patch.object(checksums.time, "sleep", look):
+            checksums.wait_for_orbax(self.root)
+        self.assertLen(looks, 3)
+        checksums.write(self.root, 7)
+        path.write_text(json.dumps(whole | {"commit_timestamp_nsecs": 3}))
+        self.assertEqual(self._problem(), "")
+
+    def test_what_orbax_never_writes_is_not_waited_for_for_long(self):
+        clock = itertools.count(0.0, 1.0)
+        with (
+            mock.patch.object(checksums.time, "monotonic", lambda: next(clock)),
+            mock.patch.object(checksums.time, "sleep"),
+        ):
+            checksums.wait_for_orbax(self.root)
+        self.assertLess(next(clock), 20)
 
     @parameterized.parameters("a/empty", "a/b/blocks")
     def test_a_file_that_is_missing(self, name):
