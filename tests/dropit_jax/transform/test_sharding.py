@@ -38,10 +38,13 @@ _ARRAY = re.compile(r"\w+\[[\d,]*\]")
 
 
 def _collectives(compiled):
-    """How often a compiled program has each collective of each types of arrays."""
+    """How often a compiled program has each collective of each type of array.
+
+    XLA joins collectives of several arrays, but not across a barrier.
+    """
     found = _COLLECTIVE.findall(compiled.as_text())
     return collections.Counter(
-        (kind, tuple(sorted(_ARRAY.findall(types)))) for types, kind in found
+        (kind, array) for types, kind in found for array in _ARRAY.findall(types)
     )
 
 
