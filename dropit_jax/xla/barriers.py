@@ -20,8 +20,8 @@ def barrier(operands: T) -> T:
     """Returns a pytree of arrays after `lax.optimization_barrier`; on a CPU, unchanged.
 
     XLA's CPU compiler removes a barrier too late to cancel a reshape before it with its
-    inverse after it, and before JAX 0.12 too early to order anything by it. On a CPU
-    use `call_after`.
+    inverse after it, and too early to order anything by it. On a CPU use
+    `call_after`.
     """
     leaves, structure = jax.tree.flatten(operands)
     return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jax import lax
 from jaxtyping import Array
 
 from dropit_jax import derivatives
@@ -12,6 +11,7 @@ from dropit_jax.transform.forms.storage import Form
 from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Node, Program
+from dropit_jax.xla import barriers
 
 # XLA computes them element by element, inside of the GPU kernel that reads the result.
 _CHEAP = primitives.CONTINUOUS | primitives.MOVES | primitives.DISCONTINUOUS
@@ -70,9 +70,7 @@ class Rebuilder:
         if not leaves:
             return after
         order = sorted(leaves)
-        opened, after = lax.optimization_barrier(
-            ([self._stored[v] for v in order], after)
-        )
+        opened, after = barriers.barrier(([self._stored[v] for v in order], after))
         self._stored.update(zip(order, opened, strict=True))
         self._opened |= leaves
         return after

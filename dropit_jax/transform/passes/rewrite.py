@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dropit_jax.transform.forms import orders
@@ -22,6 +21,7 @@ from dropit_jax.transform.tracing import primitives
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing.program import Atom, Node, Program, Scalar
 from dropit_jax.transform.tracing.split import Split
+from dropit_jax.xla import barriers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ def run_forward(
         # it otherwise, and keep the plain value in memory until then.
         own_key = jax.random.fold_in(key, value) if form.needs_key else None
         encoded = form.encode(x, passes.orders.get(value), own_key)
-        x, stored[value] = lax.optimization_barrier((x, encoded))
+        x, stored[value] = barriers.barrier((x, encoded))
         stored[value] = _named(stored[value])
         return x
 
@@ -155,9 +155,7 @@ def run_backward(
         if cotangent is not None and node in products:
             # Other readers of the cotangent wait for this gradient, so that the
             # activation rebuilt for it is freed first.
-            results, known[cotangent] = lax.optimization_barrier(
-                (results, known[cotangent])
-            )
+            results, known[cotangent] = barriers.barrier((results, known[cotangent]))
             if _is_wider(program, node, cotangent):
                 rebuild.forget(wanted)
         known.update(zip(node.outputs, results, strict=True))

@@ -38,13 +38,10 @@ _ARRAY = re.compile(r"\w+\[[\d,]*\]")
 
 
 def _collectives(compiled):
-    """How often a compiled program has each collective of each type of array.
-
-    XLA joins collectives of several arrays, but not across a barrier.
-    """
+    """How often a compiled program has each collective of each types of arrays."""
     found = _COLLECTIVE.findall(compiled.as_text())
     return collections.Counter(
-        (kind, array) for types, kind in found for array in _ARRAY.findall(types)
+        (kind, tuple(sorted(_ARRAY.findall(types)))) for types, kind in found
     )
 
 
