@@ -45,8 +45,8 @@ def write(directory: Path, step: int) -> None:
 def wait_for_orbax(directory: Path) -> None:
     """Waits until Orbax has written all of its metadata but the commit time.
 
-    Orbax writes them from a thread, and a checksum of half of them would be wrong. Gives
-    up after ten seconds.
+    Orbax writes them from a thread, and a checksum of half of them would be wrong.
+    Gives up after ten seconds.
 
     Args:
       directory: directory of the checkpoint, which Orbax is about to rename.

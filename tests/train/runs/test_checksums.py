@@ -96,7 +96,7 @@ class ChecksumsTest(parameterized.TestCase):
     def test_what_orbax_never_writes_is_not_waited_for_for_long(self):
         clock = itertools.count(0.0, 1.0)
         with (
-            mock.patch.object(checksums.time, "monotonic", lambda: next(clock)),
+            mock.patch.object(checksums.time, "monotonic", side_effect=clock),
             mock.patch.object(checksums.time, "sleep"),
         ):
             checksums.wait_for_orbax(self.root)
