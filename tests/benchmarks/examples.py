@@ -40,7 +40,7 @@ def points(sweep, seconds, added):
 
 
 def on_devices():
-    """What two variants might take on one device and on two."""
+    """Returns made-up results of two variants, on one device and on two."""
     return [
         sharded.OnDevices("devices", 1, "flax", 2, {}, 2**20, 2**22),
         sharded.OnDevices("devices", 1, "dropit_16", 2, {}, 2**19, 2**21),

@@ -159,7 +159,7 @@ class PrintingTest(parameterized.TestCase):
 
 
 def _main(*flags):
-    """What the command prints, its errors, and of which variants it is asked."""
+    """Returns the output of the command, its errors, and the variants it measures."""
     out, err, asked = io.StringIO(), io.StringIO(), {}
 
     def measure(workload, target, names):

@@ -138,7 +138,7 @@ def run_backward(
     for node in program.nodes:
         if node not in steps:
             reader.defer(node)
-    wanted_with = _wanted_element_by_element(steps, reader)
+    wanted_first = _wanted_element_by_element(steps, reader)
     broadcasts: dict[int, tuple[Node, Any]] = {}
     for node, cotangent in steps.items():
         wanted = reader.wanted(node)
@@ -146,8 +146,8 @@ def run_backward(
             # A reader of the cotangent alone waits too, if one of the forward values
             # follows: XLA would make a tuple of its result and the cotangent in one
             # kernel, and does not reuse the memory of a tuple's elements.
-            early = wanted or wanted_with.get(cotangent, ())
-            _add_barrier(rebuild, early, cotangent, known, broadcasts)
+            opened = wanted or wanted_first.get(cotangent, ())
+            _add_barrier(rebuild, opened, cotangent, known, broadcasts)
         operands = [*map(reader, node.inputs)]
         results = programs.bind(node, *operands)
         if node.name == "broadcast_in_dim" and len(operands) == 1:

@@ -62,7 +62,7 @@ def _runner(model):
 
 
 def _program(model, variables, x):
-    """What `_run` compiles, but for the cotangent."""
+    """Returns the lowered text of the program that `_run` compiles."""
 
     def run(variables, x, cotangent):
         out, pullback = jax.vjp(model.apply, variables, x)
@@ -81,12 +81,12 @@ def _gradient(model, x=_X, **kwargs):
 
 
 def _cached(model, x=_X, **kwargs):
-    """What the gradient's program caches, in bytes."""
+    """Returns the bytes that the program of the gradient caches."""
     return memory.cached_bytes(_gradient(model, x, **kwargs), _shapes(model, x))
 
 
 def _changed(actual, expected):
-    """The layers whose kernel has another gradient."""
+    """Returns the paths of the layers whose kernel has another gradient."""
     return {
         path.removesuffix("/kernel")
         for path, gradient in expected.items()
@@ -228,7 +228,7 @@ _MODELS = (
 
 class AnyModelTest(parameterized.TestCase):
     def _check(self, plain, ours, x, expected_paths):
-        """Within the context `plain` is as before, with the kernels of `ours`."""
+        """Checks that `plain` in the context has the kernel gradients of `ours`."""
         variables = _variables(plain, x)
         expected = _run(plain, variables, x)
         with dn.intercept(_POLICY) as report:

@@ -169,7 +169,7 @@ class ThirdPartyTest(parameterized.TestCase):
         self.assertIn(first, reached)
 
     def _plain_and_exact(self, program, start, others):
-        """What a step gives, and its gradients at rate zero, compiled in one."""
+        """Returns the results of a step, and its gradients at rate zero."""
 
         @jax.jit
         def both(variables):

@@ -250,7 +250,7 @@ bytes  type          kind        layer
 
 
 def _jaxs_residuals(fn, *args):
-    """What JAX says of the same: whether from an argument, and the type."""
+    """Returns JAX's own list: for each residual whether an argument, and its type."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         print_saved_residuals(fn, *args)

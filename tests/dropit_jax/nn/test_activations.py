@@ -220,10 +220,10 @@ class TransformationsTest(parameterized.TestCase):
 
 
 class CpuProgramTest(parameterized.TestCase):
-    """What XLA's CPU compiler makes of bits."""
+    """Bit masks in programs of XLA's CPU compiler."""
 
     def computed(self, shape):
-        """How often the program computes what it rectifies."""
+        """Returns how often the program computes the operand of the ReLU."""
 
         def step(x, cotangent):
             y, pullback = jax.vjp(lambda x: dropit_jax.nn.relu(jnp.abs(x) - 3.0), x)

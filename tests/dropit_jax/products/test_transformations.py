@@ -201,7 +201,7 @@ class SecondDerivativeTest(parameterized.TestCase):
         ),
     )
     def test_a_gradient_that_is_detached_is_none(self, wrap, run):
-        """As in meta-learning of the first order."""
+        """First-order meta-learning detaches the inner gradient."""
 
         def loss(params):
             return jnp.sum(gelu(Net(_POLICY).apply({"params": params}, _X)))

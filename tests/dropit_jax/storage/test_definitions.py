@@ -1,4 +1,4 @@
-"""What a CPU computes in another way than the twins of kernels do by default."""
+"""The CPU's variants of the definitions of kernels compute the same."""
 
 import functools
 import itertools

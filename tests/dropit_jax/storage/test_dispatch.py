@@ -253,10 +253,10 @@ def _without_names(computation):
 
 
 class CpuProgramTest(parameterized.TestCase):
-    """What XLA's CPU compiler makes of a compression."""
+    """Compressions in programs of XLA's CPU compiler."""
 
     def multiplications(self, pack):
-        """How often the program multiplies to compute what it packs."""
+        """Returns how often the program computes the operand of the compression."""
 
         def step(x):
             x = jnp.maximum(x * 3.0 + 1.0, 0.0)
@@ -302,10 +302,10 @@ class CpuProgramTest(parameterized.TestCase):
 
 
 class GpuProgramTest(parameterized.TestCase):
-    """What XLA's GPU compiler makes of it; one activation of 32 MiB."""
+    """Kernels in programs of XLA's GPU compiler, for an activation of 32 MiB."""
 
     def compiled(self, function, *args):
-        """Bytes of temporaries, and the instructions that do something."""
+        """Returns the temporary bytes, the instructions that run, and the text."""
         stats, text = gpu_programs.compiled(function, args)
         entry = text[text.index("\nENTRY") :].splitlines()[1:]
         free = re.compile(r"\b(parameter|constant|tuple|bitcast|get-tuple-element)\(")

@@ -176,7 +176,7 @@ def _packed(order, storage, lead):
 
 
 def _cast(x, dtype):
-    """As XLA does it, which sees to NaN in its own way."""
+    """Casts by XLA, whose casts of NaN differ from NumPy's."""
     if x.dtype == dtype:
         return x
     return jax.jit(lambda x: x.astype(dtype))(x)

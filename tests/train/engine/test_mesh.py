@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from configs import digits_resnet18
+from tests.train import commands
 from tests.train.fields import refusal
 from train import data, models
 from train.config import mesh_axes, validation
@@ -41,9 +42,7 @@ _POLICIES = {
     "layers": ("baseline", "dropit", {"chunk_size": 2**14, "value_dtype": None}),
 }
 # A ResNet-18 of two blocks: most of the time is that of compilation.
-_SMALL = mock.patch.dict(
-    models._MODELS, resnet18=models._resnet(models.BasicBlock, 1, 1)
-)
+_SMALL = mock.patch.dict(models._MODELS, commands.SMALL_RESNET)
 
 
 def setUpModule():

@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from configs import digits_resnet18
 from dropit_jax import PRESETS
+from tests.train import commands
 from train import data, models
 from train.config import config as config_lib
 from train.config.config import model_section
@@ -19,9 +20,7 @@ from train.engine import step as step_lib
 
 # A ResNet-18 of two stages with a block each: of the steps here, most of the time is
 # that of their compilation.
-_SMALL = mock.patch.dict(
-    models._MODELS, resnet18=models._resnet(models.BasicBlock, 1, 1)
-)
+_SMALL = mock.patch.dict(models._MODELS, commands.SMALL_RESNET)
 
 
 def setUpModule():
