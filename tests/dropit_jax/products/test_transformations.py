@@ -189,7 +189,7 @@ class SecondDerivativeTest(parameterized.TestCase):
     def test_of_kernels_it_is_refused(self, derivative):
         loss = functools.partial(_loss, x=_X)
         with pytest.raises(TypeError, match=r"DropIT has no second derivative|forward"):
-            jax.jit(derivative(loss)).lower(_params())
+            derivative(loss)(_params())
 
     @parameterized.named_parameters(
         ("eager", lambda f: f, lambda step, params: step(params, None)[0]),
@@ -362,7 +362,7 @@ class KeyTest(parameterized.TestCase):
         one, again, other = (gradients(seed) for seed in (1, 1, 2))
         chex.assert_trees_all_equal(one, again)
         (one,), (other,) = jax.tree.leaves(one), jax.tree.leaves(other)
-        self.assertFalse(np.array_equal(one, other))
+        self.assertGreater(np.abs(np.subtract(one, other)).max(), 0)
 
     def test_layers_of_a_scan_draw_apart_if_told_to(self):
         policy = DropIT(0.75, strategy="random", granularity="channel")
