@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
+from dropit_jax import compat
 from dropit_jax.compat import Primitive, ad, batching, mlir
 from dropit_jax.xla import cpu_calls
 from dropit_jax.xla.partitioning import any_element
@@ -20,11 +21,25 @@ def barrier(operands: T) -> T:
     """Returns a pytree of arrays after `lax.optimization_barrier`; on a CPU, unchanged.
 
     XLA's CPU compiler removes a barrier too late to cancel a reshape before it with its
-    inverse after it, and too early to order anything by it. On a CPU use
-    `call_after`.
+    inverse after it, and before JAX 0.12 too early to order anything by it. On a CPU
+    use `call_after`, or `barrier_of_passes`.
     """
+    return _barrier(operands, on_one_cpu=False)
+
+
+def barrier_of_passes(operands: T) -> T:
+    """Returns a pytree of arrays after `lax.optimization_barrier`, also on one CPU.
+
+    A CPU program for several devices has none: XLA would order collectives by it, so
+    that it no longer joins them.
+    """
+    return _barrier(operands, on_one_cpu=True)
+
+
+def _barrier(operands: T, on_one_cpu: bool) -> T:
     leaves, structure = jax.tree.flatten(operands)
-    return jax.tree.unflatten(structure, _barrier_p.bind(*leaves))
+    results = _barrier_p.bind(*leaves, on_one_cpu=on_one_cpu)
+    return jax.tree.unflatten(structure, results)
 
 
 def read_after(after: Array, operands: T) -> T:
@@ -75,33 +90,40 @@ def call_after(
 
 _barrier_p = Primitive("optimization_barrier_by_platform")
 _barrier_p.multiple_results = True
-_barrier_p.def_impl(lambda *operands: list(operands))
-_barrier_p.def_abstract_eval(lambda *operands: list(operands))
+_barrier_p.def_impl(lambda *operands, **_: list(operands))
+_barrier_p.def_abstract_eval(lambda *operands, **_: list(operands))
 
 
-def _derivative(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+def _derivative(
+    primals: Any, tangents: Any, **params: Any
+) -> tuple[list[Array], list[Array]]:
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    return _barrier_p.bind(*primals), _barrier_p.bind(*tangents)
+    return _barrier_p.bind(*primals, **params), _barrier_p.bind(*tangents, **params)
 
 
-def _transposed(cotangents: Any, *_: Any) -> Any:
+def _transposed(cotangents: Any, *_: Any, **__: Any) -> Any:
     return cotangents
 
 
-def _batched(operands: Any, axes: Any) -> tuple[list[Array], Any]:
-    return _barrier_p.bind(*operands), axes
+def _batched(operands: Any, axes: Any, **params: Any) -> tuple[list[Array], Any]:
+    return _barrier_p.bind(*operands, **params), axes
 
 
-def _barred(*operands: Array) -> tuple[Array, ...]:
+def _barred(*operands: Array, **_: Any) -> tuple[Array, ...]:
     return lax.optimization_barrier(operands)
 
 
-def _unchanged(_: Any, *operands: Any) -> tuple[Any, ...]:
+_lowered = mlir.lower_fun(_barred, multiple_results=True)
+
+
+def _lowered_on_cpu(context: Any, *operands: Any, on_one_cpu: bool) -> Any:
+    if on_one_cpu and compat.num_devices(context) == 1:
+        return _lowered(context, *operands)
     return operands
 
 
 ad.primitive_jvps[_barrier_p] = _derivative
 ad.primitive_transposes[_barrier_p] = _transposed
 batching.primitive_batchers[_barrier_p] = _batched
-mlir.register_lowering(_barrier_p, mlir.lower_fun(_barred, multiple_results=True))
-mlir.register_lowering(_barrier_p, _unchanged, platform="cpu")
+mlir.register_lowering(_barrier_p, _lowered)
+mlir.register_lowering(_barrier_p, _lowered_on_cpu, platform="cpu")

@@ -70,7 +70,9 @@ class Rebuilder:
         if not leaves:
             return after
         order = sorted(leaves)
-        opened, after = barriers.barrier(([self._stored[v] for v in order], after))
+        opened, after = barriers.barrier_of_passes(
+            ([self._stored[v] for v in order], after)
+        )
         self._stored.update(zip(order, opened, strict=True))
         self._opened |= leaves
         return after

@@ -84,7 +84,7 @@ def run_forward(
         # it otherwise, and keep the plain value in memory until then.
         own_key = jax.random.fold_in(key, value) if form.needs_key else None
         encoded = form.encode(x, passes.orders.get(value), own_key)
-        x, stored[value] = barriers.barrier((x, encoded))
+        x, stored[value] = barriers.barrier_of_passes((x, encoded))
         stored[value] = _named(stored[value])
         return x
 
@@ -155,7 +155,9 @@ def run_backward(
         if cotangent is not None and node in products:
             # Other readers of the cotangent wait for this gradient, so that the
             # activation rebuilt for it is freed first.
-            results, known[cotangent] = barriers.barrier((results, known[cotangent]))
+            results, known[cotangent] = barriers.barrier_of_passes(
+                (results, known[cotangent])
+            )
             if _is_wider(program, node, cotangent):
                 rebuild.forget(wanted)
         known.update(zip(node.outputs, results, strict=True))

@@ -11,7 +11,12 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dropit_jax.xla.barriers import barrier, call_after, read_after
+from dropit_jax.xla.barriers import (
+    barrier,
+    barrier_of_passes,
+    call_after,
+    read_after,
+)
 from dropit_jax.xla.partitioning import any_element
 
 
@@ -40,6 +45,18 @@ class BarrierTest(parameterized.TestCase):
     @parameterized.parameters(("cpu", 0), ("cuda", 1), ("rocm", 1))
     def test_is_one_but_on_a_cpu(self, platform, count):
         text = _lowered(barrier, self.tree, platform=platform)
+        self.assertEqual(text.count("stablehlo.optimization_barrier"), count)
+
+    @parameterized.product(platform=("cpu", "cuda"), devices=(1, 8))
+    def test_that_of_passes_is_one_but_on_several_cpus(self, platform, devices):
+        mesh = jax.make_mesh((devices,), ("data",))
+        replicated = NamedSharding(mesh, P())
+        text = _lowered(
+            barrier_of_passes,
+            jax.device_put(self.tree, replicated),
+            platform=platform,
+        )
+        count = 0 if platform == "cpu" and devices > 1 else 1
         self.assertEqual(text.count("stablehlo.optimization_barrier"), count)
 
     def test_is_linear(self):
