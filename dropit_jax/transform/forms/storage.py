@@ -8,6 +8,7 @@ has the shape of the value, so that XLA fuses it into the GPU kernel that reads 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -20,7 +21,8 @@ from dropit_jax.storage import packing, quantization, residual
 from dropit_jax.storage.residual import Residual
 from dropit_jax.transform.forms.orders import Order
 from dropit_jax.transform.tracing import program as programs
-from dropit_jax.xla import layouts, shardings
+from dropit_jax.xla import cpu_calls, layouts, shardings
+from dropit_jax.xla.platforms import by_platform
 
 # Elements that share a minimum and a scale.
 _GROUP = 64
@@ -111,7 +113,11 @@ class Bits:
     ) -> Array:
         """Returns the booleans as a bit mask."""
         del key
-        return packing.pack(_in_layout(jnp.atleast_1d(x), order), 1)
+
+        def encode(x: Array) -> Array:
+            return packing.pack(_in_layout(jnp.atleast_1d(x), order), 1)
+
+        return _in_one_call(encode)(x)
 
     def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
         """Returns the booleans of a bit mask."""
@@ -150,6 +156,11 @@ class Codes:
     ) -> tuple[Array, Array, Array]:
         """Returns packed codes, minima and scales."""
         del key
+        encoded: tuple[Array, Array, Array]
+        encoded = _in_one_call(functools.partial(self._encode, order=order))(x)
+        return encoded
+
+    def _encode(self, x: Array, order: Order | None) -> tuple[Array, Array, Array]:
         x = _in_layout(x, order)
         last, levels = x.shape[-1], 2**self.bits - 1
         size, _ = _groups(last)
@@ -223,6 +234,15 @@ def _selected_bytes(policy: DropIT, shape: tuple[int, ...], dtype: Any) -> float
         return jax.eval_shape(compress, jax.ShapeDtypeStruct(shape, dtype)).nbytes
     except (TypeError, ValueError):  # the policy does not take values of this type
         return math.inf
+
+
+def _in_one_call(encode: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """Returns `encode`, in a program for one CPU as a call that XLA does not inline.
+
+    XLA's CPU compiler would recompute the value for each pass over it, and compile the
+    same loops again in every layer.
+    """
+    return by_platform(encode, one_cpu=cpu_calls.not_inlined(encode))
 
 
 def _in_layout(x: Array, order: Order | None) -> Array:
