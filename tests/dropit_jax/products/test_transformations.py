@@ -1,7 +1,7 @@
 """JAX's and Flax's transformations of models with DropIT layers.
 
 `vmap`, `scan` and `checkpoint` of single operations are in `test_mapped_operations.py`,
-lifted transformations without keys in `linen/test_layers.py`, meshes in
+lifted transformations without keys in `linen/test_transformations.py`, meshes in
 `test_sharding.py`.
 """
 
