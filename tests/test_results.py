@@ -160,8 +160,7 @@ def _summary(row):
         test_accuracy=mean("test_accuracy"),
         gain=mean("gain"),
         train_loss=mean("train_loss"),
-        # The runs were measured when reports had the bytes that layers cache.
-        stored_bytes=int(row["cached_bytes"]),
+        stored_bytes=int(row["stored_bytes"]),
         temp_bytes=int(row["temp_bytes"]),
         step_ratio=float(row["step_ratio"]),
     )

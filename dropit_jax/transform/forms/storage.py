@@ -29,7 +29,7 @@ _GROUP = 64
 
 
 class Form(Protocol):
-    """Encodes and decodes values."""
+    """Encodes and decodes values; hashable, as traces are shared by form."""
 
     @property
     def is_lossy(self) -> bool:
@@ -65,6 +65,19 @@ class Form(Protocol):
           aval: the type of the value.
           order: as in `encode`.
         """
+
+
+# Jitted, so that all values of one type share one trace, as the layers of a model do.
+@functools.partial(jax.jit, static_argnames=("form", "order"), inline=True)
+def encode(x: Array, form: Form, order: Order | None, key: Array | None = None) -> Any:
+    """Returns `form.encode(x, order, key)`."""
+    return form.encode(x, order, key)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "aval", "order"), inline=True)
+def decode(stored: Any, form: Form, aval: Any, order: Order | None) -> Array:
+    """Returns `form.decode(stored, aval, order)`."""
+    return form.decode(stored, aval, order)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array
 
 from dropit_jax import derivatives
+from dropit_jax.transform.forms import storage
 from dropit_jax.transform.forms.orders import Order
 from dropit_jax.transform.forms.storage import Form
 from dropit_jax.transform.tracing import primitives
@@ -108,7 +109,7 @@ class Rebuilder:
         if isinstance(atom, int) and atom not in self._known:
             stored, aval = self._stored[atom], self._avals[atom]
             form = self._forms[atom]
-            decoded = form.decode(stored, aval, self._orders.get(atom))
+            decoded = storage.decode(stored, form, aval, self._orders.get(atom))
             if form.is_lossy:
                 decoded = derivatives.differentiable_once(decoded, _OPERATION, _REMEDY)
             self._known[atom] = decoded

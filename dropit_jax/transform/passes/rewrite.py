@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from dropit_jax.transform.forms import orders
+from dropit_jax.transform.forms import orders, storage
 from dropit_jax.transform.forms.storage import Exact, Form
 from dropit_jax.transform.passes.rebuild import Rebuilder
 from dropit_jax.transform.planning import classify
@@ -83,7 +83,7 @@ def run_forward(
         # One barrier for both: later equations wait for the encoding. XLA would delay
         # it otherwise, and keep the plain value in memory until then.
         own_key = jax.random.fold_in(key, value) if form.needs_key else None
-        encoded = form.encode(x, passes.orders.get(value), own_key)
+        encoded = storage.encode(x, form, passes.orders.get(value), own_key)
         x, stored[value] = barriers.barrier_of_passes((x, encoded))
         stored[value] = _named(stored[value])
         return x
