@@ -78,7 +78,7 @@ class GridTest(parameterized.TestCase):
             ablation.runs(config)
 
     def test_the_grid_of_the_paper(self):
-        """What the documentation says was run."""
+        """Checks the variants and seeds that docs/results.md has."""
         config = importlib.import_module("configs.ablation_cifar10").get_config()
         runs = ablation.runs(config)
         seeds: dict[str, int] = {}

@@ -126,11 +126,11 @@ class Bits:
     ) -> Array:
         """Returns the booleans as a bit mask."""
         del key
+        encoded: Array = _in_one_call(functools.partial(self._encode, order=order))(x)
+        return encoded
 
-        def encode(x: Array) -> Array:
-            return packing.pack(_in_layout(jnp.atleast_1d(x), order), 1)
-
-        return _in_one_call(encode)(x)
+    def _encode(self, x: Array, order: Order | None) -> Array:
+        return packing.pack(_in_layout(jnp.atleast_1d(x), order), 1)
 
     def decode(self, stored: Array, aval: Any, order: Order | None = None) -> Array:
         """Returns the booleans of a bit mask."""

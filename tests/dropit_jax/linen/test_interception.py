@@ -92,7 +92,7 @@ _MODELS = (
 
 
 class AnyModelTest(parameterized.TestCase):
-    def _check(self, plain, ours, x, expected_paths):
+    def _assert_is_as_ours(self, plain, ours, x, expected_paths):
         """Checks that `plain` in the context has the kernel gradients of `ours`."""
         variables = variables_of(plain, x)
         expected = run_model(plain, variables, x)
@@ -116,7 +116,7 @@ class AnyModelTest(parameterized.TestCase):
     def test_every_kind_of_layer(self, name, arguments, shape):
         names = ("query", "key", "value", "out")
         attention = getattr(nn, name) is ATTENTION
-        self._check(
+        self._assert_is_as_ours(
             OneLayer(functools.partial(getattr(nn, name), **arguments)),
             OneLayer(functools.partial(getattr(dn, name), **arguments, dropit=POLICY)),
             numbers(*shape),
@@ -126,7 +126,7 @@ class AnyModelTest(parameterized.TestCase):
     @parameterized.parameters(*_MODELS)
     def test_every_kind_of_model(self, model, paths):
         dense = functools.partial(dn.Dense, dropit=POLICY)
-        self._check(model(), model(dense=dense), X, paths)
+        self._assert_is_as_ours(model(), model(dense=dense), X, paths)
 
     def test_initialisation_is_as_without(self):
         model = OneLayer(functools.partial(nn.Einsum, (16, 8), "bc,cd->bd"))

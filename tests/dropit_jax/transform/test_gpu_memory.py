@@ -1,4 +1,4 @@
-"""What a plan stores is what a GPU's step allocates, layer by layer."""
+"""Each more layer adds to a GPU's step the bytes that its plan stores."""
 
 import math
 from importlib import metadata
@@ -32,7 +32,7 @@ class _Stem(nn.Module):
 class GpuMemoryTest(parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in MODELS)
     def test_more_layers_take_what_the_plan_says(self, name):
-        """What a layer works with and cuBLAS's workspace are alike for both depths."""
+        """Compares two depths: temporaries of one layer and of cuBLAS cancel out."""
         loss, shapes = MODELS[name]
         few, more = (parameters(shapes, layers) for layers in (_FEW, _MORE))
         stored = plan(loss)(more, X).nbytes - plan(loss)(few, X).nbytes

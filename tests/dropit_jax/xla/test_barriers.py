@@ -1,4 +1,4 @@
-"""What is not computed too early, and that nothing else changes."""
+"""Barriers keep XLA from computing early, on the platforms that need them."""
 
 import re
 
