@@ -87,11 +87,9 @@ class GridTest(parameterized.TestCase):
             seeds[run.variant] = seeds.get(run.variant, 0) + 1
         for name in ("baseline", "min_k_80_d16", "min_k_80_d16384", "default"):
             self.assertEqual(seeds[name], 3)
-        for name in ("dropit", "lean"):
+        for name in ("dropit", "lean", "min_k_50_int4", "plain_int4"):
             self.assertEqual(seeds[name], 3)
         for name in ("channels_80", "random_80", "min_k_75_int4_mean", "plain_int2"):
-            self.assertEqual(seeds[name], 1)
-        for name in ("min_k_50_int4", "plain_int4"):
             self.assertEqual(seeds[name], 1)
         for rate in (50, 80, 90, 99):
             for chunk_size in (16, 2**14):
