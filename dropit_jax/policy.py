@@ -40,8 +40,9 @@ class DropIT:
     argument of a jitted function. Its fields are checked when it is created.
 
     Attributes:
-      rate: the dropping rate γ, the fraction of each stored input that is dropped;
-        `0 <= rate < 1`. At 0 the layer is the plain Flax layer.
+      rate: the dropping rate γ, `0 <= rate < 1`. A chunk of D elements keeps
+        `max(1, floor((1 - rate) · D))` of them, so rate 0.95 drops 15 of 16. At 0
+        nothing is dropped, and only `value_dtype` compresses.
       strategy: which elements are dropped: `"min_k"`, those of smallest magnitude, or
         `"random"`, a uniform sample, for which the operation needs a PRNG key.
       granularity: what is dropped: single elements (`"element"`), or whole channels
@@ -64,7 +65,7 @@ class DropIT:
         The integer types are unsigned codes, packed, with a minimum and a scale for
         every group of kept values.
       group_size: the number of kept values that share a minimum and a scale (4 bytes
-        together). A group never crosses a sample.
+        together). A group never crosses a sample, unless `chunk_size=None`.
       rounding: how a value is rounded to a code: `"nearest"`, or `"stochastic"`,
         unbiased within the group's range, for which the operation needs a PRNG key.
       fill: the value of a dropped element in the backward pass: `"zero"` (the paper),

@@ -47,8 +47,8 @@ class Interception:
     Attributes:
       dropit: the policy.
       layers: the layers in the order of their first calls, one for each path, with the
-        input of the last call (in a loop, of one iteration). The list grows while
-        models are traced.
+        input of the last call (in a loop, of one iteration). Models that are traced
+        later add theirs.
     """
 
     def __init__(self, dropit: DropIT, meant: Matching):
@@ -65,7 +65,7 @@ class Interception:
 
     @property
     def layers(self) -> list[InterceptedLayer]:
-        """The layers that the policy was applied to."""
+        """The layers that the policy was applied to so far, in a new list."""
         return list(self._layers.values())
 
     @property

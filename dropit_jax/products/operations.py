@@ -194,9 +194,12 @@ def einsum(
 
 
 def einsum_axes(equation: str, lhs: Array, rhs: Array) -> Axes:
-    """Returns the order of the axes of `lhs` in an einsum, contracted axes last.
+    """Returns the axes of `lhs` in an einsum, those contracted with `rhs` last.
 
-    For "hbd,dk->hbk" the order is `(0, 1, 2)`, with one channel axis.
+    For "dbh,dk->bhk" they are `(1, 2, 0)`, with one channel axis.
+
+    Raises:
+      ValueError: the equation does not have two operands and a result.
     """
     equation = equation.replace(" ", "")  # as Flax does, also within the arrow
     if equation.count("->") != 1 or equation.count(",") != 1:

@@ -28,12 +28,14 @@ _MIN_ELEMENTS_PER_MEAN = 8
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Residual:
-    """A compressed activation, as the backward pass keeps it.
+    """A compressed activation, which the forward pass stores for the backward pass.
 
     A pytree whose leaves are the stored arrays. A residual is equal only to itself.
 
     Attributes:
-      values: kept elements, chunk after chunk along the last axis, or kept channels.
+      values: kept elements, chunk after chunk along the last axis, or kept channels;
+        the whole activation if everything is kept. `Quantized` if `value_dtype` is an
+        integer type.
       positions: positions of kept elements, in the encoding that
         `encoding(shape, dropit)` names, or indices of kept channels; `None` if
         everything is kept.

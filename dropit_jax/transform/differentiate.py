@@ -45,10 +45,12 @@ class PlannedFunction:
           traced: the closed jaxpr.
           planner: plans the function and the bodies in it.
           is_free: for each input, whether it stays in memory anyway.
-          turns: the number of times that the function runs, as the body of a loop.
-          is_recomputed: as in `planner.Choice`.
+          turns: how often the function runs: the product of the lengths of the loops
+            around it.
+          is_recomputed: whether it is in the body of a `jax.checkpoint`.
           is_body: whether the function is the body of a loop, conditional or the like.
-          key: a PRNG key for the forms that draw random numbers.
+          key: a PRNG key for the forms that draw random numbers; not needed if every
+            call gives one.
           scope: the path of the scopes around the function.
         """
         self._traced, self._planner, self._turns = traced, planner, turns

@@ -43,11 +43,11 @@ def _barrier(operands: T, on_one_cpu: bool) -> T:
 
 
 def read_after(after: Array, operands: T) -> T:
-    """Returns a pytree of arrays that are not read before `after` is computed.
+    """Returns a pytree of arrays, delayed until `after` is computed.
 
-    On an NVIDIA GPU, unlike with `barrier`, `after` need not be written to memory for
-    that: one GPU kernel can compute it and everything that reads it and the operands.
-    On a CPU it has no effect.
+    On a CPU, returns it unchanged. On an NVIDIA GPU, unlike with `barrier`, `after`
+    need not be written to memory: one GPU kernel can compute it and everything that
+    reads it and the operands.
     """
     leaves, structure = jax.tree.flatten(operands)
     if not leaves or not after.size:
@@ -74,11 +74,13 @@ def _read_after(after: Array, operands: list[Array]) -> list[Array]:
 def call_after(
     after: Array | None, function: Callable[..., Array], *operands: Array
 ) -> Array:
-    """Returns `function(*operands)`; on a CPU it is not computed before `after` is.
+    """Returns `function(*operands)`, on a CPU computed after `after`.
+
+    On other platforms `after` has no effect.
 
     Args:
       after: an array; `None`: XLA chooses when to compute the result.
-      function: a function of arrays.
+      function: a function of arrays, without arrays in its closure.
       *operands: its arguments.
     """
     if after is None:

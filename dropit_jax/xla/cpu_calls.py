@@ -15,13 +15,15 @@ from dropit_jax.compat import set_xla_metadata
 
 
 def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that XLA may not inline, for `by_platform(..., cpu=...)`.
+    """Returns a function that runs `function` in a call that XLA does not inline.
 
     Compression reads an activation several times: in every pass of a selection, and
-    for the minimum, the maximum and the codes. Where it can, XLA's CPU compiler
-    recomputes the activation for each of them, as it takes a normalisation and a ReLU
-    for cheap. From within a call it cannot. Nor can it fuse the function with the code
-    around it, which differs from layer to layer: equal loops are compiled once.
+    for the minimum, the maximum and the codes. Without the call, XLA's CPU compiler may
+    recompute the activation for each pass, since a normalisation and a ReLU seem cheap
+    to it. It also fuses the passes with the code around them, which differs from layer
+    to layer, and compiles equal loops again for each layer.
+
+    Pass the result as `cpu=` or `one_cpu=` to `by_platform`.
     """
 
     def call(*operands: Any) -> Any:

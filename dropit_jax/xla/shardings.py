@@ -27,12 +27,12 @@ def explicit_spec(x: Array) -> Spec:
 
 
 def shards(x: Array, axis: int) -> int:
-    """Returns over how many shards an axis of `x` is explicitly sharded."""
+    """Returns the number of explicit shards of an axis of `x`; 1 if it has none."""
     return shards_of(jax.typeof(x), axis)
 
 
 def shards_of(aval: Any, axis: int) -> int:
-    """Returns over how many shards an axis of a type is explicitly sharded."""
+    """Returns the number of explicit shards of an axis of an array type."""
     sharding = getattr(aval, "sharding", None)
     if sharding is None or not aval.shape:
         return 1

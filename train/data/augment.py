@@ -34,8 +34,9 @@ def no_augmentation(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray
 
 
 def shift(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Shifts the image by up to 1/8 of its side along each axis; fills with black.
+    """Returns an example's image, shifted at random; the uncovered border is black.
 
+    The shift is up to 1/8 of the image's side along each axis.
     He et al. (2016, section 4.2) shift 32 pixels by up to 4: a 32x32 window is cut at
     random out of the image padded to 40x40. An encoded image is shifted after
     `images.evaluation_view`; a decoded image is shifted at its own size, then resized.
@@ -51,7 +52,7 @@ def shift(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def shift_flip(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Shifts the image as `shift`, and mirrors it with probability 1/2."""
+    """Returns the image of `shift`, mirrored with probability 1/2."""
     return _flip_half(shift(raw, rng, size), rng)
 
 

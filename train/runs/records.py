@@ -49,7 +49,10 @@ class Records:
         *,
         write: bool = True,
     ) -> None:
-        """Reads the rows up to a step; later ones, of a run cut off, are dropped.
+        """Reads the rows up to a step.
+
+        Later rows, which an interrupted run wrote, stay in `metrics.csv` until the next
+        row is written.
 
         Args:
           workdir: working directory of the run.

@@ -35,7 +35,7 @@ class Terminal:
         self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def start(self, name: str, step: int, total_steps: int) -> Self:
-        """Prepares the progress of a run from a step on, for use in a `with` statement.
+        """Starts the display of a run's progress, for use in a `with` statement.
 
         Args:
           name: name of the run.

@@ -123,7 +123,12 @@ def _positions(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def _static_positions(arguments: tuple[Any, ...], count: int) -> frozenset[int]:
-    """Returns the positions of `count` static arguments: those without arrays."""
+    """Returns the positions of the arguments without arrays: the `count` static ones.
+
+    Raises:
+      ValueError: more or fewer than `count` arguments have no arrays, and `count` is
+        not 0.
+    """
     if not count:
         return frozenset()
     found = [i for i, argument in enumerate(arguments) if not _has_array(argument)]

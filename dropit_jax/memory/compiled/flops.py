@@ -49,7 +49,10 @@ def count_flops(program: Program) -> float:
 
 
 def _own_flops(instruction: Instruction, computation: Computation) -> float:
-    """Returns the operations of an instruction, without called computations."""
+    """Returns the FLOPs of a matrix product or convolution; 0 for other instructions.
+
+    The instructions of a called computation are not counted.
+    """
     kind, roles = instruction.opcode, "xky"
     if kind == "custom-call":
         target = _TARGET.search(instruction.attributes)

@@ -50,7 +50,9 @@ def compile_exported(
     directory: str,
     options: dict[str, str | bool],
 ) -> dict[str, int]:
-    """Compiles an exported program, and returns its memory statistics.
+    """Compiles an exported program for one GPU.
+
+    Returns `memory_stats`: the bytes of arguments, results and temporary memory.
 
     Args:
       program: a serialised `jax.export.Exported`.

@@ -143,7 +143,7 @@ def _at_indices(
 
 
 def _in_chunks(x: Array, unit: int, size: int) -> Array:
-    """Reshapes (..., unit * size) -> (..., unit, size), but not units of one chunk."""
+    """Reshapes (..., unit * size) -> (..., unit, size); returns `x` if `unit` is 1."""
     return x if unit == 1 else x.reshape(*x.shape[:-1], unit, size)
 
 

@@ -40,13 +40,14 @@ def top_k(
     Args:
       x: chunks.
       k: how many elements of each chunk to keep.
-      selection: `"top_k"` forces `lax.top_k`; all others take the method for this size.
-      scores: not negative, to rank the elements by in place of their magnitude.
+      selection: `"top_k"` uses `lax.top_k`; any other value uses the method for chunks
+        of this size.
+      scores: numbers that rank the elements instead of their magnitudes, not negative.
 
     Returns:
-      The elements (with their sign) and their indices, as by `lax.top_k` largest
-      first. Unless that is forced, chunks of more than `MAX_SMALL` elements have them
-      in the order of the indices, which needs no sorting.
+      The signed elements and their indices, largest first. Chunks of more than
+      `MAX_SMALL` elements have them in the order of their indices instead, which needs
+      no sorting, unless `selection` is `"top_k"`.
     """
     if selection == "top_k":
         indices = lax.top_k(jnp.abs(x) if scores is None else scores, k)[1]

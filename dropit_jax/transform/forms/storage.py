@@ -250,7 +250,7 @@ def _selected_bytes(policy: DropIT, shape: tuple[int, ...], dtype: Any) -> float
 
 
 def _in_one_call(encode: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """Returns `encode`, in a program for one CPU as a call that XLA does not inline.
+    """Returns `encode`; in a program for one CPU, in a call that XLA does not inline.
 
     XLA's CPU compiler would recompute the value for each pass over it, and compile the
     same loops again in every layer.

@@ -89,9 +89,10 @@ class Rebuilder:
         return self._read(value)
 
     def forget(self, wanted: Iterable[int]) -> None:
-        """Discards values, if the next reader can rebuild them element by element.
+        """Discards those of the values that cheap equations or decoding can rebuild.
 
-        Neither they nor the values they were recomputed from stay in memory until then.
+        Discards the values they were rebuilt from likewise, so that none of them stays
+        in memory. The next `open` puts their stored arrays behind a barrier again.
         """
         todo = list(wanted)
         while todo:

@@ -31,7 +31,8 @@ class Passes:
     Attributes:
       halves: the passes of the function.
       forms: the form of each stored value of the forward pass.
-      final: for each gradient, whether no other gradient is computed from it.
+      final: for each gradient, whether no other gradient is computed from it: its
+        input is one that stays in memory anyway, as a parameter does.
     """
 
     halves: Split
@@ -45,7 +46,10 @@ class Passes:
 
     @functools.cached_property
     def read(self) -> frozenset[int]:
-        """The inputs of the forward pass that the backward pass reads."""
+        """The forward inputs that the backward pass reads, or recomputes values from.
+
+        An input that is stored in a form is not among them.
+        """
         makers, found = self.halves.forward.makers(), set()
         todo = [atom for atom in self.halves.residuals if isinstance(atom, int)]
         seen = set(self.forms)
@@ -251,7 +255,10 @@ class _Reader:
         self._deferred.update(dict.fromkeys(node.outputs, node))
 
     def wanted(self, node: Node) -> list[int]:
-        """Returns the forward values that an equation reads, directly or deferred."""
+        """Returns the forward values that an equation reads.
+
+        Includes those that deferred equations read, on which it depends.
+        """
         found, todo = [], list(node.operands)
         while todo:
             value = todo.pop()

@@ -106,10 +106,11 @@ class Prices:
 
 
 def _form(preset: Preset, kind: Kind, aval: Any) -> Form:
-    """Returns a preset's form for a value of a kind.
+    """Returns the form in which a preset stores a value.
 
-    The form is exact for a scalar, for a value whose last axis has a symbolic size, and
-    where the preset's form would take no fewer bytes. Booleans are packed as bits.
+    A KERNEL or FLOWING value has the preset's form, a DISCRETE boolean value is packed
+    as bits, all others are exact. A value is also exact if it is a scalar, if its last
+    axis has a symbolic size, or if the form would take no fewer bytes.
 
     Args:
       preset: the preset.

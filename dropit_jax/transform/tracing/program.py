@@ -218,12 +218,19 @@ class _Flattener:
     def inline(
         self, jaxpr: Jaxpr, atoms: dict[Any, Atom], caller: JaxprEqn | None
     ) -> tuple[Atom, ...]:
-        """Adds the equations of a jaxpr, and returns its outputs.
+        """Adds the equations of a jaxpr and of the jaxprs that it calls.
+
+        A call of an opaque primitive stays one equation.
 
         Args:
           jaxpr: the jaxpr.
-          atoms: the atoms of its inputs and constants; those of others are added.
-          caller: the equation that calls the jaxpr, whose scope is added to the names.
+          atoms: the atoms of its inputs and constants; the results of its equations are
+            added to them.
+          caller: the equation that calls the jaxpr, whose scope is put before the scope
+            of each equation; `None` for the outermost jaxpr.
+
+        Returns:
+          The atoms of its outputs.
         """
 
         def atom(each: Any) -> Atom:
