@@ -174,9 +174,10 @@ _CALLS = {
 
 
 def called_program(equation: JaxprEqn) -> Any:
-    """Returns the jaxpr that an equation only applies to its operands.
+    """Returns the jaxpr of an equation that only calls it, such as `jit`.
 
-    `None` for all other equations, and for a call that sets shardings or layouts.
+    The jaxpr is open or closed. `None` for all other equations, and for a call that
+    sets shardings or layouts.
     """
     where = _CALLS.get(equation.primitive.name)
     if where is None:
@@ -280,9 +281,10 @@ def num_devices(context: mlir.LoweringRuleContext) -> int:
 
 
 def of_module(context: mlir.LoweringRuleContext, kind: type[_T]) -> _T:
-    """Returns the one object of a class for the module being lowered; may create it.
+    """Returns the one object of class `kind` of the module being lowered.
 
-    All lowering rules of a module share its list `keepalives`, which holds the object.
+    The first call for a module creates the object, by `kind()`. The module's list
+    `keepalives`, which all its lowering rules share, holds it.
     """
     kept = context.module_context.keepalives
     found = next((each for each in kept if type(each) is kind), None)

@@ -140,7 +140,7 @@ def check_policy(dropit: Any) -> None:
     """Checks that `dropit` is a policy.
 
     Raises:
-      TypeError: it is not one.
+      TypeError: `dropit` is not a `DropIT`, for example `None`.
     """
     if not isinstance(dropit, DropIT):
         raise TypeError(
@@ -150,7 +150,7 @@ def check_policy(dropit: Any) -> None:
 
 
 def _written(value: Any) -> str:
-    """Returns the `repr` of a value; of a long one, the two ends."""
+    """Returns the `repr` of a value; of a long `repr`, its two ends."""
     try:
         text = repr(value)
     except ValueError:  # Python limits the digits of a number

@@ -4,9 +4,10 @@
 
 Every run has its own workdir, `DIR/VARIANT/seed_N`, and is a run of `train.main`. If
 started again, the command resumes an interrupted run, and skips a finished one. A run
-with an infinite or NaN loss is skipped, and reported at the end. `DIR/results.csv` has
-a row for each run. The first seed of every variant is trained first, so that an
-interrupted grid has results of all variants.
+whose loss becomes infinite or NaN ends; the next one starts, and an error at the end
+names the diverged ones. `DIR/results.csv` has a row for each run that is finished or
+diverged. The first seed of every variant is trained first, so that an interrupted grid
+has results of all variants.
 """
 
 import copy
@@ -68,7 +69,12 @@ class Run:
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Trains all runs that are not finished; writes the table after every run."""
+    """Trains the unfinished runs of `--variants`; writes the table after every run.
+
+    Raises:
+      ConfigError: a config cannot be run, a variant is unknown, or, after all runs, the
+        loss of a run became infinite or NaN.
+    """
     terminal, grid = Terminal(), runs(config)
     chosen = _chosen(grid, _VARIANTS.value)
     for run in grid:  # all of them, before hours of training
@@ -101,7 +107,11 @@ def _chosen(grid: list[Run], names: list[str] | None) -> list[Run]:
 
 
 def _check(run: Run, workdir: Path) -> None:
-    """Checks a run's config, also against the config of its interrupted training."""
+    """Checks a run's config.
+
+    Raises:
+      ConfigError: the config cannot be run, or is not that of the interrupted run.
+    """
     try:
         job_lib.check(run.config)
     except ConfigError as error:
@@ -127,7 +137,8 @@ def runs(config: ConfigDict) -> list[Run]:
         `base`.
 
     Raises:
-      ConfigError: a section or field is missing, unknown or of the wrong type.
+      ConfigError: a section, or a field of a variant, is missing, unknown or of the
+        wrong type; there are no variants; or a variant has no seeds, or a seed twice.
     """
     _check_names("config", config, _SECTIONS)
     if not config.variants:

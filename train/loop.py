@@ -56,11 +56,11 @@ def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
       CheckpointError: a checkpoint cannot be written or read.
       DataError: the dataset is missing or damaged.
       WeightsError: `config.init_from` does not fit the model.
-      NonFiniteLossError: the loss, or an array of a state to save, became infinite or
-        NaN; `failure/` is written.
+      NonFiniteLossError: the loss, an array of a state to save, or the last test loss
+        became infinite or NaN; `failure/` is written.
       RecordsError: metrics cannot be written.
       Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
-      WaitError: the next batch did not come in half an hour.
+      WaitError: a batch or the last checkpoint could not be read in time.
     """
     if config.get("num_steps") is not None and config.get("num_epochs") is not None:
         terminal.say(
@@ -218,7 +218,7 @@ def _beginning(
 ) -> tuple[int, step_lib.State, list[Row]]:
     """Returns the number of steps done, the state and the rows; sets the meter.
 
-    They are from the last checkpoint, or of a new run.
+    All of these are from the last checkpoint, or those of a new run if there is none.
     """
     restored = checkpoints.restore_latest(job.abstract)
     if restored is None:

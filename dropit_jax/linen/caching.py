@@ -40,7 +40,11 @@ _is_product = contextvars.ContextVar("is_product", default=False)
 
 
 def runs_next_call(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the `__call__` of a layer of this library, after recording it."""
+    """Records the `__call__` of a layer of this library, and returns it unchanged.
+
+    A recorded `__call__` runs the `__call__` of the next class, which `is_layer_call`
+    checks in its place.
+    """
     _our_calls.add(call)
     return call
 
@@ -48,9 +52,9 @@ def runs_next_call(call: Callable[..., Any]) -> Callable[..., Any]:
 def is_layer_call(context: Any) -> bool:
     """Returns whether an intercepted method is the `__call__` of one of `LAYERS`.
 
-    The code must be Flax's, or this library's directly around Flax's: a method that the
-    user overrides does not count, nor a layer that runs as a product or whose product
-    caches already.
+    The method must be Flax's, or this library's around Flax's. A user's override does
+    not count, but Flax's `__call__` does if the override calls it. No call counts while
+    a layer runs as a product, or if the layer's product caches already.
 
     Args:
       context: a `flax.linen.module.InterceptorContext`.

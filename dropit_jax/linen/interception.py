@@ -27,8 +27,9 @@ class InterceptedLayer:
     Attributes:
       path: the names on the way to the layer, joined by "/".
       kind: the name of the layer's class.
-      shape: the shape of the layer's input.
-      dtype: the dtype of the layer's input.
+      shape: the shape of the layer's input, as its product takes it: the batch axes of
+        a convolution are merged, and `Conv` has padded "CIRCULAR" inputs, for example.
+      dtype: the dtype of the layer's input, as its product takes it.
       bytes_before: the bytes of the input, which plain Flax stores in one call.
       bytes_after: the bytes of the residual.
     """
@@ -94,7 +95,7 @@ class Interception:
         return "\n".join(lines)
 
     def selects(self, path: str, first: str) -> bool:
-        """Returns whether the policy applies to the layer of a path.
+        """Returns whether `skip_first` and the globs select the layer of a path.
 
         Args:
           path: the path of the layer.

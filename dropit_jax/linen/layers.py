@@ -138,10 +138,10 @@ class ConvTranspose(nn.ConvTranspose):
 
 
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention):
-    """`flax.linen.MultiHeadDotProductAttention` that stores compressed inputs.
+    """`flax.linen.MultiHeadDotProductAttention` that stores inputs compressed.
 
-    They are the inputs of the four projections. Query, key and value of one input have
-    equal residuals, of which XLA stores one under `jax.jit`.
+    The four projections store their inputs compressed. Query, key and value of one
+    input have equal residuals, of which XLA stores one under `jax.jit`.
 
     Attributes:
       dropit: the policy for the inputs of the four projections; `None`: the plain Flax

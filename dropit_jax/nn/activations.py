@@ -5,8 +5,9 @@ derivative: one bit an element if the derivative is one of two numbers, with an 
 gradient; else one byte, with a bounded error. Autodiff of the `jax.nn` functions stores
 one or several arrays in the activation's own type instead.
 
-The functions that store a byte have no second derivative, and raise an error. The
-residual's `checkpoint_name` is the name of the function.
+No function has a forward-mode derivative, and those that store a byte have no second
+derivative: JAX or this library raises a `TypeError`. The residual's `checkpoint_name`
+is the name of the function.
 """
 
 import dataclasses
@@ -83,6 +84,9 @@ def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*
     Args:
       x: an array of any real floating dtype.
       approximate: whether to approximate Φ by tanh, as in `jax.nn.gelu`.
+
+    Raises:
+      TypeError: JAX takes a forward-mode or a second derivative.
     """
     return _smooth(_gelu(bool(approximate)), _Scale(zero=27, steps=200), "gelu", x)
 
@@ -95,6 +99,9 @@ def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Args:
       x: an array of any real floating dtype.
+
+    Raises:
+      TypeError: JAX takes a forward-mode or a second derivative.
     """
     return _smooth(jax.nn.silu, _Scale(zero=27, steps=200), "silu", x)
 
@@ -110,6 +117,9 @@ def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Args:
       x: an array of any real floating dtype.
+
+    Raises:
+      TypeError: JAX takes a forward-mode or a second derivative.
     """
     return _smooth(jnp.tanh, _Scale(zero=0, steps=254), "tanh", x)
 
@@ -122,6 +132,9 @@ def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Args:
       x: an array of any real floating dtype.
+
+    Raises:
+      TypeError: JAX takes a forward-mode or a second derivative.
     """
     return _smooth(jax.nn.sigmoid, _Scale(zero=0, steps=1016), "sigmoid", x)
 

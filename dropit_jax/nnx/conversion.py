@@ -97,16 +97,21 @@ _UNSTACKED = ("", ())
 
 
 def _streams(dropit: DropIT | None, rngs: nnx.Rngs | None) -> _Streams:
-    """Returns the stream of keys for layers that are not stacked; `{}` without keys."""
+    """Returns the stream of keys for unstacked layers; `{}` if no keys are needed.
+
+    Raises:
+      ValueError: the policy needs keys, and `rngs` has no stream for them.
+    """
     stream = layers.new_stream(dropit, rngs)
     return {} if stream is None else {_UNSTACKED: stream}
 
 
 def _stream_of(layer: Any, streams: _Streams, path: str) -> nnx.RngStream | None:
-    """Returns the stream for a layer; for stacked layers one with a key for each.
+    """Returns the stream of keys for a layer; `None` if the policy needs no keys.
 
-    `nnx.scan` and `nnx.vmap` split a layer's state, and its keys, along the stacked
-    axis. They refuse a stream shared by a module that is split and one that is not.
+    The stream of stacked layers has a key for each layer: `nnx.scan` and `nnx.vmap`
+    split a layer's state, keys included, along the stacked axis. They refuse a stream
+    that a split module shares with another module that is not split.
 
     Args:
       layer: the layer.

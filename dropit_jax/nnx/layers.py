@@ -85,10 +85,10 @@ class ConvTranspose(_Caching, nnx.ConvTranspose):
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
-    """`flax.nnx.MultiHeadAttention` that stores compressed inputs.
+    """`flax.nnx.MultiHeadAttention` that stores its projections' inputs compressed.
 
-    They are the inputs of the four projections. Query, key and value of one input have
-    equal residuals, of which XLA stores one under `jax.jit`.
+    Query, key and value of one input have equal residuals, of which XLA stores one
+    under `jax.jit`.
     """
 
     def __init__(
@@ -111,13 +111,13 @@ FLAX_LAYERS: tuple[type[nnx.Module], ...] = tuple(ours.__bases__[-1] for ours in
 
 
 def convert(layer: Any, dropit: DropIT | None, keys: nnx.RngStream | None) -> None:
-    """Sets the policy of a layer, in place; changes the layer's class.
+    """Sets the policy of a layer, in place; gives a Flax layer this library's class.
 
     Args:
       layer: a layer of one of the classes in `FLAX_LAYERS`.
-      dropit: the policy.
+      dropit: the policy; `None`: the layer computes as Flax's.
       keys: the stream of keys, of shape `stacked_axes(layer)`; ignored if the policy
-        needs none.
+        needs no keys.
     """
     if not isinstance(layer, _Caching):
         layer.__class__ = subclasses.with_ours(type(layer), LAYERS)

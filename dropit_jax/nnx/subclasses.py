@@ -46,7 +46,10 @@ def _metaclass(base: type[type]) -> type[type]:
 
 
 def _reduced(made: type[Any]) -> Any:
-    """Returns how to pickle a class made here, which no module has under its name."""
+    """Returns the call of `with_ours` that makes a class again, for pickle.
+
+    Pickling by name would find the user's class, which has the same name.
+    """
     for (cls, layer), known in _made.items():
         if made is known:
             return with_ours, (cls, (layer,))

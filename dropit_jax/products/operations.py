@@ -51,9 +51,10 @@ def dot_general(
       exact; the gradient of `rhs` is the one of `operation` at the decompressed `lhs`.
 
     Raises:
-      TypeError: `lhs` is not a real floating-point array, `dimension_numbers` are not
-        two pairs of sequences, or JAX applies forward-mode differentiation, which the
-        operation does not have.
+      TypeError: `dropit` is not a policy, or `dimension_numbers` are not two pairs of
+        sequences. When differentiated: `lhs` is not a real floating-point array of 16
+        bits or more, or JAX takes a forward-mode derivative, or a second derivative
+        through `lhs`.
       ValueError: when differentiated, the policy cannot store `lhs`, or the key that
         the policy needs is missing.
     """
@@ -127,8 +128,9 @@ def conv_general_dilated(
       `lhs`.
 
     Raises:
-      TypeError: `lhs` is not a real floating-point array, or JAX applies forward-mode
-        differentiation, which the operation does not have.
+      TypeError: `dropit` is not a policy. When differentiated: `lhs` is not a real
+        floating-point array of 16 bits or more, or JAX takes a forward-mode derivative,
+        or a second derivative through `lhs`.
       ValueError: when differentiated, the policy cannot store `lhs`, or the key that
         the policy needs is missing.
     """

@@ -33,7 +33,7 @@ from dropit_jax.xla.barriers import barrier
 class Operation:
     """A function of `(lhs, rhs)`: an operation with all its other arguments.
 
-    Objects with equal fields are equal, so JAX traces their gradients once.
+    Objects with equal fields are equal, so `_gradients_traced_once` reuses a trace.
 
     Attributes:
       function: the operation; takes `(*first, lhs, rhs, *last, **settings)`.

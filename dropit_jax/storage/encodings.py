@@ -40,13 +40,16 @@ def encode(
     scores: Array | None,
     value_dtype: jax.typing.DTypeLike,
 ) -> tuple[Array, Array]:
-    """Returns the kept values and their positions.
+    """Returns the kept values, `(*rows, kept)`, and their positions, `(*rows, stored)`.
+
+    With 2 elements kept of every 16, rows of 32 elements have 4 values, and their
+    indices of 4 bits take 2 bytes.
 
     Args:
       x: shape `(*rows, row_size)`.
       chunks: how a row is cut.
       dropit: the policy.
-      scores: not negative, to rank elements by; `None`: their magnitude.
+      scores: integers that rank the elements, not negative; `None`: their magnitudes.
       value_dtype: the floating dtype of the kept values.
     """
     kernel_storage = _kernel_storage(chunks, dropit, value_dtype)
@@ -294,11 +297,11 @@ def _decode_bitmap(
 def _compaction_segments(
     chunks: Chunking, dropit: DropIT
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """Returns the segments to compact, and (number, kept elements of one) for each.
+    """Returns the segments to compact, and (number of chunks, k) for each segment.
 
-    The kept elements of a row are in the order of their indices, chunk after chunk. So
-    large chunks, whose compaction costs the same at any size, are compacted as one per
-    row.
+    Large chunks are compacted as one chunk per row: kept elements are in the order of
+    their indices anyway, and the cost does not depend on the size of a chunk. For rows
+    of 2 chunks of 100 elements, 25 of each kept: `((1, 200),), ((1, 50),)`.
     """
     if _has_large_chunks(chunks):
         return ((1, chunks.row_size),), ((1, _kept(chunks, dropit)),)
@@ -306,5 +309,5 @@ def _compaction_segments(
 
 
 def _has_large_chunks(chunks: Chunking) -> bool:
-    """Returns whether there are chunks that `large_chunks` selects from."""
+    """Returns whether there are whole chunks of more than `MAX_SMALL` elements."""
     return chunks.count > 0 and chunks.size > elements.MAX_SMALL

@@ -101,7 +101,10 @@ def _dequantized_rows(
     group_size: int,
     dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "*rows elements"]:
-    """Returns x̂ as `(*rows, row_size)`, the rows that groups are cut from."""
+    """Returns x̂ as `(*rows, row_size)`, the rows that groups are cut from.
+
+    `minimum` and `scale` are as `_squeeze_groups` returns them.
+    """
     groups = chunking.chunking_of(shape, group_size)
     codes = packing.unpack(codes, bits, groups.row_size)
     compute = dtypes.wide(dtype)
@@ -140,9 +143,10 @@ def _spread_to_elements(x: Array, groups: chunking.Chunking) -> list[Array]:
 
 
 def _rows_are_groups(groups: chunking.Chunking) -> bool:
-    """Returns whether each row is one group; arrays then have no axis of groups."""
-    # So attention heads (each a row of one group) take the same loops on a CPU as the
-    # groups of rows of all heads, and XLA compiles these loops once.
+    """Returns whether each row is one group, and is computed without a group axis."""
+    # Without that axis, attention heads `(8, 16, 4, 64)` in groups of 64 have the shape
+    # of all heads in one row, `(8, 16, 256)`, after the split into groups: XLA's CPU
+    # compiler compiles the loops of both once.
     return groups.count == 1 and not groups.tail
 
 
@@ -172,7 +176,8 @@ def quantize(
     """Quantises an array to codes of 2, 4 or 8 bits.
 
     Args:
-      x: an array; groups are consecutive elements of a slice along its leading axis.
+      x: an array; groups are consecutive elements of a slice along its leading axis,
+        and the last group of a slice may be shorter.
       bits: bits of a code.
       group_size: elements that share a minimum and a scale.
       key: a PRNG key, to round stochastically, without bias; `None` rounds to nearest.
@@ -189,7 +194,7 @@ def quantize(
 def _quantize_rows(
     x: Float[Array, "*shape"], key: Array | None = None, *, bits: int, group_size: int
 ) -> tuple[Array, Array, Array]:
-    """Returns packed codes, and minimum and scale as `_squeeze_groups` has them."""
+    """Returns packed codes, and minimum and scale as `_squeeze_groups` does."""
     groups = chunking.chunking_of(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)

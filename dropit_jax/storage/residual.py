@@ -193,7 +193,7 @@ def _check(x: Array, dropit: DropIT, key: Array | None) -> None:
 
 
 def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array | None]:
-    """Returns the kept values and their positions; `None` if every value is kept."""
+    """Returns the kept values and their positions; `x, None` if everything is kept."""
     random_key = key if dropit.strategy == "random" else None
     if dropit.granularity == "channel":
         count = x.shape[-1] if x.ndim else 1

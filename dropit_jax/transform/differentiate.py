@@ -107,7 +107,8 @@ class PlannedFunction:
           Bytes of the residuals of the plain function.
 
         Raises:
-          PlanError: `has_plan` is false.
+          PlanError: `has_plan` is false; or as in `passes`.
+          ValueError: as in `passes`.
         """
         if not self.has_plan:
             raise PlanError(
@@ -128,11 +129,16 @@ class PlannedFunction:
         return passes.halves.residual_bytes
 
     def passes(self, perturbed: tuple[bool, ...], avals: tuple[Any, ...]) -> Passes:
-        """Returns the forward and the backward pass, planned once per arguments.
+        """Returns both passes, planned once for each `(perturbed, avals)`.
 
         Args:
-          perturbed: whether each of key, constants and inputs is differentiated.
-          avals: their types.
+          perturbed: for the key (if any), the constants and the inputs, whether each is
+            differentiated.
+          avals: the type of each.
+
+        Raises:
+          PlanError: the planner has the choices of a plan, and none for the function.
+          ValueError: a rule of the preset names no place.
         """
         case = perturbed, avals
         if case not in self._planned:

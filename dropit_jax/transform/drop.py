@@ -41,12 +41,12 @@ def drop(
         in them.
 
     Raises:
-      TypeError: `preset` or `rules` has the wrong type.
-      ValueError: the preset does not exist, or its policy needs a key. When called: an
-        argument does not exist, `key` names no PRNG key, or a rule names no place of
-        the function.
-      PlanError: when called, if the plan belongs to another function or to arguments of
-        other types.
+      TypeError: `fun`, `preset` or `rules` has the wrong type.
+      ValueError: the preset does not exist, its policy needs a key, or `rules` are
+        given with a plan. When called: an argument does not exist, or `key` names no
+        PRNG key. When differentiated: a rule names no place of the function.
+      PlanError: when differentiated, if the plan belongs to another function or to
+        arguments of other types.
     """
     own = Settings.of(fun, preset, rules, key, static_argnums)
 
@@ -85,7 +85,9 @@ def plan(
       A function of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-      As `drop`; when called, ValueError if an argument does not exist.
+      As `drop`. When called: the errors of a call and of a derivative; ValueError if
+      `argnums` names no argument; PlanError if a loop or a conditional of `fun` takes a
+      mutable reference.
     """
     of = getattr(fun, "dropit_settings", None) or Settings.of(fun, "lean")
     own = dataclasses.replace(
@@ -122,8 +124,8 @@ class Settings:
       choices: the forms of the stored values of the plan; `None` without a plan.
       key: the name of the argument that holds the PRNG key.
       static: the positions of the static arguments.
-      differentiable: maps the arguments to a pytree of booleans of their structure:
-        whether a leaf may be differentiated. `None`: all leaves may.
+      differentiable: maps `(args, kwargs)` to a pytree of booleans of the same
+        structure: whether a leaf may be differentiated. `None`: all leaves may.
       lift: converts a function of the arguments of `fun` to a function of the user's
         arguments; `None`: they are the same.
     """

@@ -20,9 +20,9 @@ T = TypeVar("T")
 def barrier(operands: T) -> T:
     """Returns a pytree of arrays after `lax.optimization_barrier`; on a CPU, unchanged.
 
-    XLA's CPU compiler removes a barrier too late to cancel a reshape before it with its
-    inverse after it, and before JAX 0.12 too early to order anything by it. On a CPU
-    use `call_after`, or `barrier_of_passes`.
+    On a CPU a barrier would keep XLA from cancelling a reshape before it with the
+    inverse after it, and in versions of JAX below 0.12 would order nothing. There,
+    use `call_after` or `barrier_of_passes`.
     """
     return _barrier(operands, on_one_cpu=False)
 

@@ -1,8 +1,8 @@
 """Makes functions into calls that XLA's CPU compiler does not inline.
 
-That compiler removes barriers before it decides when to compute an operation, and which
-operations to compute twice. It can neither look into a call nor move it before its
-operands.
+In versions of JAX below 0.12 that compiler removes barriers before it decides when to
+compute an operation, and which operations to compute twice. It can neither look into a
+call nor move a call before its operands.
 """
 
 from collections.abc import Callable

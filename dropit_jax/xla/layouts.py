@@ -29,7 +29,10 @@ def row_major_unless_images(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape
 
 
 def in_order(x: Shaped[Array, "*shape"], order: tuple[int, ...]) -> Array:
-    """Returns `x`; on an NVIDIA GPU its axes lie in this order, the outermost first."""
+    """Returns `x`; on an NVIDIA GPU its axes lie in memory in this order.
+
+    The outermost axis comes first. The shape is unchanged.
+    """
     return _laid_out(x, order)
 
 
@@ -47,9 +50,9 @@ def _unchanged(x: Array) -> Array:
 
 
 def _constrained(x: Array, order: tuple[int, ...]) -> Array:
-    """Returns the array with its axes in this order, the outermost first.
+    """Returns `x` with its axes in this order in memory, the outermost first.
 
-    Axes that `jax.vmap` added come before them.
+    Leading axes that `order` does not count, as of `jax.vmap`, are outermost of all.
     """
     batch_axes = x.ndim - len(order)
     order = (*range(batch_axes), *(batch_axes + axis for axis in order))

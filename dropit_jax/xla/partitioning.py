@@ -55,7 +55,7 @@ def on_every_device(
 def any_element(x: Array) -> Array:
     """Returns an element of an array; each device takes one of its own part.
 
-    The results on several devices may differ.
+    The results on several devices may differ. `jax.vmap` gives one for the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in mesh.axis_types:
@@ -112,7 +112,11 @@ def _run_sharded(
 def _partitioned(
     kernel: _Operation, results: int, unsharded: int, operands: tuple[Array, ...]
 ) -> _Operation:
-    """Returns the kernel with rules for XLA on how to shard its arrays."""
+    """Returns the kernel with rules for XLA on how to shard its arrays.
+
+    All arrays take the sharding of the first operand's leading axes; the last
+    `unsharded` axes are whole on every device.
+    """
     lead = operands[0].ndim - unsharded
 
     def leading_sharding(mesh: Any, shapes: Any) -> NamedSharding:

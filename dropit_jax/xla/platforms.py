@@ -119,7 +119,7 @@ class _Branch:
 
     @functools.cached_property
     def traced(self) -> tuple[Any, Any]:
-        """The jaxpr of the function and the types of its results."""
+        """The closed jaxpr of the function, and the pytree of its results' types."""
         with jax.sharding.use_abstract_mesh(self.mesh):
             return jax.make_jaxpr(self.function, return_shape=True)(*self.avals)
 
@@ -153,9 +153,9 @@ def _gpu_types(avals: tuple[Any, ...], mesh: Any) -> tuple[tuple[Any, ...], Any]
 def _custom_partitioning() -> Any:
     """Returns a jaxpr with a `custom_partitioning` equation, which never runs.
 
-    JAX searches the parameters of equations for one, and if it finds one lowers the
-    step for the devices that it knows. The GPU's implementation may have one, but is
-    traced only after the search: this jaxpr stands in for it.
+    JAX searches the jaxprs in equations' parameters for such an equation; if there is
+    one, JAX lowers the step for the actual devices. The GPU implementation may have
+    one, but is traced only after the search: this jaxpr stands in for it.
     """
 
     def unused(x: Any, *_: Any) -> Any:

@@ -49,7 +49,7 @@ def gather(x: Array, keep: int) -> Array:
 
 
 def reshard_like(x: Array, template: Array) -> Array:
-    """Returns `x` sharded like an array of the same shape."""
+    """Returns `x` with the explicit sharding of an array of the same shape."""
     return reshard(x, explicit_spec(template))
 
 
@@ -63,7 +63,7 @@ def reshard(x: Array, wanted: Spec) -> Array:
 def whole_rows(x: Array) -> Array:
     """Returns `x`, with a constraint that XLA does not shard its last axis.
 
-    It takes a mesh that is set (`jax.set_mesh`); without one it returns `x` as it is.
+    Returns `x` unchanged unless a mesh with `Auto` axes is set (`jax.set_mesh`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Auto not in mesh.axis_types:
@@ -81,12 +81,13 @@ def new_group() -> int:
 
 
 def join_group(x: Array, group: int) -> Array:
-    """Returns `x` as a member of a group; it adds no operation to the compiled program.
+    """Returns `x` as a member of a group, whose arrays XLA shards alike.
 
-    XLA chooses shardings by propagation from the operations before and after. This may
-    not reach from an activation to its residual. Then XLA shards the array decompressed
-    from the residual like the gradient, not like the activation, and moves it and its
-    other factor from device to device.
+    The group adds no operation to the compiled program. XLA chooses shardings by
+    propagation from the operations before and after. Propagation may not reach from an
+    activation to its residual. Then XLA shards the decompressed array like the
+    gradient, not like the activation, and moves the array and the other factor of its
+    product between devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or AxisType.Auto in mesh.axis_types):
@@ -107,10 +108,10 @@ def _batched(operands: Any, axes: Any, *, group: int) -> tuple[Array, int]:
 
 
 class _GroupNumbers(dict[int, int]):
-    """The numbers of the groups in one module.
+    """The numbers of the groups in one lowered module, by the number in `new_group`.
 
-    They are counted from the start in each module, so that its text is the same
-    whatever was traced before.
+    Each module counts from the start, so that its text is the same whatever was traced
+    before.
     """
 
 

@@ -62,13 +62,13 @@ def dropit_section(**fields: Any) -> ConfigDict:
 
 
 def model_section(name: str, **fields: Any) -> ConfigDict:
-    """Returns the `model` section.
+    """Returns the `model` section: the name and the fields of the model.
 
     A field that is not given has the default of the model.
 
     Raises:
       ValueError: the model is unknown.
-      TypeError: the model has no field of a name.
+      TypeError: the model has no such field.
     """
     values = models.defaults(name)
     for field in fields:
@@ -148,7 +148,11 @@ def without_unused_epochs(config: ConfigDict) -> ConfigDict:
 def steps(config: ConfigDict) -> tuple[int, int]:
     """Returns the numbers of steps in an epoch and in the whole run.
 
-    For 50,000 examples, batches of 128 and 10 epochs: `(390, 3900)`.
+    For 50,000 examples, batches of 128 and 10 epochs: `(390, 3900)`. If
+    `config.num_steps` is set, it is the second number.
+
+    Raises:
+      DataError: as `data.info`.
     """
     examples = data.info(config.dataset, config.data_dir).train_examples
     steps_per_epoch = examples // config.batch_size
@@ -184,7 +188,7 @@ def _migrated(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a config; renames the fields of configs of early runs.
 
     In an early config `memory` selected the layers, and the field `drop` was the preset
-    of the loss. The layers "lean" are gone: their parameters are those of Flax's.
+    of the loss. The layers "lean" are gone: their parameters fit the layers of Flax.
     """
     if "layers" in fields or "memory" not in fields:
         return fields

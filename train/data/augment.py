@@ -23,12 +23,17 @@ _ATTEMPTS = 10
 def augmenter(
     augmentation: str, size: int
 ) -> Callable[[Any, np.random.Generator], np.ndarray]:
-    """Returns a picklable function that maps an example to a training image."""
+    """Returns a picklable function `(example, generator) -> training image`.
+
+    Args:
+      augmentation: one of `AUGMENTATIONS`.
+      size: height and width of the image, in pixels.
+    """
     return functools.partial(_AUGMENTATIONS[augmentation], size=size)
 
 
 def no_augmentation(raw: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Returns the image as `images.evaluation_view` does for evaluation, unchanged."""
+    """Returns `images.evaluation_view` of an example."""
     del rng
     return images.evaluation_view(raw, size)
 

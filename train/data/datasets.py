@@ -44,8 +44,8 @@ class Dataset:
     Attributes:
       train: the examples to train on, each with an `"image"` and a `"label"`.
       test: the examples to evaluate on, likewise.
-      train_image: maps a training example to an augmented image, uint8
-        `(image_size, image_size, channels)`.
+      train_image: maps a training example and a random generator to an augmented image,
+        uint8 `(image_size, image_size, channels)`.
       test_image: maps a test example to an image of the same shape.
     """
 
@@ -82,7 +82,8 @@ def info(name: str, data_dir: str = "") -> Info:
       data_dir: directory of prepared datasets; TFDS's default directory if empty.
 
     Raises:
-      DataError: the prepared dataset's description is damaged.
+      DataError: `data_dir` cannot be a path, or the prepared dataset's description is
+        damaged.
     """
     entry = _DATASETS[name]
     directory = prepared.newest_version(name, data_dir) if entry.splits else None

@@ -1,4 +1,4 @@
-"""The error of a dataset, and its text with the place of an example."""
+"""The error about a dataset, and the place of an example in its message."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class DataError(ValueError):
-    """A dataset cannot be read; the message says why, and what to do about it."""
+    """A dataset cannot be prepared, read or made into batches; the message says why."""
 
 
 @contextlib.contextmanager

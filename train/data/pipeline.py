@@ -64,7 +64,7 @@ class Batch(TypedDict):
 
 
 class Batches(Protocol):
-    """An iterator over batches that must be closed."""
+    """An iterator over batches; close the iterator after use."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -143,10 +143,10 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Returns batches of every test example once, in order; zeros pad the last one.
+    """Returns batches of every test example once, in order; zeros pad the last batch.
 
-    Batch n has the examples `n * batch_size` to `(n + 1) * batch_size - 1`. All
-    processes get the same number of batches.
+    Batch n has the examples `n * batch_size` to `(n + 1) * batch_size - 1`. Each
+    process gets its rows of every batch, as in `training_batches`.
 
     Args:
       dataset: the dataset to read.
@@ -171,12 +171,12 @@ def evaluation_batches(
 
 
 def check_workers_alive() -> None:
-    """Checks that no worker process has died, while a batch is waited for.
+    """Checks, during the wait for a batch, that no worker process has died.
 
     Grain checks this too, but not while it waits for a worker to start.
 
     Raises:
-      DataError: the system, or somebody, ended a worker.
+      DataError: a worker ended by a signal or with an exit status other than 0.
     """
     for child in children():
         with contextlib.suppress(ChildProcessError):  # already reaped
@@ -258,7 +258,7 @@ def _thread_count(source: Source) -> int:
 
 
 def _iterator(batches: Any, threads: int, workers: int) -> Batches:
-    """Reads batches ahead, in order, in threads or, if there are any, in workers."""
+    """Returns an iterator whose workers, or threads if `workers` is 0, read ahead."""
     if not workers:
         ahead = grain.ReadOptions(threads, _AHEAD_OF_THREAD * threads)
         return iter(batches.to_iter_dataset(ahead))

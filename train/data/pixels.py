@@ -20,9 +20,9 @@ _UNIT = 127.5
 def normaliser(config: ConfigDict) -> Normalise:
     """Returns a function that normalises uint8 pixels to float32, of the same shape.
 
-    The function subtracts a mean and divides by a standard deviation for each channel:
-    those of the dataset (`config.normalise="dataset"`), or 127.5 for both (`"unit"`).
-    It is part of the step, so that images are copied to the device and wait there as
+    The function subtracts each channel's mean, and divides by its standard deviation in
+    the dataset (`config.normalise="dataset"`), or takes 127.5 for both (`"unit"`). It
+    runs in the step, so that images are copied to the device and wait there as
     uint8, in a quarter of the bytes.
     """
     mean: tuple[float, ...] | float = _UNIT

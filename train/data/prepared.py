@@ -151,7 +151,7 @@ def datasets_directory(data_dir: str) -> Path:
     """Returns the directory of prepared datasets: `data_dir`, or TFDS's default.
 
     Raises:
-      DataError: the name is not valid for a directory.
+      DataError: `data_dir` cannot be a path.
     """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:

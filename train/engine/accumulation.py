@@ -13,19 +13,19 @@ GradientFn = Callable[[Any, Any, Any, Array], tuple[Any, tuple[Any, Any]]]
 
 
 def accumulate(gradient_fn: GradientFn, parts: int) -> GradientFn:
-    """Returns a function that calls another on each part of a batch, in turn.
+    """Returns a gradient function that calls `gradient_fn` on the parts of a batch.
 
-    The function returns the mean of the parts' gradients, the sums over all parts, and
-    the batch statistics, which each part passes to the next. A batch norm normalises
-    each part by itself. Each part has its own random state. The memory is that of a
-    part, plus a copy of the gradients.
+    The parts are computed one after the other. The function returns the mean of their
+    gradients, the sums over all parts, and the batch statistics, which each part passes
+    to the next. A batch norm normalises each part by itself. Each part has its own
+    random state. The memory is that of a part, plus a copy of the gradients.
 
-    Part i has the examples i, i + parts, i + 2 parts, ... If consecutive examples of a
-    batch are on one device, each device has equally many examples of every part: 8
-    examples in 2 parts on 2 devices are the parts (0, 2, 4, 6) and (1, 3, 5, 7).
+    Part i has the examples i, i + parts, i + 2 parts, ... So each device, which holds
+    consecutive examples, has equally many of every part: 8 examples on 2 devices are
+    split into the 2 parts (0, 2, 4, 6) and (1, 3, 5, 7).
 
     Args:
-      gradient_fn: the function of a part.
+      gradient_fn: computes the gradients of a part.
       parts: the number of parts, a divisor of the batch's size.
     """
 

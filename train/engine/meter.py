@@ -18,11 +18,12 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Sums))
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss of a step, or the state after it, is infinite or NaN.
+    """The loss of a step, or the state or test loss after it, is infinite or NaN.
 
     Attributes:
       step: the number of the step, counted from 1.
-      loss: the sum of the loss over the batch; NaN if the state is not finite.
+      loss: the sum of the losses of the batch; NaN if the state or the test loss is not
+        finite.
     """
 
     def __init__(self, step: int, loss: float, what: str | None = None) -> None:
@@ -31,7 +32,7 @@ class NonFiniteLossError(FloatingPointError):
         Args:
           step: the number of the step.
           loss: the loss.
-          what: the beginning of the message; `None`: it is about the loss.
+          what: the beginning of the message; `None`: "The loss became {loss}".
         """
         super().__init__(
             f"{what or f'The loss became {loss}'} at step {step}. In another "
@@ -45,8 +46,9 @@ class NonFiniteLossError(FloatingPointError):
 class Meter:
     """The sums of loss, correct answers and examples since the last reset.
 
-    The host adds in float64 and in the order of the steps, so the result does not
-    depend on the time at which it fetches the sums of a step.
+    The sums leave out steps that the device has not computed yet; `finish` waits
+    for these. The host adds in float64 and in the order of the steps, so the result
+    does not depend on the time at which it fetches the sums of a step.
     """
 
     def __init__(self, *, may_diverge: bool = False) -> None:
@@ -98,12 +100,12 @@ class Meter:
 
     @property
     def accuracy(self) -> float:
-        """The fraction classified correctly so far; NaN before the first example."""
+        """The fraction of examples classified correctly; NaN before the first one."""
         return self._mean("correct")
 
     @property
     def top5_accuracy(self) -> float:
-        """The fraction so far with its class among the five likeliest, or NaN."""
+        """As `accuracy`, of examples with their class among the five likeliest."""
         return self._mean("correct_top5")
 
     @property

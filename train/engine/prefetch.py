@@ -18,7 +18,8 @@ class Prefetch:
     """An iterator over batches that places two of them ahead, and a context manager.
 
     JAX dispatches a step without waiting for it. While the device computes, the next
-    batches are made and transferred. The loop waits only if they take longer.
+    batches are made and transferred. The loop waits only if batches take longer than
+    steps.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class Prefetch:
         """Starts the thread that makes batches.
 
         Args:
-          batches: an iterator with a method `close`, called at the end of the context.
-          place: puts a batch onto the device.
+          batches: an iterator with a method `close`, called at the end of the context
+            unless the thread still waits for a batch.
+          place: puts a batch onto the device, and returns it.
           check: called while waiting for a batch; raises to end the waiting.
         """
         self._batches = batches

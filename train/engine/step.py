@@ -55,7 +55,7 @@ def problem(step: int, state: State) -> str:
 
 
 class Sums(flax.struct.PyTreeNode):
-    """Sums over the examples of a batch.
+    """Sums over the examples of a batch, without padding.
 
     Attributes:
       loss: the sum of the losses, in nats.
@@ -97,7 +97,7 @@ def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def initial_state(config: ConfigDict) -> State:
-    """Returns the state before the first step; `config.seed` alone makes it random."""
+    """Returns the state before the first step; `config.seed` is the random seed."""
     params_key, rng = jax.random.split(jax.random.key(config.seed))
     inputs = jnp.zeros((1, *_image_shape(config)))
     variables = create_model(config).init(params_key, inputs, train=False)
@@ -134,7 +134,7 @@ def initialise(config: ConfigDict, shardings: Any = None) -> State:
 
 
 def loss(config: ConfigDict) -> LossFn:
-    """Returns the function of the loss that a training step minimises."""
+    """Returns the loss function of a training step, in `drop` if there is a preset."""
     model, normalise = create_model(config), pixels.normaliser(config)
 
     def loss_fn(
@@ -162,7 +162,7 @@ def loss(config: ConfigDict) -> LossFn:
 
 
 def gradient(config: ConfigDict) -> GradientFn:
-    """Returns the function of a training step's gradient, accumulated over parts."""
+    """Returns the gradient function of `loss`, accumulated over parts of a batch."""
     gradient_fn = jax.grad(loss(config), has_aux=True)
     if config.accumulate_steps > 1:
         gradient_fn = accumulate(gradient_fn, config.accumulate_steps)

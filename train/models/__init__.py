@@ -116,7 +116,7 @@ def create(
 
     Raises:
       ValueError: the model is unknown, or the dtype is not floating-point.
-      TypeError: the model has no field of a name.
+      TypeError: the model has no such field.
     """
     model = _model(name)
     for field in values:

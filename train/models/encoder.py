@@ -47,7 +47,7 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each after a norm and beside a shortcut (ibid., Eq. 2, 3).
+    """A pre-norm block: attention, then an MLP (Dosovitskiy et al., 2021, Eq. 2, 3).
 
     Attributes:
       num_heads: the number of attention heads.
@@ -93,7 +93,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position embeddings, blocks, and a last norm (ibid., Eq. 1 to 4).
+    """Position embeddings, blocks and a norm (Dosovitskiy et al., 2021, Eq. 1 to 4).
 
     Attributes:
       num_layers: the number of blocks.
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
       positions: as in `AddPositionEmbeddings`.
       dropout: the dropout rate after the position embeddings and in the blocks.
       drop_path: the rate at which the last block's branches are dropped; it grows
-        linearly from 0 in the first block.
+        linearly from 0 in the first block. A single block has the rate 0.
       scan: whether a loop of the compiled program runs one block, `encoderblock`, for
         all layers. The parameters are stacked along a new first axis: a kernel has the
         shape `(num_layers, in, out)`.
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: _Tokens, train: bool) -> _Tokens:
-        """Returns the encoded tokens, in the shape of the tokens."""
+        """Returns the encoded tokens, in the shape of `x`."""
         x = AddPositionEmbeddings(self.grid, self.positions, name="posembed_input")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = self._scanned(x, train) if self.scan else self._looped(x, train)

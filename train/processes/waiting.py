@@ -53,6 +53,8 @@ class Background:
     ) -> Any:
         """Calls a function in the thread and returns its result, or raises its error.
 
+        Prints a line if the function has not ended after a minute.
+
         Args:
           function: the function to call.
           check: called twice a second; raises to end the waiting. The function then
@@ -75,11 +77,11 @@ class Background:
 
     @property
     def is_idle(self) -> bool:
-        """Returns whether the thread has no abandoned call."""
+        """Whether the thread has no abandoned call."""
         return self not in _abandoned
 
     def recovers(self) -> bool:
-        """Returns whether an abandoned call ends within ten seconds."""
+        """Waits ten seconds for an abandoned call to end; returns whether it has."""
         with contextlib.suppress(queue.Empty):
             self._results.get(timeout=_PATIENCE)
             _abandoned.discard(self)

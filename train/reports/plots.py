@@ -24,10 +24,12 @@ _BINS = 80
 
 
 def curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draws loss and accuracy of several runs over their epochs.
+    """Draws loss and accuracy of two runs over their epochs.
+
+    Training is dotted, testing solid.
 
     Args:
-      runs: rows of `metrics.csv`, by variant.
+      runs: rows of `metrics.csv`, by variant, "flax" or "dropit".
       path: path of the PNG file.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")

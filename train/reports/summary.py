@@ -27,7 +27,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Returns the mean of values, one for each seed."""
+        """Returns the mean and standard error of values, one for each seed."""
         count = len(values)
         error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
         return cls(statistics.mean(values), error)
@@ -39,7 +39,7 @@ class Summary:
 
     Attributes:
       variant: name of the variant.
-      memory: preset that the loss is dropped with, or "baseline".
+      memory: preset of `drop` around the loss, or "baseline".
       layers: "flax", or "dropit" for DropIT layers.
       policy: fields of the policy, by name; empty where none is used.
       dropped: share of the elements of a chunk that are dropped.
@@ -158,7 +158,7 @@ def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -
 
 
 def _rate_table(summaries: Sequence[Summary]) -> list[str]:
-    """Returns the paper's Table 2, accuracy by selection and rate, in Markdown.
+    """Returns accuracy by policy and rate in Markdown lines, as in the paper's Table 2.
 
     Has only the variants of DropIT layers whose values are not quantised and
     whose rate is not 0. Empty if there is no such variant.
@@ -245,6 +245,6 @@ def _percent(accuracy: Mean, sign: str = "") -> str:
 
 
 def _columns(name: str, value: Mean) -> dict[str, Any]:
-    """Returns the columns of a mean, not rounded: rounding gives the page's values."""
+    """Returns the columns of a mean, not rounded, unlike those in Markdown."""
     error = "" if math.isnan(value.error) else value.error
     return {name: value.mean, f"{name}_error": error}

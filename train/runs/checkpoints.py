@@ -30,7 +30,7 @@ _VERSION = 2
 
 
 class Checkpoints:
-    """Saves and restores the last two checkpoints and that of the best test accuracy.
+    """The checkpoints of a run: the last two, and that with the best test accuracy.
 
     Used in a `with` statement, whose end waits for the last writing. All processes of a
     run must make the same calls.
@@ -53,7 +53,7 @@ class Checkpoints:
         Args:
           directory: directory of the checkpoints; created if it does not exist.
           say: called with messages about damaged or half-written checkpoints.
-          read_only: whether opening leaves the disk unchanged.
+          read_only: whether to create and remove nothing on opening.
           problem: returns what is wrong with a restored step, state and position, or
             "". A checkpoint with a problem counts as damaged.
 
@@ -115,7 +115,8 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the state.
 
         Raises:
-          CheckpointError: the checkpoint is damaged, or of another model.
+          CheckpointError: the checkpoint is damaged, of another model, or of a later
+            format.
           WaitError: the disk does not answer.
         """
         result = self._read(step, abstract)
@@ -129,7 +130,8 @@ class Checkpoints:
     def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the last checkpoint that is intact.
 
-        Later, damaged ones are moved into `damaged/` beside the directory.
+        Later checkpoints, which are damaged, are moved into `damaged/` beside the
+        directory.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -138,7 +140,8 @@ class Checkpoints:
           The step, the state and the position, or `None` if there is no checkpoint.
 
         Raises:
-          CheckpointError: all checkpoints are damaged, or one is of another model.
+          CheckpointError: all checkpoints are damaged, one is of another model or of a
+            later format, or a damaged one cannot be moved.
           WaitError: the disk does not answer.
         """
         damaged: dict[int, str] = {}
@@ -394,7 +397,7 @@ class Checkpoints:
 
 
 def _byte_count(tree: Any) -> int:
-    """Returns the bytes of all arrays, or of arrays of these shapes and dtypes."""
+    """Returns the bytes of a pytree of arrays or of `jax.ShapeDtypeStruct`s."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

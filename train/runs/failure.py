@@ -26,7 +26,7 @@ def has_failed(workdir: Path) -> bool:
 
 
 def advice(workdir: Path) -> str:
-    """Returns advice to the user who restarts a run that ended this way."""
+    """Returns advice to the user who restarts a run with a record of a failure."""
     return (
         f"{workdir} ended before with a loss that was not finite; {_DIRECTORY}/ has "
         "the step. The same config takes the same steps: in another --workdir, another "
@@ -35,7 +35,9 @@ def advice(workdir: Path) -> str:
 
 
 def write(workdir: Path, job: Job, error: NonFiniteLossError, checkpoint: int) -> str:
-    """Writes the step, config and batches of a non-finite loss into `failure/`.
+    """Writes the step, the config and the last two batches into `failure/`.
+
+    Each process writes its own rows of the batches.
 
     Args:
       workdir: working directory of the run.

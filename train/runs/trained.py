@@ -22,11 +22,13 @@ def load(
     Args:
       config: config of the run.
       workdir: working directory of the run; nothing in it is changed.
-      say: called with messages about damaged checkpoints.
+      say: as in `workdir.read_checkpoints`.
 
     Raises:
-      CheckpointError: the last step has no checkpoint, or it cannot be read.
+      ConfigError: the config cannot be run on this machine.
+      CheckpointError: the last step has no checkpoint, or one that cannot be read.
       DataError: the dataset is absent or damaged.
+      WaitError: the disk does not answer.
     """
     job = job_lib.prepare(config)
     with workdir_lib.read_checkpoints(workdir, say) as checkpoints:

@@ -117,7 +117,7 @@ def read_checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
 
     Args:
       workdir: working directory of the run.
-      say: called with messages about damaged checkpoints.
+      say: passed on to `Checkpoints`, whose `restore` does not call it.
     """
     return Checkpoints(
         workdir / "checkpoints",

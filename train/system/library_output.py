@@ -10,8 +10,8 @@ from absl import logging
 def silence_libraries() -> None:
     """Silences the log lines of libraries and the errors of their threads.
 
-    Libraries raise the same errors in the main thread, and the command reports an error
-    there in one line.
+    Libraries raise the same errors in the main thread as well, and the command reports
+    those in one line.
     """
     logging.set_verbosity(logging.FATAL)
     threading.excepthook = _ignore

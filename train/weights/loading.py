@@ -56,8 +56,8 @@ def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       WeightsError: the file does not exist, cannot be read or has an unknown layout;
         or, listed in the message, an array is only in the file or only in the model,
-        its shape differs, its dtype differs and one of both is not floating-point, or a
-        value is not finite in the model's dtype.
+        its shape differs, its dtype differs and not both are floating-point, or a value
+        is not finite in the model's dtype.
     """
     flat = traverse_util.flatten_dict(variables, keep_empty_nodes=True, sep="/")
     specs = {
@@ -82,7 +82,11 @@ def _read(path: Path, specs: Specs) -> dict[str, np.ndarray]:
 
 
 def _values_for(tensors: Tensors, specs: Specs) -> dict[str, np.ndarray]:
-    """Returns the values of the model's variables, except of a head that stays."""
+    """Returns the values of the model's variables, without a head that stays as given.
+
+    Raises:
+      WeightsError: arrays and variables do not fit, or a value is not finite.
+    """
     if _head_stays(tensors, specs):
         tensors = {k: v for k, v in tensors.items() if k not in HEAD}
         specs = {k: v for k, v in specs.items() if k not in HEAD}
@@ -119,7 +123,11 @@ def _values(tensor: LazyArray, dtype: Any) -> np.ndarray:
 
 
 def _head_stays(tensors: Tensors, specs: Specs) -> bool:
-    """Returns whether the file has no head, or one of another number of classes."""
+    """Returns whether the model's head stays as given.
+
+    It does if the file has no head, or one that differs only in the number of classes.
+    Returns false for a model without a head.
+    """
     if not all(name in specs for name in HEAD):
         return False
     found = [tensors[name].shape for name in HEAD if name in tensors]

@@ -33,7 +33,10 @@ class LazyArray:
         return self.like.dtype
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "LazyArray":
-        """Returns the tensor in another layout; `change` maps an array to a view."""
+        """Returns the array in another layout; `change` maps an array to a view of it.
+
+        Reads no values yet.
+        """
         return LazyArray(self.source, change(self.like), lambda: change(self.read()))
 
 
@@ -46,8 +49,8 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-# By the name of the variable in this program's models: its path, joined by "/". Stacked
-# parameters of scanned blocks are unstacked, in both (see `layers`).
+# The keys are the names of variables in this program's models: paths, joined by "/".
+# Stacked parameters of scanned blocks are unstacked (see `layers`).
 Tensors = dict[str, LazyArray]
 Specs = dict[str, jax.ShapeDtypeStruct]
 

@@ -16,14 +16,15 @@ _JITTED = type(jax.jit(lambda: None))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledCall:
-    """A function and its abstract arguments.
+    """A function and the arguments to compile it for.
 
     Attributes:
       function: the function, jitted or not.
-      jitted: the jitted function.
-      arguments: all arguments, the static ones included.
+      jitted: the jitted function, which donates the donated arguments.
+      arguments: all arguments, as arrays or `jax.ShapeDtypeStruct`s; static ones as
+        they are.
       static: the positions of the static arguments.
-      donated: for each leaf of the other arguments, whether it is donated.
+      donated: for each leaf of the arguments not in `static`, whether it is donated.
     """
 
     function: Callable[..., Any]
@@ -97,7 +98,10 @@ class CompiledCall:
         return jax.tree.leaves(self.function(*complete))
 
     def host_call(self) -> str | None:
-        """Returns a primitive that calls Python on the host, and its source line."""
+        """Returns the first primitive that calls Python on the host, with its line.
+
+        `None` if there is none.
+        """
         for equation in _all_equations(self.jitted.trace(*self.arguments).jaxpr):
             if equation.primitive.name in compat.HOST_CALLS:
                 name, line = equation.primitive.name, compat.source_line(equation)

@@ -67,8 +67,8 @@ class _Process:
         self._log.close()
 
 
-# The idle processes: one, unless several threads compile. A forked child must not use
-# the pipes of its parent.
+# The idle processes: one, unless several threads compile. A forked child forgets them:
+# the pipes are for its parent alone.
 _idle: list[_Process] = []
 os.register_at_fork(after_in_child=_idle.clear)
 
@@ -76,7 +76,7 @@ os.register_at_fork(after_in_child=_idle.clear)
 def compile_exported(
     program: bytes, environment: dict[str, str], **request: Any
 ) -> dict[str, int]:
-    """Returns `gpu_compiler.compile_exported(program, **request)` of a process.
+    """Runs `gpu_compiler.compile_exported` in a separate process; returns its result.
 
     Args:
       program: a serialised `jax.export.Exported`.
@@ -101,7 +101,11 @@ def compile_exported(
 
 
 def _take_process(environment: dict[str, str]) -> _Process:
-    """Returns an idle or new process with an environment; ends other idle ones."""
+    """Returns an idle process with this environment, or starts a process.
+
+    Ends the idle processes that it tries first and that are dead or have another
+    environment.
+    """
     with contextlib.suppress(IndexError):
         while True:
             process = _idle.pop()

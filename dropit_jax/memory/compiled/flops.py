@@ -25,7 +25,7 @@ _CONVOLUTIONS = {
 
 
 def count_flops(program: Program) -> float:
-    """Returns the operations of products and convolutions: `CompileReport.flops`."""
+    """Returns the FLOPs of matrix products and convolutions: `CompileReport.flops`."""
     counted: dict[str, float] = {}
 
     def of_computation(name: str) -> float:

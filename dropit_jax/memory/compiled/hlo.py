@@ -22,7 +22,7 @@ _PARAMETER_NUMBER = re.compile(r"\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
-# The most steps that `Program.origin` takes: a value may circle in a loop.
+# The most instructions that `Program.origin` follows: a value may circle in a loop.
 _HOPS = 16
 
 
@@ -63,7 +63,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """The names of the computations that the instruction runs."""
+        """The names of the computations that an instruction runs, except `branches`."""
         return _CALLED.findall(self.attributes)
 
     @property
@@ -124,7 +124,7 @@ class Program:
         """Returns the instruction that computes the result of an instruction.
 
         The two differ if the result comes from a loop, a fusion with several results,
-        or a get-tuple-element.
+        or a get-tuple-element. `None`: the program has no instruction of the name.
 
         Args:
           name: the name of an instruction.
@@ -200,7 +200,10 @@ def _instruction(root: str | None, name: str, definition: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Returns the index of the parenthesis that closes the first one of a text."""
+    """Returns where the first parenthesis is closed: "f(a(b))c" -> 6.
+
+    Returns the length of the text if the parenthesis is not closed.
+    """
     depth = 0
     for parenthesis in re.finditer(r"[()]", text):
         depth += 1 if parenthesis[0] == "(" else -1

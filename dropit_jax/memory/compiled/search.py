@@ -62,7 +62,7 @@ class _Bracket:
         return max(self.low + 1, min(number, self.high - 1))
 
     def narrowed(self, number: int, size: int, limit: int) -> "_Bracket":
-        """Returns the bracket that follows from the size of a number inside."""
+        """Returns the narrower bracket, given the size of a number in the bracket."""
         if size > limit:
             return dataclasses.replace(self, high=number, high_size=size)
         # The slope between near neighbours is unreliable.
@@ -79,7 +79,11 @@ class _Bracket:
         return 2 * (self.high - self.low) <= wider.high - wider.low
 
     def _interpolated(self, limit: int) -> int:
-        """Returns where the line through two known sizes meets the limit."""
+        """Returns where the line through two known sizes meets the limit.
+
+        The sizes are those of `low` and `high`, or of `below` and `low` while that of
+        `high` is unknown. Returns `2 * low` if the line does not rise.
+        """
         number, size = self.below
         if self.high_size is not None:
             number, size = self.high, self.high_size

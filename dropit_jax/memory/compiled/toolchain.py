@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-# The environment variable for a directory, the only one to search if it is set.
+# The environment variable that, if set, names the only directory to search.
 COMPILER_PATH_VARIABLE = "DROPIT_GPU_COMPILER"
 
 
@@ -26,7 +26,7 @@ class _Release:
     Attributes:
       package: the package of the plugin.
       cuda_packages: NVIDIA's packages with the files of CUDA.
-      cuda: the directory of these files in an installation directory.
+      cuda: the path of these files, relative to an installation directory.
     """
 
     package: str
@@ -56,7 +56,7 @@ _CUDA_FILES = (Path("bin", "ptxas"), Path("nvvm", "libdevice", "libdevice.10.bc"
 
 @dataclasses.dataclass(frozen=True)
 class _Plugin:
-    """A plugin of a version that is installed in a directory."""
+    """An installed plugin, and the version and directory of the installation."""
 
     release: _Release
     directory: Path

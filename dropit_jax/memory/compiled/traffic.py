@@ -27,7 +27,7 @@ _SLICES = frozenset({"dynamic-slice", "gather", "slice"})
 
 
 def count_bytes(program: Program) -> int:
-    """Returns the bytes of all kernels' operands and results, as `CompileReport`."""
+    """Returns the bytes read and written by kernels: `CompileReport.traffic_bytes`."""
 
     def of_computation(name: str) -> int:
         computation = program.computations.get(name, {})

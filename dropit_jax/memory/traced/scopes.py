@@ -23,6 +23,8 @@ _METHOD = re.compile(r"\.[A-Za-z_]\w*$")
 def layer_of(path: str) -> str:
     """Returns the path of the Flax module around an operation: "jvp(Net)/a/b" -> "a/b".
 
+    The argument is the name of the operation without its last component.
+
     Returns the model's name for an operation of the model outside its layers, and ""
     outside the model.
     """
@@ -36,7 +38,7 @@ def layer_of(path: str) -> str:
 
 
 def scope_path(path: str) -> str:
-    """Returns the named scopes of a path, the outermost first, joined by "/"."""
+    """Returns the scopes and modules of a path: "jit(f)/jvp(Net)/a" -> "Net/a"."""
     return "/".join(_scopes(path))
 
 

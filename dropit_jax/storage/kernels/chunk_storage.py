@@ -116,7 +116,7 @@ def check(dtype: jax.typing.DTypeLike, storage: ChunkStorage, units: int) -> Non
     """Checks that there is a GPU kernel for this type, storage and number of units.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such kernel.
     """
     if not supported(dtype, storage):
         raise ValueError(
@@ -142,7 +142,7 @@ def to_bits(x: Float[Array, "*shape"]) -> Integer[Array, "*shape"]:
 def from_bits(
     bits: Integer[Array, "*shape"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "*shape"]:
-    """Returns the floats of these bits; of wider integers, of the lowest bits."""
+    """Returns the floats of these bits; of wider integers, only the lowest bits."""
     return lax.bitcast_convert_type(bits.astype(bits_dtype(dtype)), dtype)
 
 

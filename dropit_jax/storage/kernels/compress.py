@@ -191,7 +191,8 @@ def _large_chunks(
 def _large_width(storage: ChunkStorage) -> int:
     """Returns the width of a block that holds a large chunk, a power of two.
 
-    Up to 7 bits of the chunk before share the first byte of the chunk's bit mask.
+    The first byte of the chunk's bit mask may begin with up to 7 bits of the previous
+    chunk, which take columns too.
     """
     return power_of_two(storage.size + (7 if storage.unit > 1 else 0))
 

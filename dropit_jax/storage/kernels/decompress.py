@@ -148,7 +148,7 @@ def _log2(power: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """A stored block of chunks, to load from.
+    """The stored values and positions of a block of chunks.
 
     Attributes:
       storage: how chunks are stored.

@@ -26,9 +26,9 @@ _Operation = Callable[..., Any]
 def compress(
     x: Float[Array, "*rows units elements"], storage: ChunkStorage
 ) -> tuple[Float[Array, "*rows units kept"], Positions]:
-    """Returns `definitions.compress(x, storage)`; one pass if a GPU kernel exists.
+    """Returns `definitions.compress`, in one pass where a GPU kernel exists.
 
-    It has no gradient: residuals are for computing one.
+    The gradient of `x` is zero, as residuals are not differentiated.
     """
     definition = functools.partial(definitions.compress, storage=storage)
     kernel = functools.partial(_compress_kernel, storage=storage)
@@ -54,7 +54,7 @@ def decompress(
 ) -> Float[Array, "*rows units elements"]:
     """Returns `definitions.decompress`, in one pass where a GPU kernel exists.
 
-    On a CPU it is not computed before `after` is.
+    On a CPU the result is not computed before `after` is, if `_may_use_kernel` holds.
     """
     dtype = jnp.dtype(dtype)
     return _decompress_differentiably(storage, dtype, values, positions, after)
@@ -106,7 +106,7 @@ def _decompress_backward(
 _decompress_differentiably.defvjp(_decompress_forward, _decompress_backward)
 
 
-# Importing Pallas takes long: these do so only for a program for a GPU.
+# Importing Pallas takes long: these functions import it only for a program for a GPU.
 def _compress_kernel(x: Array, storage: ChunkStorage) -> Any:
     from dropit_jax.storage.kernels import compress  # noqa: PLC0415
 
@@ -125,7 +125,7 @@ def _compress_call(storage: ChunkStorage, for_one_device: bool = False) -> _Oper
     """Returns `definitions.compress` as a call that XLA's CPU compiler does not inline.
 
     The call takes rows, (*rows, units * elements), as matrix products do, and without
-    axes of size 1: XLA would compute an activation twice that is read in two shapes,
+    axes of size 1. XLA would compute an activation twice if it is read in two shapes,
     and would copy arrays with axes of size 1.
 
     Args:
@@ -196,8 +196,8 @@ def _axes_of_size_1(x: Array) -> list[int]:
 def _may_use_kernel(storage: ChunkStorage, x: Array) -> bool:
     """Returns whether a GPU kernel may be used here.
 
-    It cannot address more than `chunk_storage.fits` allows. On a mesh whose axes differ
-    in type it would have to be partitioned in two ways at once.
+    A kernel cannot address more than `chunk_storage.fits` allows. On a mesh whose axes
+    differ in type, the kernel would have to be partitioned in two ways at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_uniform = len(set(mesh.axis_types)) <= 1

@@ -93,7 +93,8 @@ def largest_first(
 ) -> tuple[_Integers, _Integers]:
     """Returns the bits and the indices of the k largest of each row, largest first.
 
-    Rows are padded with zeros: (rows, columns) -> (rows, power_of_two(k)).
+    Ties go to the lower index. There are at most `MAX_ORDERED` columns. Rows of the
+    result are padded with zeros: (rows, columns) -> (rows, power_of_two(k)).
     """
     slot = places((bits.shape[0], power_of_two(k)))[1]
 
@@ -128,7 +129,7 @@ def largest(
 
 
 def _keys_left(k: int, bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
-    """Returns the keys with -1 for the k largest of each row."""
+    """Returns `_keys`, with -1 for the k largest of each row as for padding."""
 
     def take(_: Any, keys: _Integers) -> _Integers:
         return _next_largest(keys, bits, dtype)[0]

@@ -66,7 +66,7 @@ def merge_chunks(
 
     `(*rows, chunks, words) -> (*rows, row_words)`: 5 chunks of 40 elements have 2 words
     each, and their row of 200 elements has 7. Bits beyond `row_size` must be 0; the
-    result may have words for them.
+    result may end with words of these zero bits.
     """
     row = words.ndim - 1
     if size % BITS.size == 0:

@@ -181,10 +181,10 @@ def expand(
 
 
 def magnitude(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Returns |x| as an integer of the same order.
+    """Returns the bits of |x| as integers: 1.0 in float32 is 0x3F800000.
 
-    The bits of a non-negative float order like the float, with NaN above infinity.
-    Unlike floats they compare exactly where denormal numbers are flushed to zero.
+    The integers have the order of |x|, with NaN above infinity. They compare exactly
+    also where denormal floats are flushed to zero.
     """
     signed = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
     return signed & jnp.iinfo(signed.dtype).max

@@ -109,7 +109,11 @@ def expand(
 def scatter(
     values: Shaped[Array, "*rows k"], indices: Integer[Array, "*rows k"], size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """Returns chunks with values at their indices and zero elsewhere."""
+    """Returns chunks with values at their indices and zero elsewhere.
+
+    `(*rows, k) -> (*rows, size)`. Indices are not checked: they must be distinct and
+    below `size`.
+    """
 
     def row(values: Array, indices: Array) -> Array:
         zeros = jnp.zeros(size, values.dtype)

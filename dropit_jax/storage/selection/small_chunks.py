@@ -159,8 +159,9 @@ def place_by_reduction(
 ) -> Shaped[Array, "*rows {size}"]:
     """Returns `place` or `place_nibbles`, by the same few operations for any k.
 
-    It is for a CPU, where XLA vectorises it for chunks of any size. There is no
-    gradient, and operations that read the result do not fuse with it.
+    For a CPU: XLA vectorises these operations for chunks of any size. They combine
+    bits, so `values` has no gradient, and operations that read the result do not fuse
+    with them.
 
     Args:
       values: values of each chunk.

@@ -29,14 +29,14 @@ class Preset:
       rules: presets for named places, such as `{"head": "exact"}`. A key is a scope (of
         a Flax module, or `jax.named_scope`), several scopes joined by "/", or a
         `checkpoint_name`; `*` matches any text. A value is a `Preset` without rules,
-        the name of one, or a form for both classes. A rule holds for the values that
-        its place reads and computes; of rules for the same value the first holds. The
-        attribute is a tuple of pairs.
+        the name of one, or the word for a form of both classes. A rule holds for the
+        values that its place reads and computes; of several rules for a value the first
+        holds. The attribute is a tuple of pairs.
 
     Raises:
       TypeError: a field has the wrong type.
       ValueError: a form or preset does not exist, `flowing` is a policy, or `traffic`
-        is negative.
+        is negative or no number.
     """
 
     name: str
@@ -127,7 +127,7 @@ def form(given: Any, field: str = "form") -> Form:
     """Returns the form for a word, a policy, or a form itself.
 
     Args:
-      given: the word, policy or form.
+      given: a word ("exact", "int8", "int4", "int2"), a policy, or the form of one.
       field: the field of `Preset` that an error names.
 
     Raises:
@@ -156,7 +156,11 @@ def word(form: Any) -> str:
 
 
 def form_of_word(word: str) -> Form:
-    """Returns the form that `word` wrote as this text."""
+    """Returns the form of a text that the function `word` returned.
+
+    Raises:
+      KeyError: no form has this text.
+    """
     if word.startswith(_POLICY):
         return Selected(DropIT(**json.loads(word.removeprefix(_POLICY))))
     return {text: form for form, text in _WORDS.items()}[word]
@@ -188,7 +192,7 @@ def preset(name: str, **fields: Any) -> Preset:
 
     Raises:
       TypeError: a field does not exist, or has the wrong type.
-      ValueError: the preset or a form does not exist.
+      ValueError: the preset does not exist, or `Preset` refuses the value of a field.
     """
     if not isinstance(name, str) or name not in _PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=1)

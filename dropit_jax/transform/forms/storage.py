@@ -1,8 +1,9 @@
 """Forms: how a value is encoded for storage and decoded in the backward pass.
 
-The encoded value is a pytree of arrays. `Codes` are those of `storage.quantization`
-with another arrangement: groups lie along the last axis, and every array of the decoder
-has the shape of the value, so that XLA fuses it into the GPU kernel that reads it.
+The encoded value is a pytree of arrays. `Codes` has the codes of
+`storage.quantization` in another arrangement: groups lie along the last axis, and every
+array of the decoder has the shape of the value. XLA then fuses the decoder into the GPU
+kernel that reads the value.
 """
 
 import dataclasses
@@ -145,9 +146,10 @@ class Bits:
 class Codes:
     """Stores unsigned codes, and a minimum and a scale for each group.
 
-    Groups are 64 consecutive elements of the last axis. With 4 bits,
-    `float32[2, 200] -> uint8[2, 100], bfloat16[2, 4], bfloat16[2, 4]`: 200 bytes of
-    codes, 16 of minima and 16 of scales, instead of 1,600.
+    The values are real floating-point arrays of one axis or more. Groups are 64
+    consecutive elements of the last axis, or all of a short one (see `_groups`). With 4
+    bits, `float32[2, 200] -> uint8[2, 100], bfloat16[2, 4], bfloat16[2, 4]`: 200 bytes
+    of codes, 16 of minima and 16 of scales, instead of 1,600.
 
     Attributes:
       bits: bits of a code: 2, 4 or 8.
@@ -159,7 +161,7 @@ class Codes:
     needs_key = False
 
     def nbytes(self, aval: Any) -> float:
-        """Returns the bytes of codes, minima and scales; infinite for other types."""
+        """Returns the bytes of codes, minima and scales; does not check the dtype."""
         *rows, last = aval.shape
         _, count = _groups(last)
         return math.prod(rows) * (_packed_size(aval, self.bits) + 4 * count)
@@ -188,7 +190,7 @@ class Codes:
     def decode(
         self, stored: tuple[Array, Array, Array], aval: Any, order: Order | None = None
     ) -> Array:
-        """Returns the values that the codes stand for."""
+        """Returns `minimum + scale * code` for each element, in the dtype of `aval`."""
         packed, minimum, scale = stored
         last = aval.shape[-1]
         size, _ = _groups(last)
@@ -220,18 +222,18 @@ class Selected:
         return self.policy.needs_key
 
     def nbytes(self, aval: Any) -> float:
-        """Returns the bytes of the residual; infinite for types that are refused."""
+        """Returns the bytes of the residual; infinite for types the policy refuses."""
         return _selected_bytes(self.policy, tuple(aval.shape), aval.dtype)
 
     def encode(
         self, x: Array, order: Order | None = None, key: Array | None = None
     ) -> Residual:
-        """Returns the residual of the policy."""
+        """Returns the elements or channels that the policy keeps, and their places."""
         del order
         return residual.compress(x, self.policy, key)
 
     def decode(self, stored: Residual, aval: Any, order: Order | None = None) -> Array:
-        """Returns the kept elements in their places."""
+        """Returns the kept elements in their places, the policy's fill elsewhere."""
         del aval, order
         return stored.decompress()
 
@@ -269,7 +271,8 @@ def _in_layout(x: Array, order: Order | None) -> Array:
 def _groups(last: int) -> tuple[int, int]:
     """Returns the size and the number of the groups of an axis of `last` elements.
 
-    200 elements are 4 groups of 64, the last one of 8 elements. 100 are one group.
+    200 elements give `(64, 4)`, with 8 elements in the last group. An axis of at most
+    128 elements that 64 does not divide is one group: 100 elements give `(100, 1)`.
     """
     if last <= 2 * _GROUP and last % _GROUP:
         return last, 1

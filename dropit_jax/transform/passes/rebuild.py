@@ -28,7 +28,7 @@ _REMEDY = (
 class Rebuilder:
     """Rebuilds forward values: `rebuilder(value)` decodes or recomputes one.
 
-    A value is rebuilt once, unless `forget` is called for it.
+    A value is rebuilt once, and again after `forget` has discarded it.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Rebuilder:
           after: the array.
 
         Returns:
-          `after` behind the barrier, to use in its place.
+          `after` behind the barrier, to use in its place; `after` itself if there is
+          nothing to decode.
         """
         leaves = self._leaves(wanted) - self._opened
         if not leaves:
@@ -89,10 +90,11 @@ class Rebuilder:
         return self._read(value)
 
     def forget(self, wanted: Iterable[int]) -> None:
-        """Discards those of the values that cheap equations or decoding can rebuild.
+        """Discards the values that decoding or cheap equations can rebuild.
 
-        Discards the values they were rebuilt from likewise, so that none of them stays
-        in memory. The next `open` puts their stored arrays behind a barrier again.
+        Also discards the values from which they were rebuilt, if these are cheap too,
+        so that none stays in memory. The next `open` puts the stored arrays behind a
+        barrier again.
         """
         todo = list(wanted)
         while todo:
@@ -118,7 +120,7 @@ class Rebuilder:
         return programs.read(self._known, atom)
 
     def _leaves(self, wanted: Iterable[int]) -> set[int]:
-        """Returns the stored values from which unknown values will be rebuilt."""
+        """Returns the stored values to decode for those of `wanted` not yet rebuilt."""
         found, seen, todo = set(), set(self._known), list(wanted)
         while todo:
             value = todo.pop()

@@ -46,9 +46,10 @@ class Passes:
 
     @functools.cached_property
     def read(self) -> frozenset[int]:
-        """The forward inputs that the backward pass reads, or recomputes values from.
+        """The forward inputs and constants from which the backward pass computes.
 
-        An input that is stored in a form is not among them.
+        It reads them as residuals, or recomputes residuals from them. An input that is
+        stored in a form is not among them.
         """
         makers, found = self.halves.forward.makers(), set()
         todo = [atom for atom in self.halves.residuals if isinstance(atom, int)]
@@ -125,7 +126,7 @@ def run_backward(
       backward: `(*residuals, *cotangents) -> gradients`, without zero gradients.
       inputs: the inputs of the forward pass that the backward pass reads.
       stored: the stored arrays of each stored value.
-      cotangents: the cotangents of the results; `None` for one that is zero.
+      cotangents: the cotangents of the floating results; `None` for zero ones.
       final: as in `Passes`, for the gradients of `backward`.
     """
     halves = passes.halves
@@ -147,9 +148,9 @@ def run_backward(
     for node, cotangent in steps.items():
         wanted = reader.wanted(node)
         if cotangent is not None:
-            # A reader of the cotangent alone waits too, if one of the forward values
-            # follows: XLA would make a tuple of its result and the cotangent in one
-            # kernel, and does not reuse the memory of a tuple's elements.
+            # An equation that reads no forward value waits too, if a later one reads
+            # the cotangent with a forward value: XLA would compute its result and the
+            # cotangent in one kernel as a tuple, whose memory it does not reuse.
             opened = wanted or wanted_first.get(cotangent, ())
             _add_barrier(rebuild, opened, cotangent, known, broadcasts)
         operands = [*map(reader, node.inputs)]
@@ -173,7 +174,7 @@ def run_backward(
 def _steps(program: Program, cotangents: Sequence[int]) -> dict[Node, int | None]:
     """Returns the equations that depend on cotangents or have effects, in order.
 
-    Each has its first operand that depends on a cotangent; `None`: it has effects.
+    Each has its first operand that depends on a cotangent, or `None` without one.
     """
     linear = set(cotangents)
     steps: dict[Node, int | None] = {}
@@ -257,7 +258,7 @@ class _Reader:
     def wanted(self, node: Node) -> list[int]:
         """Returns the forward values that an equation reads.
 
-        Includes those that deferred equations read, on which it depends.
+        Includes the forward values that it depends on by deferred equations.
         """
         found, todo = [], list(node.operands)
         while todo:

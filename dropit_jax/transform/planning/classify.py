@@ -18,15 +18,16 @@ class Kind(enum.Enum):
     """The class of a forward value.
 
     Attributes:
-      FREE: inputs, which stay in memory anyway, and values computed from inputs alone
-        at next to no cost, such as casts. Never stored.
+      FREE: inputs that stay in memory anyway, constants, and values computed from
+        these alone at next to no cost, such as casts. Never stored.
       DISCRETE: boolean, integer and complex values. Stored exactly.
       KERNEL: values that the backward pass reads only in products whose results are
-        final gradients: an error changes that one gradient.
+        final gradients: an error changes these gradients alone.
       FLOWING: values on which the gradient of earlier operations depends.
-      SMALL: values too small for their bytes to matter. Stored exactly.
-      KEPT: values stored exactly although floating: residuals of another plan or of a
-        DropIT layer, parameters gathered from devices, `fragile` values.
+      SMALL: values of any dtype too small for their bytes to matter. Stored exactly.
+      KEPT: real floating-point values stored exactly: residuals of another plan or of a
+        DropIT layer, parameters gathered from devices, `fragile` values, and values
+        that a loop or the like reads in the backward pass.
     """
 
     FREE = "free"
@@ -150,7 +151,7 @@ def _free_and_parameters(
 def _reads(
     halves: split.Split, backward: Program, final: Sequence[bool]
 ) -> dict[int, str]:
-    """Returns the role, one of `_ROLES`, of each forward value that is read."""
+    """Returns the role, one of `_ROLES`, of each forward value that is a residual."""
     inputs = backward.inputs[: len(halves.residuals)]
     how = _roles(backward, set(halves.cotangents), final)
     found: dict[int, str] = {}
@@ -174,7 +175,10 @@ _ROLES = ("kernel", "flowing", "kept")
 
 
 def final_values(backward: Program, final: Sequence[bool]) -> set[int]:
-    """Returns the final gradients, and the values that are only used to make them.
+    """Returns the final gradients, and the values that are used for these alone.
+
+    Only equations of `_ONWARD`, such as sums and casts, lie between such a value and
+    the gradient. A gradient that is not final is never among the values.
 
     Args:
       backward: the backward pass.
@@ -202,11 +206,11 @@ def final_values(backward: Program, final: Sequence[bool]) -> set[int]:
 def _roles(
     backward: Program, linear: set[int], final: Sequence[bool]
 ) -> dict[int, str]:
-    """Returns the role of each value of the backward pass that reads no cotangent.
+    """Returns the role of each backward value that depends on no cotangent.
 
     Args:
       backward: the backward pass.
-      linear: the cotangents; values that depend on them are added.
+      linear: the cotangents; updated with the values that depend on cotangents.
       final: as in `final_values`.
     """
     for node in backward.nodes:
@@ -235,7 +239,7 @@ def _role(node: Node, linear: set[int], last: set[int], roles: dict[int, str]) -
     Args:
       node: an equation of the backward pass.
       linear: the values that depend on the cotangents.
-      last: the values that are only used to compute final gradients.
+      last: the values that `final_values` returns.
       roles: the roles of the equation's outputs, "kernel" where one is missing.
     """
     if node.name in primitives.BODIES:

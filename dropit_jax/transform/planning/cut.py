@@ -105,7 +105,7 @@ def _graph(
 
 
 def _on_sink_side(edges: _Edges) -> np.ndarray:
-    """Returns for each node of the graph whether it is on the side of the sink."""
+    """Returns, for each node of the graph, whether it is on the sink's side."""
     count = 1 + max(max(edge) for edge in edges)
     flow, capacity = _flow(edges, count)
     unused = (capacity - flow).tocsc()

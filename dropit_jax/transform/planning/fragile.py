@@ -66,7 +66,7 @@ def _masked(forward: Program, free: set[int], perturbed: Sequence[bool]) -> set[
 
 
 def _maxima(forward: Program) -> set[int]:
-    """Returns the maxima along an axis, and broadcasts or copies of them."""
+    """Returns maxima along an axis, and moves, `max` and `select_n` of such maxima."""
     found: set[int] = set()
     for node in forward.nodes:
         if node.name == "reduce_max" or (

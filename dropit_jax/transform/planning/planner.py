@@ -27,16 +27,16 @@ class PlanError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
-    """The stored values of one program: the function, or the body of a loop in it.
+    """The stored values of one program: the function, or a loop's body or the like.
 
     Attributes:
       fingerprint: identifies the program in plans.
       halves: the passes of the program.
-      classes: the classes of its values.
+      classes: the classes of its forward values.
       forms: the form of each stored value.
       turns: how often the program runs: the product of the lengths of the loops around.
-      is_recomputed: whether the program is the body of a `jax.checkpoint`. The backward
-        pass runs it again, so its residuals are not held between the passes.
+      is_recomputed: whether the program is in the body of a `jax.checkpoint`. The
+        backward pass runs it again, so its residuals are not held between the passes.
       scope: the path of the scopes around the program.
     """
 
@@ -58,7 +58,13 @@ class Planner:
     """
 
     def __init__(self, preset: Preset, choices: Choices | None = None) -> None:
-        """Takes the preset, and the choices of a plan in place of new ones."""
+        """Makes a planner that has planned no program yet.
+
+        Args:
+          preset: the preset, with its rules.
+          choices: the choices of a plan, which `choose` looks up. `None`: `choose`
+            makes new ones.
+        """
         self.preset = preset
         self.made: list[Choice] = []
         self._given = choices
@@ -150,9 +156,10 @@ def _stored_forms(
 def _fingerprint(
     halves: split.Split, is_free: Sequence[bool], found: RulePresets
 ) -> str:
-    """Returns a digest; if two are equal, a preset makes the same choice for both.
+    """Returns a digest that identifies a program in plans and in `_cached_forms`.
 
-    It is the same in every process, as plans are saved.
+    Programs of equal digest share one choice. The digest is the same in every process,
+    as plans are saved. The elements of constant arrays are not part of it.
     """
     text = hashlib.sha256()
     for program in (halves.forward, halves.backward):
@@ -165,7 +172,7 @@ def _fingerprint(
 
 
 def _lines(program: Program) -> Any:
-    """Yields the program as text, one line an equation."""
+    """Yields the program as text: its inputs and outputs, then a line per equation."""
     yield repr((program.inputs, [_atom(a) for a in program.outputs]))
     for node in program.nodes:
         made = [str(program.avals[value]) for value in node.outputs]

@@ -40,7 +40,7 @@ class Prices:
     places: RulePresets
 
     def form(self, value: int) -> Form:
-        """Returns the form of a value, in case it is stored."""
+        """Returns the form in which a value would be stored."""
         kind, aval = self.classes.kinds[value], self.program.avals[value]
         return _form(self.places[value], kind, aval)
 

@@ -38,8 +38,8 @@ def largest_of_windows(
     The value is bit-identical to that of `lax.reduce_window`. So is the gradient, on a
     CPU and for windows of more than one element. Of equal elements, padding included,
     the first gets the cotangent. In a window with NaN, the largest element after the
-    last NaN gets it, or else that NaN. If windows overlap, their cotangents are added
-    to an element in row-major order.
+    last NaN gets the cotangent; if no element follows, the NaN does. If windows
+    overlap, their cotangents are added to an element in row-major order.
 
     Args:
       x: an array of a real floating-point dtype.
@@ -68,7 +68,11 @@ class _Windows:
 
     @property
     def widths(self) -> list[Any]:
-        """The elements from the first window's first element to the last window's."""
+        """The numbers of elements that a strided slice with one per window spans.
+
+        From the first element of the first window to that of the last; 0 without
+        windows.
+        """
         padded = (
             n + sum(pad) for n, pad in zip(self.inputs, self.padding, strict=True)
         )
@@ -92,7 +96,10 @@ class _Windows:
         )
 
     def slices(self, x: Array) -> Iterator[Array]:
-        """Yields the elements at each place of all windows, in row-major order."""
+        """Yields, for each place in a window, the elements there: one per window.
+
+        `(*inputs) -> (*out)` for each place, in row-major order. Padding is -inf.
+        """
         pads = [(*pad, 0) for pad in self.padding]
         padded = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), pads)
         for place in itertools.product(*map(range, self.shape)):
@@ -108,11 +115,10 @@ class _Windows:
         elsewhere. With windows of 3 and a stride of 2 an element is in up to two
         windows, so there are two parts. The first part is of the first windows.
 
-        With the stride s an element at
-        s m + r, r < s, counted from the start of the padding, is at place r + s a of
-        window m - a, for a = 0, 1, ... So a window's place and cotangent are read once
-        for each a, and not once for each place. A part has an axis for m and, if the
-        stride is not 1, a next axis for r.
+        With the stride s, the element s m + r, with r < s and counted from the start of
+        the padding, is at place r + s a of window m - a, for a = 0, 1, ... So a
+        window's place and cotangent are read once for each a, and not once for each
+        place. A part has an axis for m and, if the stride is not 1, a next axis for r.
         """
         # Without other parts -0 would remain, since XLA removes a sum with 0.
         cotangent = jnp.where(cotangent == 0, 0, cotangent)
@@ -133,10 +139,10 @@ class _Windows:
         return [-(-size // stride) for size, stride in sizes]
 
     def _places(self, back: tuple[int, ...]) -> np.ndarray:
-        """Returns the places of elements in the window `back` steps before theirs.
+        """Returns the place in window m - `back` of the element r, for each r.
 
-        The result broadcasts to a part of the gradient. An element outside the window
-        has the number of a window's elements as its place.
+        The result broadcasts to a part of the gradient; `shares` defines m and r. The
+        place of an element outside the window is the number of elements in a window.
         """
         place, exists = np.asarray(0), np.asarray(True)
         for size, stride, windows in zip(self.shape, self.strides, back, strict=True):
@@ -147,7 +153,11 @@ class _Windows:
         return np.where(exists, place, count).astype(np.min_scalar_type(count))
 
     def _surrounded(self, of_windows: Array) -> Array:
-        """Returns an array of one number a window, padded by 0 for windows outside."""
+        """Pads an array of one number per window, for `_over_elements` to slice.
+
+        `n -> overlap - 1 + steps` along each axis: zeros before the first window and
+        after the last. Windows that start after the array's end are cut off.
+        """
         pads = [
             (overlap - 1, steps - count, 0)
             for overlap, steps, count in zip(
@@ -157,7 +167,7 @@ class _Windows:
         return lax.pad(of_windows, jnp.zeros((), of_windows.dtype), pads)
 
     def _over_elements(self, surrounded: Array, back: tuple[int, ...]) -> Array:
-        """Returns the numbers of windows `back` steps before; broadcasts to a part."""
+        """Returns the number of window m - `back` for each m; broadcasts to a part."""
         start = [n - 1 - i for n, i in zip(self._overlaps, back, strict=True)]
         stop = [i + n for i, n in zip(start, self._steps, strict=True)]
         shifted = lax.slice(surrounded, start, stop)

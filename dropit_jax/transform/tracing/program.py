@@ -92,12 +92,14 @@ def flatten(
 ) -> Program:
     """Returns a jaxpr as a flat program, without calls and dead equations.
 
+    Loops and other equations that do more with a jaxpr than call it stay equations.
+
     Args:
-      traced: the jaxpr, as `jax.make_jaxpr` returns it.
-      opaque: names of primitives that stay whole although they call a program. A
-        function with its own derivative must, until it is differentiated.
-      hoisted: whether arrays that the jaxpr closes over become the first inputs, and no
-        constants.
+      traced: the closed jaxpr, as `jax.make_jaxpr` returns it.
+      opaque: names of primitives whose calls stay equations, such as `custom_vjp_call`,
+        whose derivative would be lost otherwise.
+      hoisted: whether the constants of `traced` become the first inputs. The constants
+        of jaxprs that it calls stay constants.
     """
     flat = _Flattener(opaque)
     jaxpr = compat.open_jaxpr(traced)
@@ -123,8 +125,10 @@ def flatten(
 def without_dead(program: Program, more: Iterable[int] = ()) -> Program:
     """Returns the program without equations whose results nobody reads.
 
+    Equations with side effects stay.
+
     Args:
-      program: the program; equations with side effects stay.
+      program: the program.
       more: values to keep besides the outputs.
     """
     needed = {*values(program.outputs), *more}
@@ -163,7 +167,10 @@ def run(
 
 
 def last_uses(program: Program) -> dict[Node, list[int]]:
-    """Returns for each equation the values that are not read after it."""
+    """Returns, for each equation, the values to discard after it.
+
+    The equation reads or makes these, and no later equation and no output reads them.
+    """
     kept = set(values(program.outputs))
     found = {}
     for node in reversed(program.nodes):
@@ -173,7 +180,7 @@ def last_uses(program: Program) -> dict[Node, list[int]]:
 
 
 def read(known: dict[int, Any], atom: Atom) -> Any:
-    """Returns the array that an atom stands for."""
+    """Returns the array of a value, or the number of a literal."""
     if isinstance(atom, Scalar):
         return atom.val
     found = known[atom]

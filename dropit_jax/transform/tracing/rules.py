@@ -27,12 +27,12 @@ DIFFERENTIABLE = frozenset({"custom_jvp_call", compat.CUSTOM_VJP})
 
 
 def run(program: Program, arguments: Sequence[Any], drop_body: DropBody) -> list[Any]:
-    """Returns the outputs of a program whose equations are bound by these rules.
+    """Runs a program by these rules, and returns its outputs.
 
     Args:
       program: the program.
       arguments: one array for each input.
-      drop_body: makes a function that stores less of the body of a loop or the like.
+      drop_body: makes a planned function of the body of a loop or the like.
     """
 
     def evaluate(node: Node, *operands: Any) -> Sequence[Any]:
@@ -111,7 +111,11 @@ _MOST_PLACES = 2**16
 def _largest_of_windows(
     node: Node, operands: Sequence[Any], drop_body: DropBody
 ) -> Sequence[Any]:
-    """Pools by maxima; JAX's derivative of it would store the whole operand."""
+    """Pools by maxima; JAX's derivative of it would store the whole operand.
+
+    Dilated windows, and windows of more than `_MOST_PLACES` elements, are bound
+    unchanged.
+    """
     del drop_body
     (x,), params = operands, node.params
     dilation = {*params["base_dilation"], *params["window_dilation"]}
