@@ -98,7 +98,7 @@ class Planner:
         found = places.find(self.preset, halves.forward, scope)
         self._matched |= found.matched
         self._places |= found.known
-        key = _fingerprint(halves, is_free, found)
+        key = _fingerprint(halves, is_free, classes, found)
         forms = self._forms(key, halves.forward, classes, found)
         made = Choice(key, halves, classes, forms, turns, is_recomputed, scope)
         self.made.append(made)
@@ -154,26 +154,29 @@ def _stored_forms(
 
 
 def _fingerprint(
-    halves: split.Split, is_free: Sequence[bool], found: RulePresets
+    halves: split.Split, is_free: Sequence[bool], classes: Classes, found: RulePresets
 ) -> str:
     """Returns a digest that identifies a program in plans and in `_cached_forms`.
 
     Programs of equal digest share one choice. The digest is the same in every process,
-    as plans are saved. The elements of constant arrays are not part of it.
+    as plans are saved. The elements of constant arrays are part of it only through the
+    classes of values.
     """
     text = hashlib.sha256()
     for program in (halves.forward, halves.backward):
         for line in _lines(program):
             text.update(line.encode())
     text.update(repr((halves.perturbed, tuple(is_free))).encode())
+    text.update(repr([kind.name for kind in classes.kinds]).encode())
     for value, ruled in sorted(found.ruled.items(), key=lambda pair: pair[0]):
         text.update(repr((value, ruled.to_dict())).encode())
     return text.hexdigest()
 
 
 def _lines(program: Program) -> Any:
-    """Yields the program as text: its inputs and outputs, then a line per equation."""
-    yield repr((program.inputs, [_atom(a) for a in program.outputs]))
+    """Yields the program as text: a line for its ends, then a line per equation."""
+    given = [(v, str(program.avals[v])) for v in (*program.inputs, *program.constants)]
+    yield repr((given, [_atom(a) for a in program.outputs]))
     for node in program.nodes:
         made = [str(program.avals[value]) for value in node.outputs]
         params = sorted((k, _param(v)) for k, v in node.params.items())

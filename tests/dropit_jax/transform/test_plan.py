@@ -108,6 +108,30 @@ class PlanTest(parameterized.TestCase):
         with pytest.raises(PlanError, match="another function, or for arguments"):
             jax.grad(drop(FEATURES["mlp"], planned))(PARAMS, X[:4])
 
+    def test_the_type_of_an_argument_counts_where_its_cast_has_one_type(self):
+        def function(w, mask):
+            return jnp.sum(jnp.sin(w * mask.astype(jnp.float32)))
+
+        mask = jnp.arange(64.0).reshape(8, 8) % 3
+        planned = plan(function)(mask, mask > 0)
+        with pytest.raises(PlanError, match="arguments of other types"):
+            jax.grad(drop(function, planned))(mask, jnp.float16(mask))
+
+    def test_large_numbers_in_a_constant_count(self):
+        """They are a mask, and the sum with a mask is stored exactly."""
+
+        def masked(constant):
+            @jax.jit
+            def add(x):
+                return jnp.where(x > 0, x, constant)
+
+            return lambda x: jnp.sum(jnp.tanh(add(jnp.sin(x)) * x))
+
+        zeros, x = np.zeros((64, 64), np.float32), jnp.ones((64, 64))
+        planned = [plan(masked(each))(x) for each in (zeros, zeros - 1e9, zeros)]
+        self.assertNotEqual(planned[0], planned[1])
+        self.assertEqual(planned[0], planned[2])
+
     @parameterized.parameters("", "{}", "[]", '{"preset": 1}')
     def test_other_text_is_an_error(self, text):
         with pytest.raises(ValueError, match="Not a plan that to_json wrote"):
