@@ -312,7 +312,7 @@ def _error_and_cosine(gradient: jax.Array, exact: jax.Array) -> tuple[float, flo
 
 
 def _captured(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Layer]:
-    _, state, batch = trained.load(config, workdir, terminal.say)
+    _, state, batch = trained.load(config, workdir)
     layers = capture(config, state, batch)
     for layer in layers:
         if not reads_all(layer.module):

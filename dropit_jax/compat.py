@@ -233,10 +233,12 @@ def current_scope() -> str:
 
 def source_line(equation: JaxprEqn) -> str:
     """Returns the user's line that made an equation, such as "model.py:12 (loss)"."""
-    line = source_info_util.summarize(equation.source_info)
-    where, _, function = line.partition(" ")
+    line = source_info_util.summarize(equation.source_info)  # "path:12:5 (loss)"
+    where, _, function = line.rpartition(" (")
+    if not where:
+        return line  # "unknown"
     path, *numbers = where.split(":")
-    return " ".join(filter(None, (":".join((Path(path).name, *numbers[:1])), function)))
+    return f"{':'.join((Path(path).name, *numbers[:1]))} ({function}"
 
 
 # Excludes the library's own lines from the source lines of equations.

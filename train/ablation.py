@@ -141,6 +141,11 @@ def runs(config: ConfigDict) -> list[Run]:
         wrong type; there are no variants; or a variant has no seeds, or a seed twice.
     """
     _check_names("config", config, _SECTIONS)
+    for section in _SECTIONS:
+        if not isinstance(config[section], ConfigDict):
+            raise ConfigError(
+                f"config.{section} takes a ConfigDict, got {config[section]!r}."
+            )
     if not config.variants:
         raise ConfigError("config.variants is empty: there is nothing to train.")
     found: list[tuple[int, Run]] = []
@@ -158,6 +163,8 @@ def runs(config: ConfigDict) -> list[Run]:
                 one.memory, one.dropit = variant.memory, copy.deepcopy(variant.dropit)
                 one.seed = seed
                 one.layers = variant.get("layers", one.layers)
+            except AttributeError as error:
+                raise ConfigError(f"config.base: {error}") from error
             except TypeError as error:
                 raise ConfigError(f"config.variants.{name}: {error}") from error
             found.append((place, Run(name, one)))

@@ -57,9 +57,7 @@ def main(directories: list[Path]) -> None:
 
     # Everything that can fail comes before the writing, and what takes longest last.
     terminal.say(f"Computing gradients of {', '.join(drawn)} ...")
-    found = {
-        name: _distributions(_of_seed(variants[name], seed), terminal) for name in drawn
-    }
+    found = {name: _distributions(_of_seed(variants[name], seed)) for name in drawn}
     terminal.say(f"Compiling {len(variants)} steps for {target} ...")
     temp_bytes = {
         name: measurements.allocated(each[0].config, target).temp_bytes
@@ -182,8 +180,8 @@ def _accuracy(run: SavedRun) -> float:
     return run.rows[-1]["test_accuracy"]
 
 
-def _distributions(run: SavedRun, terminal: Terminal) -> Distributions:
-    job, last, batch = trained.load(run.config, run.path, terminal.say)
+def _distributions(run: SavedRun) -> Distributions:
+    job, last, batch = trained.load(run.config, run.path)
     first = initialisation.initial_state(job)
     return distributions(run.config, (first, last), batch)
 

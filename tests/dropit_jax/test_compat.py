@@ -276,6 +276,13 @@ class ThereTest(parameterized.TestCase):
         line = compat.source_line(equation)
         self.assertRegex(line, r"^test_compat\.py:\d+ .*function")
 
+    def test_a_source_line_of_a_path_with_spaces(self):
+        scope = {}
+        text = "def loss(x):\n    return x + 1"
+        exec(compile(text, "my models (old)/model.py", "exec"), scope)  # noqa: S102
+        (equation,) = compat.open_jaxpr(jax.make_jaxpr(scope["loss"])(1.0)).eqns
+        self.assertEqual(compat.source_line(equation), "model.py:2 (loss)")
+
     def test_symbolic_sizes_are_numbers(self):
         (first, second) = jax.export.symbolic_shape("b, 2*b+1")
         self.assertEqual(compat.concrete(second), 2 * compat.concrete(first) + 1)

@@ -57,6 +57,12 @@ class GridTest(parameterized.TestCase):
         (lambda c: setattr(c, "more", 1), "config has the fields base, variants"),
         (lambda c: setattr(c, "variants", {}), "config.variants is empty"),
         (
+            lambda c: setattr(c, "variants", 3),
+            "config.variants takes a ConfigDict",
+        ),
+        (lambda c: setattr(c, "base", "small"), "config.base takes a ConfigDict, got"),
+        (lambda c: c.base.__delattr__("layers"), "config.base: .*layers"),
+        (
             lambda c: c.variants.half.__delattr__("dropit"),
             "config.variants.half has the fields memory, dropit, seeds, and may have l",
         ),

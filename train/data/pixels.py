@@ -28,7 +28,7 @@ def normaliser(config: ConfigDict) -> Normalise:
     mean: tuple[float, ...] | float = _UNIT
     std: tuple[float, ...] | float = _UNIT
     if config.normalise == "dataset":
-        info = data.info(config.dataset)
+        info = data.info(config.dataset, config.data_dir)
         mean, std = info.mean, info.std
 
     def normalise(images: UInt8[Array, "..."]) -> Float[Array, "..."]:

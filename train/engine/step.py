@@ -83,7 +83,7 @@ def create_model(config: ConfigDict) -> nn.Module:
     name = config.model.name
     return models.create(
         name,
-        data.info(config.dataset).num_classes,
+        data.info(config.dataset, config.data_dir).num_classes,
         config.dtype,
         layers=config_lib.model_layers(config),
         remat=config.remat,
@@ -249,7 +249,7 @@ def abstract_images(config: ConfigDict, count: int = 1) -> jax.ShapeDtypeStruct:
 
 def _image_shape(config: ConfigDict) -> tuple[int, int, int]:
     size = config.image_size
-    return size, size, data.info(config.dataset).channels
+    return size, size, data.info(config.dataset, config.data_dir).channels
 
 
 def _sums(

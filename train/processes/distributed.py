@@ -1,7 +1,9 @@
 """Start of distributed training: joining the processes and comparing their configs."""
 
+import collections
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import metadata
 
 import jax
@@ -86,11 +88,22 @@ def initialise() -> None:
         ) from error
     finally:
         notice.cancel()
-    if jax.device_count() != jax.process_count() * jax.local_device_count():
-        raise ConfigError(
-            f"This process has {jax.local_device_count()} of {jax.device_count()} "
-            f"devices: all {jax.process_count()} need as many."
-        )
+    check_equal_devices(jax.devices())
+
+
+def check_equal_devices(devices: Sequence[jax.Device]) -> None:
+    """Checks that every process has as many devices as the others.
+
+    Args:
+      devices: the devices of all processes.
+
+    Raises:
+      ConfigError: one has more devices than another.
+    """
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"process {i} has {n}" for i, n in sorted(counts.items()))
+        raise ConfigError(f"All processes need as many devices, but {listed}.")
 
 
 def check_same_config(config: ConfigDict) -> None:

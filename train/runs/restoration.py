@@ -52,7 +52,7 @@ def restore(
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
-    with workdir_lib.read_checkpoints(workdir, say) as checkpoints:
+    with workdir_lib.read_checkpoints(workdir) as checkpoints:
         step = _selected_step(checkpoints, workdir)
         say(f"{workdir}: the checkpoint of step {step}.")
         state, _ = checkpoints.restore(step, abstract)

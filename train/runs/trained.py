@@ -1,6 +1,5 @@
 """The last state of a finished run, with a batch to measure it on."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -14,15 +13,12 @@ from train.runs import workdir as workdir_lib
 from train.system.disk import CheckpointError
 
 
-def load(
-    config: ConfigDict, workdir: Path, say: Callable[[str], None]
-) -> tuple[Job, step_lib.State, data.Batch]:
+def load(config: ConfigDict, workdir: Path) -> tuple[Job, step_lib.State, data.Batch]:
     """Returns the job, the state after the last step, and the first training batch.
 
     Args:
       config: config of the run.
       workdir: working directory of the run; nothing in it is changed.
-      say: as in `workdir.read_checkpoints`.
 
     Raises:
       ConfigError: the config cannot be run on this machine.
@@ -31,7 +27,7 @@ def load(
       WaitError: the disk does not answer.
     """
     job = job_lib.prepare(config)
-    with workdir_lib.read_checkpoints(workdir, say) as checkpoints:
+    with workdir_lib.read_checkpoints(workdir) as checkpoints:
         steps, total = checkpoints.steps(), config_lib.steps(config)[1]
         if not steps or steps[-1] != total:
             raise CheckpointError(

@@ -112,16 +112,11 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def read_checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
-    """Returns the checkpoints of a run, opened without changing anything on disk.
-
-    Args:
-      workdir: working directory of the run.
-      say: passed on to `Checkpoints`, whose `restore` does not call it.
-    """
+def read_checkpoints(workdir: Path) -> Checkpoints:
+    """Returns the checkpoints of a run, opened without changing anything on disk."""
     return Checkpoints(
         workdir / "checkpoints",
-        say,
+        print,  # never called: all damage that `restore` finds is an error
         read_only=True,
         problem=lambda step, state, _: step_lib.problem(step, state),
     )

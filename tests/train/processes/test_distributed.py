@@ -3,12 +3,16 @@
 import signal
 import socket
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from tests.train import commands
+from train.config.config import ConfigError
+from train.processes import distributed
 
 _SHORT = (
     "--config=configs/digits_vit.py",
@@ -42,6 +46,15 @@ def _finish(processes):
     return [
         (process.returncode, *result)
         for process, result in zip(processes, results, strict=True)
+    ]
+
+
+def _devices(counts):
+    """Stand-ins for the devices of processes that have these numbers of them."""
+    return [
+        types.SimpleNamespace(process_index=process)
+        for process, count in enumerate(counts)
+        for _ in range(count)
     ]
 
 
@@ -122,6 +135,15 @@ class DistributedTest(parameterized.TestCase):
         self.assertIn("config.workers must not be negative", results[1][2])
         for _, _, errors in results:
             self.assertLen(errors.splitlines(), 1)
+
+    @parameterized.parameters(([2, 2],), ([1],), ([3, 3, 3],))
+    def test_as_many_devices_in_all_are_right(self, counts):
+        distributed.check_equal_devices(_devices(counts))
+
+    def test_more_devices_in_one_are_told_to_all(self):
+        expected = "process 0 has 1, process 1 has 2, process 2 has 3"
+        with pytest.raises(ConfigError, match=expected):
+            distributed.check_equal_devices(_devices([1, 2, 3]))
 
     def test_incomplete_flags_are_told(self):
         status, _, errors = commands.run(
