@@ -279,7 +279,7 @@ class ThereTest(parameterized.TestCase):
     def test_a_source_line_of_a_path_with_spaces(self):
         scope = {}
         text = "def loss(x):\n    return x + 1"
-        exec(compile(text, "my models (old)/model.py", "exec"), scope)  # noqa: S102
+        exec(compile(text, "my models (old)/model.py", "exec"), scope)
         (equation,) = compat.open_jaxpr(jax.make_jaxpr(scope["loss"])(1.0)).eqns
         self.assertEqual(compat.source_line(equation), "model.py:2 (loss)")
 
