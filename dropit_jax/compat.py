@@ -196,6 +196,7 @@ def in_scope(caller: JaxprEqn | None, equation: JaxprEqn) -> JaxprEqn:
     """Returns an equation of a called program with the caller's scope before its own.
 
     An equation in the scope "mlp", called in the scope "layer_0", gets "layer_0/mlp".
+    Without a caller the equation is returned unchanged.
     """
     if caller is None or not caller.source_info.name_stack.stack:
         return equation
@@ -218,7 +219,10 @@ def under(equation: JaxprEqn) -> Iterator[None]:
 
 
 def bind_equation(equation: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """Returns the results of an equation for these operands, one or more."""
+    """Returns the results of an equation for other operands; `[result]` for one.
+
+    They are computed under the scope, line and settings of the equation.
+    """
     primitive = equation.primitive
     with under(equation):
         params = primitive.get_bind_params(equation.params)
@@ -305,7 +309,8 @@ def is_export(context: mlir.LoweringRuleContext) -> bool:
 def concrete(dimension: Any) -> int:
     """Returns the size of a dimension; every symbol in it counts as `_SYMBOL`.
 
-    Prices of values with symbolic sizes could not be compared: 2*b + 1 -> 513.
+    With `_SYMBOL = 256`: 2*b + 1 -> 513. So values with symbolic sizes have prices that
+    can be compared.
     """
     if isinstance(dimension, int) or not jax.export.is_symbolic_dim(dimension):
         return int(dimension)
@@ -320,8 +325,8 @@ def remat(equation: JaxprEqn) -> tuple[Any, Any, bool] | None:
     """Returns the jaxpr, the policy and `prevent_cse` of a call of `jax.checkpoint`.
 
     `None` for other equations, and for a call that is differentiated already. With
-    `jax_remat3` an object of JAX holds the three, which is going to replace the
-    primitive; in JAX 0.10 the object has no `prevent_cse`.
+    `jax_remat3`, which is going to replace the primitive, an object of JAX holds the
+    three. In JAX 0.10 the object has no `prevent_cse`, which then is `True`.
     """
     params = equation.params
     if equation.primitive.name in ("remat2", "checkpoint"):
@@ -366,9 +371,10 @@ def hush_triton() -> None:
 
 
 def flax_function(context: Any) -> Callable[..., Any]:
-    """Returns the function that Flax wrapped as the method an interceptor intercepts.
+    """Returns the user's or Flax's function behind an intercepted method.
 
-    It differs between a method of a Flax layer and an override of that method.
+    If an override calls the method of its base class, the interceptor gets both calls:
+    the function tells which of the two methods runs.
 
     Args:
       context: a `flax.linen.module.InterceptorContext`.
@@ -403,8 +409,8 @@ def _flax_wrapper() -> Any:
 def flax_modules(tree: Any) -> Any:
     """Returns a pytree with `None` for all leaves except modules and variables of nnx.
 
-    A lifted function of nnx returns it for its arguments, beside its results, so that
-    `nnx.from_tree` can update the caller's modules.
+    A lifted function of nnx applies it to its arguments and returns the pytree beside
+    its results, so that `nnx.from_tree` can update the caller's modules.
     """
     from flax import nnx  # noqa: PLC0415  # not all users have Flax models
 

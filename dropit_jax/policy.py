@@ -119,19 +119,20 @@ class DropIT:
 
     @property
     def needs_key(self) -> bool:
-        """Returns whether the stored arrays depend on a PRNG key."""
+        """Whether the stored arrays depend on a PRNG key."""
         return self.strategy == "random" or self.rounding == "stochastic"
 
     @property
     def per_channel(self) -> bool:
-        """Returns whether the policy needs the axis of the channels."""
+        """Whether the policy needs the axis of the channels."""
         return self.granularity == "channel" or self.fill == "mean"
 
     def kept(self, size: int) -> int:
         """Returns how many of the `size` elements of a selection are kept.
 
         `k = max(1, floor((1 - rate) · size))`: rounded down as in the paper (§3.3),
-        but at least 1.
+        but at least 1, or 0 of 0 elements. A product that is within 1e-6 below a whole
+        number counts as that number.
         """
         return min(size, max(1, math.floor((1.0 - self.rate) * size + _ROUNDING)))
 

@@ -118,8 +118,10 @@ def _check(run: Run, workdir: Path) -> None:
         raise ConfigError(
             f"Variant {run.variant!r} (its fields, and config.base): {error}"
         ) from error
-    if _rows(run, workdir):
-        workdir_lib.check_same(workdir / run.path, run.config)
+    if not is_finished(run.config, _rows(run, workdir)):
+        workdir_lib.check_can_start(workdir / run.path, run.config)
+        return
+    workdir_lib.check_same(workdir / run.path, run.config)
 
 
 def _rows(run: Run, workdir: Path) -> list[records.Row]:
@@ -152,7 +154,7 @@ def runs(config: ConfigDict) -> list[Run]:
     for name, variant in config.variants.items():
         _check_names(f"config.variants.{name}", variant, _FIELDS, _OPTIONAL)
         seeds = variant.seeds
-        if not isinstance(seeds, tuple) or not seeds or len(set(seeds)) < len(seeds):
+        if not isinstance(seeds, tuple) or not seeds or _has_equal(seeds):
             raise ConfigError(
                 f"config.variants.{name}.seeds takes different seeds, such as (42, 1), "
                 f"got {seeds!r}."
@@ -169,6 +171,10 @@ def runs(config: ConfigDict) -> list[Run]:
                 raise ConfigError(f"config.variants.{name}: {error}") from error
             found.append((place, Run(name, one)))
     return [run for _, run in sorted(found, key=lambda each: each[0])]
+
+
+def _has_equal(seeds: tuple[Any, ...]) -> bool:
+    return len(set(map(repr, seeds))) < len(seeds)
 
 
 def table(grid: list[Run], workdir: Path) -> str:

@@ -20,6 +20,7 @@ from train.config import config as config_lib
 from train.config import flags as config_flags
 from train.engine import job as job_lib
 from train.reports import measurements, plots
+from train.runs import workdir as workdir_lib
 from train.system.files import write_atomically
 from train.system.terminal import Terminal
 
@@ -35,8 +36,8 @@ class Measurements:
 
     Attributes:
       test_accuracy: the test accuracy after training, in [0, 1].
-      stored_bytes: the bytes that a step stores between forward and backward pass;
-        `None`: not measured, like the fields below.
+      stored_bytes: the bytes that a step stores between forward and backward pass.
+        This and the next fields are `None` if the measurement failed.
       temp_bytes: the temporary bytes of a step on the target.
       step_seconds: the median time of a step here.
     """
@@ -53,6 +54,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     memory.target_path(target)  # an unknown target is an error before the training
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _dropping(config)}
     job_lib.prepare(config)  # an invalid config is an error before the training
+    for name, variant in variants.items():
+        one = config_lib.without_unused_epochs(variant)
+        workdir_lib.check_can_start(workdir / name, one)
     rows = {
         name: loop.run(variant, workdir / name, terminal)
         for name, variant in variants.items()
@@ -76,9 +80,10 @@ def main(config: ConfigDict, workdir: Path) -> None:
 def _measured(
     variants: dict[str, ConfigDict], target: str, terminal: Terminal
 ) -> dict[str, dict[str, Any]]:
-    """Returns the measurements by field and variant; prints why one has failed.
+    """Returns the measurements by field and variant.
 
-    For instance `{"stored_bytes": {"flax": 4096, "dropit": 1024}, ...}`.
+    For instance `{"stored_bytes": {"flax": 4096, "dropit": 1024}, ...}`. A measurement
+    that fails is `None` for both variants, and the reason is printed.
     """
 
     def stored() -> dict[str, int | None]:
@@ -109,7 +114,7 @@ def _measured(
 
 
 def _reason(error: Exception) -> str:
-    """Returns the last line of an error's message, which has the reason."""
+    """Returns the last line of an error's message; without one, the error's type."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
 
@@ -127,7 +132,8 @@ def table(results: dict[str, Measurements], target: str) -> rich.table.Table:
         if None in values:
             return
         texts = [format(value * scale, form) for value in values]
-        shown.add_row(label, *texts, f"{values[1] / values[0]:.2f}")
+        ratio = f"{values[1] / values[0]:.2f}" if values[0] else "-"
+        shown.add_row(label, *texts, ratio)
 
     add("test accuracy", "test_accuracy", 1, ".3f")
     add("stored for the backward pass, MiB", "stored_bytes", 2**-20, ".1f")

@@ -37,9 +37,10 @@ from train.system.terminal import Terminal
 def run(config: ConfigDict, workdir: Path, terminal: Terminal) -> list[Row]:
     """Trains a model, from the start or from the last checkpoint in `workdir`.
 
-    An interrupted and resumed run has the same metrics as an uninterrupted one. A
-    checkpoint has the parameters, the optimiser's state, the step (which determines the
-    position in the data), the random state and the sums of the current epoch.
+    An interrupted and resumed run has the same losses and accuracies as an
+    uninterrupted one. A checkpoint has the parameters, the optimiser's state, the step
+    (which determines the position in the data), the random state and the sums of the
+    current epoch.
 
     Args:
       config: the config to train.
@@ -183,8 +184,9 @@ class _Saver:
           test: the evaluation of the state; `None`: not evaluated.
 
         Raises:
-          NonFiniteLossError: the state is not finite, or the test loss after the last
-            step.
+          NonFiniteLossError: the loss of a step or the state is not finite, or, after
+            the last step, the test loss.
+          CheckpointError: as `Checkpoints.save`.
         """
         # First the sums of pending steps: their losses may not be finite.
         position = Position(self.meter.state(), self.train_examples, rows)
@@ -204,8 +206,9 @@ class _Saver:
         """Saves the state, and ends the run because of a signal.
 
         Raises:
-          Interrupted: the state is saved.
+          Interrupted: the state is saved, or no step was done.
           NonFiniteLossError: as `save`.
+          CheckpointError: as `save`.
         """
         if done:
             self.save(done, state, rows)

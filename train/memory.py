@@ -55,12 +55,19 @@ def name_of(config: ConfigDict) -> str:
 
 
 def plan(config: ConfigDict, target: str) -> memory.BatchPlan | None:
-    """Returns the largest batch of a config that fits; `None` if one image does not."""
-    abstract = functools.partial(step_lib.abstract, config)
+    """Returns the largest batch of a config that fits; `None` if the smallest does not.
+
+    A batch is a multiple of `config.accumulate_steps`.
+    """
+    parts, abstract = (
+        config.accumulate_steps,
+        functools.partial(step_lib.abstract, config),
+    )
     try:
-        return memory.max_batch(lambda batch: (*abstract(batch), 0), target)
+        found = memory.max_batch(lambda size: (*abstract(size * parts), 0), target)
     except memory.NoBatchFitsError:
         return None
+    return dataclasses.replace(found, batch=found.batch * parts)
 
 
 def table(

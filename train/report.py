@@ -53,7 +53,7 @@ def main(directories: list[Path]) -> None:
     seed = _common_seed([variants[name] for name in drawn])
     for each in variants.values():
         job_lib.check(each[0].config)
-    output.mkdir(parents=True, exist_ok=True)
+    _create(output)
 
     # Everything that can fail comes before the writing, and what takes longest last.
     terminal.say(f"Computing gradients of {', '.join(drawn)} ...")
@@ -78,6 +78,7 @@ def main(directories: list[Path]) -> None:
             )
             for each in summaries
         },
+        baseline,
         (
             "stored for the backward pass, MiB",
             f"test accuracy over that of {baseline}, points",
@@ -120,7 +121,9 @@ def _drawn(names: list[str], chosen: list[str] | None) -> list[str]:
 
 
 def _common_seed(variants: list[list[SavedRun]]) -> int:
-    """Returns the first seed that all variants have, so with equal initial parameters.
+    """Returns the first seed that all variants have.
+
+    Runs of one seed begin with equal parameters.
 
     Raises:
       ConfigError: they have no seed in common.
@@ -178,6 +181,18 @@ def _summaries(
 
 def _accuracy(run: SavedRun) -> float:
     return run.rows[-1]["test_accuracy"]
+
+
+def _create(output: Path) -> None:
+    """Creates the directory of the report.
+
+    Raises:
+      ConfigError: the directory cannot be created.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output={output} cannot be created: {error}") from error
 
 
 def _distributions(run: SavedRun) -> Distributions:

@@ -83,9 +83,10 @@ def has_policy(module: nn.Module) -> bool:
 
 
 def stateful_product(module: nn.Module) -> str | None:
-    """Returns the field of a layer whose product is a module, as for fp8, or `None`.
+    """Returns the field that makes a layer's product a module, or `None`.
 
-    The module updates variables, which is impossible inside a caching product.
+    For a layer with an fp8 product: "dot_general_cls". A module updates variables,
+    which is impossible inside a caching product.
     """
     for layer, field, _ in _WITH_FIELD:
         if not isinstance(module, layer):
@@ -121,7 +122,7 @@ def cached(
       **kwargs: the other arguments of the call.
 
     Raises:
-      TypeError: the product of the layer is a module with a state.
+      TypeError: `dropit` is not a policy, or the product of the layer is a module.
     """
     if args:
         (kwargs["einsum_str"],) = args

@@ -29,6 +29,7 @@ class InterceptedLayer:
       kind: the name of the layer's class.
       shape: the shape of the layer's input, as its product takes it: the batch axes of
         a convolution are merged, and `Conv` has padded "CIRCULAR" inputs, for example.
+        Under `vmap` the mapped axis is missing, also in the bytes.
       dtype: the dtype of the layer's input, as its product takes it.
       bytes_before: the bytes of the input, which plain Flax stores in one call.
       bytes_after: the bytes of the residual.
@@ -48,8 +49,10 @@ class Interception:
     Attributes:
       dropit: the policy.
       layers: the layers in the order of their first calls, one for each path, with the
-        input of the last call (in a loop, of one iteration). Models that are traced
-        later add theirs.
+        input of the last call (in a loop, of one iteration). They are recorded when
+        JAX traces a model: a model that is traced later adds its layers, and a call for
+        which `jax.jit` reuses a trace, such as one of an earlier `intercept` with
+        equal arguments, adds none.
     """
 
     def __init__(self, dropit: DropIT, meant: Matching):
@@ -61,7 +64,7 @@ class Interception:
 
     @property
     def key(self) -> Any:
-        """The policy and the globs: a trace with other ones must not be reused."""
+        """The policy and the globs, on which a trace in the context depends."""
         return self.dropit, self._matching
 
     @property
@@ -157,7 +160,8 @@ def intercept(
     The layers are `Dense`, `DenseGeneral`, `Einsum`, `Conv`, `ConvLocal` and
     `ConvTranspose` of `flax.linen`, also as projections of attention. A layer with its
     own policy keeps it. A layer whose product is a module with a state, as for fp8,
-    stays plain. In nested contexts the innermost one that selects a layer decides.
+    stays plain, and so does one of a subclass whose `__call__` does not call Flax's.
+    In nested contexts the innermost one that selects a layer decides.
     `nn.jit` shares a trace among equal modules with different paths: there the decision
     for the first module holds for all of them.
 
@@ -174,8 +178,9 @@ def intercept(
 
     Raises:
       TypeError: `dropit` is not a policy, or a glob is not a string.
-      ValueError: `only` is empty; or, at the end of the context, a glob matched no
-        layer.
+      ValueError: `only` is empty; or, at the end of the context, a glob matched none
+        of the layers traced in it, if there were any. A glob of `only` has to match
+        another layer than the first if `skip_first`.
     """
     if not isinstance(dropit, DropIT):
         raise TypeError(

@@ -61,10 +61,11 @@ def leaky_relu(
 
     Args:
       x: an array of any real floating dtype.
-      negative_slope: a number, not an array: it has no gradient.
+      negative_slope: a Python number, which has no gradient.
 
     Raises:
-      TypeError: the slope is not a Python number.
+      TypeError: the slope is not an `int` or `float`, but an array or a NumPy number,
+        for example.
     """
     # A NumPy number would decide the dtype of the result.
     if type(negative_slope) not in (int, float):
@@ -82,7 +83,7 @@ def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*
     `x`, and is exact where it is 0 or 1.
 
     Args:
-      x: an array of any real floating dtype.
+      x: an array of a real floating dtype of 16 bits or more.
       approximate: whether to approximate Φ by tanh, as in `jax.nn.gelu`.
 
     Raises:
@@ -98,7 +99,7 @@ def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     `x`, and is exact where it is 0 or 1.
 
     Args:
-      x: an array of any real floating dtype.
+      x: an array of a real floating dtype of 16 bits or more.
 
     Raises:
       TypeError: JAX takes a forward-mode or a second derivative.
@@ -116,7 +117,7 @@ def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     `x`, and is exact where it is 0 or 1.
 
     Args:
-      x: an array of any real floating dtype.
+      x: an array of a real floating dtype of 16 bits or more.
 
     Raises:
       TypeError: JAX takes a forward-mode or a second derivative.
@@ -131,7 +132,7 @@ def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     `x`, and is exact where it is 0 or 1/4.
 
     Args:
-      x: an array of any real floating dtype.
+      x: an array of a real floating dtype of 16 bits or more.
 
     Raises:
       TypeError: JAX takes a forward-mode or a second derivative.

@@ -41,9 +41,11 @@ def apply(
 
     All `Linear`, `LinearGeneral`, `Einsum`, `Conv` and `ConvTranspose` layers of
     `flax.nnx` become layers of `dropit_jax.nnx`, also as projections of attention;
-    their parameters do not change. A layer of a subclass gets a subclass of both
-    classes: the code of the subclass runs as before, around a product that stores its
-    input compressed. Layers with their own policy keep it.
+    their parameters do not change. A layer of a user's subclass gets a new class, with
+    the user's class and this library's layer as bases. The user's code runs as before;
+    where it calls the `__call__` of Flax, the input is stored compressed. A subclass
+    that never calls it stores nothing compressed, although its change is in the result.
+    Layers with their own policy keep it.
 
     Args:
       model: a model, or a layer.
@@ -52,7 +54,8 @@ def apply(
         traced to find the first layer, which gets no policy: its input is the data,
         which is in memory anyway (paper, §3.4). `None`: all layers get the policy.
       only: one or several globs for the paths of the layers to change, such as
-        `"blocks/*/mlp"`; `*` matches "/" too. `None`: all layers.
+        `"blocks/*/mlp"`; `*` matches "/" too. A layer in several places has the path of
+        the first one only. `None`: all layers.
       exclude: globs for the paths of layers that do not change.
       rngs: the streams of keys, of which "dropit" is forked if the policy needs keys.
         Layers stacked by `nnx.vmap` get different keys.
@@ -130,7 +133,10 @@ def _stream_of(layer: Any, streams: _Streams, path: str) -> nnx.RngStream | None
 def _layers(
     node: Any, path: tuple[str, ...], visited: set[int]
 ) -> Iterator[tuple[str, Any]]:
-    """Yields the (path, layer) pairs of a model, in the order of its attributes."""
+    """Yields the (path, layer) pairs of a model, in the order of its attributes.
+
+    A layer in several places comes once, with the path of the first one.
+    """
     if id(node) in visited:
         return
     visited.add(id(node))
@@ -150,7 +156,11 @@ def _layers(
 def _first_layer(
     model: nnx.Module, found: list[tuple[str, Any]], call: Callable[[Any], Any]
 ) -> str:
-    """Returns the path of the first layer that a call of the model calls."""
+    """Returns the path of the first layer that a call of the model calls.
+
+    Raises:
+      ValueError: the call calls no layer of its argument, a copy of the model.
+    """
     called: list[str] = []
     # The call runs on a copy of the model, whose attributes have another order. So the
     # classes record the paths: a layer with two paths could have the other one there.

@@ -39,7 +39,8 @@ def drop(
       static_argnums: as in `dropit_jax.drop`.
 
     Raises:
-      As `dropit_jax.drop`.
+      As `dropit_jax.drop`. The returned function passes keyword arguments by position;
+      if it gets some, and `fun` has keyword-only ones, it raises a TypeError.
     """
 
     @functools.wraps(fun)
@@ -93,10 +94,12 @@ def _positional(
 ) -> tuple[Any, ...]:
     """Returns all arguments of a call by position, as Flax splits them.
 
-    For `fun(model, batch)` called as `fun(m, batch=b)`: `(m, b)`.
+    For `fun(model, batch, scale=2)` called as `fun(m, batch=b)`: `(m, b, 2)`. Without
+    keyword arguments the call's own arguments are returned.
 
     Raises:
-      TypeError: the function has keyword-only arguments.
+      TypeError: there are keyword arguments, and the function has keyword-only ones or
+        takes some of them as `**kwargs`; or they do not fit the function.
     """
     if not kwargs:
         return args

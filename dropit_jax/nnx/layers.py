@@ -3,7 +3,8 @@
 Each is a subclass of Flax's layer of the same name, with the same parameters, arguments
 and code, and two more attributes: `dropit`, the policy for the input (`None`: the plain
 Flax layer), and `dropit_rngs`, the stream of keys for a policy that needs keys. The
-stream is forked from the stream `"dropit"` of the layer's argument `rngs`.
+stream is forked from the stream `"dropit"` of the layer's argument `rngs`. In
+`MultiHeadAttention` the four projections have the attributes, and share one stream.
 """
 
 import functools

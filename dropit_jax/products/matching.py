@@ -12,7 +12,7 @@ class Matching:
     Attributes:
       skip_first: whether the model's first layer is left out.
       only: globs for the paths of the selected layers; `None`: all layers.
-      exclude: globs for the paths of layers that are left out.
+      exclude: globs for the paths of layers that are left out, even if `only` has them.
     """
 
     skip_first: bool
@@ -24,7 +24,7 @@ class Matching:
 
         Args:
           path: the names on the way to the layer, joined by "/".
-          first: the path of the model's first layer.
+          first: the path of the model's first layer; `None`: unknown.
         """
         if self.skip_first and path == first:
             return False
@@ -37,9 +37,11 @@ class Matching:
     def check(self, paths: Collection[str], firsts: Collection[str]) -> None:
         """Checks that every glob matches a layer.
 
+        With `skip_first` a glob of `only` has to match a layer that is not in `firsts`.
+
         Args:
           paths: the paths of all layers.
-          firsts: the paths of the first layers of the model.
+          firsts: the paths of the layers that are first in every call of the model.
 
         Raises:
           ValueError: a glob matches no layer.

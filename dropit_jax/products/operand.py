@@ -38,7 +38,7 @@ class Axes:
     row_major: bool = False
 
     def laid_out(self, x: Array) -> Array:
-        """Returns an array, in row-major order if `row_major`."""
+        """Returns `x`, in row-major order if `row_major`."""
         return layouts.row_major(x) if self.row_major else x
 
 
@@ -74,7 +74,7 @@ class CachedOperand:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """Compresses an operand.
+    """A function that returns the residual of an operand.
 
     Attributes:
       dropit: the policy.
@@ -134,7 +134,7 @@ def _arrange(a: Array, dropit: DropIT, axes: Axes) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("shape", "axes"), inline=True)
 def _restored(residual: Residual, after: Array, shape: Shape, axes: Axes) -> Array:
-    """Returns the decompressed operand, of a shape, computed after another array."""
+    """Returns the decompressed operand in its own shape, computed after `after`."""
     ordered = residual.decompress(after).reshape([shape[axis] for axis in axes.order])
     return jnp.transpose(axes.laid_out(ordered), tuple(np.argsort(axes.order)))
 

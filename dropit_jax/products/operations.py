@@ -40,8 +40,8 @@ def dot_general(
       preferred_element_type: as in `lax.dot_general`.
       out_sharding: as in `lax.dot_general`.
       dropit: the policy for `lhs`. The first axis that is not contracted is the axis of
-        the samples. The contracted axes together are the channels, along which chunks
-        are cut. `None`: the plain operation.
+        the samples; without one, `lhs` is one sample. The contracted axes together are
+        the channels, along which chunks are cut. `None`: the plain operation.
       key: a PRNG key, for policies that need one.
       operation: the function that computes the product, with the signature of
         `lax.dot_general` and linear in each operand.
@@ -174,7 +174,8 @@ def einsum(
       lhs: the activation.
       rhs: the kernel.
       dropit: the policy for `lhs`. The axes contracted with the kernel are the
-        channels. `None`: the plain operation.
+        channels, and the first other axis is the axis of the samples. `None`: the plain
+        operation.
       key: a PRNG key, for policies that need one.
       operation: the function that computes the product, with the signature of
         `jax.numpy.einsum` and linear in each operand.
@@ -185,8 +186,9 @@ def einsum(
       exact; the gradient of `rhs` is the one of `operation` at the decompressed `lhs`.
 
     Raises:
-      TypeError, ValueError: as `dot_general`; or the equation does not have two
-        operands and a result.
+      TypeError: as `dot_general`.
+      ValueError: as `dot_general`; or there is a policy, and the equation does not have
+        two operands and a result.
     """
     product = Operation.of(operation, first=(equation,), **kwargs)
     if dropit is None:

@@ -108,7 +108,9 @@ def cached_product(
 def observed(observe: _Observe) -> Iterator[None]:
     """Calls `observe(lhs, nbytes)` for every `cached_product` traced in the context.
 
-    `nbytes` are the bytes of the residual of `lhs`.
+    `nbytes` are the bytes of the residual of `lhs`, whether or not the product is
+    differentiated. A product whose `lhs` the policy cannot store is left out. In nested
+    contexts only the innermost function is called.
     """
     token = _observer.set(observe)
     try:
@@ -205,9 +207,10 @@ _gradients_traced_once = jax.jit(_gradients, static_argnums=0, inline=True)
 
 
 def _is_of_jax(product: Callable[..., Array]) -> bool:
-    """Returns whether a product is a function of JAX, whose trace may be reused.
+    """Returns whether a product is a function of JAX with hashable arguments.
 
-    Another product may be a Flax module, which equals a module of other parameters.
+    The trace of its gradients may be reused for an equal product. Another product may
+    be a Flax module, which equals a module of other parameters.
     """
     if not isinstance(product, Operation) or product.function not in _OF_JAX:
         return False

@@ -46,7 +46,10 @@ def chunking_of(shape: Shape, chunk_size: int | None) -> Chunking:
     """Cuts each sample of a tensor into chunks of `chunk_size` consecutive elements.
 
     A sample is a slice along the leading axis, flattened in row-major order; a tensor
-    of rank 0 or 1 is one sample. With `chunk_size=None` the whole tensor is one chunk.
+    of rank 0 or 1 is one sample. A sample of at most `chunk_size` elements is one
+    chunk; an empty sample has none. With `chunk_size=None` the whole tensor is one
+    chunk.
+
     In chunks of 16, `(8, 4, 32)` has rows `(8, 4)` of 2 chunks, and `(8, 5, 7)` has
     rows `(8,)` of 2 chunks and a tail of 3 elements.
 
@@ -82,10 +85,11 @@ def as_rows(x: jax.Array, chunks: Chunking) -> jax.Array:
 
 
 def keep_rows_whole(rows: jax.Array, chunks: Chunking) -> jax.Array:
-    """Keeps each row on one device if it is a single chunk or has a shorter one.
+    """Keeps each row on one device if it is a single chunk or ends with a shorter one.
 
-    Such rows cannot be sharded evenly into chunks. XLA would arrive at the same
-    sharding by itself, but by many small moves.
+    These rows cannot be sharded evenly into chunks. XLA would arrive at the same
+    sharding by itself, but by many small moves. Without a mesh of `Auto` axes,
+    `rows` is returned as it is.
     """
     if chunks.count > 1 and not chunks.tail:
         return rows

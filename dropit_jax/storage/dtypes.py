@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def common(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """Returns the dtype that holds values of all `dtypes`, by standard promotion."""
+    """Returns the dtype to which JAX's standard promotion converts all `dtypes`."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(functools.reduce(jnp.promote_types, dtypes))
 

@@ -51,7 +51,8 @@ def store(
 
     Args:
       x: an array.
-      code: returns the code of each element, in [0, 2**bits).
+      code: a function of `x` that returns the code of each element, in [0, 2**bits),
+        and closes over no traced array. JAX reuses the trace of an equal function.
       bits: the bits of a code: 1, 2, 4, 8 or 16.
       name: the `checkpoint_name` of the packed codes.
     """
@@ -105,8 +106,8 @@ def apply(
     Args:
       codes: the packed codes of the array.
       cotangent: the cotangent of the array.
-      function: a function of two arrays, element by element. JAX reuses the trace of
-        an equal function.
+      function: a function of two arrays, element by element, that closes over no
+        traced array. JAX reuses the trace of an equal function.
     """
     packed = barriers.read_after(cotangent, codes.packed)
     applied = _applied(packed, cotangent, codes.bits, function)

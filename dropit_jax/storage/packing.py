@@ -25,7 +25,8 @@ def pack(codes: Shaped[Array, "*rows count"], bits: int) -> UInt8[Array, "*rows 
 
     Returns:
       `packed_size(count, bits)` bytes for each row; bits beyond the last code are 0. If
-      the last axis is explicitly sharded, each shard is packed by itself.
+      the last axis is explicitly sharded, each shard is packed by itself, and its codes
+      may end within a byte: the 3 + 3 codes of two shards take 2 + 2 bytes in 4 bits.
     """
     codes = codes.astype(jnp.uint8)
     per_byte = 8 // bits
@@ -46,7 +47,7 @@ def unpack(
     """Inverts `pack`: `(*rows, bytes) -> (*rows, count)`.
 
     Args:
-      packed: bytes that `pack` returned.
+      packed: bytes that `pack` returned, explicitly sharded as it returned them.
       bits: bits of a code: 1, 2, 4 or 8.
       count: codes of a row.
     """

@@ -67,7 +67,8 @@ class Quantized:
     ) -> Float[Array, "*shape"]:
         """Returns the array x̂ that the codes represent.
 
-        A group is NaN if it had NaN, infinity or a range beyond float32.
+        A group is NaN if it had NaN, infinity, a range beyond float32, or a minimum
+        whose rounding down leaves float32 (below -3.38e38).
 
         Args:
           dtype: dtype of the result.
@@ -194,7 +195,7 @@ def quantize(
 def _quantize_rows(
     x: Float[Array, "*shape"], key: Array | None = None, *, bits: int, group_size: int
 ) -> tuple[Array, Array, Array]:
-    """Returns packed codes, and minimum and scale as `_squeeze_groups` does."""
+    """Returns packed codes, and minimum and scale as `_squeeze_groups` returns them."""
     groups = chunking.chunking_of(x.shape, group_size)
     levels = 2**bits - 1
     rows = chunking.as_rows(x, groups)
@@ -241,7 +242,10 @@ def _codes(
 
 
 def group_ranges(values: Array, levels: int) -> tuple[Array, Array]:
-    """Returns minimum and scale along the last axis, as float32 exact in bfloat16."""
+    """Returns minimum and scale of each group: `(*groups, size) -> (*groups)`, twice.
+
+    They have the dtype of `values`, and are exact in bfloat16.
+    """
     smallest, largest = values.min(axis=-1), values.max(axis=-1)
     minimum = _round_to_bfloat16(smallest - _MARGIN * jnp.abs(smallest))
     scale = _round_to_bfloat16((largest - minimum) * ((1 + _MARGIN) / levels))

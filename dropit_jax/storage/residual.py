@@ -119,8 +119,8 @@ def compress(
       key: a PRNG key, for policies that need one; the same key keeps the same elements.
 
     Returns:
-      The kept values and their positions. At `rate=0` everything is kept, without
-      positions.
+      The kept values and their positions. Where every element is kept (at `rate=0`, or
+      in chunks of 1 element), there are no positions.
 
     Raises:
       TypeError: `x` is not a real floating-point array, or `dropit` not a policy.
@@ -164,7 +164,10 @@ def _type_name(x: Any) -> str:
 
 
 def encoding(shape: Shape, dropit: DropIT) -> str:
-    """Returns how positions in a tensor are stored: `"index"` or `"bitmap"`."""
+    """Returns how positions of kept elements are stored: `"index"` or `"bitmap"`.
+
+    Without meaning for kept channels, and where everything is kept.
+    """
     return encodings.choose_encoding(
         chunking.chunking_of(shape, dropit.chunk_size), dropit
     )
@@ -218,7 +221,7 @@ def _select(x: Array, dropit: DropIT, key: Array | None) -> tuple[Array, Array |
 
 
 def _index_dtype(count: int) -> jax.typing.DTypeLike:
-    """Returns the smallest dtype of indices below `count`."""
+    """Returns the smallest of uint8, uint16 and int32 for indices below `count`."""
     for bits in (8, 16):
         if count <= 2**bits:
             return f"uint{bits}"

@@ -78,8 +78,9 @@ class PlannedFunction:
     def has_plan(self) -> bool:
         """Returns whether a plan can replace JAX's derivative of the function.
 
-        False if a loop writes to a mutable reference: JAX's derivative of the loop then
-        writes to further references, and cannot be split into two programs.
+        False if a loop, a conditional or the like takes a mutable reference: its
+        derivative by JAX may write to further references, and cannot be split into two
+        programs.
         """
         return not any(map(rules.has_reference, self._program.nodes))
 

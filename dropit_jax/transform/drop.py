@@ -27,8 +27,9 @@ def drop(
 ) -> Callable[..., Any]:
     """Returns a function with the results of `fun` that stores fewer residual bytes.
 
-    Where it is not differentiated, the returned function is `fun`. It can be
-    differentiated once, in reverse mode, also by values that `fun` closes over.
+    Each call traces `fun`, which therefore cannot branch in Python on elements of
+    arrays. The returned function can be differentiated in reverse mode, also by values
+    that `fun` closes over; twice only if no residual is stored in a lossy form.
 
     Args:
       fun: a function of pytrees. Leaves that are no arrays reach it unchanged.
@@ -41,10 +42,12 @@ def drop(
         in them.
 
     Raises:
-      TypeError: `fun`, `preset` or `rules` has the wrong type.
+      TypeError: `fun`, `preset` or `rules` has the wrong type. When differentiated
+        twice: a residual is stored in a lossy form.
       ValueError: the preset does not exist, its policy needs a key, or `rules` are
-        given with a plan. When called: an argument does not exist, or `key` names no
-        PRNG key. When differentiated: a rule names no place of the function.
+        given with a plan. When called: `static_argnums` names no argument, or a
+        policy needs a key and `key` names no PRNG key. When differentiated: a rule
+        names no place of the function.
       PlanError: when differentiated, if the plan belongs to another function or to
         arguments of other types.
     """
@@ -77,7 +80,8 @@ def plan(
     Args:
       fun: a function that `drop` takes, or one that `drop` returned.
       preset: as in `drop`; `None` takes the preset of a dropped function, else "lean".
-      argnums: positions of the arguments that are differentiated.
+      argnums: positions of the arguments that are differentiated. Integer arrays, and
+        leaves that are no arrays, count as not differentiated.
       rules: as in `drop`; `None` takes the rules of the preset.
       key: as in `drop`; `None` takes the key of a dropped function.
 

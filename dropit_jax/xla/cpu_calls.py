@@ -36,8 +36,9 @@ def not_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 def call_after_operand(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `not_inlined(function)` with a first operand that the call waits for.
 
-    Without it, XLA chooses when to decompress a residual for the backward pass, and may
-    do so in the forward pass, and keep the activation until the backward pass.
+    Without the operand, XLA chooses when to decompress a residual for the backward
+    pass. It may do so in the forward pass, and keep the activation until the backward
+    pass.
 
     Args:
       function: a function of arrays.

@@ -27,8 +27,8 @@ def on_every_device(
     """Returns a kernel that each device runs on its own part of the operands.
 
     Args:
-      kernel: takes arrays of the same rank and leading axes, and returns such arrays.
-        It works along the last axis.
+      kernel: takes arrays of the same rank and leading axes, and returns arrays of this
+        rank and these leading axes. It works along the last axis.
       results: how many arrays it returns.
       elementwise: whether the last axis may be sharded too; all arrays then have the
         same shape.

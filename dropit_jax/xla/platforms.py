@@ -37,7 +37,11 @@ _is_for_others = contextvars.ContextVar("is_for_others", default=True)
 
 @contextlib.contextmanager
 def exporting_for_this_version() -> Iterator[None]:
-    """Exports programs as they run here, not by the default implementations."""
+    """Makes `jax.export` keep GPU implementations while the context is open.
+
+    Outside of the context, programs for NVIDIA GPUs are exported with the default
+    implementations, as another version of JAX may run them.
+    """
     token = _is_for_others.set(False)
     try:
         yield

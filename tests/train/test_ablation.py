@@ -74,6 +74,7 @@ class GridTest(parameterized.TestCase):
         (lambda c: setattr(c.variants.half, "seeds", ()), "takes different seeds"),
         (lambda c: setattr(c.variants.half, "seeds", (1, 1)), "takes different seeds"),
         (lambda c: setattr(c.variants.half, "seeds", (1.5,)), "config.variants.half: "),
+        (lambda c: setattr(c.variants.half, "seeds", ([1],)), "config.variants.half: "),
         (lambda c: setattr(c.variants.half, "memory", 3), "config.variants.half: "),
     )
     def test_a_config_that_is_no_grid(self, change, message):

@@ -136,6 +136,12 @@ class CompareTest(parameterized.TestCase):
             ],
         )
 
+    def test_a_ratio_to_nothing_is_not_written(self):
+        flax = compare.Measurements(0.0, 2**22, 2**23, 0.5)
+        console = rich.console.Console(file=io.StringIO(), width=120)
+        console.print(compare.table({"flax": flax, "dropit": flax}, "l4"))
+        self.assertRegex(console.file.getvalue(), r"0\.000 +│ 0\.000 +│ - ")
+
 
 if __name__ == "__main__":
     absltest.main()

@@ -4,6 +4,7 @@ import io
 import json
 from unittest import mock
 
+import jax
 import rich.console
 from absl.testing import absltest, parameterized
 
@@ -101,13 +102,24 @@ class NameTest(parameterized.TestCase):
 
 class LargestBatchTest(parameterized.TestCase):
     def test_is_searched_beyond_the_dataset(self):
-        with mock.patch.object(memory, "max_batch") as search:
-            command.plan(_config(), "a5000")
+        report = memory.CompileReport("l4", *[0] * 4, 0, 0, ())
+        found = memory.BatchPlan(3, report, 2**30)
+        with mock.patch.object(memory, "max_batch", return_value=found) as search:
+            self.assertEqual(command.plan(_config(), "a5000"), found)
         make_step, target = search.call_args.args
         self.assertEqual(target, "a5000")
         _, (_, batch), donate = make_step(10_000)
         self.assertEqual(batch["image"].shape, (10_000, 8, 8, 1))
         self.assertEqual(donate, 0)
+
+    def test_of_accumulated_steps_it_is_a_multiple(self):
+        config, report = _config(), memory.CompileReport("l4", *[0] * 4, 0, 0, ())
+        config.accumulate_steps = 4
+        found = memory.BatchPlan(3, report, 2**30)
+        with mock.patch.object(memory, "max_batch", return_value=found) as search:
+            self.assertEqual(command.plan(config, "l4").batch, 12)
+        step, args, _ = search.call_args.args[0](3)
+        jax.eval_shape(step, *args)  # three examples in each of four parts
 
     def test_is_shown_and_in_the_json(self):
         report = memory.CompileReport("l4", 2**22, 2**20, 2**20, 2**20, 3e9, 0, ())

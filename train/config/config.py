@@ -189,6 +189,7 @@ def _migrated(fields: dict[str, Any]) -> dict[str, Any]:
 
     In an early config `memory` selected the layers, and the field `drop` was the preset
     of the loss. The layers "lean" are gone: their parameters fit the layers of Flax.
+    Without DropIT layers the fields of the policy become "preset".
     """
     if "layers" in fields or "memory" not in fields:
         return fields
@@ -249,5 +250,5 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, ConfigDict | dict):
             fields |= flat(value, f"{prefix}{name}.")
         else:
-            fields[prefix + name] = value
+            fields[f"{prefix}{name}"] = value
     return fields

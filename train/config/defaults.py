@@ -8,7 +8,7 @@ from train.config.config import dropit_section
 def get_defaults() -> ConfigDict:
     """Returns a config of default values, without the fields that have no default.
 
-    Every file has to set `dataset`, `image_size`, `batch_size`, `model`,
+    Every config file sets `dataset`, `image_size`, `batch_size`, `model`,
     `optimizer.learning_rate`, and `num_epochs` or `num_steps`.
     """
     config = ConfigDict()

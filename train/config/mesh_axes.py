@@ -8,7 +8,8 @@ def sizes(data_axis: int, fsdp_axis: int, num_devices: int) -> tuple[int, int]:
     first axis takes all devices. For 8 devices: (-1, 2) -> (4, 2), (-1, -1) -> (8, 1).
 
     Raises:
-      ValueError: the product of the sizes is not the number of devices.
+      ValueError: a size is 0 or below -1, or the product of the sizes is not the number
+        of devices.
     """
     asked = data_axis, fsdp_axis
     if all(size == -1 or size > 0 for size in asked):

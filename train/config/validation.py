@@ -87,7 +87,10 @@ class _Field:
         return " must be above 0"
 
     def _beyond_float32(self, value: Any) -> str:
-        """Returns the error message for a number that is 0 or infinite in float32."""
+        """Returns the error message for a number that float32 turns into 0 or infinity.
+
+        Returns "" for 0 itself, for other numbers and for integral fields.
+        """
         if self.type is not _REAL or value == 0:
             return ""
         if abs(value) < _SMALLEST_FLOAT32:
@@ -123,7 +126,7 @@ _FIELDS = {
     "accumulate_steps": _count(1),
     "num_epochs": _count(1),
     "num_steps": _count(1),
-    "seed": _count(0, 2**63 - 1),  # the bounds of `jax.random.key`
+    "seed": _count(0, 2**32 - 1),  # the bits that `jax.random.key` takes
     "model.name": _choice(*models.MODELS),
     "model.width": _count(1, 2**16),
     "model.stem": _choice(*models.STEMS),
@@ -171,16 +174,19 @@ _OF_MODELS = tuple(
 _OPTIONAL = ("schedule.decay_epochs", "schedule.decay_factor")
 
 
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
+def validate(config: ConfigDict, num_devices: int | None = 1) -> None:
     """Checks a config, before it is used.
 
     Args:
       config: the config.
-      num_devices: the number of devices that share a batch.
+      num_devices: the number of devices that share a batch; `None`: any number that the
+        mesh may take.
 
     Raises:
-      ConfigError: a field is unknown, missing, of the wrong type or out of range. The
-        message has the field's name and the valid values.
+      ConfigError: a field is unknown, missing, of the wrong type or out of range, or
+        contradicts another field. The message has the field's name and the valid
+        values.
+      DataError: as `data.info`.
     """
     values = config_lib.flat(config)
     _check_names(values)
@@ -192,7 +198,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _check_profile(values["profile_steps"])
     _check_policy(config)
     _check_mesh(values, num_devices)
-    _check_batch(values, num_devices)
+    _check_batch(values, num_devices or 1)
 
 
 def check_worker_count(config: ConfigDict) -> None:
@@ -228,6 +234,8 @@ def unknown_field(names: Collection[str], name: str) -> str:
     if name == "drop":  # as it was called in early versions
         preset = "config.memory is the preset of dropit_jax.drop"
         return f"config.drop is not a field that a config has: {preset}."
+    if any(each.startswith(f"{name}.") for each in names):
+        return f"config.{name} is a section of fields: set the fields, not the section."
     section, _, field = name.rpartition(".")
     start = f"{section}." if section else ""
     inside = dict.fromkeys(
@@ -268,7 +276,10 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _check_model(values: dict[str, Any]) -> None:
-    """Checks that a model has the fields that it reads, and no others."""
+    """Checks that a model has the fields that it reads, and no others.
+
+    Also checks that its patches divide the image evenly.
+    """
     model = values["model.name"]
     wanted = [f"model.{field}" for field in models.fields(model)]
     for name in _OF_MODELS:
@@ -288,10 +299,12 @@ def _check_model(values: dict[str, Any]) -> None:
 
 
 def _check_decay(values: dict[str, Any]) -> None:
-    """Checks `schedule.decay_epochs`, which only the schedule "step" may have."""
+    """Checks that the schedule "step", and no other, has `schedule.decay_epochs`."""
     epochs = values.get("schedule.decay_epochs", ())
     if not all(
-        isinstance(epoch, int | float) and 0 <= epoch <= _LARGEST_COUNT
+        isinstance(epoch, int | float)
+        and not isinstance(epoch, bool)
+        and 0 <= epoch <= _LARGEST_COUNT
         for epoch in epochs
     ):
         raise ConfigError(
@@ -326,7 +339,7 @@ def _check_profile(steps: tuple[Any, ...]) -> None:
 
 
 def _check_policy(config: ConfigDict) -> None:
-    """Checks the policy, and that an unused policy has no field of its own."""
+    """Checks the policy; each field of an unused policy must be "preset"."""
     config_lib.policy(config)
     if config_lib.uses_policy(config):
         return
@@ -340,7 +353,7 @@ def _check_policy(config: ConfigDict) -> None:
             )
 
 
-def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
+def _check_mesh(values: dict[str, Any], num_devices: int | None) -> None:
     """Checks that the axes of the mesh take all devices."""
     data_axis, fsdp_axis = values["mesh.data"], values["mesh.fsdp"]
     for name, size in (("data", data_axis), ("fsdp", fsdp_axis)):
@@ -349,6 +362,8 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
                 f"config.mesh.{name} must be above 0, or -1 for all devices that are "
                 f"left, got {text.shorten_repr(size)}."
             )
+    if num_devices is None:
+        return
     try:
         mesh_axes.sizes(data_axis, fsdp_axis, num_devices)
     except ValueError as error:
@@ -360,7 +375,10 @@ def _check_mesh(values: dict[str, Any], num_devices: int) -> None:
 
 
 def _check_batch(values: dict[str, Any], num_devices: int) -> None:
-    """Checks that a batch can be split evenly, and is no larger than the dataset."""
+    """Checks that a batch can be split evenly, and is no larger than the dataset.
+
+    Also checks that the steps of all epochs can be counted in an int32.
+    """
     size, parts = values["batch_size"], values["accumulate_steps"]
     if size % (parts * num_devices):
         split = f"{num_devices} devices"

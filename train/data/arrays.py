@@ -33,7 +33,7 @@ class Example(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class DecodedExamples:
-    """Decoded examples in read-only arrays.
+    """Decoded examples; the arrays given become read-only.
 
     Attributes:
       images: uint8 `(n, height, width, channels)`.

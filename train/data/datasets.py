@@ -109,8 +109,8 @@ def load(name: str, data_dir: str, image_size: int, augmentation: str) -> Datase
       augmentation: one of `AUGMENTATIONS`.
 
     Raises:
-      DataError: the dataset is missing, incomplete, damaged, or in a file format
-        without random access.
+      DataError: `data_dir` cannot be a path, or the dataset is missing, incomplete,
+        damaged, or in a file format without random access.
     """
     entry = _DATASETS[name]
     train, test = entry.open(name, data_dir, entry.splits)

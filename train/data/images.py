@@ -69,7 +69,9 @@ def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
     """Cuts out a box and resizes it (bilinear) to `(size, size, channels)`.
 
     A JPEG is decoded at the smallest of the scales 1/8, 1/4, 1/2 and 1 at which the box
-    still has `size` pixels a side. The result of an encoded image has three channels.
+    still has `size` pixels a side, or at 1 if the box is smaller than `size`. `image`
+    is then of this scale: open an image anew for a second box. The result of an encoded
+    image has three channels.
 
     Raises:
       DataError: the image is damaged.
@@ -87,10 +89,12 @@ def crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
 
 
 def set_decoding_divisor(image: Image.Image, box: Box, size: int) -> int:
-    """Sets the divisor at which a JPEG will be decoded, for a box of `size` pixels.
+    """Sets the divisor at which a JPEG will be decoded.
 
-    The box keeps at least `size` pixels a side. So a box of 1000 x 800 pixels in an
-    image of 2000 x 1000 is, for a size of 224, decoded with the image at 1000 x 500.
+    Changes `image.size` accordingly. The box, which is to be resized to `size` pixels a
+    side, keeps at least as many, unless it is smaller from the start. So for a box of
+    1000 x 800 pixels and a size of 224, an image of 2000 x 1000 is decoded at
+    1000 x 500.
 
     Returns:
       The divisor of the sides of the image and of the box: 2 in the example. It is 1
@@ -114,7 +118,10 @@ def full_box(image: Image.Image) -> Box:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes an image, `(height, width, channels) -> (size, size, channels)`."""
+    """Resizes an image, `(height, width, channels) -> (size, size, channels)`.
+
+    An image that has this size is returned itself, not copied.
+    """
     if image.shape[:2] == (size, size):
         return image
     pillow = open_image(image)

@@ -105,7 +105,8 @@ def training_batches(
       An iterator. Closing or deleting it ends the workers.
 
     Raises:
-      DataError: the dataset cannot fill a batch, or the processes cannot share one.
+      DataError: the dataset cannot fill a batch, or the processes cannot share one; on
+        iteration: an example is damaged, or a worker is lost.
     """
     rows = _rows_per_process(batch_size, process_count)
     steps = len(dataset.train) // batch_size
@@ -159,7 +160,8 @@ def evaluation_batches(
       An iterator. Closing or deleting it ends the workers.
 
     Raises:
-      DataError: the processes cannot share a batch.
+      DataError: the processes cannot share a batch; on iteration: an example is
+        damaged, or a worker is lost.
     """
     rows = _rows_per_process(batch_size, process_count)
     # Holds no training examples: Grain copies the source to every worker.
@@ -281,7 +283,10 @@ def _iterator(batches: Any, threads: int, workers: int) -> Batches:
 
 
 class _WorkerBatches(Iterator[Batch]):
-    """An iterator over batches of workers; raises `DataError` if one is lost."""
+    """An iterator over batches of workers; any error is raised as a `DataError`.
+
+    An error that a worker did not raise as a `DataError` counts as its loss.
+    """
 
     def __init__(self, batches: grain.DatasetIterator[Batch]) -> None:
         self._batches = batches

@@ -47,7 +47,8 @@ class EncodedExamples:
       num_classes: labels are in [0, num_classes).
 
     Raises:
-      DataError: on access, if the example is damaged or its label is out of range.
+      DataError: the description of the dataset is damaged or has no such split; on
+        access: the example is damaged or its label is out of range.
     """
 
     def __init__(self, directory: Path, split: str, num_classes: int):
@@ -166,7 +167,11 @@ def prepare_command(name: str, directory: Path | str) -> str:
 
 
 def newest_version(name: str, data_dir: str) -> Path | None:
-    """Returns the directory of the newest version of a dataset, `None` if missing."""
+    """Returns the directory of the newest version of a dataset, `None` if missing.
+
+    Raises:
+      DataError: `data_dir` cannot be a path.
+    """
     versions = {
         tuple(map(int, path.parent.name.split("."))): path.parent
         for path in (datasets_directory(data_dir) / name).glob("*/dataset_info.json")
@@ -188,8 +193,8 @@ def checked_directory(name: str, data_dir: str, splits: Iterable[str]) -> Path:
     """Returns the directory of a dataset, after checking the files of the splits.
 
     Raises:
-      DataError: the dataset is missing, its format has no random access, or files are
-        missing or damaged.
+      DataError: `data_dir` cannot be a path, the dataset is missing or lacks a split,
+        its format has no random access, or files are missing or damaged.
     """
     directory = newest_version(name, data_dir)
     if directory is None:

@@ -14,7 +14,10 @@ _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def problem(state: Any) -> str:
-    """Returns an error message about arrays with infinite squares or NaN; else ""."""
+    """Returns an error message about NaN and too large values; "" if there are none.
+
+    A value is too large if its square is infinite in float32, or if it is infinite.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     floating = [(path, x) for path, x in flat if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = jax.device_get(_finite([x for _, x in floating]))

@@ -22,7 +22,7 @@ class Job:
       config: the config.
       dataset: the opened dataset.
       mesh: the mesh of all devices of all processes.
-      abstract: the state, with `jax.ShapeDtypeStruct`s with shardings for arrays.
+      abstract: the state's `jax.ShapeDtypeStruct`s, which have shardings.
     """
 
     config: ConfigDict
@@ -44,10 +44,11 @@ class Job:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks a config for the available devices, without reading data.
+    """Checks a config for the available devices, without reading examples.
 
     Raises:
       ConfigError: the config cannot be run.
+      DataError: the description of the prepared dataset is damaged.
     """
     validation.validate(config, jax.device_count())
     if config.layers != "dropit" or config_lib.policy(config).fill != "mean":

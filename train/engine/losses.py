@@ -32,8 +32,9 @@ def is_among_largest(
 ) -> Array:
     """Returns whether each example's label has one of the `count` largest logits.
 
-    Of equal logits the earlier class is the larger, as for `argmax`. NaN is not among
-    the largest. For the logits `[[0, 2, 2]]`, the label `[2]` and `count=1`: `[False]`.
+    Of equal logits the earlier class is the larger, as for `argmax`. For the logits
+    `[[0, 2, 2]]`, the label `[2]` and `count=1`: `[False]`. If the label's own logit is
+    NaN, returns false; NaN of another class is larger than every number.
     """
     right = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     earlier = jnp.arange(logits.shape[-1])[None, :] < labels[:, None]

@@ -62,7 +62,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Sets all sums to zero, and restarts the clock."""
+        """Sets all sums to zero; drops pending steps, restarts the clock."""
         self.restore(dict.fromkeys(FIELDS, 0.0))
 
     def add(self, step: int, sums: Sums) -> None:
@@ -105,7 +105,10 @@ class Meter:
 
     @property
     def top5_accuracy(self) -> float:
-        """As `accuracy`, of examples with their class among the five likeliest."""
+        """The fraction of examples with their class among the five likeliest.
+
+        NaN before the first example.
+        """
         return self._mean("correct_top5")
 
     @property
@@ -115,7 +118,7 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """The examples a second, since the last reset or restoration."""
+        """The examples per second since the last reset or restoration."""
         return (self.count - self._restored) / self.seconds
 
     def state(self) -> dict[str, float]:

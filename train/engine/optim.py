@@ -12,9 +12,11 @@ def schedule(
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    It rises linearly from 0 to the peak over `warmup_epochs`. With `name="cosine"` it
-    then follows a half cosine to 0 at `total_steps` (Loshchilov and Hutter, 2017). With
-    `name="step"` it is multiplied by `decay_factor` at each of `decay_epochs`.
+    The rate rises linearly from 0 to the peak over `warmup_epochs`, or over all steps
+    but the last if the run is shorter. With `name="cosine"` it then follows a half
+    cosine to 0 at `total_steps` (Loshchilov and Hutter, 2017). With `name="step"` it is
+    multiplied by `decay_factor` at each of `decay_epochs`; those within the warm-up
+    take effect at its end.
 
     Args:
       config: the config, with the section `schedule` and the peak,
@@ -30,10 +32,10 @@ def schedule(
     if config.schedule.name == "cosine":
         decay = optax.cosine_decay_schedule(peak, total_steps - warmup_steps)
     else:
-        boundaries = {
-            round(epoch * steps_per_epoch) - warmup_steps: config.schedule.decay_factor
-            for epoch in config.schedule.decay_epochs
-        }
+        boundaries: dict[int, float] = {}
+        for epoch in config.schedule.decay_epochs:
+            step = round(epoch * steps_per_epoch) - warmup_steps
+            boundaries[step] = boundaries.get(step, 1) * config.schedule.decay_factor
         decay = optax.piecewise_constant_schedule(peak, boundaries)
     return optax.join_schedules([warmup, decay], [warmup_steps])
 

@@ -15,11 +15,11 @@ _AHEAD = 2
 
 
 class Prefetch:
-    """An iterator over batches that places two of them ahead, and a context manager.
+    """An iterator over batches, and a context manager.
 
-    JAX dispatches a step without waiting for it. While the device computes, the next
-    batches are made and transferred. The loop waits only if batches take longer than
-    steps.
+    When it returns a batch, the next one is on the device, too. JAX dispatches a step
+    without waiting for it. While the device computes, the next batches are made and
+    transferred. The device waits only if batches take longer than steps.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Prefetch:
         self._waited = 0.0
 
     def take_waited(self) -> float:
-        """Returns the seconds of waiting for batches since the last call."""
+        """Returns the seconds of getting and placing batches since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 

@@ -14,7 +14,8 @@ class Profiler:
         """Sets the steps and the directory.
 
         Args:
-          steps: the first traced step and the last plus 1; empty: no step.
+          steps: the first traced step and the last plus 1, counted from 0; empty: no
+            step. `(10, 13)` traces the 11th to the 13th step.
           directory: the directory of the trace, with a subdirectory for each process.
         """
         self._first, self._last = steps or (0, 0)

@@ -123,7 +123,8 @@ def initialise(config: ConfigDict, shardings: Any = None) -> State:
 
     Args:
       config: the config.
-      shardings: the sharding of each array of the state, or one sharding for all.
+      shardings: the sharding of each array of the state, or one sharding for all;
+        `None`: JAX's default device.
     """
     init = jax.jit(
         lambda: initial_state(config),
@@ -217,7 +218,7 @@ def abstract(
 ) -> tuple[TrainStep, tuple[Any, ...]]:
     """Returns the training step of a config and its abstract arguments, to compile it.
 
-    Reads no data, and allocates no arrays.
+    Reads no examples, and allocates no arrays.
 
     Args:
       config: the config.
@@ -230,8 +231,9 @@ def abstract(
 
     Raises:
       ConfigError: the config cannot be run.
+      DataError: the description of the prepared dataset is damaged.
     """
-    validation.validate(config)
+    validation.validate(config, num_devices=None)
     state = abstract_state(config)
     size = batch_size or config.batch_size
     batch = data.Batch(

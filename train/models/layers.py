@@ -67,7 +67,8 @@ def remat(kind: Any, how: Remat, static_argnums: tuple[int, ...] = (2,)) -> Any:
       kind: a class of modules whose call takes `(self, x, train, ...)`, or a function
         of a module.
       how: "none": returns the block unchanged; "blocks": recomputes the whole block;
-        "dots": recomputes all but the outputs of products with parameters.
+        "dots": recomputes all but the outputs of matrix products with parameters;
+        convolutions are recomputed.
       static_argnums: the arguments of the call that are no arrays; 0 is `self`.
     """
     if how == "none":

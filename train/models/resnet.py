@@ -21,9 +21,9 @@ _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 class ResidualBlock(nn.Module):
     """The base class of residual blocks, with their fields, layers and shortcut.
 
-    If the shape changes, the shortcut is a 1x1 convolution with the same stride. With
-    `features=128` and `strides=2`, a `BasicBlock` maps `(batch, 32, 32, 64)` to
-    `(batch, 16, 16, 128)`.
+    If the shape changes, the shortcut is a 1x1 convolution with the same stride, and a
+    batch norm. With `features=128` and `strides=2`, a `BasicBlock` maps
+    `(batch, 32, 32, 64)` to `(batch, 16, 16, 128)`.
 
     Attributes:
       features: the channels of the 3x3 convolutions.

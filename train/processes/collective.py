@@ -43,6 +43,8 @@ def any_process(flag: bool) -> bool:
 def broadcast_from_first(value: Any) -> Any:
     """Returns, in all processes, the value that the first one passed.
 
+    With several processes, it is parsed from JSON: a tuple becomes a list.
+
     Args:
       value: any value that JSON can represent; ignored in the other processes.
     """

@@ -118,8 +118,8 @@ def check_same_config(config: ConfigDict) -> None:
     own = _description(config)
     first = broadcast_from_first(own)
     lines = [
-        f"{name}: {first.get(name, 'absent')} in process 0, "
-        f"{own.get(name, 'absent')} in process {jax.process_index()}"
+        f"{name}: {text.shorten(first.get(name, 'absent'))} in process 0, "
+        f"{text.shorten(own.get(name, 'absent'))} in process {jax.process_index()}"
         for name in sorted(first | own)
         if first.get(name) != own.get(name)
     ]
@@ -137,7 +137,7 @@ def _description(config: ConfigDict) -> dict[str, str]:
         versions[name] = metadata.version(name)
     fields = config_lib.flat(config)
     return versions | {
-        f"config.{name}": text.shorten(repr(value))
+        f"config.{name}": repr(value)
         for name, value in fields.items()
         if name not in _PER_HOST_FIELDS
     }

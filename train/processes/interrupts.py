@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from train.system.children import end_workers
 
@@ -76,15 +76,15 @@ class Interrupts:
         self.signum: int | None = None
         self.handed_on: int | None = None
         self._several = several
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         handler = self._resend_as_sigterm if self._several else self._remember
         excluded = {signal.SIGTERM} if self._several else set()
-        self._previous_handlers = {
-            signum: signal.signal(signum, handler)
-            for signum in _handled_signals()
-            if signum not in excluded
-        }
+        for signum in _handled_signals():
+            if signum not in excluded:
+                # One by one: a signal may arrive meanwhile.
+                self._previous_handlers[signum] = signal.signal(signum, handler)
         return self
 
     def __exit__(

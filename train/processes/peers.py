@@ -93,7 +93,7 @@ class _Watch:
         self._loss_message = ""
 
     def listen(self) -> None:
-        """Accepts connections from the other processes, for ten seconds at most."""
+        """Broadcasts the addresses; accepts connections for ten seconds at most."""
         token, name = secrets.token_hex(), _name()
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
@@ -115,7 +115,7 @@ class _Watch:
         connection.settimeout(_CONNECT_SECONDS)
         stream = connection.makefile("r")
         given, name = _heard(stream)
-        if not hmac.compare_digest(given.encode(), token.encode()):
+        if not hmac.compare_digest(given.encode(errors="replace"), token.encode()):
             stream.close()
             connection.close()
             return

@@ -23,7 +23,7 @@ Distributions = Mapping[str, Mapping[tuple[str, str], np.ndarray]]
 def distributions(
     config: ConfigDict, states: tuple[step_lib.State, ...], batch: data.Batch
 ) -> Distributions:
-    """Returns the elements of three kernels, and of their gradients on one batch.
+    """Returns up to three kernels, and their gradients on one batch, as flat arrays.
 
     The layers are the first, the middle and the last of `kernels`.
 
@@ -50,7 +50,8 @@ def distributions(
 def kernels(config: ConfigDict) -> list[tuple[str, ...]]:
     """Returns the paths of the layers with a kernel, in the order of their calls.
 
-    Layers that do not read all of their input are left out.
+    Layers that do not read all of their input are left out. Scanned blocks have one
+    path together: their kernels are stacked in one array.
     """
     model, found = step_lib.create_model(config), dict[tuple[str, ...], None]()
 

@@ -24,8 +24,12 @@ def allocated(config: ConfigDict, target: str) -> memory.CompileReport:
 
 
 def stored_bytes(config: ConfigDict) -> int:
-    """Returns the bytes that a step stores between its forward and backward pass."""
-    _, (state, batch) = step_lib.abstract(config)
+    """Returns the bytes that a step stores between its forward and backward pass.
+
+    With `config.accumulate_steps` there is such a pass for each part of the batch.
+    """
+    part = config.batch_size // config.accumulate_steps
+    _, (state, batch) = step_lib.abstract(config, part)
 
     def loss(params: Any, *others: Any) -> jax.Array:
         # Only the parameters are differentiated, as in a training step.
@@ -41,7 +45,8 @@ def dropped(config: ConfigDict) -> float:
     """Returns the fraction of a chunk that a step drops; 0 without a policy.
 
     It differs from the rate if the rate does not drop a whole number of elements: at
-    the rate 0.9, one of 16 elements is kept, and the fraction is 0.9375.
+    the rate 0.9, one of 16 elements is kept, and the fraction is 0.9375. Without
+    chunks, or for whole channels, the rate is returned.
     """
     if not config_lib.uses_policy(config):
         return 0.0
@@ -56,7 +61,8 @@ def step_seconds(
 ) -> dict[str, list[float]]:
     """Returns the times of each variant's training steps, in seconds.
 
-    The variants take turns. For `rounds=2`: `{"flax": [0.31, 0.30], ...}`.
+    The variants take turns. The first step of each, which is compiled, is left out. For
+    `rounds=2`: `{"flax": [0.31, 0.30], ...}`.
 
     Args:
       variants: the configs, by name.

@@ -12,10 +12,12 @@ SKY = "#56B4E9"
 BLACK = "#000000"
 GREY = "#888888"
 
-# All others are vermilion: each shares a panel only with a variant of plain Flax.
-_OF_VARIANTS = {"baseline": BLUE, "flax": BLUE, "lean": GREEN}
+_OF_VARIANTS = {"lean": GREEN}
 
 
-def colour_of(variant: str) -> str:
-    """Returns the colour of a variant of training."""
-    return _OF_VARIANTS.get(variant, VERMILION)
+def colour_of(variant: str, baseline: str) -> str:
+    """Returns the colour of a variant: blue for the baseline, else green or vermilion.
+
+    A variant shares a panel with the baseline alone, so others may be equal in colour.
+    """
+    return BLUE if variant == baseline else _OF_VARIANTS.get(variant, VERMILION)

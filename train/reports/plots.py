@@ -41,7 +41,7 @@ def curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
                     epochs,
                     [row[f"{part}_{metric}"] for row in rows],
                     style,
-                    color=palette.colour_of(name),
+                    color=palette.colour_of(name, "flax"),
                     label=f"{_LABELS[name]}, {part}",
                 )
         axis.set_xlabel("epoch")
@@ -63,6 +63,7 @@ def against_baseline(
 
     Args:
       runs: by variant, a run for each seed; of each run, the rows of `metrics.csv`.
+        All runs of a variant have rows of the same steps.
       baseline: the variant that is in all panels.
       metric: "loss" or "accuracy".
       path: path of the PNG file.
@@ -71,9 +72,10 @@ def against_baseline(
     figure, axes = _panels(len(others))
     for axis, name in zip(axes, others, strict=True):
         for variant in (baseline, name):
+            colour = palette.colour_of(variant, baseline)
             for part, style in (("train", ":"), ("test", "-")):
                 label = f"{'baseline' if variant == baseline else 'variant'}, {part}"
-                _band(axis, runs[variant], f"{part}_{metric}", variant, style, label)
+                _band(axis, runs[variant], f"{part}_{metric}", colour, style, label)
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
@@ -87,10 +89,10 @@ def histograms(
 ) -> None:
     """Draws histograms of parameters and gradients before and after training.
 
-    A panel shows one variant together with the baseline.
+    A panel shows one variant together with the baseline, and their finite elements.
 
     Args:
-      distributions: distributions, by variant, with those of the baseline.
+      distributions: the distributions of the variants and of the baseline, by name.
       baseline: the variant that is in all panels.
       path: path of the PNG file.
     """
@@ -108,14 +110,16 @@ def histograms(
     for (layer, part), line in zip(rows, axes, strict=True):
         for (name, moment), axis in zip(columns, line, strict=True):
             values = {
-                each: distributions[each][layer][part, moment]
+                each: _finite(distributions[each][layer][part, moment])
                 for each in dict.fromkeys((baseline, name))
             }
-            reach = max(float(np.abs(value).max()) for value in values.values())
+            reach = max(np.abs(value).max(initial=0.0) for value in values.values())
             edges = np.linspace(-reach, reach, _BINS + 1) if reach else _BINS
             for each, value in values.items():
                 counts, at = np.histogram(value, edges)
-                axis.stairs(counts, at, color=palette.colour_of(each), label=each)
+                axis.stairs(
+                    counts, at, color=palette.colour_of(each, baseline), label=each
+                )
             axis.set_yscale("symlog")
             axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.set_title(f"{part} of {layer}, {moment}", fontsize=8)
@@ -126,8 +130,13 @@ def histograms(
     png.save(figure, path)
 
 
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
 def tradeoff(
     points: Mapping[str, tuple[float, Mean]],
+    baseline: str,
     labels: tuple[str, str],
     path: Path,
 ) -> None:
@@ -138,6 +147,7 @@ def tradeoff(
 
     Args:
       points: (cost, gain), by variant.
+      baseline: the variant that gains are measured against.
       labels: axis labels of costs and of gains.
       path: path of the PNG file.
     """
@@ -148,7 +158,7 @@ def tradeoff(
     right.axvline(0, color="0.5", linewidth=0.8)
     for name in names:
         cost, gain = points[name]
-        colour = palette.colour_of(name)
+        colour = palette.colour_of(name, baseline)
         left.barh(name, cost, color=colour)
         bar = None if math.isnan(gain.error) else gain.error
         right.errorbar(gain.mean, name, xerr=bar, fmt="o", color=colour, capsize=3)
@@ -162,14 +172,16 @@ def _band(
     axis: Any,
     runs: Sequence[Sequence[Row]],
     column: str,
-    variant: str,
+    colour: str,
     style: str,
     label: str,
 ) -> None:
-    """Draws the mean over runs of a column of their rows, and its range as a band."""
+    """Draws a column of rows: its mean over the runs, and its range as a band.
+
+    A single run has no band.
+    """
     steps = [row["step"] for row in runs[0]]
     values = np.array([[row[column] for row in rows] for rows in runs])
-    colour = palette.colour_of(variant)
     axis.plot(steps, values.mean(axis=0), style, color=colour, label=label)
     if len(runs) > 1:
         axis.fill_between(

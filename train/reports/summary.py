@@ -41,7 +41,7 @@ class Summary:
       variant: name of the variant.
       memory: preset of `drop` around the loss, or "baseline".
       layers: "flax", or "dropit" for DropIT layers.
-      policy: fields of the policy, by name; empty where none is used.
+      policy: the fields `POLICY` of the policy, by name; empty where none is used.
       dropped: share of the elements of a chunk that are dropped.
       seeds: number of runs of the variant.
       test_accuracy: accuracy in the last evaluation.
@@ -68,7 +68,10 @@ class Summary:
 
 
 def policy(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields of the policy that a config uses; empty if it uses none."""
+    """Returns the fields `POLICY` of a config's policy; empty if it uses none.
+
+    For whole channels `chunk_size` is `None`.
+    """
     if not config_lib.uses_policy(config):
         return {}
     used = config_lib.policy(config)
@@ -123,7 +126,13 @@ def curves_csv(variants: Mapping[str, Sequence[SavedRun]]) -> str:
 
 
 def to_markdown(summaries: Sequence[Summary], config: ConfigDict, target: str) -> str:
-    """Returns a page with the tables, and with links to the figures beside it."""
+    """Returns a page with the tables, and with links to the figures beside it.
+
+    Args:
+      summaries: a summary for each variant, the baseline first.
+      config: the config of any of the runs.
+      target: the GPU of `temp_bytes`.
+    """
     steps_per_epoch, steps = config_lib.steps(config)
     examples = data.info(config.dataset, config.data_dir).train_examples
     baseline = summaries[0].variant
@@ -206,7 +215,10 @@ def _policy_text(policy: Mapping[str, Any]) -> str:
 
 
 def variants_table(summaries: Sequence[Summary], target: str) -> list[str]:
-    """Returns a Markdown table with a row for each variant, the baseline first."""
+    """Returns a Markdown table with a row for each summary.
+
+    The first summary is the baseline of the ratios.
+    """
     baseline = summaries[0]
     rows = [
         [
@@ -245,6 +257,9 @@ def _percent(accuracy: Mean, sign: str = "") -> str:
 
 
 def _columns(name: str, value: Mean) -> dict[str, Any]:
-    """Returns the columns of a mean, not rounded, unlike those in Markdown."""
+    """Returns a mean and its error as two columns, not rounded.
+
+    `{"gain": 0.012, "gain_error": 0.003}`; the error of a single value is "".
+    """
     error = "" if math.isnan(value.error) else value.error
     return {name: value.mean, f"{name}_error": error}

@@ -130,8 +130,8 @@ class Checkpoints:
     def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the last checkpoint that is intact.
 
-        Later checkpoints, which are damaged, are moved into `damaged/` beside the
-        directory.
+        Moves later checkpoints, which are damaged, into `damaged/` beside the
+        directory, unless all are damaged. Removes old checkpoints, as `wait` does.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -237,7 +237,8 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.wait()
+            if self._background.is_idle:  # not after a `WaitError`
+                self.wait()
         except CheckpointError:
             if error is None:  # otherwise the earlier error is the one to report
                 raise

@@ -27,7 +27,10 @@ class Events:
           OSError: the directory cannot be written.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(directory / "events"))
+        # Its default name has the second of the start, which a quick restart may share.
+        self._writer = EventsWriter(
+            str(directory / "events"), filename_suffix=f".{time.time_ns()}"
+        )
         start = SessionLog(status=SessionLog.START)
         self._writer.write_event(
             Event(step=step + 1, wall_time=time.time(), session_log=start)

@@ -87,7 +87,7 @@ def _write(
 
 
 def _batch(job: Job, step: int) -> data.Batch:
-    """Returns this process's rows of the batch of a step, counted from 1."""
+    """Returns this process's rows of a step's batch; the first step is 1."""
     batches = data.training_batches(
         job.dataset,
         job.config.batch_size,

@@ -103,9 +103,11 @@ def _is_at(file: int, path: Path) -> bool:
 
 def _is_running(process: int) -> bool:
     """Returns whether a process ID is that of another running process on this host."""
+    if process <= 0:
+        return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (OverflowError, ProcessLookupError):
         return False
     except PermissionError:  # it belongs to another user
         return True

@@ -30,10 +30,12 @@ class Position:
         """Returns the position in parsed JSON, such as `to_json` returns.
 
         Args:
-          content: the parsed JSON; fields that a position lacks are ignored.
+          content: the parsed JSON. Unknown fields are ignored; without `rows`, there
+            are none.
 
         Raises:
-          ValueError: a field is missing or of the wrong type.
+          ValueError: another field is missing, or a field is of the wrong type or a
+            negative count.
         """
         if not isinstance(content, dict):
             raise ValueError("The position is no table")
@@ -62,7 +64,9 @@ def problem(content: Any) -> str:
 
 def _has_numbers(section: Any, names: tuple[str, ...]) -> bool:
     return isinstance(section, dict) and all(
-        isinstance(section.get(name), int | float) for name in names
+        isinstance(section.get(name), int | float)
+        and not isinstance(section[name], bool)
+        for name in names
     )
 
 

@@ -27,6 +27,7 @@ def config_for_this_machine(workdir: Path) -> ConfigDict:
 
     Raises:
       ConfigError: the workdir holds no run, or its config cannot be run.
+      DataError: the description of the prepared dataset is damaged.
     """
     config = workdir_lib.read_config(workdir)
     devices = jax.device_count()
@@ -51,6 +52,7 @@ def restore(
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
+      WaitError: the disk does not answer.
     """
     with workdir_lib.read_checkpoints(workdir) as checkpoints:
         step = _selected_step(checkpoints, workdir)

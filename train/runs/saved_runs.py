@@ -57,7 +57,8 @@ def find(
       For each variant, its runs in the order of their seeds.
 
     Raises:
-      ConfigError: a directory has no finished run, or the runs cannot be compared.
+      ConfigError: a directory has no finished run, a `config.json` in or below it
+        cannot be read, or the runs cannot be compared.
       RecordsError: the metrics of a run cannot be read.
     """
     found: dict[Path, SavedRun] = {}
@@ -92,7 +93,10 @@ def _read(path: Path) -> SavedRun:
 
 
 def _check_comparable(variants: dict[str, list[SavedRun]]) -> None:
-    """Checks that runs differ only in variant and seed, and that no seed repeats.
+    """Checks that runs can be compared.
+
+    Runs of different variants may differ in `_VARIANT_FIELDS`; runs of one variant
+    must differ in the seed alone. Fields that `config.differences` leaves out are free.
 
     Raises:
       ConfigError: the runs cannot be compared; the message lists the differences.
@@ -116,6 +120,8 @@ def _check_alike(
     a: SavedRun, b: SavedRun, varied: tuple[str, ...], problem: str
 ) -> None:
     """Checks that two configs are equal in all fields that are not in `varied`.
+
+    Fields that `config.differences` leaves out, such as `workers`, may differ.
 
     Raises:
       ConfigError: they differ; the message holds `problem` and the differences.

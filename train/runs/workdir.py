@@ -38,15 +38,15 @@ def read_config(workdir: Path) -> ConfigDict:
 def created_and_locked(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Creates a workdir and locks it against other runs while the context lasts.
 
-    Directories that it created and that are still empty at the end are removed. Only
-    the first of several processes does all this, and every process raises its error.
+    Removes the created directories that are still empty at the end. Only the first of
+    several processes does all this. If it fails, the others raise a `ConfigError`.
 
     Args:
       workdir: the working directory.
       say: called with a warning if the disk has no locks.
 
     Raises:
-      ConfigError: the workdir cannot be created.
+      ConfigError: the workdir cannot be created or written.
       LockedError: another run is writing to the workdir.
     """
     problem: Exception | None = None
@@ -84,6 +84,7 @@ def check_can_start(workdir: Path, config: ConfigDict) -> None:
     Raises:
       ConfigError: the workdir holds a run of another config, or the metrics of a run
         without its checkpoints.
+      RecordsError: `metrics.csv` cannot be read, and there is no checkpoint.
     """
     if any(is_step(path.name) for path in (workdir / "checkpoints").glob("*/")):
         check_same(workdir, config)
@@ -99,9 +100,11 @@ def check_can_start(workdir: Path, config: ConfigDict) -> None:
 def check_same(workdir: Path, config: ConfigDict) -> None:
     """Checks that the run in a workdir has this config.
 
+    Fields that `config.differences` leaves out, such as `workers`, may differ.
+
     Raises:
-      ConfigError: the run has another config, one that is gone, or one that cannot be
-        read.
+      ConfigError: the run has another config or the layers "lean", which are gone; or
+        its config is missing or cannot be read.
     """
     before = config_lib.to_json(read_config(workdir))
     config_lib.check_can_go_on((workdir / _CONFIG_FILE).read_text())

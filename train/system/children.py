@@ -22,7 +22,7 @@ def children() -> Iterator[int]:
 
 
 def end_workers() -> None:
-    """Kills all worker processes.
+    """Kills the child processes that `multiprocessing` spawned.
 
     A worker that is still starting would print a traceback when this process ends.
     """

@@ -9,6 +9,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     A crash leaves one of the two as well. When several processes write the same file,
     the last one wins.
+
+    Raises:
+      OSError: the file cannot be written; the old content stays.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content

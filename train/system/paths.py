@@ -12,8 +12,11 @@ class PathError(ValueError):
 def user_path(text: str) -> Path:
     """Returns the path that a user typed, with `~` or `~user` as a home directory.
 
+    The path need not exist. An empty text is the current directory.
+
     Raises:
-      PathError: the text is too long, has a zero byte, or names an unknown user.
+      PathError: the text cannot be a path: it is too long, has a zero byte, names an
+        unknown user, or leads into a cycle of links.
     """
     try:
         path = Path(text).expanduser()

@@ -7,7 +7,11 @@ from typing import Any
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Returns a table in CSV; cells for columns that a row lacks are empty."""
+    """Returns a table in CSV; cells for columns that a row lacks are empty.
+
+    Raises:
+      ValueError: a row has a column that is not in `columns`.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -47,7 +47,7 @@ class Terminal:
         if self._console.is_terminal:
             self._bar = _live_bar(self._console)
             self._task = self._bar.add_task(
-                name,
+                printable(name),
                 completed=step,
                 total=total_steps,
                 loss="-",
@@ -103,7 +103,7 @@ class Terminal:
 
 def _live_bar(console: rich.console.Console) -> rich.progress.Progress:
     return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TextColumn("loss {task.fields[loss]}"),

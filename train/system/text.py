@@ -52,7 +52,10 @@ def join_names(values: Iterable[object]) -> str:
 
 
 def join_lines(values: Collection[str]) -> str:
-    """Returns the first ten lines, each indented, and the number of the others."""
+    r"""Returns the first ten values and the number of the others, as indented lines.
+
+    A line break precedes each line: ["a", "b"] -> "\n  a\n  b".
+    """
     shown_lines = [*values][:_MAX_ITEMS]
     if len(values) > _MAX_ITEMS:
         shown_lines.append(f"... and {len(values) - _MAX_ITEMS} more")

@@ -111,7 +111,8 @@ def save(
       metadata: texts for the file's header, by name.
 
     Raises:
-      WeightsError: the name does not end in ".safetensors", or nothing can be written.
+      WeightsError: the name does not end in ".safetensors", or the file cannot be
+        written.
     """
     path = Path(path)
     check_path(path)
@@ -240,7 +241,15 @@ def _safetensors_tensor(
 def _caching_last(
     name: str, values: Callable[[], np.ndarray], last: _LastArray
 ) -> Callable[[], np.ndarray]:
-    """Returns a reader that reads a stack once for all of its blocks, one by one."""
+    """Returns a reader of an array that reads the file only if `last` lacks the array.
+
+    So a stacked array is read once if its blocks are taken one after another.
+
+    Args:
+      name: name of the array.
+      values: reads the array from the file.
+      last: the cache that all arrays of the file share.
+    """
 
     def read() -> np.ndarray:
         if name not in last:

@@ -13,7 +13,7 @@ _STACK = "/encoderblock/"
 def layer_names(name: str, shape: tuple[int, ...]) -> list[str] | None:
     """Returns the names of a stacked variable's parts, `None` for one not stacked.
 
-    "params/Transformer/encoderblock/LayerNorm_0/bias" of shape (2, 8) is stacked of
+    "params/Transformer/encoderblock/LayerNorm_0/bias" of shape (2, 8) has the parts
     ".../encoderblock_0/LayerNorm_0/bias" and ".../encoderblock_1/LayerNorm_0/bias".
     """
     if _STACK not in name or not shape:
@@ -34,10 +34,10 @@ def unstack_specs(specs: Specs) -> Specs:
 
 
 def unstack(name: str, tensor: LazyArray, most: int) -> list[tuple[str, LazyArray]]:
-    """Returns the tensors of the blocks of a stacked tensor, as views.
+    """Returns the names and tensors of the blocks of a stacked tensor.
 
-    A tensor that is not stacked, or has more than `most` blocks, is returned alone: no
-    model has as many.
+    A tensor that is not stacked is returned alone, and so is one of more than `most`
+    blocks, since no model has as many.
     """
     if tensor.shape and tensor.shape[0] > most:
         return [(name, tensor)]

@@ -41,7 +41,7 @@ class LazyArray:
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns zeros in the memory of one element.
+    """Returns a read-only array of zeros, which takes the memory of one element.
 
     Raises:
       ValueError: no array can have the shape.

@@ -45,10 +45,10 @@ def max_batch(
 
     Compiles steps of different batches for the GPU, which need not be present: about
     five if their memory grows linearly. The step of the returned batch was compiled and
-    fits; the one of the next batch was compiled and does not fit. (XLA packs some
-    batches of a large model one percent tighter than the next, so a still larger batch
-    may fit, and finding the exact one of many hundred takes more compilations: choose a
-    larger `multiple_of`.)
+    fits; the step of the next multiple of `multiple_of`, unless it exceeds `upper`, was
+    compiled and does not fit. (XLA packs some batches of a large model one percent
+    tighter than the next, so a still larger batch may fit, and finding the exact one of
+    many hundred takes more compilations: choose a larger `multiple_of`.)
 
     Args:
       make_step: a function of the batch. Returns a step, its abstract arguments, and
@@ -65,7 +65,8 @@ def max_batch(
       NoBatchFitsError: a batch of `multiple_of` does not fit.
       TargetError: the target is unknown or `None`, or has no memory size.
       CompilerError: as for `compile_report`, with a note that names the batch.
-      ValueError: `fraction`, `multiple_of` or `upper` is out of range.
+      ValueError: `fraction`, `multiple_of` or `upper` is out of range, or
+        `compile_report` raises it.
     """
     if target is None:
         raise TargetError("The local backend's memory is not known: name a target.")

@@ -19,7 +19,8 @@ def target_path(target: str | Path) -> Path:
     """Returns the path of the description of a GPU.
 
     Args:
-      target: a name from `targets()`, or the path itself.
+      target: the path itself, which is returned unchanged if it is a file, or else a
+        name from `targets()`.
 
     Raises:
       TargetError: the target is unknown.

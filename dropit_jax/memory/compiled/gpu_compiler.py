@@ -91,7 +91,10 @@ def compile_with_notes(
 
 
 def memory_stats(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Returns the byte counts of a compiled function, by `CompileReport`'s fields."""
+    """Returns the byte counts of a compiled function, by `CompileReport`'s fields.
+
+    A function that is sharded over several devices has the byte counts of one device.
+    """
     analysis: Any = compiled.memory_analysis()
     return {
         "temp_bytes": analysis.temp_size_in_bytes,

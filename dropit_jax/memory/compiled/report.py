@@ -37,6 +37,8 @@ _XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 class CompileReport:
     """The memory and operations of a compiled function.
 
+    If the function is sharded over several devices, all numbers are for one device.
+
     Attributes:
       target: the name of the GPU description, or the platform of the local backend.
       temp_bytes: the temporary bytes: the peak size of everything that is neither
@@ -49,9 +51,9 @@ class CompileReport:
         the compiled program; a multiply-add counts as two. Recomputed products count
         again; products do not count that the compiler removed, or rewrote as
         multiply-and-sum (some products with a vector). Convolutions count padding as
-        data. Loops count every step if the number of steps is fixed, conditionals the
-        most expensive branch, and other GPU kernels (Pallas, cuDNN's attention)
-        nothing.
+        data. Loops count every step if the number of steps is fixed, and otherwise one
+        step; conditionals the most expensive branch; other GPU kernels (Pallas, cuDNN's
+        attention) nothing.
       traffic_bytes: the sum of the bytes that all GPU kernels of the compiled program
         read and write: the best estimate of a GPU's time without that GPU. Loops and
         conditionals count as in `flops`; an operand that a GPU kernel slices counts
@@ -89,7 +91,8 @@ def compile_report(
     Args:
       step: a function, jitted or not; the `static_argnums` and `donate_argnums` of a
         jitted one apply.
-      *abstract_args: the arguments of `step`, as arrays or `jax.ShapeDtypeStruct`s.
+      *abstract_args: the arguments of `step`, as arrays or `jax.ShapeDtypeStruct`s; on
+        one device if there is a target.
       target: a GPU, as a name from `targets()` or the path of a description (XLA's
         `GpuTargetConfigProto` in text form); it need not be present. `None`: the local
         backend.
@@ -108,7 +111,8 @@ def compile_report(
       TargetError: the target is unknown.
       CompilerMissingError: XLA's GPU compiler is not installed; the message has the
         command that installs it.
-      CompilerError: the compilation failed.
+      CompilerError: the compilation for the target failed. The local backend raises
+        errors of its own, such as `jax.errors.JaxRuntimeError`.
     """
     called = CompiledCall.of(step, abstract_args, donate)
     options = dict(compiler_options or {})

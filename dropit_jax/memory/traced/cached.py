@@ -14,8 +14,10 @@ from dropit_jax.products.operand import RESIDUAL_NAME
 def cached_bytes(fn: Callable[..., Any], *abstract_args: Any) -> int:
     """Returns the bytes that the DropIT operations in `fn` store for the backward pass.
 
-    A residual in a loop counts once per step. Only traces `fn`: nothing is executed or
-    allocated.
+    A residual in a loop counts once per step; the residuals of all branches of a
+    conditional count, although JAX stores residuals of equal shapes and dtypes only
+    once. In `jax.shard_map` the bytes are those of one device. Only traces `fn`:
+    nothing is executed or allocated.
 
     Args:
       fn: a function that differentiates, such as a training step.

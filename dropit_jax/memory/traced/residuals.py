@@ -37,7 +37,7 @@ class SavedResidual:
 
     @property
     def adds_memory(self) -> bool:
-        """Returns whether the array takes memory: it is no argument and no constant."""
+        """Whether the array takes memory: it is no argument and no constant."""
         return self.kind not in (origins.ARGUMENT, origins.CONSTANT)
 
 

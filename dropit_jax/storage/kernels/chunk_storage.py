@@ -73,7 +73,7 @@ class ChunkStorage:
 
     @property
     def positions(self) -> int:
-        """The stored positions of a unit: bytes where packed, else indices."""
+        """The number of bytes (if packed) or indices that store a unit's positions."""
         return self.unit * self._position_bits // 8 if self.packed else self.kept
 
     @property
@@ -127,7 +127,7 @@ def check(dtype: jax.typing.DTypeLike, storage: ChunkStorage, units: int) -> Non
 
 
 def bits_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """Returns the type of integers that hold the bits of floats of this type."""
+    """Returns the integer type for the bits of a float type of 16 or 32 bits."""
     return jnp.dtype("int32" if jnp.dtype(dtype).itemsize == 4 else "uint16")
 
 

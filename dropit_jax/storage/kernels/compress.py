@@ -54,7 +54,8 @@ def compress(
       (*rows, units, storage.positions).
 
     Raises:
-      ValueError: there is no GPU kernel for this, or `x` is not of whole units.
+      ValueError: there is no GPU kernel for this dtype, storage and number of units, or
+        `x` is not of whole units.
     """
     elements = storage.unit * storage.size
     chunk_storage.check(x.dtype, storage, x.size // elements)
@@ -284,7 +285,8 @@ def _store_bytes(
 
     Args:
       ref: the bytes of the unit.
-      mask: the bit mask, 8 columns a byte, from the byte on that has the bit `start`.
+      mask: the bit mask of the chunk, 8 columns a byte; column 0 is the first bit of
+        the byte that has the bit `start`.
       start: the first bit of the chunk in the unit.
       size: elements of the chunk.
       open_byte: the bits of earlier chunks in the first byte.

@@ -63,7 +63,9 @@ def decompress(
       interpret: whether the GPU kernel is emulated, on any device.
 
     Raises:
-      ValueError: there is no GPU kernel for this storage, or it has other shapes.
+      ValueError: there is no GPU kernel for these dtypes, this storage and number of
+        units, or `values` or `positions` have another shape, or `positions` another
+        dtype, than `storage` needs.
     """
     _check(values, positions, storage, dtype)
     shape = (*values.shape[:-1], storage.unit * storage.size)
@@ -130,7 +132,7 @@ def _compared(storage: ChunkStorage) -> bool:
 
 
 def _block(storage: ChunkStorage) -> tuple[int, int]:
-    """Returns the chunks of a block, and the warps that share it."""
+    """Returns the numbers of chunks in a block and of warps that share it."""
     columns = power_of_two(storage.size)
     least = min(_COMPARED_ROWS, _MAX_BLOCK // columns) if _compared(storage) else 1
     rows = max(_BLOCK // columns, least, 1)

@@ -61,8 +61,8 @@ def first_index_operand(
 ) -> UInt8[Array, "*rows units"] | None:
     """Returns the bytes that `compress` starts its first pass with, one for each unit.
 
-    They are `BEFORE_FIRST`; `None` unless D = 16 and k = 2, as other chunks are slower
-    with them.
+    They are `BEFORE_FIRST`. Returns `None` unless D = 16, k = 2 and indices are stored,
+    as the selection in other chunks is slower with this operand.
 
     Args:
       units: the leading axes, (*rows, units).

@@ -160,7 +160,9 @@ def _compress_call(storage: ChunkStorage, for_one_device: bool = False) -> _Oper
 
 
 def _decompress_call(definition: _Operation) -> _Operation:
-    """Returns a function as a call without axes of size 1, which is not inlined.
+    """Returns a function as a call that XLA's CPU compiler does not inline.
+
+    The call takes arrays without axes of size 1, which XLA would copy.
 
     Args:
       definition: a function of values and positions.

@@ -73,7 +73,10 @@ def _keys(bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Integers:
 def _next_largest(
     keys: _Integers, bits: _Integers, dtype: jnp.dtype
 ) -> tuple[_Integers, _Column, _Column]:
-    """Returns the keys without the largest of each row, its bits, and its column."""
+    """Finds the largest key of each row.
+
+    Returns the keys with -1 in its place, the bits of its element, and its column.
+    """
     column = places(keys.shape)[1]
     top = jnp.max(keys, axis=1, keepdims=True)
     if dtype.itemsize == 2:
@@ -140,7 +143,7 @@ def _keys_left(k: int, bits: _Integers, inside: _Mask, dtype: jnp.dtype) -> _Int
 def _largest_by_bits(
     magnitude: _Integers, k: int, width: int
 ) -> tuple[_Mask, _Integers]:
-    """Does `largest` by searching for the k-th largest magnitude, highest bit first.
+    """Finds the k largest by the k-th largest magnitude, built from its highest bit.
 
     Args:
       magnitude: integers of `width` bits; -1 for padding.

@@ -130,7 +130,7 @@ def nth_bit(
 def _shift(
     words: UInt32[Array, "*rows words"], starts: UInt32[np.ndarray, "*parts"]
 ) -> UInt32[Array, "..."]:
-    """Shifts each word right to each of its parts: `(*words) -> (*words, *parts)`.
+    """Shifts each word right by each start: `(*words) -> (*words, *parts)`.
 
     Bits of higher parts are not removed.
     """

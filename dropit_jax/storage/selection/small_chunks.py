@@ -44,7 +44,10 @@ _Pair = tuple[Array, Array]
 def top_k(
     x: Float[Array, "*rows size"], scores: Int[Array, "*rows size"], k: int
 ) -> tuple[Float[Array, "*rows {k}"], Int[Array, "*rows {k}"]]:
-    """Returns elements of the k largest scores, largest first, and their indices."""
+    """Returns elements of the k largest scores, largest first, and their indices.
+
+    Scores are not negative; ties go to the lower index.
+    """
     indices = _largest_first(scores, k)
     here = indices[..., :, None] == _iota(x.shape[-1], x.ndim + 1)
     # On the bits, which keeps -0.0 and NaN exact.

@@ -149,7 +149,8 @@ class Codes:
     The values are real floating-point arrays of one axis or more. Groups are 64
     consecutive elements of the last axis, or all of a short one (see `_groups`). With 4
     bits, `float32[2, 200] -> uint8[2, 100], bfloat16[2, 4], bfloat16[2, 4]`: 200 bytes
-    of codes, 16 of minima and 16 of scales, instead of 1,600.
+    of codes, 16 of minima and 16 of scales, instead of 1,600. All elements of a group
+    with a NaN or an infinity decode to NaN.
 
     Attributes:
       bits: bits of a code: 2, 4 or 8.

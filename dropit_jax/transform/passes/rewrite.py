@@ -174,7 +174,8 @@ def run_backward(
 def _steps(program: Program, cotangents: Sequence[int]) -> dict[Node, int | None]:
     """Returns the equations that depend on cotangents or have effects, in order.
 
-    Each has its first operand that depends on a cotangent, or `None` without one.
+    Maps each equation to its first operand that depends on a cotangent or on an
+    equation with effects, and to `None` if there is no such operand.
     """
     linear = set(cotangents)
     steps: dict[Node, int | None] = {}

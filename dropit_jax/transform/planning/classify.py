@@ -119,7 +119,10 @@ def classify(
 
 
 def _typical_size(sizes: Sequence[int]) -> int:
-    """Returns the largest size such that values at least as large hold `_SHARE`."""
+    """Returns the largest size s such that values of s bytes or more hold `_SHARE`.
+
+    `_SHARE` is of the bytes of all values. Without values, s is 0.
+    """
     total, held = sum(sizes), 0
     for size in sorted(sizes, reverse=True):
         held += size
@@ -261,7 +264,10 @@ def _stronger(*roles: str) -> str:
 def _flowing(
     forward: Program, reads: dict[int, str], free: set[int], parameters: set[int]
 ) -> set[int]:
-    """Returns the values that the flowing gradient reads, or may be recomputed from."""
+    """Returns the values that the flowing gradient reads, and their repeatable origins.
+
+    The backward pass may recompute the values that are read from these origins.
+    """
     flowing = {value for value, how in reads.items() if how != "kernel"}
     for node in reversed(forward.nodes):
         if flowing.isdisjoint(node.outputs) or not is_repeatable(node, parameters):

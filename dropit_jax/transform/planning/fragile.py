@@ -100,13 +100,13 @@ def _is_mask(constant: Any) -> bool:
 
 
 def _read_steeply(forward: Program) -> set[int]:
-    """Returns the operands of steep functions, and the values they are linear in.
+    """Returns the operands of steep functions, and values that determine the operands.
 
     The error of a code is small relative to the largest element of its group, but large
     relative to the small ones, where a logarithm or a quotient is steepest. The search
-    stops at an `exp`: the error of its result is relative to each element. Quotients
-    have the widest range of all: they are returned too, unless all elements of a row
-    share one divisor.
+    for the values goes through `_ONWARD_TO_STEEP`. It stops at an `exp`: the error of
+    its result is relative to each element. The results of quotients have the widest
+    range of all: they are returned too, unless the divisor is a broadcast.
     """
     makers = forward.makers()
     steep: set[int] = set()

@@ -14,7 +14,7 @@ from dropit_jax.transform.tracing.program import Node, Program
 
 @dataclasses.dataclass(frozen=True)
 class RulePresets:
-    """The presets of the values of a program; `places[value]` is one.
+    """The presets of the values of a program, indexed by the number of a value.
 
     A place is a scope, such as "encoder/layer_0/mlp", or a `checkpoint_name`.
 

@@ -75,7 +75,11 @@ class Prices:
         return self._price(node) * self._moved(node)
 
     def _may_be_lossy(self, value: int) -> bool:
-        """Returns whether a value may be recomputed from values with an error."""
+        """Returns whether a value may have an error when the backward pass reads it.
+
+        The value is then stored in a lossy form, or recomputed from other values that
+        are.
+        """
         kind = self.classes.kinds[value]
         if kind is Kind.FREE or not split.is_floating(self.program.avals[value]):
             return False

@@ -68,10 +68,10 @@ class _Windows:
 
     @property
     def widths(self) -> list[Any]:
-        """The numbers of elements that a strided slice with one per window spans.
+        """The lengths of a slice from the first window's start to the last one's.
 
-        From the first element of the first window to that of the last; 0 without
-        windows.
+        With strides, the slice has one element per window: 3 windows with a stride of 2
+        give a length of 5. The length is 0 without windows.
         """
         padded = (
             n + sum(pad) for n, pad in zip(self.inputs, self.padding, strict=True)

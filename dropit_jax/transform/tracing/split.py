@@ -115,8 +115,9 @@ def without_zeros(
 ) -> tuple[Program, tuple[bool, ...]]:
     """Returns the backward pass simplified for cotangents that are known to be zero.
 
-    The pass is linear in the cotangents: if all operands of an equation that depend on
-    cotangents are zero, so are its results.
+    Takes the pass to be linear in the cotangents: if all operands of an equation that
+    depend on cotangents are zero, so are its results. The backward rule of a user's
+    `jax.custom_vjp` may be nonlinear; its gradient is then wrong.
 
     Args:
       halves: the passes of the function.

@@ -182,7 +182,7 @@ _CHANGED = functools.partial(
     dropit__rate=0.1 + 0.2,  # has many digits
     num_epochs=None,
     num_steps=2**31 - 1,
-    seed=2**63 - 1,
+    seed=2**32 - 1,
     layers="dropit",
     init_from='with "quotes", a line\nand ü',
 )

@@ -77,10 +77,12 @@ class ValidateTest(parameterized.TestCase):
         ),
         ("num_epochs", None, r"config\.num_epochs or config\.num_steps"),
         ("num_steps", 0, r"config\.num_steps must be above 0, got 0"),
-        ("seed", 2**63, r"config\.seed must be at most 9,223,372,036,854,775,807, got"),
+        ("seed", 2**32, r"config\.seed must be at most 4,294,967,295, got"),
+        ("optimizer", 5, r"config\.optimizer is a section of fields: set the fields"),
         ("schedule.name", "step", r"config\.schedule\.decay_epochs is missing"),
         ("schedule.decay_epochs", (3,), r"for config\.schedule\.name='step', got \(3,"),
         ("schedule.decay_epochs", (3, "x"), r"numbers of epochs, got \(3, 'x'\)"),
+        ("schedule.decay_epochs", (True,), r"numbers of epochs, got \(True,\)"),
         ("schedule.decay_epochs", (-3,), r"numbers of epochs, got \(-3,\)"),
         (
             "schedule.warmup_epochs",
@@ -230,7 +232,7 @@ class ValidateTest(parameterized.TestCase):
             "x\x1b[2J" + "y" * 10**6,
             r"unknown value 'x\\x1b\[2Jyyy.* \.\.\. ",
         ),
-        ("model", "resnet18", r"config\.model is not a field that a config has"),
+        ("model", "resnet18", r"config\.model is a section of fields"),
     )
     def test_bad_fields_are_named(self, name, value, message):
         config = digits_resnet18.get_config()

@@ -49,6 +49,14 @@ class ScheduleTest(parameterized.TestCase):
             expected *= 0.2 if step >= 60 else 1
             self.assertAlmostEqual(float(rate(step)), expected, places=6, msg=str(step))
 
+    def test_two_steps_of_the_schedule_at_one_step_are_two(self):
+        config = _config(
+            name="step", warmup_epochs=0.0, decay_epochs=(3.0, 3.01), decay_factor=0.2
+        )
+        rate = optim.schedule(config, _PER_EPOCH, _TOTAL)
+        self.assertAlmostEqual(float(rate(29)), 0.4, places=6)
+        self.assertAlmostEqual(float(rate(30)), 0.4 * 0.04, places=6)
+
 
 _SHAPES = {"kernel": (3, 2), "bias": (2,), "scale": (2,)}
 

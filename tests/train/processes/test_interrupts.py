@@ -97,6 +97,17 @@ class InterruptsTest(parameterized.TestCase):
             self.assertEqual(heard, [signal.SIGTERM])
             self.assertIsNone(requests.signum)
 
+    def test_one_that_arrives_while_handlers_are_set_is_remembered(self):
+        def arriving(signum, handler):
+            before = set_handler(signum, handler)
+            if handler == requests._remember:
+                os.kill(os.getpid(), signum)
+            return before
+
+        requests, set_handler = interrupts.Interrupts(), signal.signal
+        with mock.patch.object(signal, "signal", arriving), requests:
+            self.assertIsNotNone(requests.signum)
+
     def test_what_is_ignored_is_not_remembered(self):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with interrupts.Interrupts() as requests:

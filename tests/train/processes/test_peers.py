@@ -36,6 +36,7 @@ class HeardTest(parameterized.TestCase):
 class ListenTest(parameterized.TestCase):
     def test_strangers_are_turned_away_and_a_peer_is_not(self):
         strangers = [b"5\n", b'["\xc3\xa9", "x"]\n', b"GET / HTTP/1.1\r\n\r\n", b""]
+        strangers.append(b'["\\ud800", "x"]\n')
         open_ones = []
 
         def told(server):

@@ -1,5 +1,7 @@
 """How much is dropped, and what a step stores."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from configs import digits_resnet18, digits_vit
 from dropit_jax import DropIT, compress
 from train.config import config as config_lib
 from train.config.config import dropit_section
+from train.engine import job as job_lib
 from train.engine import step as step_lib
 from train.reports import measurements
 
@@ -60,6 +63,22 @@ class StoredTest(parameterized.TestCase):
         self.assertEqual(measurements.stored_bytes(config), planned.nbytes)
         self.assertEqual(measurements.stored_bytes(plain), planned.plain_bytes)
         self.assertLess(planned.nbytes, planned.plain_bytes)
+
+    @parameterized.parameters("baseline", "lean")
+    def test_of_accumulated_steps_it_is_that_of_a_part(self, memory):
+        parts = self._config(memory=memory, accumulate_steps=4)
+        part = self._config(memory=memory, batch_size=8)
+        self.assertEqual(
+            measurements.stored_bytes(parts), measurements.stored_bytes(part)
+        )
+
+    def test_a_mesh_of_more_devices_changes_nothing(self):
+        config = self._config(layers="dropit", dropit={"fill": "mean"})
+        expected = measurements.stored_bytes(config)
+        config.mesh.fsdp = 2
+        self.assertEqual(measurements.stored_bytes(config), expected)
+        with mock.patch.object(jax, "device_count", return_value=2):
+            job_lib.check(config)
 
     def test_of_layers_it_is_what_they_keep_of_their_inputs(self):
         plain = self._config(memory="baseline")

@@ -70,7 +70,7 @@ class FigureTest(parameterized.TestCase):
             "dear": (4.0, Mean(-2.0, math.nan)),
             "cheap": (1.0, Mean(1.0, 0.25)),
         }
-        plots.tradeoff(points, ("MiB", "points"), Path("x.png"))
+        plots.tradeoff(points, "baseline", ("MiB", "points"), Path("x.png"))
         left, right = self.saved[0].axes
         self.assertEqual([bar.get_width() for bar in left.patches], [1, 4, 8])
         names = [label.get_text() for label in left.get_yticklabels()]
@@ -85,6 +85,17 @@ class FigureTest(parameterized.TestCase):
             matplotlib.colors.to_hex(left.patches[2].get_facecolor()).upper(),
             palette.BLUE,
         )
+
+    def test_histograms_leave_out_what_is_not_finite(self):
+        values = np.array([1.0, math.nan, -2.0, math.inf])
+        one = {(part, moment): values for part in PARTS for moment in MOMENTS}
+        plots.histograms({"plain": {"layer": one}}, "plain", Path("x.png"))
+        for axis in self.saved[0].axes:
+            self.assertEqual(axis.patches[0].get_data().values.sum(), 2)
+
+    def test_the_baseline_is_blue_whatever_its_name(self):
+        self.assertEqual(palette.colour_of("plain", "plain"), palette.BLUE)
+        self.assertNotEqual(palette.colour_of("lean", "plain"), palette.BLUE)
 
     @parameterized.parameters(2, 3)
     def test_histograms_have_panels_of_their_own(self, count):

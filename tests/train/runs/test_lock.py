@@ -95,6 +95,8 @@ class LockTest(parameterized.TestCase):
         (os.getppid, socket.gethostname, True),
         (os.getppid, lambda: "elsewhere", False),
         (lambda: 2**22 + 1, socket.gethostname, False),  # above Linux's largest
+        (lambda: 10**30, socket.gethostname, False),
+        (lambda: 0, socket.gethostname, False),  # the process group
         (os.getpid, socket.gethostname, False),  # of a container before
     )
     def test_without_locks_a_process_of_this_host_is_noticed(

@@ -32,6 +32,7 @@ class PositionTest(parameterized.TestCase):
         ({}, "`meter`"),
         (_WHOLE | {"meter": None}, "`meter`"),
         (_WHOLE | {"meter": _METER | {"loss": "1"}}, "`meter`"),
+        (_WHOLE | {"meter": _METER | {"loss": True}}, "`meter`"),
         (_WHOLE | {"train_examples": "48"}, "`train_examples`"),
         (_WHOLE | {"train_examples": True}, "`train_examples`"),
         (_WHOLE | {"train_examples": 4.8}, "`train_examples`"),

@@ -61,6 +61,15 @@ class RecordsTest(parameterized.TestCase):
         rows = records.read(self.directory / "metrics.csv")
         self.assertEqual(rows, [_row(1), _row(2), _row(4)])
 
+    def test_a_quick_restart_keeps_the_events_before(self):
+        for step in (1, 2, 3):
+            with records.Records(self.directory, step - 1) as log:
+                log.append(_row(step))
+        names = {name for _, name in _scalars(self.directory / "tensorboard")}
+        steps = {step for step, _ in _scalars(self.directory / "tensorboard")}
+        self.assertEqual(steps, {1, 2, 3})
+        self.assertLen(names, len(records.COLUMNS[2:]))
+
     def test_one_of_several_processes_writes(self):
         with records.Records(self.directory, 0, write=False) as log:
             log.append(_row(1))

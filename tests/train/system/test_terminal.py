@@ -41,14 +41,14 @@ class TerminalTest(parameterized.TestCase):
 
     def test_on_a_terminal_there_is_a_bar(self):
         terminal = self._terminal(force_terminal=True, color_system=None)
-        with terminal.start("digits", 5, 100) as bar:
+        with terminal.start("digits[/][bold]\x1b", 5, 100) as bar:
             bar.update(6, math.nan, math.nan, 0)
             bar.update(40, 0.5, 0.25, 1500)
             bar.say("a line above")
         text = self.out.getvalue()
         self.assertNotIn("nan", text)
         for part in (
-            "digits",
+            "digits[/][bold]",
             "a line above",
             "40/100",
             "loss 0.500",
