@@ -15,6 +15,7 @@ from dropit_jax.transform.passes.rewrite import Passes
 from dropit_jax.transform.planning.planner import PlanError, Planner
 from dropit_jax.transform.tracing import program as programs
 from dropit_jax.transform.tracing import rules, split
+from dropit_jax.transform.tracing import zeros as zeros_lib
 
 # `jax.random.fold_in` takes the number of a value (below this), or this plus the number
 # of a body: no two draws share a key.
@@ -235,7 +236,7 @@ def _backward(
     passes, halves = saved.passes, saved.passes.halves
     wanted = [c for c, yes in zip(cotangents, halves.floating, strict=True) if yes]
     is_zero = [isinstance(cotangent, SymbolicZero) for cotangent in wanted]
-    backward, gone = split.without_zeros(halves, is_zero)
+    backward, gone = zeros_lib.without_zeros(halves, is_zero)
     final = [f for f, zero in zip(passes.final, gone, strict=True) if not zero]
     given = [None if zero else c for c, zero in zip(wanted, is_zero, strict=True)]
 

@@ -167,7 +167,8 @@ def run_backward(
                 rebuild.forget(wanted)
         known.update(zip(node.outputs, results, strict=True))
         for value in last[node]:
-            known.pop(value, None)
+            if value not in backward.constants:  # deferred equations may read these
+                known.pop(value, None)
     return [reader(atom) for atom in program.outputs]
 
 
@@ -275,10 +276,26 @@ class _Reader:
             atom = self._residuals[atom]
             return atom.val if isinstance(atom, Scalar) else self._rebuild(atom)
         if isinstance(atom, int) and atom not in self._known:
-            node = self._deferred[atom]
-            results = programs.bind(node, *map(self, node.inputs))
-            self._known.update(zip(node.outputs, results, strict=True))
+            self._run_deferred(atom)
         return programs.read(self._known, atom)
+
+    def _run_deferred(self, value: int) -> None:
+        """Runs the deferred equations on which a value depends, its own one last."""
+        todo = [self._deferred[value]]
+        while todo:  # not by recursion: thousands may follow each other
+            node = todo[-1]
+            missing = [
+                self._deferred[each]
+                for each in node.operands
+                if each not in self._known and each not in self._residuals
+            ]
+            if missing:
+                todo += missing
+                continue
+            todo.pop()
+            if self._known.keys().isdisjoint(node.outputs):
+                results = programs.bind(node, *map(self, node.inputs))
+                self._known.update(zip(node.outputs, results, strict=True))
 
 
 def _is_wider(backward: Program, product: Node, cotangent: int) -> bool:

@@ -189,5 +189,78 @@ DECOMPOSITIONS = frozenset(
     }
 )
 
+# Return their operands unchanged, each as one result.
+BARRIERS = frozenset({"optimization_barrier", "optimization_barrier_by_platform"})
+
+# The result is zero if the operands that are differentiated in the operation's linear
+# sense are zero: in a backward pass, those that depend on cotangents.
+LINEAR = frozenset(
+    {
+        "all_gather",
+        "all_gather_invariant",
+        "all_gather_reduced",
+        "all_to_all",
+        "broadcast_in_dim",
+        "conj",
+        "conv_general_dilated",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "cumsum",
+        "device_put",
+        "dot_general",
+        "dynamic_slice",
+        "expand_dims",
+        "fft",
+        "gather",
+        "imag",
+        "join_sharding_group",
+        "layout_constraint",
+        "mul",
+        "name",
+        "neg",
+        "pbroadcast",
+        "ppermute",
+        "psum",
+        "psum2",
+        "psum_invariant",
+        "pvary",
+        "ragged_dot_general",
+        "real",
+        "reduce_precision",
+        "reduce_scatter",
+        "reduce_sum",
+        "reduce_window_sum",
+        "reshape",
+        "reshard",
+        "rev",
+        "select_and_gather_add",
+        "select_and_scatter_add",
+        "sharding_constraint",
+        "slice",
+        "split",
+        "squeeze",
+        "tile",
+        "transpose",
+        "unstack",
+        "with_memory_space_constraint",
+        "xla_metadata_value",
+    }
+)
+
+# The result is zero if all floating-point operands are.
+LINEAR_IN_ALL = ADDITIONS | {
+    "complex",
+    "concatenate",
+    "dynamic_update_slice",
+    "pad",
+    "scatter",
+    "scatter-add",
+    "scatter-sub",
+    "scatter_add",
+    "select_n",
+    "stack",
+}
+
 # Contain programs, whose residuals plans of their own choose.
 BODIES = frozenset({"cond", "scan", "shard_map", "while"})
