@@ -70,10 +70,10 @@ def drop(
         _, out = nnx.from_tree(pure(*trees), ctxtag=_TAG, is_inner=False)
         return out
 
-    own = pure.dropit_settings  # type: ignore[attr-defined]
-    dropped.dropit_settings = dataclasses.replace(  # type: ignore[attr-defined]
-        own, differentiable=_differentiable, lift=lift
-    )
+    settings = transform.settings_of(pure)
+    assert settings is not None
+    own = dataclasses.replace(settings, differentiable=_differentiable, lift=lift)
+    transform.mark(dropped, own)
     return dropped
 
 

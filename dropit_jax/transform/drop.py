@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,27 @@ def drop(
         )
         return jax.tree.unflatten(call.results, run(*call.arrays))
 
-    dropped.dropit_settings = own  # type: ignore[attr-defined]
+    mark(dropped, own)
     return dropped
+
+
+def mark(dropped: Callable[..., Any], settings: "Settings") -> None:
+    """Sets the settings of a dropped function, which `settings_of` returns."""
+    owner: Any = dropped
+    owner.dropit_settings = settings, weakref.ref(dropped)
+
+
+def settings_of(fun: Any) -> "Settings | None":
+    """Returns the settings of a dropped function, jitted or not; `None` for others.
+
+    `functools.wraps` copies the attribute to functions that call a dropped one.
+    """
+    own = getattr(fun, "__wrapped__", None) if type(fun) is _JITTED else fun
+    settings, owner = getattr(own, "dropit_settings", (None, lambda: None))
+    return settings if owner() is own else None
+
+
+_JITTED = type(jax.jit(lambda: None))
 
 
 def plan(
@@ -93,7 +113,7 @@ def plan(
       `argnums` names no argument; PlanError if a loop or a conditional of `fun` takes a
       mutable reference.
     """
-    of = getattr(fun, "dropit_settings", None) or Settings.of(fun, "lean")
+    of = settings_of(fun) or Settings.of(fun, "lean")
     own = dataclasses.replace(
         Settings.of(of.fun, preset or of.given, rules, key or of.key, of.static),
         differentiable=of.differentiable,
@@ -119,7 +139,7 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The checked arguments of `drop`, an attribute of every dropped function.
+    """The checked arguments of `drop`.
 
     Attributes:
       fun: the plain function.

@@ -94,7 +94,7 @@ class Plan:
         """
         try:
             fields = json.loads(text)
-            return cls(
+            plan = cls(
                 preset=Preset.from_dict(fields["preset"]),
                 choices=_as_tuples(fields["choices"]),
                 values=tuple(
@@ -104,8 +104,10 @@ class Plan:
                 recomputed=_as_tuples(fields["recomputed"]),
                 plain_bytes=fields["plain_bytes"],
             )
+            _ = plan.forms  # an unknown form is an error here
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"Not a plan that to_json wrote: {error!r}") from error
+        return plan
 
     def __str__(self) -> str:
         return table.text(self)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from dropit_jax.transform.plan import Plan
@@ -50,13 +51,14 @@ def total(plan: "Plan") -> str:
 
 def rich(plan: "Plan") -> Table:
     """Returns the table for `rich` to print."""
-    table = Table(box=box.SIMPLE_HEAD, caption=total(plan), caption_justify="left")
+    caption = Text(total(plan))
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     for place, name in enumerate(_HEADER):
         table.add_column(
             name, justify="right" if place < 2 else "left", overflow="fold"
         )
     for row in rows(plan):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a scope such as "blk[a]" is no markup
     return table
 
 

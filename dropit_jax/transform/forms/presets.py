@@ -100,7 +100,7 @@ class Preset:
             "name": self.name,
             "kernel": word(self.kernel),
             "flowing": word(self.flowing),
-            "traffic": self.traffic,
+            "traffic": float(self.traffic),
             "rules": {place: each.to_dict() for place, each in self.rules},
         }
 

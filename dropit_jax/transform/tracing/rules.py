@@ -56,11 +56,12 @@ def _scan(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[
     xs = operands[end:]
     # Carries are new in every iteration; the other inputs stay in memory outside.
     is_free = [True] * consts + [False] * carried + [True] * len(xs)
-    body = drop_body(params["jaxpr"], is_free, turns=params["length"])
+    length = params["length"]
+    body = drop_body(params["jaxpr"], is_free, turns=compat.concrete(length))
 
     keys = None
     if body.key is not None:
-        keys = jax.random.split(body.key, params["length"])
+        keys = jax.random.split(body.key, length)
 
     def turn(carry: Sequence[Any], given: tuple[Any, Any]) -> tuple[Any, Any]:
         slices, key = given
@@ -71,7 +72,7 @@ def _scan(node: Node, operands: Sequence[Any], drop_body: DropBody) -> Sequence[
         turn,
         list(operands[consts:end]),
         (list(xs), keys),
-        length=params["length"],
+        length=length if isinstance(length, int) else None,  # symbolic: that of xs
         reverse=params["reverse"],
         unroll=params["unroll"],
     )

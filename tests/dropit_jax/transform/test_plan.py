@@ -1,5 +1,8 @@
 """What a plan says is what is stored; written down, it can be used again."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +140,17 @@ class PlanTest(parameterized.TestCase):
         with pytest.raises(ValueError, match="Not a plan that to_json wrote"):
             Plan.from_json(text)
 
+    def test_a_form_that_does_not_exist_is_an_error(self):
+        text = plan(FEATURES["mlp"])(PARAMS, X).to_json()
+        self.assertIn('"int8"', text)
+        with pytest.raises(ValueError, match=r"Not a plan that to_json wrote.*int9"):
+            Plan.from_json(text.replace('"int8"', '"int9"'))
+
+    def test_a_price_of_numpy_is_written_as_a_number(self):
+        preset = presets.preset("lean", traffic=np.float32(0.5))
+        planned = plan(FEATURES["mlp"], preset)(PARAMS, X)
+        self.assertEqual(Plan.from_json(planned.to_json()).preset.traffic, 0.5)
+
     def test_it_needs_no_arrays(self):
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (PARAMS, X)
@@ -147,6 +161,46 @@ class PlanTest(parameterized.TestCase):
     def test_a_dropped_function_brings_its_preset(self):
         dropped = drop(FEATURES["mlp"], "exact")
         self.assertEqual(plan(dropped)(PARAMS, X).preset, presets.preset("exact"))
+
+    def test_so_does_a_jitted_one(self):
+        dropped = jax.jit(drop(FEATURES["mlp"], "exact"))
+        self.assertEqual(plan(dropped)(PARAMS, X).preset, presets.preset("exact"))
+
+    def test_a_function_around_it_is_another_one(self):
+        dropped = drop(FEATURES["mlp"], "exact")
+
+        @functools.wraps(dropped)
+        def twice(params, x):
+            return dropped(params, x) + FEATURES["mlp"](params, jnp.sin(x))
+
+        planned = plan(twice)(PARAMS, X)
+        expected = plan(twice.__call__)(PARAMS, X)  # has no attribute of `dropped`
+        self.assertEqual(planned.nbytes, expected.nbytes)
+        chex.assert_trees_all_equal_shapes(
+            jax.grad(drop(twice, planned))(PARAMS, X), PARAMS
+        )
+
+    def test_a_scope_is_printed_as_it_is(self):
+        def function(params, x):
+            with jax.named_scope("block[a]:smile:"):
+                return jnp.sum(jnp.tanh(x @ params["w"][0]))
+
+        self.assertIn("block[a]:smile:", str(plan(function)(PARAMS, X)))
+
+    def test_a_scan_of_symbolic_length(self):
+        def function(x, xs):
+            return jnp.sum(lax.scan(lambda c, y: (jnp.sin(c * y), None), x, xs)[0])
+
+        sizes = jax.export.symbolic_shape("n, 64")
+        args = (
+            jax.ShapeDtypeStruct((64,), jnp.float32),
+            jax.ShapeDtypeStruct(sizes, jnp.float32),
+        )
+        exported = jax.export.export(jax.jit(jax.grad(drop(function, "exact"))))(*args)
+        x, xs = jnp.linspace(0, 1, 64), jnp.linspace(0.5, 1, 320).reshape(5, 64)
+        chex.assert_trees_all_close(
+            exported.call(x, xs), jax.grad(function)(x, xs), rtol=1e-5
+        )
 
     def test_so_it_does_with_its_rules(self):
         def function(params, x):
