@@ -119,7 +119,7 @@ class CompiledCall:
 
 def _positions(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
     """Returns indices of arguments, checked, and with negative ones resolved."""
-    listed = (donate,) if isinstance(donate, int) else tuple(donate)
+    listed = tuple(donate) if isinstance(donate, Sequence) else (donate,)
     for index in listed:
         if not -count <= index < count:
             raise ValueError(f"donate={donate!r}: there are {count} arguments.")

@@ -27,7 +27,7 @@ def target_path(target: str | Path) -> Path:
     """
     path = Path(target)
     if path.is_file():
-        return path
+        return path.absolute()  # the process that compiles has its own directory
     if str(target) in targets():
         return _DESCRIPTIONS / f"{target}.textproto"
     raise TargetError(

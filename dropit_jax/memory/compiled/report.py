@@ -180,6 +180,12 @@ def _exported(called: CompiledCall) -> bytes:
             exported = export.export(
                 jax.jit(called.flat), platforms=["cuda"], disabled_checks=unstable
             )(*called.leaves)
+        if exported.nr_devices > 1:
+            raise ValueError(
+                f"The arguments are sharded over {exported.nr_devices} devices, and a "
+                "target is one GPU: give the part of a device, for example as "
+                "`jax.ShapeDtypeStruct`s without shardings."
+            )
         return bytes(exported.serialize())
     except ValueError:
         if host_call := called.host_call():

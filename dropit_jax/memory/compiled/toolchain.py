@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import jax
+
 # The environment variable that, if set, names the only directory to search.
 COMPILER_PATH_VARIABLE = "DROPIT_GPU_COMPILER"
 
@@ -98,6 +100,7 @@ class Toolchain:
             "XLA_FLAGS": f"{xla_flags} --xla_gpu_cuda_data_dir={self.cuda}",
             "PYTHONPATH": os.pathsep.join([str(self.plugin), *_import_path()]),
             "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_X64": str(jax.config.jax_enable_x64),
             # XLA writes no buffer assignment for a program from the cache.
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }

@@ -110,13 +110,26 @@ def _find(
         if maker.primitive.name == compat.NAME:
             name = name or maker.params["name"]
         return _find(operand, frame, name, visited)
-    inner = list(jaxprs_in_params(maker.params))
-    if len(inner) == 1 and len(inner[0].outvars) == len(maker.outvars):
-        inside = frame.inside(inner[0], maker)
-        return _find(inner[0].outvars[position], inside, name, visited)
+    called = _called(maker)
+    if called is not None:
+        inside = frame.inside(called, maker)
+        origin = _find(called.outvars[position], inside, name, visited)
+        is_scan = maker.primitive.name == compat.SCAN
+        is_carry = is_scan and position < compat.scan_counts(maker)[1]
+        # The last carry is another array than the stack of results that it is in.
+        return _of_carry(origin, variable) if is_carry else origin
     if not any(isinstance(operand, Var) for operand in maker.invars):
         return frame.origin(variable, CONSTANT, name)  # an iota, say
     return frame.origin(variable, maker, name)
+
+
+def _called(maker: JaxprEqn) -> Jaxpr | None:
+    """Returns the jaxpr that computes an equation's results one by one, or `None`."""
+    if maker.primitive.name.startswith(("scatter", "reduce")):
+        return None  # the jaxpr combines two elements
+    inner = list(jaxprs_in_params(maker.params))
+    is_called = len(inner) == 1 and len(inner[0].outvars) == len(maker.outvars)
+    return inner[0] if is_called else None
 
 
 def _find_input(
@@ -139,9 +152,20 @@ def _find_input(
             # another array and takes another key.
             result = frame.jaxpr.outvars[position]
             previous = _find(result, frame, name, (*visited, variable))
-            return dataclasses.replace(previous, key=(*previous.key, id(variable)))
+            return _of_carry(previous, variable)
     operand = call.invars[len(call.invars) - len(inputs) + index]
     return _find(operand, frame.caller, name, visited)
+
+
+def _of_carry(computed: Origin, carry: Var) -> Origin:
+    """Returns the origin of a loop's carry, given the origin of the computed value.
+
+    A carry is new memory, even if it is an element of an argument.
+    """
+    is_new = computed.primitive not in (ARGUMENT, CONSTANT)
+    primitive = computed.primitive if is_new else compat.SCAN
+    key = (*computed.key, id(carry))
+    return dataclasses.replace(computed, key=key, primitive=primitive)
 
 
 def _copied_operand(maker: JaxprEqn, position: int) -> Any:

@@ -13,7 +13,7 @@ _WRAPPED = re.compile(r"(\w+)\((.*)\)")
 _FUNCTIONS = frozenset({"jit", "pjit", "xla_call"})
 # Components that control flow, JAX's transformations and `jnp.einsum` add to a path.
 _CONTROL = re.compile(
-    r".*->.*|while|cond|closed_call|call_exported|shard_map|branch_\d+_fun"
+    r".*->.*|while|cond|eval_jaxpr|closed_call|call_exported|shard_map|branch_\d+_fun"
     r"|checkpoint|rematted_computation|remat2?|custom_[jv][vj]p_call\w*"
 )
 # A method other than `__call__`: Flax opens the scope `module.method`.

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 import tempfile
@@ -7,6 +8,7 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
@@ -51,12 +53,25 @@ class CompileReportTest(parameterized.TestCase):
     def test_donated_arguments_count_from_either_end(self):
         last, same = (
             memory.compile_report(_other_step, _X, _W, donate=index)
-            for index in (-1, (1,))
+            for index in (np.int64(-1), (1,))
         )
         self.assertEqual(last.aliased_bytes, 4 * 128 * 128)
         self.assertEqual(same.aliased_bytes, 4 * 128 * 128)
         with pytest.raises(ValueError, match=r"donate=2: there are 2 arguments"):
             memory.compile_report(_other_step, _X, _W, donate=2)
+
+    def test_double_precision(self):
+        with jax.enable_x64(True):
+            x = jax.ShapeDtypeStruct((64,), jnp.float64)
+            report = memory.compile_report(lambda x: 2 * x, x, target="h100")
+        self.assertEqual(report.argument_bytes, 64 * 8)
+
+    def test_arguments_on_several_devices_are_told(self):
+        mesh = jax.sharding.Mesh(jax.devices()[:2], ("x",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=sharding)
+        with pytest.raises(ValueError, match="sharded over 2 devices, and a target is"):
+            memory.compile_report(lambda x: 2 * x, x, target="h100")
 
     def test_pytrees_and_keys_are_arguments_too(self):
         def step(state, key):
@@ -72,6 +87,9 @@ class CompileReportTest(parameterized.TestCase):
         path = self._file("mine.textproto", description)
         report = memory.compile_report(_step, _W, _X, target=path)
         self.assertEqual(report.target, "mine")
+        self.enterContext(contextlib.chdir(Path(path).parent))
+        relative = memory.compile_report(_step, _W, _X, target="mine.textproto")
+        self.assertEqual(relative, report)
 
     def test_unknown_targets_are_named_with_the_known_ones(self):
         with pytest.raises(
@@ -316,6 +334,7 @@ class ScopesTest(parameterized.TestCase):
         ("jit(call)/call_exported/jit(f)/jvp(Net)/jit(relu)/max", "Net"),
         ("jit(step)/jvp(Net)/dense/dense/jvp()/dot_general", "dense"),
         ("jit(f)/jvp(Net)/while/body/closed_call/block/conv/add", "block/conv"),
+        ("jit(f)/jvp(Net)/while/body/eval_jaxpr/closed_call/block/add", "block"),
         ("jvp(Net)/head/transpose(transpose(jvp(Net)))/head/jvp()/gt", "head"),
         ("jvp(Net)/Net.encode/cond/branch_1_fun/attention/exp", "attention"),
         ("jvp(Net)/rematted_computation/attention/ab,bc->ac/dot_general", "attention"),

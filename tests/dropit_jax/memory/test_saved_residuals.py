@@ -160,6 +160,22 @@ class SavedResidualsTest(parameterized.TestCase):
         # The product's operand, which is the sine of the step before, and the cosine.
         self.assertEqual(by_kind, {"sin": 3 * _X_BYTES, "cos": 3 * _X_BYTES})
 
+    @parameterized.named_parameters(
+        ("also_stacked", lambda c, x: (jnp.sin(c * x),) * 2),
+        ("of_the_inputs", lambda c, x: (x, c * jnp.sin(x))),
+        ("swapped", lambda c, x: (jnp.cos(x) + c, jnp.cos(x) * c)),
+    )
+    def test_the_last_carry_is_an_array_of_its_own(self, step):
+        def fn(carry, xs):
+            last, stacked = jax.lax.scan(step, carry, xs)
+            return jnp.sum(last**2) + jnp.sum(stacked**2)
+
+        carry, xs = jnp.arange(1.0, 5.0), jnp.linspace(0.5, 1, 20).reshape(5, 4)
+        _, pullback = jax.vjp(fn, carry, xs)
+        arrays = [x for x in jax.tree.leaves(pullback) if x is not xs]
+        found = memory.saved_residuals(fn, carry, xs)
+        self.assertEqual(found.total_bytes, sum(x.nbytes for x in arrays))
+
     def test_loops_that_hand_their_inputs_on(self):
         def fn(w, x):
             def step(carry, _):
