@@ -56,7 +56,7 @@ class _Caching(nnx.Module):
                 caching = functools.partial(product, dropit=self.dropit, key=key)
                 other = _with_product(self, field, caching)
                 return method.__func__(other, inputs, *args, **kwargs)
-        return _conv_transpose(self, key, inputs)
+        return _conv_transpose(self, key, inputs, *args, **kwargs)
 
 
 class Linear(_Caching, nnx.Linear):

@@ -69,6 +69,8 @@ def dot_general(
     if dropit is None:
         return product(lhs, rhs)
     contracted = _contracted(dimension_numbers)
+    if not all(0 <= axis < jnp.ndim(lhs) for axis in contracted):
+        return product(lhs, rhs)  # JAX's error
     others = [i for i in range(jnp.ndim(lhs)) if i not in contracted]
     axes = Axes((*others, *contracted), len(contracted), row_major=True)
     return cached_product(product, lhs, rhs, dropit=dropit, axes=axes, key=key)

@@ -149,6 +149,19 @@ class AnyModelTest(parameterized.TestCase):
 
 
 class CompiledTest(parameterized.TestCase):
+    def test_a_report_of_a_symbolic_batch(self):
+        (batch,) = jax.export.symbolic_shape("b")
+        x = jax.ShapeDtypeStruct((batch, 32), jnp.float32)
+        layer = nn.Dense(8)
+        variables = layer.init(jax.random.key(0), jnp.ones((1, 32)))
+
+        def loss(variables, x):
+            return jnp.sum(layer.apply(variables, x) ** 2)
+
+        with dn.intercept(POLICY, skip_first=False) as report:
+            jax.export.export(jax.jit(jax.grad(loss)))(variables, x)
+        self.assertIn("128*b", str(report))
+
     def test_functions_are_traced_again_on_the_other_side(self):
         variables = variables_of(Compact())
         gradient, since_inside = (

@@ -169,6 +169,11 @@ class LayerTest(parameterized.TestCase):
             _program(ours, runs.numbers(*shape)), _program(theirs, runs.numbers(*shape))
         )
 
+    def test_arguments_that_flax_does_not_take_are_refused(self):
+        layer = dn.ConvTranspose(4, 5, (3,), dropit=DropIT(), rngs=nnx.Rngs(0))
+        with pytest.raises(TypeError, match="out_sharding"):
+            layer(jnp.ones((1, 6, 4)), out_sharding=None)
+
     def test_an_equation_may_come_with_the_call(self):
         x = runs.numbers(2, 5, 16)
         theirs, ours = _layers("Einsum", ("bti,io->bto", (16, 3)), {}, _POLICY)

@@ -178,6 +178,18 @@ class DotGeneralTest(parameterized.TestCase):
             _dot(case), dropped, lhs, rhs, rate, chunk_size, _order(case)
         )
 
+    def test_an_axis_that_does_not_exist_is_jaxs_error(self):
+        x, kernel = jnp.ones((4, 32)), jnp.ones((32, 8))
+        for axis in (-1, 2):
+            numbers = (((axis,), (0,)), ((), ()))
+            with pytest.raises((TypeError, ValueError)) as plain:
+                lax.dot_general(x, kernel, numbers)
+            with pytest.raises(type(plain.value)) as ours:
+                jax.grad(
+                    lambda w, n=numbers: dot_general(x, w, n, dropit=DropIT()).sum()
+                )(kernel)
+            self.assertEqual(str(ours.value), str(plain.value))
+
     @parameterized.parameters(("bfloat16", "index"), ("float16", "bitmap"))
     def test_half_precision(self, dtype, encoding):
         dropped = _dot("tokens", DropIT(0.5, encoding=encoding))
