@@ -196,7 +196,7 @@ class CommandTest(parameterized.TestCase):
         (["--config=nothing.py"], "No such file or directory: 'nothing.py'"),
         (
             ["--config.seed=99999999999999999999"],
-            "config.seed must be at most 9,223,372,036,854,775,807",
+            "config.seed must be at most 4,294,967,295",
         ),
         (["stray"], "Unexpected argument: 'stray'"),
         (["--config.workers=1000000"], "config.workers=1000000 is more than"),
