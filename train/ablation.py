@@ -154,7 +154,7 @@ def runs(config: ConfigDict) -> list[Run]:
     for name, variant in config.variants.items():
         _check_names(f"config.variants.{name}", variant, _FIELDS, _OPTIONAL)
         seeds = variant.seeds
-        if not isinstance(seeds, tuple) or not seeds or _has_equal(seeds):
+        if not isinstance(seeds, tuple) or not seeds or _has_repeats(seeds):
             raise ConfigError(
                 f"config.variants.{name}.seeds takes different seeds, such as (42, 1), "
                 f"got {seeds!r}."
@@ -173,7 +173,7 @@ def runs(config: ConfigDict) -> list[Run]:
     return [run for _, run in sorted(found, key=lambda each: each[0])]
 
 
-def _has_equal(seeds: tuple[Any, ...]) -> bool:
+def _has_repeats(seeds: tuple[Any, ...]) -> bool:
     return len(set(map(repr, seeds))) < len(seeds)
 
 

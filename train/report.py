@@ -53,7 +53,7 @@ def main(directories: list[Path]) -> None:
     seed = _common_seed([variants[name] for name in drawn])
     for each in variants.values():
         job_lib.check(each[0].config)
-    _create(output)
+    _create_directory(output)
 
     # Everything that can fail comes before the writing, and what takes longest last.
     terminal.say(f"Computing gradients of {', '.join(drawn)} ...")
@@ -183,7 +183,7 @@ def _accuracy(run: SavedRun) -> float:
     return run.rows[-1]["test_accuracy"]
 
 
-def _create(output: Path) -> None:
+def _create_directory(output: Path) -> None:
     """Creates the directory of the report.
 
     Raises:

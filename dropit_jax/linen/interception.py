@@ -43,7 +43,7 @@ class InterceptedLayer:
     bytes_after: int
 
 
-def _grouped(size: Any) -> str:
+def _with_commas(size: Any) -> str:
     """Returns a number as text, 1234 as "1,234"; a symbolic size as it is."""
     return f"{size:,}" if isinstance(size, int) else str(size)
 
@@ -91,9 +91,9 @@ class Interception:
         rows = [("layer", "kind", "input", "before", "after")]
         for layer in self.layers:
             size = f"{jnp.dtype(layer.dtype).name}{list(layer.shape)}"
-            sizes = _grouped(layer.bytes_before), _grouped(layer.bytes_after)
+            sizes = _with_commas(layer.bytes_before), _with_commas(layer.bytes_after)
             rows.append((layer.path or ".", layer.kind, size, *sizes))
-        total = _grouped(self.bytes_before), _grouped(self.bytes_after)
+        total = _with_commas(self.bytes_before), _with_commas(self.bytes_after)
         rows.append((f"{len(self.layers)} layers, bytes", "", "", *total))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (

@@ -73,7 +73,7 @@ def drop(
     settings = transform.settings_of(pure)
     assert settings is not None
     own = dataclasses.replace(settings, differentiable=_differentiable, lift=lift)
-    transform.mark(dropped, own)
+    transform.set_settings(dropped, own)
     return dropped
 
 

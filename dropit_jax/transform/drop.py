@@ -62,11 +62,11 @@ def drop(
         )
         return jax.tree.unflatten(call.results, run(*call.arrays))
 
-    mark(dropped, own)
+    set_settings(dropped, own)
     return dropped
 
 
-def mark(dropped: Callable[..., Any], settings: "Settings") -> None:
+def set_settings(dropped: Callable[..., Any], settings: "Settings") -> None:
     """Sets the settings of a dropped function, which `settings_of` returns."""
     owner: Any = dropped
     owner.dropit_settings = settings, weakref.ref(dropped)
@@ -77,12 +77,10 @@ def settings_of(fun: Any) -> "Settings | None":
 
     `functools.wraps` copies the attribute to functions that call a dropped one.
     """
-    own = getattr(fun, "__wrapped__", None) if type(fun) is _JITTED else fun
+    is_jitted = isinstance(fun, jax.stages.Wrapped)
+    own = getattr(fun, "__wrapped__", None) if is_jitted else fun
     settings, owner = getattr(own, "dropit_settings", (None, lambda: None))
     return settings if owner() is own else None
-
-
-_JITTED = type(jax.jit(lambda: None))
 
 
 def plan(

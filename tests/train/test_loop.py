@@ -233,7 +233,7 @@ class CommandTest(parameterized.TestCase):
 
 class DevicesTest(absltest.TestCase):
     def test_several_share_a_batch_and_the_run_goes_on_with_fewer(self):
-        """Of which there are fewer than the state was sharded over."""
+        """Restores a state on fewer devices than it was sharded over."""
         directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         one, several = directory / "one", directory / "several"
         self._train(one)

@@ -27,7 +27,7 @@ def _config():
 
 @functools.cache
 def _report():
-    """What the library reports of plain Flax."""
+    """Returns the library's report on the step of plain Flax."""
     config = _config()
     config.memory = "baseline"
     step, args = step_lib.abstract(config)

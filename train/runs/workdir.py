@@ -12,8 +12,8 @@ from train.engine import step as step_lib
 from train.processes import collective
 from train.runs import lock, records
 from train.runs.checkpoints import Checkpoints
+from train.runs.checkpoints.step_directories import is_step
 from train.runs.lock import LockedError
-from train.runs.step_directories import is_step
 from train.system.files import write_atomically
 from train.system.text import join_lines
 
@@ -119,7 +119,6 @@ def read_checkpoints(workdir: Path) -> Checkpoints:
     """Returns the checkpoints of a run, opened without changing anything on disk."""
     return Checkpoints(
         workdir / "checkpoints",
-        print,  # never called: all damage that `restore` finds is an error
         read_only=True,
         problem=lambda step, state, _: step_lib.problem(step, state),
     )

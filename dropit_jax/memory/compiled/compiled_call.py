@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from dropit_jax import compat
 
@@ -119,7 +120,7 @@ class CompiledCall:
 
 def _positions(donate: int | Sequence[int], count: int) -> tuple[int, ...]:
     """Returns indices of arguments, checked, and with negative ones resolved."""
-    listed = tuple(donate) if isinstance(donate, Sequence) else (donate,)
+    listed = tuple(np.atleast_1d(donate).tolist())
     for index in listed:
         if not -count <= index < count:
             raise ValueError(f"donate={donate!r}: there are {count} arguments.")

@@ -192,68 +192,17 @@ DECOMPOSITIONS = frozenset(
 # Return their operands unchanged, each as one result.
 BARRIERS = frozenset({"optimization_barrier", "optimization_barrier_by_platform"})
 
-# The result is zero if the operands that are differentiated in the operation's linear
-# sense are zero: in a backward pass, those that depend on cotangents.
-LINEAR = frozenset(
-    {
-        "all_gather",
-        "all_gather_invariant",
-        "all_gather_reduced",
-        "all_to_all",
-        "broadcast_in_dim",
-        "conj",
-        "conv_general_dilated",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cumsum",
-        "device_put",
-        "dot_general",
-        "dynamic_slice",
-        "expand_dims",
-        "fft",
-        "gather",
-        "imag",
-        "join_sharding_group",
-        "layout_constraint",
-        "mul",
-        "name",
-        "neg",
-        "pbroadcast",
-        "ppermute",
-        "psum",
-        "psum2",
-        "psum_invariant",
-        "pvary",
-        "ragged_dot_general",
-        "real",
-        "reduce_precision",
-        "reduce_scatter",
-        "reduce_sum",
-        "reduce_window_sum",
-        "reshape",
-        "reshard",
-        "rev",
-        "select_and_gather_add",
-        "select_and_scatter_add",
-        "sharding_constraint",
-        "slice",
-        "split",
-        "squeeze",
-        "tile",
-        "transpose",
-        "unstack",
-        "with_memory_space_constraint",
-        "xla_metadata_value",
-    }
-)
-
-# The result is zero if all floating-point operands are.
-LINEAR_IN_ALL = ADDITIONS | {
+# Linear in all floating-point operands together: the result is zero if all are.
+JOINTLY_LINEAR = ADDITIONS | {
     "complex",
     "concatenate",
+    "device_put",
     "dynamic_update_slice",
     "pad",
+    "psum",
+    "psum2",
+    "psum_invariant",
+    "pvary",
     "scatter",
     "scatter-add",
     "scatter-sub",
@@ -261,6 +210,43 @@ LINEAR_IN_ALL = ADDITIONS | {
     "select_n",
     "stack",
 }
+
+# Linear in the first operand: the result is zero if it is.
+LINEAR_IN_FIRST = frozenset({"div", "select_and_gather_add", "select_and_scatter_add"})
+
+# Linear in each floating-point operand: the result is zero if one of them is.
+MULTILINEAR = (
+    PRODUCTS
+    | (MOVES - JOINTLY_LINEAR)
+    | {
+        "all_gather",
+        "all_gather_invariant",
+        "all_gather_reduced",
+        "all_to_all",
+        "conj",
+        "convert_element_type",
+        "copy_p",
+        "cumsum",
+        "fft",
+        "imag",
+        "join_sharding_group",
+        "layout_constraint",
+        "mul",
+        "neg",
+        "pbroadcast",
+        "ppermute",
+        "ragged_dot_general",
+        "real",
+        "reduce_precision",
+        "reduce_scatter",
+        "reduce_sum",
+        "reduce_window_sum",
+        "reshard",
+        "sharding_constraint",
+        "with_memory_space_constraint",
+        "xla_metadata_value",
+    }
+)
 
 # Contain programs, whose residuals plans of their own choose.
 BODIES = frozenset({"cond", "scan", "shard_map", "while"})

@@ -20,10 +20,8 @@ from dropit_jax.transform.tracing.split import Split
 
 # Where one operand is zero, the result is the other operand.
 _SUMS = frozenset({"add", "add_any"})
-# Call one jaxpr on their operands, and return its results.
-_CALLS = frozenset(
-    {"checkpoint", "closed_call", "core_call", "jit", "pjit", "remat2", "shard_map"}
-)
+# Run one jaxpr on their operands, beside the calls of `compat.called_program`.
+_WITH_BODY = frozenset({"checkpoint", "remat2", "shard_map"})
 
 
 def without_zeros(
@@ -49,9 +47,7 @@ def without_zeros(
         inputs = tuple(same.get(atom, atom) for atom in node.inputs)
         of_cotangents = linear.intersection(programs.values(inputs))
         gone = _zero_results(
-            node.equation,
-            [_is_zero(atom, zero | literal) for atom in inputs],
-            [atom in of_cotangents for atom in inputs],
+            node.equation, [_is_zero(atom, zero | literal) for atom in inputs]
         )
         if of_cotangents:
             linear.update(node.outputs)
@@ -83,14 +79,12 @@ def without_zeros(
     ), dropped
 
 
-def _is_zero(atom: Any, zero: set[Any]) -> bool:
-    return _is_zero_literal(atom) or atom in zero
-
-
-def _is_zero_literal(atom: Any) -> bool:
-    if not isinstance(atom, programs.Scalar | Literal):
-        return False
-    return jnp.issubdtype(jnp.result_type(atom.val), jnp.inexact) and atom.val == 0
+def _is_zero(atom: Any, zeros: set[Any]) -> bool:
+    """Returns whether an atom of a program or jaxpr is a floating-point zero."""
+    if isinstance(atom, programs.Scalar | Literal):
+        is_floating = jnp.issubdtype(jnp.result_type(atom.val), jnp.inexact)
+        return bool(is_floating and atom.val == 0)
+    return atom in zeros
 
 
 def _has_type_of(program: Program, value: int, node: Node) -> bool:
@@ -98,15 +92,12 @@ def _has_type_of(program: Program, value: int, node: Node) -> bool:
     return len(set(map(tuple, shapes))) == 1
 
 
-def _zero_results(
-    equation: JaxprEqn, zero: Sequence[bool], linear: Sequence[bool]
-) -> list[bool]:
+def _zero_results(equation: JaxprEqn, zero: Sequence[bool]) -> list[bool]:
     """Returns for each result of an equation whether it is zero for certain.
 
     Args:
       equation: the equation.
-      zero: for each operand, whether it is a zero of floating-point type.
-      linear: for each operand, whether it depends on a cotangent.
+      zero: for each operand, whether it is a floating-point zero.
     """
     name, results = equation.primitive.name, len(equation.outvars)
     if not any(zero):
@@ -114,66 +105,48 @@ def _zero_results(
     if name in primitives.BARRIERS:
         return list(zero)
     if name == compat.SCAN:
-        return _of_scan(equation, zero, linear)
+        return _of_scan(equation, zero)
     inner = [*jaxprs_in_params(equation.params)]
     if name == "cond":
-        branches = [_of_jaxpr(jaxpr, zero[1:], linear[1:])[0] for jaxpr in inner]
+        branches = [_of_jaxpr(jaxpr, zero[1:]) for jaxpr in inner]
         return [all(each) for each in zip(*branches, strict=True)]
-    if name in _CALLS:
-        return _of_jaxpr(inner[0], zero, linear)[0]
-    return [_keeps_zero(equation, zero, linear)] * results
+    if name in _WITH_BODY or compat.called_program(equation) is not None:
+        return _of_jaxpr(inner[0], zero)
+    return [_makes_zero(equation, zero)] * results
 
 
-def _keeps_zero(
-    equation: JaxprEqn, zero: Sequence[bool], linear: Sequence[bool]
-) -> bool:
-    """Returns whether the results of an operation are zero; as `_zero_results`."""
+def _makes_zero(equation: JaxprEqn, zero: Sequence[bool]) -> bool:
+    """Returns whether an operation makes zeros of operands, some of which are zero."""
     name = equation.primitive.name
-    if name in primitives.LINEAR_IN_ALL:
+    if name in primitives.JOINTLY_LINEAR:
         floats = map(_is_floating, equation.invars)
         return all(z for z, floating in zip(zero, floats, strict=True) if floating)
-    if name in primitives.LINEAR or (name == "div" and zero[0]):
-        return all(z for z, depends in zip(zero, linear, strict=True) if depends)
-    return False
+    if name in primitives.LINEAR_IN_FIRST:
+        return zero[0]
+    return name in primitives.MULTILINEAR
 
 
-def _of_jaxpr(
-    jaxpr: Jaxpr, zero: Sequence[bool], linear: Sequence[bool]
-) -> tuple[list[bool], list[bool]]:
-    """Returns which outputs are zero, and which depend on a cotangent."""
+def _of_jaxpr(jaxpr: Jaxpr, zero: Sequence[bool]) -> list[bool]:
+    """Returns for each output of a jaxpr whether it is zero for certain."""
     jaxpr = compat.open_jaxpr(jaxpr)
     zeros = {v for v, yes in zip(jaxpr.invars, zero, strict=True) if yes}
-    depending = {v for v, yes in zip(jaxpr.invars, linear, strict=True) if yes}
-
-    def is_zero(atom: Any) -> bool:
-        return _is_zero_literal(atom) if isinstance(atom, Literal) else atom in zeros
-
-    def depends(atom: Any) -> bool:
-        return not isinstance(atom, Literal) and atom in depending
-
     for each in jaxpr.eqns:
-        here = [depends(atom) for atom in each.invars]
-        found = _zero_results(each, [is_zero(atom) for atom in each.invars], here)
+        found = _zero_results(each, [_is_zero(atom, zeros) for atom in each.invars])
         zeros |= {v for v, yes in zip(each.outvars, found, strict=True) if yes}
-        depending |= set(each.outvars) if any(here) else set()
-    return [*map(is_zero, jaxpr.outvars)], [*map(depends, jaxpr.outvars)]
+    return [_is_zero(atom, zeros) for atom in jaxpr.outvars]
 
 
-def _of_scan(
-    equation: JaxprEqn, zero: Sequence[bool], linear: Sequence[bool]
-) -> list[bool]:
+def _of_scan(equation: JaxprEqn, zero: Sequence[bool]) -> list[bool]:
     """Returns which results of a scan are zero: carries that are so in every step."""
     constants, carries = compat.scan_counts(equation)
     (body,) = jaxprs_in_params(equation.params)
-    zero, linear = [*zero], [*linear]
+    zero = [*zero]
     while True:
-        zeros, depending = _of_jaxpr(body, zero, linear)
-        before = zero + linear
+        results, before = _of_jaxpr(body, zero), [*zero]
         for i in range(carries):
-            zero[constants + i] &= zeros[i]
-            linear[constants + i] |= depending[i]
-        if zero + linear == before:
-            return zeros
+            zero[constants + i] &= results[i]
+        if zero == before:
+            return results
 
 
 def _is_floating(variable: Any) -> bool:

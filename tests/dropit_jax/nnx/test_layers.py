@@ -120,7 +120,7 @@ def _layers(kind, arguments, options, *policies):
 
 
 def _program(model, x):
-    """What the gradient of a model compiles to, before it is compiled."""
+    """Returns the jaxpr of a model's gradient, as text."""
     graph, state = nnx.split(model)
     loss = lambda model, x: model(x).sum()  # noqa: E731
     gradient = lambda state, x: nnx.grad(loss)(nnx.merge(graph, state), x)  # noqa: E731

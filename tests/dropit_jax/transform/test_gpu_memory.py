@@ -1,4 +1,4 @@
-"""Each more layer adds to a GPU's step the bytes that its plan stores."""
+"""Compares the bytes of GPU programs of two depths with the bytes of their plans."""
 
 import math
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""What a plan says is what is stored; written down, it can be used again."""
+"""Tests of plans: the bytes that they list, their errors, their text and JSON."""
 
 import functools
 

@@ -13,6 +13,11 @@ from dropit_jax.transform.tracing.zeros import without_zeros
 
 _X = jnp.linspace(0.1, 1, 8 * 16).reshape(8, 16)
 
+
+def _pooled(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2), (1, 2), "VALID")
+
+
 # Backward rules of two results that are not linear in the cotangents `g`.
 _RULES = {
     "exponential": lambda r, g: (r * g[0] * jnp.exp(g[1]),),
@@ -22,6 +27,7 @@ _RULES = {
     "joined": lambda r, g: (jnp.concatenate([g[1][:4], r[4:]]),),
     "padded": lambda r, g: (lax.pad(g[1][1:], 0.5, [(1, 0, 0), (0, 0, 0)]),),
     "divided": lambda r, g: (r / (1 + g[1]),),
+    "pooled": lambda r, g: jax.vjp(_pooled, g[1])[1](r[:, :8]),
     "in_a_barrier": lambda r, g: (sum(lax.optimization_barrier((r, g[1], g[0]))),),
     "jitted": lambda r, g: (jax.jit(lambda a: jnp.cos(a) * r)(g[1]),),
     "scanned": lambda r, g: (
@@ -73,7 +79,7 @@ class NonlinearTest(parameterized.TestCase):
 
 
 class LinearTest(parameterized.TestCase):
-    """What JAX makes of JAX's own functions is simplified as far as it can be."""
+    """Checks that nothing is left of the backward pass of JAX's own functions."""
 
     @parameterized.named_parameters(
         ("elementwise", lambda x: jnp.sin(x) / jnp.exp(x) - x**3),

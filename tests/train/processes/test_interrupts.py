@@ -20,7 +20,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def _dispositions(**handlers):
-    """What becomes of signals here, and in processes that are started meanwhile."""
+    """Sets handlers of signals, which processes that are started meanwhile inherit."""
     before = {
         s: signal.signal(s, handlers.get(s.name, signal.SIG_DFL)) for s in _SIGNALS
     }
@@ -89,7 +89,7 @@ class InterruptsTest(parameterized.TestCase):
 
     @parameterized.parameters(signal.SIGINT, signal.SIGHUP)
     def test_of_several_processes_it_goes_to_all(self, signum):
-        """By JAX, which takes SIGTERM."""
+        """Checks that a signal is sent on as SIGTERM, which JAX handles."""
         heard = []
         signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
         with interrupts.Interrupts(several=True) as requests:

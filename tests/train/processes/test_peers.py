@@ -1,4 +1,4 @@
-"""What a stranger says to the port on which processes hear of each other."""
+"""Tests of the connections between processes, and of strangers on their port."""
 
 import io
 import json

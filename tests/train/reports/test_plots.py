@@ -1,4 +1,4 @@
-"""What the figures show, read off the figures."""
+"""Tests of figures: lines, bars, labels and colours as matplotlib has them."""
 
 import math
 from pathlib import Path

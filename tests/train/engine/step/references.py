@@ -10,7 +10,7 @@ from train.engine import step as step_lib
 
 
 def normalised(batch, config):
-    """The images as the model takes them."""
+    """Returns the images as the model takes them."""
     info, pixels = data.info(config.dataset), np.float64(batch["image"])
     if config.normalise == "unit":
         return np.float32(pixels / 127.5 - 1)
@@ -18,7 +18,7 @@ def normalised(batch, config):
 
 
 def logits(config, state, batch, train):
-    """The model's own logits of the images, with parameters of the state."""
+    """Returns the logits of the images, with parameters of the state."""
     images = normalised(batch, config)
     return np.asarray(
         steps.model(config)(state.params, state.batch_stats, images, train)
@@ -26,7 +26,7 @@ def logits(config, state, batch, train):
 
 
 def losses(logits, labels, smoothing=0.0):
-    """The loss of each example, in float64: (examples, classes) -> (examples,)."""
+    """Returns the loss of each example, in float64: `(n, classes) -> (n,)`."""
     logits = logits.astype(np.float64)
     top = logits.max(axis=-1, keepdims=True)
     log_z = np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)) + top
@@ -36,7 +36,7 @@ def losses(logits, labels, smoothing=0.0):
 
 
 def sums(logits, batch, smoothing=0.0):
-    """The sums that a step returns, of the examples that are not padding."""
+    """Returns the `Sums` of a step, over the examples that are not padding."""
     found_losses = losses(logits, batch["label"], smoothing)
     order = np.argsort(-logits, axis=-1)
     found = order == batch["label"][:, None]
@@ -50,7 +50,7 @@ def sums(logits, batch, smoothing=0.0):
 
 
 def by_hand(config, params, batch_stats, batch, key):
-    """Gradients, mean loss and batch statistics, with Flax and optax alone."""
+    """Returns gradients, mean loss and batch statistics, by Flax and optax alone."""
     dropout, dropit, _ = jax.random.split(key, 3)
     (loss, batch_stats), gradients = _gradient(config)(
         params,

@@ -30,7 +30,7 @@ class StepTest(parameterized.TestCase):
 
 
 def resnet_config(memory="baseline", layers="flax", **dropit):
-    """A ResNet on small images."""
+    """Returns the config of a ResNet on small images."""
     config = digits_resnet18.get_config()
     config.memory, config.layers = memory, layers
     config.image_size, config.model.width, config.batch_size = 8, 4, 16
@@ -40,19 +40,19 @@ def resnet_config(memory="baseline", layers="flax", **dropit):
 
 
 def layers_config(**dropit):
-    """A ResNet of DropIT layers."""
+    """Returns the config of a ResNet of DropIT layers."""
     return resnet_config(layers="dropit", **dropit)
 
 
 def vit_config(memory="baseline", layers="flax", dropit=(), **model):
-    """A vision transformer, which has no batch norm and knows no other examples."""
+    """Returns the config of a ViT, whose examples do not depend on each other."""
     config = resnet_config(memory, layers, **dict(dropit))
     config.model = model_section("vit_mu", patch_size=4, **model)
     return config
 
 
 def with_plain_sgd(config):
-    """The config with updates that are the gradients themselves."""
+    """Makes the updates of a config the gradients themselves; returns the config."""
     config.optimizer.update(
         learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.0
     )
@@ -68,7 +68,7 @@ def _arrays(size, batch_size):
 
 
 def batch(config):
-    """The first batch of digits, a copy that a test may change."""
+    """Returns a copy of the first batch of digits, which a test may change."""
     arrays = _arrays(config.image_size, config.batch_size)
     return jax.tree.map(np.array, arrays)
 
@@ -78,7 +78,7 @@ _COMPILED = {}
 
 
 def once(function):
-    """Calls a function of a config once for all configs that are equal."""
+    """Returns a function that is called once for all configs that are equal."""
 
     @functools.wraps(function)
     def call(config):
@@ -95,7 +95,7 @@ initialise = once(step_lib.initialise)
 
 
 def initial_state(config):
-    """The initial state, which depends on few fields of the config (test_training)."""
+    """Returns the initial state, which depends on few fields (see test_training)."""
     common = resnet_config()
     common.model, common.seed = config.model, config.seed
     common.ema_decay = 0.9 if config.ema_decay else 0.0
@@ -114,7 +114,7 @@ def evaluation_step(config):
 
 @once
 def model(config):
-    """The model's own logits, of images that are normalised already."""
+    """Returns the jitted model, for images that are normalised already."""
     model = step_lib.create_model(config)
 
     @functools.partial(jax.jit, static_argnums=3)
@@ -126,7 +126,7 @@ def model(config):
 
 
 def moved_state(config):
-    """A state in which no parameter is at its special first value, such as 0."""
+    """Returns a state without parameters at a special first value, such as 0."""
     state, rng = initial_state(config), np.random.default_rng(0)
     return state.replace(
         params=jax.tree.map(
@@ -139,12 +139,12 @@ def moved_state(config):
 
 
 def next_key(state):
-    """The random state of the next step."""
+    """Returns the PRNG key of the next step."""
     return jax.random.fold_in(jax.random.wrap_key_data(state.rng), int(state.step))
 
 
 def changed_paths(a, b):
-    """The paths of the arrays in which two trees differ by more than rounding."""
+    """Returns the paths of the arrays that differ by more than rounding."""
     pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -154,7 +154,7 @@ def changed_paths(a, b):
 
 
 def differ(a, b, atol=1e-4):
-    """Whether two trees differ by more than `atol` anywhere."""
+    """Returns whether two trees differ by more than `atol` anywhere."""
     return any(
         not np.allclose(x, y, rtol=0, atol=atol)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)

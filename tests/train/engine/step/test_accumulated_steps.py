@@ -73,7 +73,7 @@ class AccumulationTest(steps.StepTest):
 
 
 def _stem_mean(config, state, batch):
-    """The mean over a batch of what the first convolution gives."""
+    """Returns the mean of the first convolution's output, for each channel."""
     outputs = jax.lax.conv_general_dilated(
         references.normalised(batch, config),
         state.params["stem_conv"]["kernel"],

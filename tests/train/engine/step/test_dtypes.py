@@ -11,7 +11,7 @@ from train.engine import step as step_lib
 
 
 def _equations(jaxpr):
-    """All equations of a program, those of its functions among them."""
+    """Yields the equations of a jaxpr and of the jaxprs in it."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
@@ -22,7 +22,7 @@ def _equations(jaxpr):
 
 
 def _products(step, *args):
-    """dtypes of the operands, and shapes, of matrix products and convolutions."""
+    """Yields operand dtypes and all shapes of matrix products and convolutions."""
     for equation in _equations(jax.make_jaxpr(step)(*args).jaxpr):
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             avals = [var.aval for var in (*equation.invars, *equation.outvars)]

@@ -8,7 +8,7 @@ from tests.train.engine.step import references, steps
 
 class EmaTest(steps.StepTest):
     def test_is_the_average_of_parameters(self):
-        """And changes nothing in training."""
+        """Also checks that the average changes nothing in training."""
         config = steps.vit_config()
         plain, batch = steps.initial_state(config), steps.batch(config)
         plain_step = steps.train_step(config)

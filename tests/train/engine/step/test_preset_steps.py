@@ -10,7 +10,7 @@ from train.engine import step as step_lib
 
 
 class PresetTest(steps.StepTest):
-    """Steps of which `config.memory` is a preset, beside that of the plain loss."""
+    """Compares steps whose `config.memory` is a preset with the plain step."""
 
     def test_exact_is_the_plain_step(self):
         config = steps.with_plain_sgd(steps.resnet_config())

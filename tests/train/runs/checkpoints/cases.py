@@ -25,7 +25,7 @@ Pair = collections.namedtuple("Pair", ["first", "second"])
 
 
 def state(step=0):
-    """A state with arrays of four dtypes and empty containers of several types."""
+    """Returns a state of four dtypes, with empty containers of several types."""
     kernel = np.concatenate([FLOATS, np.arange(24, dtype=np.float32) + step])
     return {
         "kernel": jnp.asarray(kernel.reshape(8, 4)),
@@ -38,7 +38,7 @@ def state(step=0):
 
 
 def abstract(state, sharding=None):
-    """Shapes, dtypes and shardings of a state."""
+    """Returns shapes, dtypes and shardings of a state."""
 
     def of(leaf):
         return jax.ShapeDtypeStruct(
@@ -49,12 +49,12 @@ def abstract(state, sharding=None):
 
 
 def abstract_state():
-    """`abstract` of the state of any step."""
+    """Returns `abstract` of the state of any step."""
     return abstract(state())
 
 
 def snapshot(directory):
-    """All below a directory: bytes of files, modes and times of change."""
+    """Returns modes, times of change and bytes of all paths below a directory."""
     return {
         str(path.relative_to(directory)): (
             path.stat().st_mode,
@@ -66,7 +66,7 @@ def snapshot(directory):
 
 
 def files(directory):
-    """The bytes of all files below a directory."""
+    """Returns the bytes of all files below a directory."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")
@@ -106,7 +106,7 @@ class CheckpointsTest(parameterized.TestCase):
         self.assertEqual(position, expected)
 
     def assert_intact(self, *steps):
-        """The steps, and no others, are found and can be read."""
+        """Checks that these steps, and no others, are found and can be read."""
         with self.open(read_only=True) as checkpoints:
             self.assertEqual(checkpoints.steps(), [*steps])
             for step in steps:

@@ -29,7 +29,7 @@ _DAMAGES = {
 
 class DamagedTest(cases.SavedCheckpointsTest):
     def _names(self):
-        """The files that a checkpoint needs; Orbax adds its mark when all is there."""
+        """Returns the names of a checkpoint's files, without Orbax's final mark."""
         step = self.directory / "2"
         names = [
             str(path.relative_to(step))
@@ -182,7 +182,7 @@ class DamagedTest(cases.SavedCheckpointsTest):
         self.assertIn("step 2 is damaged (too large)", self.said[0])
 
     def test_checksums_without_a_step_are_read(self):
-        """Those of the first version, which had those of some files."""
+        """Reads the format of the first version, which left out some files."""
         file = self.directory / "2" / "checksums.json"
         files = json.loads(file.read_text())["files"]
         del files["_CHECKPOINT_METADATA"]

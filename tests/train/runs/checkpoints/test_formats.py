@@ -7,7 +7,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from tests.train.runs.checkpoints import cases
-from train.runs import checksums
+from train.runs.checkpoints import checksums
 from train.system.disk import CheckpointError
 
 
@@ -47,7 +47,7 @@ class FormatTest(cases.SavedCheckpointsTest):
         (b'{"test_accuracy": [1]}', 2),
     )
     def test_a_position_of_something_else(self, content, expected):
-        """Written with its checksums, as by another program."""
+        """Takes a position that another program wrote, with its checksums."""
         (self.directory / "2" / "position" / "metadata").write_bytes(content)
         checksums.write(self.directory / "2", 2)
 

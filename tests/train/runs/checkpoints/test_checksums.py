@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from train.runs import checksums
+from train.runs.checkpoints import checksums
 
 
 class ChecksumsTest(parameterized.TestCase):

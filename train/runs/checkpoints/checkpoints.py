@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from train.processes.collective import any_process, is_first, synchronise
 from train.processes.waiting import Background, WaitError
-from train.runs import checksums, step_directories
+from train.runs.checkpoints import checksums, step_directories, structure
 from train.system import text
 from train.system.disk import CheckpointError, check_room
 
@@ -43,7 +43,7 @@ class Checkpoints:
     def __init__(
         self,
         directory: Path,
-        say: Callable[[str], None],
+        say: Callable[[str], None] = print,
         *,
         read_only: bool = False,
         problem: Callable[[int, Any, Any], str] | None = None,
@@ -304,7 +304,8 @@ class Checkpoints:
             self._check_version(
                 step, self._background.call(lambda: self._read_position(step))
             )
-            self._check_structure(step, abstract)
+            found = self._manager.item_metadata(step)["state"]
+            structure.check(self._path(step), found, abstract)
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract),
                 position=ocp.args.JsonRestore(),
@@ -334,26 +335,6 @@ class Checkpoints:
         except Exception:  # any type: the checkpoint is damaged, as `restore` reports
             return {}
         return {step: accuracy} if isinstance(accuracy, float) else {}
-
-    def _check_structure(self, step: int, abstract: Any) -> None:
-        """Checks that a checkpoint has the model's arrays and empty containers.
-
-        Raises:
-          CheckpointError: their names or shapes differ.
-        """
-        found = _shapes(self._manager.item_metadata(step)["state"])
-        wanted = _shapes(abstract)
-        lines = [
-            f"{text.shorten(name)}: {found.get(name, 'absent')} in the checkpoint, "
-            f"{wanted.get(name, 'absent')} in the model"
-            for name in sorted(found | wanted)
-            if found.get(name) != wanted.get(name)
-        ]
-        if lines:
-            raise CheckpointError(
-                f"The checkpoint {self._path(step)} is of another model: "
-                f"{len(lines)} arrays differ.{text.join_lines(lines)}"
-            )
 
     def _move_damaged(self, damaged: dict[int, str], step: int) -> None:
         """Moves damaged checkpoints into `damaged/`.
@@ -400,26 +381,6 @@ class Checkpoints:
 def _byte_count(tree: Any) -> int:
     """Returns the bytes of a pytree of arrays or of `jax.ShapeDtypeStruct`s."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...] | str]:
-    """Returns the shape of each leaf, and "empty" for each empty container, by path.
-
-    `{"a": zeros((2, 3)), "b": ()}` -> `{"a": (2, 3), "b": "empty"}`.
-    """
-    # Orbax requires the same empty containers, too, whatever their type.
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        tree,
-        is_leaf=lambda node: (
-            not jax.tree_util.treedef_children(jax.tree.structure(node))
-        ),
-    )
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            tuple(node.shape) if jax.tree.leaves(node) else "empty"
-        )
-        for path, node in flat
-    }
 
 
 def _first_line(error: Exception) -> str:
