@@ -110,7 +110,7 @@ def _check(run: Run, workdir: Path) -> None:
     """Checks a run's config.
 
     Raises:
-      ConfigError: the config cannot be run, or is not that of the interrupted run.
+      ConfigError: the config cannot be run, or is not that of the run in its workdir.
     """
     try:
         job_lib.check(run.config)
@@ -118,10 +118,9 @@ def _check(run: Run, workdir: Path) -> None:
         raise ConfigError(
             f"Variant {run.variant!r} (its fields, and config.base): {error}"
         ) from error
-    if not is_finished(run.config, _rows(run, workdir)):
-        workdir_lib.check_can_start(workdir / run.path, run.config)
-        return
-    workdir_lib.check_same(workdir / run.path, run.config)
+    is_done = is_finished(run.config, _rows(run, workdir))
+    check = workdir_lib.check_same if is_done else workdir_lib.check_can_start
+    check(workdir / run.path, run.config)
 
 
 def _rows(run: Run, workdir: Path) -> list[records.Row]:

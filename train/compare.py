@@ -55,8 +55,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     variants = {_FLAX: config_lib.plain(config), _DROPIT: _dropping(config)}
     job_lib.prepare(config)  # an invalid config is an error before the training
     for name, variant in variants.items():
-        one = config_lib.without_unused_epochs(variant)
-        workdir_lib.check_can_start(workdir / name, one)
+        trained = config_lib.without_unused_epochs(variant)  # as `loop.run` trains it
+        workdir_lib.check_can_start(workdir / name, trained)
     rows = {
         name: loop.run(variant, workdir / name, terminal)
         for name, variant in variants.items()

@@ -59,10 +59,8 @@ def plan(config: ConfigDict, target: str) -> memory.BatchPlan | None:
 
     A batch is a multiple of `config.accumulate_steps`.
     """
-    parts, abstract = (
-        config.accumulate_steps,
-        functools.partial(step_lib.abstract, config),
-    )
+    parts = config.accumulate_steps
+    abstract = functools.partial(step_lib.abstract, config)
     try:
         found = memory.max_batch(lambda size: (*abstract(size * parts), 0), target)
     except memory.NoBatchFitsError:
